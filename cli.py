@@ -1,0 +1,58 @@
+"""Options as frozen dataclasses, flags generated from them, and errors that are one clear line.
+
+A command declares its options once, as fields of a frozen dataclass; `parse` turns the fields into argparse flags and
+the given flags back into an instance. What a flag is called, its type, default and help live in one place.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+
+
+class UserError(Exception):
+    """Bad input from outside: says in one line what is wrong, where, and what to do. Commands exit with status 2."""
+
+
+def option(default, help: str, choices=None):
+    """A dataclass field that becomes the flag --NAME. `default` of dict or list is not allowed: options are immutable."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def add_options(parser: argparse.ArgumentParser, cls) -> None:
+    """Adds one flag per field of the dataclass `cls` (as its own help group)."""
+    hints = typing.get_type_hints(cls)
+    group = parser.add_argument_group(cls.__name__)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # int | None -> int
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        extra = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} (default: {field.default})"}
+        if kind is bool:
+            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **extra)
+            continue
+        if typing.get_origin(kind) is tuple:  # tuple[float, ...] takes any number of values
+            kind, extra["nargs"] = typing.get_args(kind)[0], "*"
+        group.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], **extra)
+
+
+def build(cls, given: dict, **defaults):
+    """An instance of `cls`: the flags given on the command line, over `defaults` (a preset), over the field defaults."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {**{k: v for k, v in defaults.items() if k in names}, **{k: v for k, v in given.items() if k in names}}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def run(main) -> None:
+    """Calls main(argv); a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,443 @@
+"""The U2++ network: one conformer encoder, a CTC branch, and left-to-right and right-to-left attention decoders.
+
+Sources: U2 (Zhang et al. 2020, arXiv:2012.05481), U2++ (Wu et al. 2021, arXiv:2106.05642), Conformer (Gulati et al. 2020,
+arXiv:2005.08100); behaviour as in WeNet. Axes: B batch, T frames, U labels, D model, H heads, V vocabulary, F mel bins.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cli import option
+
+# What a preset does not name keeps the default of ModelOptions; every name can be overridden by its flag.
+PRESETS = {
+    "tiny": dict(output_size=96, attention_heads=4, linear_units=384, num_blocks=4, cnn_module_kernel=15,
+                 decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=384),
+    "small": dict(output_size=144, attention_heads=4, linear_units=576, num_blocks=6, cnn_module_kernel=15,
+                  decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=576),
+    "base": dict(output_size=256, attention_heads=4, linear_units=2048, num_blocks=12, cnn_module_kernel=8,
+                 decoder_num_blocks=3, r_num_blocks=3, decoder_linear_units=2048),
+}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Architecture and loss, in WeNet's words."""
+
+    output_size: int = option(256, "model width D")
+    attention_heads: int = option(4, "attention heads, in encoder and decoders")
+    linear_units: int = option(2048, "feed-forward width of the encoder")
+    num_blocks: int = option(12, "conformer blocks")
+    cnn_module_kernel: int = option(8, "kernel of the depthwise convolution, in encoder frames")
+    causal: bool = option(True, "the depthwise convolution sees the past only (needed for streaming)")
+    input_layer: str = option("conv2d", "subsampling of the features by 4, 6 or 8", choices=("conv2d", "conv2d6", "conv2d8"))
+    decoder_num_blocks: int = option(3, "blocks of the left-to-right decoder")
+    r_num_blocks: int = option(3, "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)")
+    decoder_linear_units: int = option(2048, "feed-forward width of the decoders")
+    dropout_rate: float = option(0.1, "dropout in every block")
+    attention_dropout_rate: float = option(0.1, "dropout on attention weights")
+    ctc_weight: float = option(0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention")
+    reverse_weight: float = option(0.3, "share of the right-to-left decoder in the attention loss; 0 makes it U2")
+    lsm_weight: float = option(0.1, "label smoothing of the attention loss")
+    length_normalized_loss: bool = option(False, "attention loss per label instead of per utterance")
+    use_dynamic_chunk: bool = option(True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
+    use_dynamic_left_chunk: bool = option(False, "also draw how many chunks to the left are seen in training")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lengths, masks, chunks
+
+# (kernel, stride) of each convolution, over time and over mel bins alike; none is padded.
+SUBSAMPLING = {"conv2d": ((3, 2), (3, 2)), "conv2d6": ((3, 2), (5, 3)), "conv2d8": ((3, 2), (3, 2), (3, 2))}
+
+
+def subsampled_length(length, input_layer: str):
+    """Frames that leave the subsampling for `length` that enter; works on ints, NumPy arrays and tensors, floor 0."""
+    for kernel, stride in SUBSAMPLING[input_layer]:
+        length = (length - kernel) // stride + 1
+        length = length * (length > 0)  # too short for one frame: none, not a negative number
+    return length
+
+
+def receptive_field(input_layer: str) -> tuple[int, int]:
+    """(feature frames that one encoder frame sees, feature frames from one encoder frame to the next)."""
+    field, rate = 1, 1
+    for kernel, stride in SUBSAMPLING[input_layer]:
+        field, rate = field + (kernel - 1) * rate, rate * stride
+    return field, rate
+
+
+def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
+    """(B,) lengths -> (B, max_length) bool, True where a frame is real and not padding."""
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+
+
+def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -> torch.Tensor:
+    """(size, size) bool: query row may see key column, its own chunk and `left_chunks` before it (-1: all). U2, 2.3."""
+    chunk = torch.arange(size, device=device) // chunk_size
+    ahead = chunk[None, :] - chunk[:, None]  # key chunk minus query chunk
+    mask = ahead <= 0
+    return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)
+
+
+def draw_chunk(size: int, options: ModelOptions, generator: torch.Generator | None = None) -> tuple[int, int]:
+    """(chunk_size, left_chunks) of one training step over `size` encoder frames; (-1, -1) is full context.
+
+    Half of the draws see everything, the others a chunk of 1..25 frames (1 s of audio; U2, section 2.3).
+    """
+    if not options.use_dynamic_chunk or size < 2:
+        return -1, -1
+    chunk = int(torch.randint(1, size, (1,), generator=generator))
+    if chunk > size // 2:
+        return -1, -1
+    chunk = chunk % (100 // receptive_field(options.input_layer)[1]) + 1
+    left = -1
+    if options.use_dynamic_left_chunk:
+        left = int(torch.randint(0, max((size - 1) // chunk, 1), (1,), generator=generator))
+    return chunk, left
+
+
+def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
+    """(size, width) sine/cosine positions offset .. offset+size-1 (Vaswani et al. 2017, section 3.5)."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device, dtype=torch.float32) * -(math.log(10000.0) / width))
+    angle = torch.arange(offset, offset + size, device=device, dtype=torch.float32)[:, None] * rate
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # (size, width/2, 2) -> (size, width) interleaved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building blocks
+
+
+class Attention(nn.Module):
+    """Multi-head attention, query against memory (B,T,D); through scaled_dot_product_attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.linear_q = nn.Linear(width, width)
+        self.linear_kv = nn.Linear(width, 2 * width)
+        self.linear_out = nn.Linear(width, width)
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,T,D) -> (B,H,T,D/H)
+
+    def keys_values(self, memory):
+        """memory (B,T,D) -> keys and values, each (B,H,T,D/H)."""
+        k, v = self.linear_kv(memory).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def attend(self, q, k, v, mask=None, is_causal=False):
+        """q (B,H,U,D/H), k and v (B,H,T,D/H), mask bool broadcastable to (B,H,U,T) -> (B,U,D)."""
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal)
+        return self.linear_out(y.transpose(1, 2).flatten(2))  # (B,H,U,D/H) -> (B,U,H,D/H) -> (B,U,D)
+
+    def forward(self, x, memory, mask=None, is_causal=False):
+        return self.attend(self.split(self.linear_q(x)), *self.keys_values(memory), mask, is_causal)
+
+
+class RelativeAttention(Attention):
+    """Self-attention with Transformer-XL's position term, without the shift, as WeNet has it.
+
+    Without the shift the position term depends on the key alone: (q+u).k + (q+v).p = q.(k+p) + (u.k + v.p). That is plain
+    attention with keys k+p and one bias per key, and the bias is one more key dimension against a query of constant 1,
+    so no mask ever needs a gradient.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__(width, heads, dropout)
+        self.linear_pos = nn.Linear(width, width, bias=False)
+        self.pos_bias_u = nn.Parameter(torch.empty(heads, width // heads))
+        self.pos_bias_v = nn.Parameter(torch.empty(heads, width // heads))
+        nn.init.xavier_uniform_(self.pos_bias_u)
+        nn.init.xavier_uniform_(self.pos_bias_v)
+
+    def forward(self, x, positions, mask=None):
+        """x (B,T,D), positions (1,T,D), mask bool (B,1,T,T) -> (B,T,D)."""
+        q = self.split(self.linear_q(x))  # (B,H,T,D/H)
+        k, v = self.keys_values(x)
+        p = self.split(self.linear_pos(positions))  # (1,H,T,D/H)
+        bias = (k * self.pos_bias_u[:, None]).sum(-1, keepdim=True) + (p * self.pos_bias_v[:, None]).sum(-1, keepdim=True)
+        q = torch.cat((q, q.new_ones(()).expand_as(q[..., :1])), dim=-1)  # (B,H,T,D/H+1)
+        k = torch.cat((k + p, bias.to(k.dtype)), dim=-1)
+        width = v.size(-1)
+        y = F.scaled_dot_product_attention(
+            q, k, F.pad(v, (0, 1)),  # values as wide as keys keep the fused kernel
+            attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=1 / math.sqrt(width))
+        return self.linear_out(y[..., :width].transpose(1, 2).flatten(2))  # (B,H,T,D/H) -> (B,T,D)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on the CPU, where it would spend an eighth of a training step on drawing doubles, from 16-bit draws."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # four draws in each
+        draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
+        keep = draws >= round(self.p * 2**16) - 2**15
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float, activation):
+        super().__init__()
+        self.w_1, self.w_2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout, self.activation = Dropout(dropout), activation
+
+    def forward(self, x):
+        return self.w_2(self.dropout(self.activation(self.w_1(x))))
+
+
+class ConvolutionModule(nn.Module):
+    """Gated, depthwise convolution over time with layer norm (Conformer, section 2.2); causal for streaming."""
+
+    def __init__(self, width: int, kernel: int, causal: bool):
+        super().__init__()
+        if not causal and kernel % 2 == 0:
+            raise ValueError(f"cnn_module_kernel {kernel}: a convolution that is not causal needs an odd kernel")
+        self.causal, self.kernel = causal, kernel
+        self.pointwise_conv1 = nn.Linear(width, 2 * width)
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.pointwise_conv2 = nn.Linear(width, width)
+
+    def forward(self, x, valid):
+        """x (B,T,D), valid (B,T,1) -> (B,T,D), padding frames 0."""
+        x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
+        x = x.transpose(1, 2)  # (B,D,T)
+        # WeNet pads zeros in front of the first pointwise layer; behind its gate a zero frame is glu(bias).
+        edge = F.glu(self.pointwise_conv1.bias, dim=0).to(x.dtype)[None, :, None]  # (1,D,1)
+        if self.causal:
+            x = torch.cat((edge.expand(x.size(0), -1, self.kernel - 1), x), dim=2)
+            x = self.depthwise_conv(x)
+        else:
+            x = F.conv1d(x, self.depthwise_conv.weight, self.depthwise_conv.bias,
+                         padding=(self.kernel - 1) // 2, groups=x.size(1))
+        x = F.silu(self.norm(x.transpose(1, 2)))  # (B,D,T) -> (B,T,D)
+        return self.pointwise_conv2(x) * valid
+
+
+class ConformerBlock(nn.Module):
+    """Half feed-forward, self-attention, convolution, half feed-forward, norm (Conformer, section 2.4)."""
+
+    def __init__(self, o: ModelOptions):
+        super().__init__()
+        d = o.output_size
+        self.norm_ff_macaron, self.norm_mha, self.norm_conv = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.norm_ff, self.norm_final = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.feed_forward_macaron = FeedForward(d, o.linear_units, o.dropout_rate, F.silu)
+        self.self_attn = RelativeAttention(d, o.attention_heads, o.attention_dropout_rate)
+        self.conv_module = ConvolutionModule(d, o.cnn_module_kernel, o.causal)
+        self.feed_forward = FeedForward(d, o.linear_units, o.dropout_rate, F.silu)
+        self.dropout = Dropout(o.dropout_rate)
+
+    def forward(self, x, positions, mask, valid):
+        """x (B,T,D), positions (1,T,D), mask (B,1,T,T), valid (B,T,1) -> (B,T,D)."""
+        x = x + 0.5 * self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x)))
+        x = x + self.dropout(self.self_attn(self.norm_mha(x), positions, mask))
+        x = x + self.dropout(self.conv_module(self.norm_conv(x), valid))
+        x = x + 0.5 * self.dropout(self.feed_forward(self.norm_ff(x)))
+        return self.norm_final(x)
+
+
+class Subsampling(nn.Module):
+    """2-D convolutions over (time, mel), then one linear layer: (B,T,F) -> (B,T',D)."""
+
+    def __init__(self, input_layer: str, num_mel_bins: int, width: int):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(1 if i == 0 else width, width, kernel, stride)
+            for i, (kernel, stride) in enumerate(SUBSAMPLING[input_layer]))
+        self.out = nn.Linear(width * subsampled_length(num_mel_bins, input_layer), width)
+
+    def forward(self, x):
+        x = x[:, None]  # (B,1,T,F)
+        for conv in self.convs:
+            x = F.relu(conv(x))  # (B,D,T',F'), channels last: several times faster on a CPU
+        return self.out(x.transpose(1, 2).flatten(2))  # (B,T',D,F') -> (B,T',D*F') -> (B,T',D)
+
+
+class Encoder(nn.Module):
+    def __init__(self, o: ModelOptions, num_mel_bins: int):
+        super().__init__()
+        self.options = o
+        self.embed = Subsampling(o.input_layer, num_mel_bins, o.output_size)
+        self.embed.to(memory_format=torch.channels_last)
+        self.blocks = nn.ModuleList(ConformerBlock(o) for _ in range(o.num_blocks))
+        self.after_norm = nn.LayerNorm(o.output_size)
+        self.dropout = Dropout(o.dropout_rate)
+
+    def forward(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
+        """feats (B,T,F), feat_lengths (B,) -> (B,T',D), (B,). chunk_size in encoder frames, -1 for full context."""
+        short = receptive_field(self.options.input_layer)[0] - feats.size(1)
+        x = self.embed(F.pad(feats, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
+        lengths = subsampled_length(feat_lengths, self.options.input_layer)
+        size, width = x.shape[1:]
+        positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])  # (1,T',D)
+        x = self.dropout(x * math.sqrt(width))
+        valid = valid_mask(lengths, size)  # (B,T')
+        # A padded query sees padded keys too: what it computes is never used, and no row of the mask is empty.
+        mask = valid[:, None, :] | ~valid[:, :, None]  # (B,T',T')
+        if chunk_size > 0:
+            mask = mask & chunk_mask(size, chunk_size, left_chunks, x.device)
+        for block in self.blocks:
+            x = block(x, positions, mask[:, None], valid[..., None].to(x.dtype))
+        return self.after_norm(x), lengths
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, attention to the encoder, feed-forward; norm first (Vaswani et al. 2017, section 3.1)."""
+
+    def __init__(self, o: ModelOptions):
+        super().__init__()
+        d = o.output_size
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.self_attn = Attention(d, o.attention_heads, o.attention_dropout_rate)
+        self.src_attn = Attention(d, o.attention_heads, o.attention_dropout_rate)
+        self.feed_forward = FeedForward(d, o.decoder_linear_units, o.dropout_rate, F.relu)
+        self.dropout = Dropout(o.dropout_rate)
+
+    def forward(self, x, memory, memory_mask):
+        """x (B,U,D), memory (B,T,D), memory_mask (B,1,1,T) -> (B,U,D)."""
+        y = self.norm1(x)
+        x = x + self.dropout(self.self_attn(y, y, is_causal=True))
+        x = x + self.dropout(self.src_attn(self.norm2(x), memory, memory_mask))
+        return x + self.dropout(self.feed_forward(self.norm3(x)))
+
+    def step(self, x, past, source, memory_mask):
+        """One token: x (B,1,D), past keys/values (B,H,U-1,D/H) or None, source keys/values -> (B,1,D), past + this token."""
+        y = self.norm1(x)
+        present = self.self_attn.keys_values(y)
+        if past is not None:
+            present = tuple(torch.cat(pair, dim=2) for pair in zip(past, present))
+        x = x + self.self_attn.attend(self.self_attn.split(self.self_attn.linear_q(y)), *present)
+        q = self.src_attn.split(self.src_attn.linear_q(self.norm2(x)))
+        x = x + self.src_attn.attend(q, *source, memory_mask)
+        return x + self.feed_forward(self.norm3(x)), present
+
+
+class Decoder(nn.Module):
+    """Autoregressive transformer over labels; the right-to-left one is the same network on reversed labels."""
+
+    def __init__(self, o: ModelOptions, vocab_size: int, num_blocks: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, o.output_size)
+        self.blocks = nn.ModuleList(DecoderBlock(o) for _ in range(num_blocks))
+        self.after_norm = nn.LayerNorm(o.output_size)
+        self.output_layer = nn.Linear(o.output_size, vocab_size)
+        self.dropout = Dropout(o.dropout_rate)
+
+    def embedding(self, tokens, offset: int = 0):
+        """(B,U) token ids at positions offset.. -> (B,U,D)."""
+        width = self.embed.embedding_dim
+        position = sinusoids(tokens.size(1), width, offset, tokens.device)
+        return self.dropout(self.embed(tokens) * math.sqrt(width) + position)
+
+    def forward(self, tokens, memory, memory_lengths):
+        """tokens (B,U) starting with sos, memory (B,T,D) -> logits (B,U,V) of the token after each."""
+        mask = self.memory_mask(memory, memory_lengths)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, memory, mask)
+        return self.output_layer(self.after_norm(x))
+
+    def step(self, tokens, state, memory, memory_lengths):
+        """The last of tokens (B,U), given the state after the first U-1 (None before the first) -> (B,V), new state.
+
+        The state is a list of ((past keys, values), (source keys, values)) per block; every tensor has B rows first.
+        """
+        state = state or [(None, block.src_attn.keys_values(memory)) for block in self.blocks]
+        mask = self.memory_mask(memory, memory_lengths)
+        x = self.embedding(tokens[:, -1:], offset=tokens.size(1) - 1)
+        new_state = []
+        for block, (past, source) in zip(self.blocks, state):
+            x, present = block.step(x, past, source, mask)
+            new_state.append((present, source))
+        return self.output_layer(self.after_norm(x[:, -1])), new_state
+
+    @staticmethod
+    def memory_mask(memory, lengths):
+        # An utterance too short for one encoder frame attends to its one padded frame: finite, and of no account.
+        return valid_mask(lengths.clamp(min=1), memory.size(1))[:, None, None]  # (B,1,1,T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model and its loss
+
+
+def decoder_io(targets, target_lengths, sos_id: int, eos_id: int):
+    """Labels (B,U) -> decoder input (B,U+1) `sos y1 .. yU`, output (B,U+1) `y1 .. yU eos`, valid (B,U+1)."""
+    inside = valid_mask(target_lengths, targets.size(1))
+    targets = targets.masked_fill(~inside, eos_id)
+    inputs = F.pad(targets, (1, 0), value=sos_id)
+    outputs = F.pad(targets, (0, 1), value=eos_id)
+    return inputs, outputs, valid_mask(target_lengths + 1, targets.size(1) + 1)
+
+
+def reverse(targets, target_lengths):
+    """Each row of (B,U) read backwards within its own length; what lies beyond is padding."""
+    index = target_lengths[:, None] - 1 - torch.arange(targets.size(1), device=targets.device)
+    return targets.gather(1, index.clamp(min=0))
+
+
+def label_smoothing_loss(logits, targets, valid, smoothing: float):
+    """KL(smoothed one-hot || softmax) summed over each row: logits (B,U,V), targets and valid (B,U) -> (B,).
+
+    The target's share is 1 - smoothing and the rest is spread over the other V - 1 tokens, as in WeNet.
+    """
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    share = smoothing / (logits.size(-1) - 1)
+    hit = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    cross = -(1 - smoothing - share) * hit - share * log_probs.sum(-1)
+    entropy = sum(n * p * math.log(p) for n, p in ((1, 1 - smoothing), (logits.size(-1) - 1, share)) if p > 0)
+    return (cross + entropy).masked_fill(~valid, 0.0).sum(-1)
+
+
+class U2Conformer(nn.Module):
+    """Encoder, CTC branch and decoders. Pure: the outputs are a function of inputs, weights and torch's random state."""
+
+    def __init__(self, options: ModelOptions, num_mel_bins: int, vocab_size: int, blank_id: int, sos_id: int, eos_id: int):
+        super().__init__()
+        self.options, self.blank_id, self.sos_id, self.eos_id = options, blank_id, sos_id, eos_id
+        self.encoder = Encoder(options, num_mel_bins)
+        self.ctc = nn.Linear(options.output_size, vocab_size)
+        self.decoder = Decoder(options, vocab_size, options.decoder_num_blocks)
+        two_way = options.reverse_weight > 0
+        self.right_decoder = Decoder(options, vocab_size, options.r_num_blocks) if two_way else None
+
+    def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
+        """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,). Chunks in encoder frames."""
+        return self.encoder(feats, feat_lengths, chunk_size, left_chunks)
+
+    def ctc_log_probs(self, encoder_out):
+        """(B,T',D) -> (B,T',V) log-softmax of the CTC branch, float32 or wider."""
+        logits = self.ctc(encoder_out)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1):
+        """{"loss", "loss_ctc", "loss_att"} per utterance (U2++, equations 1 and 2), and "row_losses" (B,), detached.
+
+        targets (B,U) may be padded with anything; a row without a CTC path adds zero to the CTC loss, as in WeNet.
+        """
+        o = self.options
+        encoder_out, lengths = self.encode(feats, feat_lengths, chunk_size, left_chunks)
+        targets = targets.masked_fill(~valid_mask(target_lengths, targets.size(1)), self.blank_id)
+        ctc = F.ctc_loss(self.ctc_log_probs(encoder_out).transpose(0, 1), targets, lengths, target_lengths,
+                         blank=self.blank_id, reduction="none", zero_infinity=True)  # (B,)
+        att = (1 - o.reverse_weight) * self.attention_losses(self.decoder, encoder_out, lengths, targets, target_lengths)
+        if self.right_decoder is not None:
+            att = att + o.reverse_weight * self.attention_losses(
+                self.right_decoder, encoder_out, lengths, reverse(targets, target_lengths), target_lengths)
+        loss_ctc = ctc.mean()
+        loss_att = att.sum() / ((target_lengths + 1).sum() if o.length_normalized_loss else len(att))
+        return {"loss": o.ctc_weight * loss_ctc + (1 - o.ctc_weight) * loss_att, "loss_ctc": loss_ctc,
+                "loss_att": loss_att, "row_losses": (ctc + att).detach()}
+
+    def attention_losses(self, decoder, encoder_out, lengths, targets, target_lengths):
+        inputs, outputs, valid = decoder_io(targets, target_lengths, self.sos_id, self.eos_id)
+        return label_smoothing_loss(decoder(inputs, encoder_out, lengths), outputs, valid, self.options.lsm_weight)

@@ -1,0 +1,261 @@
+"""The LightningModule: what a step is, what a validation counts, and what happens to a gradient that is not finite.
+
+The network is conformer.py's; this file adds training, decoding and the checkpoint.
+"""
+
+import json
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass
+
+import pytorch_lightning as L
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torchmetrics import MeanMetric
+from torchmetrics.text import CharErrorRate, WordErrorRate
+
+import decode
+from cli import UserError, option
+from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
+from tokenizer import Tokenizer
+from transforms import Frontend
+
+VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
+DECODE_MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimizer, schedule, and the guard against gradients that are not finite."""
+
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
+    lr: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.01, "weight decay")
+    scheduler: str = option("onecycle", "OneCycleLR over the whole run, or WeNet's warm-up and decay by 1/sqrt(step)",
+                            choices=("onecycle", "warmup"))
+    warmup_steps: int = option(500, "steps until the peak learning rate, at most 30 %% of a onecycle run")
+    max_skips: int = option(50, "stop after this many skipped updates in a row")
+
+
+class U2(L.LightningModule):
+    """U2/U2++ with its training. `total_steps` (optimizer steps of the run) is what OneCycleLR needs; `skip_log` is the
+    path of skipped.jsonl, None for no log. Feature lengths are in frames; chunk sizes in encoder frames."""
+
+    def __init__(self, *, options: ModelOptions, optim: OptimOptions, frontend: Frontend, tokenizer: Tokenizer,
+                 total_steps: int = 1, seed: int = 0, skip_log: str | None = None):
+        super().__init__()
+        self.options, self.optim, self.frontend, self.tokenizer = options, optim, frontend, tokenizer
+        self.total_steps, self.seed, self.skip_log = total_steps, seed, skip_log
+        self.net = U2Conformer(options, frontend.num_mel_bins, tokenizer.vocab_size,
+                               tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id)
+        self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
+        for suffix in VALIDATION_CHUNKS:
+            self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = CharErrorRate(), WordErrorRate()
+        self.window = []  # (rows, row losses) of the micro-batches since the last update
+        self.update_skipped = False
+        self.skips_in_a_row = self.skips_in_all = 0
+
+    def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
+        """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,)."""
+        return self.net.encode(feats, feat_lengths, chunk_size, left_chunks)
+
+    def ctc_log_probs(self, encoder_out):
+        """(B,T',D) -> (B,T',V)."""
+        return self.net.ctc_log_probs(encoder_out)
+
+    def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1):
+        """{"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
+        return self.net.loss(feats, feat_lengths, targets, target_lengths, chunk_size, left_chunks)
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def on_train_batch_start(self, batch, batch_idx):
+        # Dropout and chunk draws are a function of (seed, micro-batch, rank): nothing before them can move them.
+        count = self.trainer.fit_loop.total_batch_idx
+        mixed = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
+        torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)) + self.global_rank)
+
+    def training_step(self, batch, batch_idx):
+        size = subsampled_length(batch.features.size(1), self.options.input_layer)
+        chunk_size, left_chunks = draw_chunk(size, self.options)
+        losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths,
+                               chunk_size, left_chunks)
+        self.window.append((batch.rows, losses.pop("row_losses")))
+        self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch.rows))
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
+        return losses["loss"]
+
+    def configure_optimizers(self):
+        o = self.optim
+        kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+        if o.scheduler == "onecycle":
+            share = min(o.warmup_steps / self.total_steps, 0.3)
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=o.lr, total_steps=self.total_steps + 1, pct_start=share, cycle_momentum=False)
+        else:
+            warm = max(o.warmup_steps, 1)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: warm**0.5 * min((step + 1) ** -0.5, (step + 1) * warm**-1.5))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler, metric):
+        ended = getattr(scheduler, "total_steps", math.inf) <= scheduler.last_epoch + 1
+        if not self.update_skipped and not ended:  # a run longer than planned goes on at the last learning rate
+            scheduler.step()
+
+    # ------------------------------------------------------------------------------------ the guard: skip what is not finite
+
+    def on_before_optimizer_step(self, optimizer):
+        """After backward and unscaling, before clipping: throws away a gradient that is not finite.
+
+        Optimizers leave a parameter without gradient alone, its state and step count included. One fused check and one
+        device sync; on several ranks all agree.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # nan and inf both survive a maximum
+        finite = torch.isfinite(norm).float()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self.update_skipped = not bool(finite)
+        if self.update_skipped:
+            optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        """One attempt at an update (global_step counts attempts); a skipped one is logged, max_skips in a row stop."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        window, self.window = self.window, []
+        if not self.update_skipped:
+            self.skips_in_a_row = 0
+            return
+        rows, bad_rows = self.gather_window(window)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler and not bad_rows and scaler.get_scale() / scaler.get_backoff_factor() > 1:
+            return  # float16 overflowed because of the scale, which GradScaler has just lowered: no row is at fault
+        self.report_skip(rows, bad_rows)
+
+    def gather_window(self, window) -> tuple[list[int], list[int]]:
+        """(rows of the window on all ranks, those of them whose loss is not finite)."""
+        rows = [int(row) for batch_rows, _ in window for row in batch_rows]
+        finite = [bool(ok) for _, losses in window for ok in losses.isfinite()]
+        pairs = [list(zip(rows, finite))]
+        if self.trainer.world_size > 1:
+            pairs = [None] * self.trainer.world_size
+            dist.all_gather_object(pairs, list(zip(rows, finite)))
+        pairs = [pair for of_rank in pairs for pair in of_rank]
+        return [row for row, _ in pairs], [row for row, ok in pairs if not ok]
+
+    def report_skip(self, rows, bad_rows):
+        self.skips_in_a_row += 1
+        self.skips_in_all += 1
+        self.log("skipped_updates", float(self.skips_in_all), rank_zero_only=True)
+        step = self.trainer.global_step
+        if self.trainer.is_global_zero and self.skip_log:
+            with open(self.skip_log, "a") as file:
+                file.write(json.dumps({"step": step, "epoch": self.current_epoch, "rows": rows,
+                                       "rows_with_nonfinite_loss": bad_rows}) + "\n")
+        rank_zero_warn(f"step {step}: gradient not finite, update skipped; rows with non-finite loss: {bad_rows or 'none'}")
+        if self.skips_in_a_row >= self.optim.max_skips:
+            raise UserError(f"{self.skips_in_a_row} updates in a row had a gradient that is not finite (the last at step "
+                            f"{step}); see {self.skip_log or 'the log'} for the rows, or lower --lr")
+
+    # ------------------------------------------------------------------------------------------------------ validation
+
+    def validation_step(self, batch, batch_idx):
+        references = [self.tokenizer.decode(labels[:length].tolist())
+                      for labels, length in zip(batch.labels, batch.label_lengths)]
+        losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)
+        self.val_metrics["val_loss"].update(losses["loss"], weight=len(batch.rows))
+        for suffix, chunk_size in VALIDATION_CHUNKS.items():
+            heard = self.decode(batch.features, batch.feature_lengths, "ctc_greedy_search", chunk_size=chunk_size)
+            texts = [self.tokenizer.decode(hypothesis.tokens) for hypothesis in heard]
+            self.val_metrics["val_cer" + suffix].update(texts, references)
+            self.val_metrics["val_wer" + suffix].update(texts, references)
+
+    def on_validation_epoch_end(self):
+        values = {name: metric.compute() for name, metric in self.val_metrics.items()}  # summed over ranks
+        values["val_cer_mean"] = sum(values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS) / len(VALIDATION_CHUNKS)
+        self.log_dict(values)
+        for metric in self.val_metrics.values():
+            metric.reset()
+        shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
+        rank_zero_info(f"epoch {self.current_epoch + 1}, step {self.global_step}: "
+                       + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown))
+
+    # -------------------------------------------------------------------------------------------------------- decoding
+
+    @torch.no_grad()
+    def decode(self, feats, feat_lengths, mode: str, beam_size: int = 10, chunk_size: int = -1, left_chunks: int = -1,
+               ctc_weight: float = 0.5, reverse_weight: float = 0.3) -> list[decode.Hypothesis]:
+        """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
+
+        Raises UserError for a mode that is not one of DECODE_MODES.
+        """
+        if mode not in DECODE_MODES:
+            raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(DECODE_MODES)}")
+        net = self.net
+        memory, lengths = net.encode(feats, feat_lengths, chunk_size, left_chunks)
+        if mode == "attention":
+            return self.attention_search(memory, lengths, beam_size)
+        log_probs = net.ctc_log_probs(memory)
+        if mode == "ctc_greedy_search":
+            return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
+        hypotheses = decode.ctc_prefix_beam_search(log_probs, lengths, beam_size, net.blank_id)
+        if mode == "ctc_prefix_beam_search":
+            return hypotheses
+
+        def score(tokens, _, rows, reverse):
+            decoder = net.right_decoder if reverse else net.decoder
+            return decoder(tokens, memory[rows], lengths[rows]).float().log_softmax(-1)
+
+        if net.right_decoder is None:
+            reverse_weight = 0.0
+        return decode.attention_rescoring(hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight)
+
+    def attention_search(self, memory, lengths, beam_size):
+        net = self.net
+        rows = torch.arange(memory.size(0), device=memory.device).repeat_interleave(beam_size)  # (B*N,)
+        memory, lengths, longest = memory[rows], lengths[rows], memory.size(1)
+
+        def step(prefixes, state, parents):
+            if parents is not None:  # parents stay within their utterance, so the source needs no reordering
+                state = [(tuple(past[parents] for past in pair), source) for pair, source in state]
+            logits, state = net.decoder.step(prefixes, state, memory, lengths)
+            return logits.float().log_softmax(-1), state
+
+        return decode.attention_beam_search(step, len(rows) // beam_size, longest, beam_size, net.sos_id, net.eos_id,
+                                            memory.device)
+
+    # ------------------------------------------------------------------------------------------------------ checkpoint
+
+    def on_save_checkpoint(self, checkpoint):
+        """Plain data beside the weights: a .ckpt is all that a later command needs."""
+        checkpoint.update(model_options=asdict(self.options), optim_options=asdict(self.optim),
+                          frontend=asdict(self.frontend), tokenizer=self.tokenizer.to_dict())
+
+
+def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
+    """(model in evaluation mode, tokenizer, frontend) of a .ckpt. Raises UserError for a file that is not ours."""
+    checkpoint = read_checkpoint(path)
+    tokenizer, frontend = Tokenizer.from_dict(checkpoint["tokenizer"]), Frontend(**checkpoint["frontend"])
+    model = U2(options=ModelOptions(**checkpoint["model_options"]), optim=OptimOptions(**checkpoint["optim_options"]),
+               frontend=frontend, tokenizer=tokenizer)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.to(device).eval(), tokenizer, frontend
+
+
+def read_checkpoint(path: str) -> dict:
+    """The checkpoint's dict, tensors on the CPU; UserError where it is missing, unreadable or not ours."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a checkpoint of lightning-U2, or damaged ({type(error).__name__})") from error
+    needed = ("state_dict", "model_options", "optim_options", "frontend", "tokenizer")
+    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
+    return checkpoint

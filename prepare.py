@@ -1,0 +1,398 @@
+"""Speech and transcripts in, training data out: python prepare.py (--demo | --source SRC) --data_root ROOT
+
+ROOT/{split}/{shard}/ are datasets saved with save_to_disk; a row has input_values (N,) float32 at 16 kHz,
+labels {input_ids: (U,) int32}, length N, text and, where known, speaker. ROOT/tokenizer.json holds the vocabulary,
+ROOT/rejected.csv the rows that could not be used. ROOT appears when all of it is written, or not at all.
+"""
+
+import argparse
+import collections
+import contextlib
+import csv
+import functools
+import glob
+import io
+import itertools
+import os
+import shutil
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, NamedTuple
+
+import datasets
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+import cli
+import demo
+import tokenizer as tk
+from cli import UserError, option
+
+SAMPLE_RATE = 16000
+# The splits of openslr/librispeech_asr (configs all, clean, other) and the usual names on the hub.
+SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
+               "train.100": "train", "train.360": "train", "train.500": "train", "train": "train",
+               "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev",
+               "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean"}
+TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
+SPEAKER_COLUMNS = ("speaker", "speaker_id")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    source: str | None = option(None, "folder SRC/{split}/metadata.csv, folder of parquet files, or a hub dataset's id")
+    demo: bool = option(False, "make the synthetic demo corpus instead of reading a source")
+    data_root: str | None = option(None, "folder to write; with --demo data/demo if not given")
+    tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, a .ckpt or a vocab.json")
+    vocab_size: int | None = option(None, "number of tokens of --tokenizer bpe; 500 if not given")
+    shard_rows: int = option(2000, "rows of a shard")
+    overwrite: bool = option(False, "replace the data that an earlier run left in data_root")
+    lowercase: bool = option(False, "write all text in lower case")
+    uppercase: bool = option(False, "write all text in upper case")
+    remove_punctuation: bool = option(False, "leave punctuation out of the text, apostrophes excepted")
+    split_map: tuple[str, ...] = option((), "read only these splits under these names, e.g. train.100=train test=dev")
+    config: str | None = option(None, "configuration of a hub dataset, e.g. clean")
+    text_column: str | None = option(None, f"column of the text; the first of {', '.join(TEXT_COLUMNS)} if not given")
+    audio_column: str = option("audio", "column of the audio in parquet and hub data")
+
+
+class Row(NamedTuple):
+    name: str  # for rejected.csv
+    audio: Any  # a path, the bytes of a file, or a function that returns (waveform (N,), rate)
+    text: str
+    speaker: str  # "" when not known
+
+
+class Split(NamedTuple):
+    count: int | None  # rows, where known
+    speakers: bool  # whether its rows name their speakers
+    texts: Callable[[], Iterable[str]]  # all transcripts, without touching audio
+    rows: Callable[[], Iterable[Row]]
+
+
+class BadRow(Exception):
+    """Why one row cannot be used."""
+
+
+# Sources: each gives {split name: [Split, ...]}
+
+
+def demo_source() -> dict[str, list[Split]]:
+    """The synthetic corpus of demo.py."""
+
+    def rows(plan):
+        for i, utterance in enumerate(plan):
+            speech = functools.partial(lambda u: (demo.speak(u), demo.RATE), utterance)
+            yield Row(f"utterance {i}", speech, utterance.text, utterance.voice)
+
+    splits = {}
+    for name in demo.UTTERANCES:
+        plan = demo.plan(name)
+        texts = functools.partial(lambda plan: (u.text for u in plan), plan)
+        splits[name] = [Split(len(plan), True, texts, functools.partial(rows, plan))]
+    return splits
+
+
+def folder_source(source: str, options: PrepareOptions) -> dict[str, list[Split]]:
+    """SRC/{split}/metadata.csv with file_name (relative to the split's folder), text and, optionally, speaker."""
+    splits = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(source), "*", "metadata.csv"))):
+        folder = os.path.dirname(path)
+        records = read_metadata(path)
+        text = choose_column(list(records[0]), options.text_column, TEXT_COLUMNS, path)
+        speaker = next((c for c in SPEAKER_COLUMNS if c in records[0]), None)
+        rows = functools.partial(folder_rows, folder, records, text, speaker)
+        texts = functools.partial(lambda records, text: (r[text] or "" for r in records), records, text)
+        splits[os.path.basename(folder)] = [Split(len(records), speaker is not None, texts, rows)]
+    return select_splits(splits, options, source, {})
+
+
+def read_metadata(path: str) -> list[dict]:
+    """The lines of a metadata.csv. Raises UserError when it is no CSV with a column file_name, or has no rows."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            records = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}; it must be a CSV file in UTF-8") from None
+    if not records:
+        raise UserError(f"{path} has no rows; fill it or take the folder away")
+    if "file_name" not in records[0]:
+        raise UserError(f"{path} has no column file_name; its columns are {', '.join(map(str, records[0]))}")
+    return records
+
+
+def folder_rows(folder: str, records: list[dict], text: str, speaker: str | None):
+    for record in records:
+        name = record["file_name"] or ""
+        yield Row(name, os.path.join(folder, name), record[text] or "", (speaker and record[speaker]) or "")
+
+
+def hub_source(source: str, options: PrepareOptions) -> dict[str, list[Split]]:
+    """Parquet files or a dataset on the hub, through datasets; the audio stays encoded until it is needed."""
+    local = os.path.isdir(source)
+    try:  # a local folder is streamed; what the hub sends is kept in datasets' cache
+        loaded = datasets.load_dataset(source, options.config, streaming=local)
+    except Exception as error:  # datasets raises many kinds, some of them bare
+        raise UserError(f"cannot load {source}: {error}; give a folder with SRC/{{split}}/metadata.csv, a folder of "
+                        "parquet files or the id of a hub dataset") from None
+    splits = {}
+    for name, data in loaded.items():
+        columns = data.column_names or list(next(iter(data)))
+        place = f"split {name} of {source}"
+        text = choose_column(columns, options.text_column, TEXT_COLUMNS, place)
+        audio = choose_column(columns, options.audio_column, (), place, flag="--audio_column")
+        data = data.cast_column(audio, datasets.Audio(decode=False))
+        speaker = next((c for c in SPEAKER_COLUMNS if c in columns), None)
+        texts = functools.partial(lambda d, text: (string(r[text]) for r in d), data.select_columns([text]), text)
+        rows = functools.partial(hub_rows, data, audio, text, speaker)
+        splits[name] = [Split(None if local else len(data), speaker is not None, texts, rows)]
+    return select_splits(splits, options, source, SPLIT_NAMES)
+
+
+def hub_rows(data, audio: str, text: str, speaker: str | None):
+    for i, record in enumerate(data):
+        sound = record[audio] or {}
+        content = sound.get("bytes") if sound.get("bytes") is not None else sound.get("path")
+        yield Row(sound.get("path") or f"row {i}", content, string(record[text]), string(speaker and record[speaker]))
+
+
+def string(value) -> str:
+    """A cell as text; speakers are often numbers, and nothing is an empty text."""
+    return "" if value is None else str(value)
+
+
+def choose_column(columns, wanted: str | None, usual, place: str, flag: str = "--text_column") -> str:
+    """The column `wanted`, or the first of the usual names. Raises UserError when there is none."""
+    found = [c for c in ([wanted] if wanted else usual) if c in columns]
+    if not found:
+        raise UserError(f"{place} has no column {wanted or ' or '.join(usual)}; its columns are "
+                        f"{', '.join(map(str, columns))}: name one with {flag}")
+    return found[0]
+
+
+def select_splits(splits: dict, options: PrepareOptions, source: str, usual: dict) -> dict[str, list[Split]]:
+    """Renames splits: those of --split_map only, or all with the usual names. Several may join under one name."""
+    wanted = dict(item.partition("=")[::2] for item in options.split_map)
+    for old, new in wanted.items():
+        if not new or os.path.basename(new) != new or new.startswith("."):
+            raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")
+        if old not in splits:
+            raise UserError(f"{source} has no split {old}; it has {', '.join(splits)}")
+    result = collections.defaultdict(list)
+    for old, parts in splits.items():
+        if not wanted or old in wanted:
+            result[wanted.get(old) or usual.get(old, old)] += parts
+    return dict(result)
+
+
+def open_source(options: PrepareOptions) -> dict[str, list[Split]]:
+    if options.demo:
+        return demo_source()
+    if glob.glob(os.path.join(glob.escape(options.source), "*", "metadata.csv")):
+        return folder_source(options.source, options)
+    if os.path.exists(options.source) and not glob.glob(os.path.join(glob.escape(options.source), "**/*.parquet"),
+                                                        recursive=True):
+        raise UserError(f"{options.source} has neither SRC/{{split}}/metadata.csv nor parquet files; lay the speech out "
+                        "as SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns file_name and text")
+    return hub_source(options.source, options)
+
+
+# One row
+
+
+def read_audio(audio) -> np.ndarray:
+    """Waveform (N,) float32, mono, 16 kHz, of a path, bytes or a function. Raises BadRow."""
+    try:
+        if callable(audio):
+            samples, rate = audio()
+        elif audio is None:
+            raise BadRow("no audio")
+        else:
+            samples, rate = soundfile.read(io.BytesIO(audio) if isinstance(audio, bytes) else audio, dtype="float32")
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors are RuntimeErrors
+        if isinstance(audio, str) and not os.path.isfile(audio):
+            raise BadRow("file missing") from None
+        raise BadRow(f"cannot be decoded: {error}") from None
+    if len(samples) == 0:
+        raise BadRow("no samples")
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise BadRow("samples are not finite")
+    return resample(samples, rate)
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """(N,) float32 at `rate` Hz to 16 kHz."""
+    if rate == SAMPLE_RATE:
+        return samples
+    rate = max(25, round(rate / 25) * 25)  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
+    return torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
+
+
+def clean_text(text: str, options: PrepareOptions) -> str:
+    """NFC with single spaces; case and punctuation as the options say."""
+    if options.remove_punctuation:
+        text = "".join(" " if unicodedata.category(c).startswith("P") and c not in "'\u2019" else c for c in text)
+    if options.lowercase or options.uppercase:
+        text = text.lower() if options.lowercase else text.upper()
+    return tk.normalize_text(text)
+
+
+def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> dict:
+    """The row as it is written. Raises BadRow."""
+    text = clean_text(row.text, options)
+    if not text:
+        raise BadRow("empty text")
+    samples = read_audio(row.audio)
+    return {"input_values": samples, "labels": {"input_ids": tokenizer.encode(text)}, "length": len(samples),
+            "text": text, "speaker": row.speaker}
+
+
+# Writing
+
+
+def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, rejected: list) -> int:
+    """Writes the shards folder/0, folder/1, ...; bad rows are added to `rejected`. Returns the rows kept."""
+    counts = [part.count for part in parts]
+    rows = itertools.chain.from_iterable(part.rows() for part in parts)
+    bar = tqdm(rows, desc=name, unit=" rows", total=None if None in counts else sum(counts))
+    speakers = any(part.speakers for part in parts)
+    with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
+        for row in bar:
+            try:
+                writer.write(make_example(row, tokenizer, options))
+            except BadRow as reason:
+                rejected.append((name, row.name, str(reason)))
+    if writer.rows == 0:
+        first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == name), "")
+        raise UserError(f"split {name} has no usable row{first}; nothing was written")
+    return writer.rows
+
+
+class ShardWriter:
+    """Streams rows into datasets of at most `shard_rows` rows; a shard's audio passes through a file, not memory."""
+
+    def __init__(self, folder: str, shard_rows: int, speakers: bool):
+        self.folder, self.shard_rows = folder, shard_rows
+        columns = {"input_values": datasets.List(datasets.Value("float32")),
+                   "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
+                   "length": datasets.Value("int64"), "text": datasets.Value("string")}
+        self._features = datasets.Features(columns | ({"speaker": datasets.Value("string")} if speakers else {}))
+        self.rows = self.shards = 0
+        self._writer, self._stream = None, f"{folder}.arrow"
+        os.makedirs(folder)
+
+    def write(self, example: dict) -> None:
+        if self._writer is None:
+            self._writer = ArrowWriter(path=self._stream, features=self._features, writer_batch_size=100)
+        self._writer.write({name: example[name] for name in self._features})
+        self.rows += 1
+        if self.rows % self.shard_rows == 0:
+            self.close()
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.finalize()
+        self._writer = None
+        datasets.Dataset.from_file(self._stream).save_to_disk(os.path.join(self.folder, str(self.shards)))
+        os.remove(self._stream)
+        self.shards += 1
+
+
+def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> tk.Tokenizer:
+    """Loads --tokenizer PATH, or trains on the text of the train split."""
+    if options.tokenizer not in ("char", "bpe"):
+        return tk.load_tokenizer(options.tokenizer)
+    if "train" not in splits:
+        raise UserError(f"no split train to train a tokenizer on, only {', '.join(splits)}; give --tokenizer PATH, the "
+                        "tokenizer.json or .ckpt of the model this data is for")
+    texts = (clean_text(text, options) for part in splits["train"] for text in part.texts())
+    return tk.train_char(texts) if options.tokenizer == "char" else tk.train_bpe(texts, options.vocab_size or 500)
+
+
+def check_root(root: str, overwrite: bool) -> None:
+    """Raises UserError when ROOT holds data and may not be replaced, or anything that is not prepare.py's."""
+    if not os.path.exists(root):
+        return
+    if not os.path.isdir(root):
+        raise UserError(f"{root} is a file; give another --data_root")
+    foreign = [name for name in sorted(os.listdir(root)) if name not in ("tokenizer.json", "rejected.csv")
+               and not glob.glob(os.path.join(glob.escape(os.path.join(root, name)), "*", "state.json"))]
+    if foreign:
+        raise UserError(f"{root} holds {foreign[0]}, which prepare.py did not write; give another --data_root")
+    if os.listdir(root) and not overwrite:
+        raise UserError(f"{root} holds data already; give another --data_root, or --overwrite to replace it")
+
+
+def publish(partial: str, root: str) -> None:
+    """Puts the finished folder in ROOT's place; what was there goes last."""
+    old = f"{partial}-old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(root):
+        os.replace(root, old)
+    os.replace(partial, root)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def prepare(options: PrepareOptions) -> tuple[int, int]:
+    """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
+    root = os.path.realpath(options.data_root)
+    check_root(root, options.overwrite)
+    splits = open_source(options)
+    tokenizer = make_tokenizer(splits, options)
+    partial = os.path.join(os.path.dirname(root), f".{os.path.basename(root)}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        os.makedirs(partial)
+        rejected: list[tuple[str, str, str]] = []
+        kept = sum(write_split(name, parts, os.path.join(partial, name), tokenizer, options, rejected)
+                   for name, parts in splits.items())
+        with open(os.path.join(partial, "rejected.csv"), "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("split", "file_name", "reason"), *rejected])
+        tk.save_tokenizer(tokenizer, os.path.join(partial, "tokenizer.json"))
+        publish(partial, root)
+    except OSError as error:
+        raise UserError(f"cannot write {options.data_root}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return kept, len(rejected)
+
+
+def parse(argv: list[str]) -> PrepareOptions:
+    parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see prepare.py --help"))
+    cli.add_options(parser, PrepareOptions)
+    given = vars(parser.parse_args(argv))
+    options = cli.build(PrepareOptions, given, **({"data_root": "data/demo"} if given.get("demo") else {}))
+    if options.demo == (options.source is not None):
+        raise UserError("give either --demo or --source SRC, and --data_root ROOT")
+    if options.data_root is None:
+        raise UserError("give --data_root ROOT, the folder to write")
+    unused = {"split_map", "config", "text_column", "audio_column"} & set(given) if options.demo else set()
+    unused |= {"vocab_size"} & set(given) if options.tokenizer != "bpe" else set()
+    if unused:
+        raise UserError(f"--{sorted(unused)[0]} has no effect here; leave it out")
+    if options.lowercase and options.uppercase:
+        raise UserError("give --lowercase or --uppercase, not both")
+    if options.shard_rows < 1:
+        raise UserError("--shard_rows must be 1 or more")
+    return options
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    datasets.disable_progress_bars()  # save_to_disk's; ours counts rows
+    kept, rejected = prepare(options)
+    print(f"{options.data_root}: kept {kept} rows, rejected {rejected} rows"
+          + (f" (reasons in {os.path.join(options.data_root, 'rejected.csv')})" if rejected else ""))
+
+
+if __name__ == "__main__":
+    cli.run(main)

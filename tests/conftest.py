@@ -1,0 +1,18 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """What WeNet computes from a small experiment with random weights: (weights, expectations)."""
+    folder = ROOT.parent / "shared" / "golden" / "u2pp_conformer"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: parity with WeNet's own output is not checked")
+    return tuple(torch.load(folder / name, weights_only=True) for name in ("final.pt", "expect.pt"))

@@ -1,0 +1,193 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conformer import (PRESETS, SUBSAMPLING, Dropout, ModelOptions, Subsampling, U2Conformer, chunk_mask, draw_chunk,
+                       label_smoothing_loss, receptive_field, reverse, subsampled_length, valid_mask)
+
+TINY = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5,
+                    decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
+
+
+def network(seed=0, **changes):
+    torch.manual_seed(seed)
+    return U2Conformer(dataclasses.replace(TINY, **changes), 80, 12, 0, 2, 3).eval()
+
+
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+def test_predicted_length_is_the_length_that_the_convolutions_give(input_layer):
+    subsampling = Subsampling(input_layer, 80, 4)
+    field, rate = receptive_field(input_layer)
+    for length in range(field, field + 40):
+        assert subsampling(torch.zeros(1, length, 80)).size(1) == subsampled_length(length, input_layer)
+    assert subsampled_length(field - 1, input_layer) == 0 and subsampled_length(field + rate, input_layer) == 2
+    lengths = torch.tensor([0, 1, field - 1, field, 100])
+    assert subsampled_length(lengths, input_layer).tolist() == [subsampled_length(n, input_layer) for n in lengths.tolist()]
+
+
+@pytest.mark.parametrize("name, millions, vocab", [("base", 48.3, 4233), ("small", 4.6, 31)])
+def test_presets_have_the_published_size(name, millions, vocab):
+    model = U2Conformer(ModelOptions(**PRESETS[name]), 80, vocab, 0, 2, 3)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_chunk_mask_shows_the_own_chunk_and_the_left_ones():
+    expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert chunk_mask(5, 2, left_chunks=1).int().tolist() == expected
+    assert chunk_mask(5, 2).int().tolist()[4] == [1, 1, 1, 1, 1]
+    assert chunk_mask(5, 2, left_chunks=0).int().tolist()[4] == [0, 0, 0, 0, 1]
+
+
+def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25():
+    torch.manual_seed(0)
+    draws = [draw_chunk(200, TINY)[0] for _ in range(2000)]
+    assert 0.45 < sum(chunk == -1 for chunk in draws) / len(draws) < 0.55
+    assert set(draws) - {-1} == set(range(1, 26))
+    lefts = [draw_chunk(200, dataclasses.replace(TINY, use_dynamic_left_chunk=True)) for _ in range(500)]
+    assert all(left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts)
+    assert draw_chunk(200, dataclasses.replace(TINY, use_dynamic_chunk=False)) == (-1, -1)
+
+
+@pytest.mark.parametrize("chunk_size, left_chunks", [(-1, -1), (4, -1), (4, 1), (1, 0)])
+def test_padding_and_neighbours_change_nothing(chunk_size, left_chunks):
+    # (of the causal network: behind WeNet's non-causal convolution the last frames do see whether padding follows)
+    model = network().double()
+    feats = torch.randn(3, 90, 80, dtype=torch.float64)
+    lengths = torch.tensor([90, 53, 30])
+    together, frames = model.encode(feats, lengths, chunk_size, left_chunks)
+    for row, length in enumerate(lengths.tolist()):
+        alone, _ = model.encode(feats[row:row + 1, :length], lengths[row:row + 1], chunk_size, left_chunks)
+        torch.testing.assert_close(together[row, :frames[row]], alone[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7])
+def test_what_lies_beyond_the_chunk_is_never_seen(chunk_size):
+    model = network().double()
+    feats, lengths = torch.randn(1, 127, 80, dtype=torch.float64), torch.tensor([127])
+    before, _ = model.encode(feats, lengths, chunk_size)
+    field, rate = receptive_field("conv2d")
+    for chunks in (1, 2):
+        last = (chunks * chunk_size - 1) * rate + field  # feature frames that these chunks see
+        changed = feats.clone()
+        changed[:, last:] = torch.randn_like(changed[:, last:])
+        after, _ = model.encode(changed, lengths, chunk_size)
+        seen = chunks * chunk_size
+        torch.testing.assert_close(after[:, :seen], before[:, :seen], rtol=0, atol=1e-12)
+        assert (after[:, seen] - before[:, seen]).abs().max() > 1e-6
+
+
+def test_relative_attention_is_the_textbook_formula():
+    """(q+u).k + (q+v).p, written out, against keys k+p with one bias per key."""
+    attention = network().double().encoder.blocks[0].self_attn
+    x, positions = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(1, 9, 16, dtype=torch.float64)
+    mask = valid_mask(torch.tensor([9, 6]), 9)[:, None, None].expand(2, 1, 9, 9)
+    q, (k, v) = attention.split(attention.linear_q(x)), attention.keys_values(x)
+    p = attention.split(attention.linear_pos(positions))
+    content = (q + attention.pos_bias_u[:, None]) @ k.transpose(2, 3)
+    position = (q + attention.pos_bias_v[:, None]) @ p.transpose(2, 3)
+    weights = ((content + position) / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = attention.linear_out((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, positions, mask), expected, rtol=0, atol=1e-12)
+
+
+def test_dropout_keeps_its_share_and_its_mean_and_is_reproducible():
+    dropout, x = Dropout(0.1), torch.ones(1001, 999)
+    torch.manual_seed(1)
+    y = dropout(x)
+    assert abs((y == 0).double().mean() - 0.1) < 0.001 and abs(y.double().mean() - 1) < 0.001
+    assert set(y.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9))}
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
+    logits, targets = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    valid = valid_mask(torch.tensor([5, 3]), 5)
+    soft = torch.full((2, 5, 7), smoothing / 6).scatter(2, targets[..., None], 1 - smoothing)
+    divergence = F.kl_div(logits.log_softmax(-1), soft, reduction="none").sum(-1)
+    torch.testing.assert_close(label_smoothing_loss(logits, targets, valid, smoothing), (divergence * valid).sum(-1))
+
+
+def test_reverse_reads_each_row_backwards_within_its_length():
+    rows = torch.tensor([[4, 5, 6, 7], [4, 5, 9, 9]])
+    assert reverse(rows, torch.tensor([4, 2]))[0].tolist() == [7, 6, 5, 4]
+    assert reverse(rows, torch.tensor([4, 2]))[1, :2].tolist() == [5, 4]
+
+
+def test_loss_is_the_weighted_sum_of_its_branches_and_ignores_the_padding_of_targets():
+    model = network()
+    feats, lengths = torch.randn(2, 60, 80), torch.tensor([60, 44])
+    targets, target_lengths = torch.tensor([[4, 5, 6], [7, -1, 99]]), torch.tensor([3, 1])
+    losses = model.loss(feats, lengths, targets, target_lengths)
+    torch.testing.assert_close(losses["loss"], 0.3 * losses["loss_ctc"] + 0.7 * losses["loss_att"])
+    again = model.loss(feats, lengths, torch.tensor([[4, 5, 6], [7, 0, 0]]), target_lengths)
+    assert torch.equal(losses["loss"], again["loss"])
+    alone = [model.loss(feats[i:i + 1, :n], lengths[i:i + 1], targets[i:i + 1], target_lengths[i:i + 1])["loss"]
+             for i, n in enumerate(lengths.tolist())]
+    torch.testing.assert_close(losses["loss"], sum(alone) / 2)
+
+
+def test_u2_has_no_right_to_left_decoder():
+    model = network(reverse_weight=0.0)
+    assert model.right_decoder is None
+    losses = model.loss(torch.randn(1, 40, 80), torch.tensor([40]), torch.tensor([[4, 5]]), torch.tensor([2]))
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_utterances_too_short_for_a_frame_have_a_finite_loss():
+    model = network()
+    losses = model.loss(torch.randn(2, 5, 80), torch.tensor([5, 1]), torch.tensor([[4], [5]]), torch.tensor([1, 1]))
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_decoder_step_by_step_equals_the_full_pass():
+    model = network()
+    memory, lengths = torch.randn(3, 9, 16), torch.tensor([9, 4, 1])
+    tokens = torch.randint(0, 12, (3, 6))
+    whole, state = model.decoder(tokens, memory, lengths), None
+    for step in range(tokens.size(1)):
+        logits, state = model.decoder.step(tokens[:, :step + 1], state, memory, lengths)
+        torch.testing.assert_close(logits, whole[:, step], rtol=1e-5, atol=1e-5)
+
+
+WENET_NAMES = (("encoder.encoders.", "encoder.blocks."), ("embed.conv.0.", "embed.convs.0."),
+               ("embed.conv.2.", "embed.convs.1."), ("embed.out.0.", "embed.out."), ("decoder.left_decoder.", "decoder."),
+               ("decoder.right_decoder.", "right_decoder."), (".decoders.", ".blocks."),
+               ("decoder.embed.0.", "decoder.embed."), ("ctc.ctc_lo", "ctc"))
+
+
+def from_wenet(weights):
+    ours = {}
+    for name, value in weights.items():
+        if "linear_k." in name:  # keys and values are one product here
+            value = torch.cat([value, weights[name.replace("linear_k.", "linear_v.")]])
+        for theirs, here in (*WENET_NAMES, ("linear_k.", "linear_kv.")):
+            name = name.replace(theirs, here)
+        if "linear_v." not in name and "global_cmvn" not in name and not name.endswith(".pe"):
+            ours[name] = value.squeeze(-1) if "pointwise" in name and value.dim() == 3 else value
+    return ours
+
+
+def test_encoder_and_losses_are_wenets(golden):
+    weights, expected = golden
+    options = ModelOptions(output_size=32, attention_heads=4, linear_units=64, num_blocks=2, cnn_module_kernel=8,
+                           decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=64)
+    model = U2Conformer(options, 80, 24, 0, 23, 23).eval()
+    model.load_state_dict(from_wenet(weights))
+    feats = (expected["feats"] - weights["encoder.global_cmvn.mean"]) * weights["encoder.global_cmvn.istd"]
+    lengths = expected["feat_lengths"]
+    for name, chunk_size, left_chunks in (("full", -1, -1), ("chunk4_left-1", 4, -1), ("chunk4_left2", 4, 2),
+                                          ("chunk8_left1", 8, 1)):
+        out, frames = model.encode(feats, lengths, chunk_size, left_chunks)
+        valid = valid_mask(frames, out.size(1))
+        assert torch.equal(frames, expected["encoder_lengths"])
+        assert (out - expected[f"encoder_out_{name}"])[valid].abs().max() < 1e-5
+    losses = model.loss(feats, lengths, expected["targets"], expected["target_lengths"])
+    for name in ("loss", "loss_ctc", "loss_att"):
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-4)

@@ -1,0 +1,238 @@
+"""The guard of optimizer_step, validation, decoding and checkpoints, on a network that trains in a blink."""
+
+import json
+from typing import NamedTuple
+
+import pytest
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.plugins import MixedPrecision
+from torch.utils.data import DataLoader
+
+from cli import UserError
+from conformer import ModelOptions
+from model import DECODE_MODES, U2, OptimOptions, load_checkpoint
+from tokenizer import Tokenizer, train_char
+from transforms import Frontend
+
+OPTIONS = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
+                       decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
+TOKENIZER = train_char(["abcdefgh"])
+
+
+class Batch(NamedTuple):
+    features: torch.Tensor
+    feature_lengths: torch.Tensor
+    labels: torch.Tensor
+    label_lengths: torch.Tensor
+    rows: torch.Tensor
+
+
+def batches(count, poison=(), size=2, first_row=0, frames=60):
+    """`count` batches of `size` rows; those numbered in `poison` hold a NaN in their second row."""
+    generator = torch.Generator().manual_seed(first_row)
+    for number in range(count):
+        features = torch.randn(size, frames, 80, generator=generator)
+        if number in poison:
+            features[1, 3, 3] = torch.nan
+        rows = torch.arange(size) + first_row + number * size
+        yield Batch(features, torch.full((size,), frames), torch.randint(4, 12, (size, 3), generator=generator),
+                    torch.full((size,), 3), rows)
+
+
+def make(tmp_path=None, **optim):
+    torch.manual_seed(0)
+    return U2(options=OPTIONS, optim=OptimOptions(**{"warmup_steps": 2, **optim}), frontend=Frontend(), tokenizer=TOKENIZER,
+              total_steps=20, skip_log=str(tmp_path / "skipped.jsonl") if tmp_path else None)
+
+
+class Recorder(L.Callback):
+    """What the weights, the optimizer and the schedule were after each attempt."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.fit_loop._should_accumulate():
+            return
+        optimizer = trainer.optimizers[0]
+        moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+        self.states.append((trainer.global_step, [p.detach().clone() for p in module.parameters()], moments,
+                            trainer.lr_scheduler_configs[0].scheduler.last_epoch))
+
+
+def fit(model, loader, accumulate=1, plugins=None, precision=None, **options):
+    recorder = Recorder()
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=5.0,
+                        callbacks=[recorder], accumulate_grad_batches=accumulate, plugins=plugins, precision=precision,
+                        **options)
+    trainer.fit(model, DataLoader(list(loader), batch_size=None))
+    return trainer, recorder.states
+
+
+def same(left, right):
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
+
+
+def skipped(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def precision_plugins(precision):
+    if precision == "16-mixed":  # Lightning turns it into bf16 on a CPU, unless it is handed the plugin
+        return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
+    return {"precision": precision}
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_a_nan_in_one_micro_batch_of_four_leaves_everything_as_it_was(tmp_path, precision, optimizer):
+    model = make(tmp_path, optimizer=optimizer)
+    trainer, states = fit(model, batches(12, poison=[4]), accumulate=4, **precision_plugins(precision))
+    (_, *before), (attempts, *after), (_, *healed) = states
+    assert attempts == 2 and trainer.global_step == 3  # global_step counts attempts
+    assert same(before[0], after[0]) and same(before[1], after[1]) and before[2] == after[2]
+    assert not same(after[0], healed[0]) and healed[2] == after[2] + 1
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert skipped(tmp_path) == [{"step": 1, "epoch": 0, "rows": list(range(8, 16)), "rows_with_nonfinite_loss": [9]}]
+
+
+def test_accumulation_starts_afresh_after_a_skip(tmp_path):
+    """The window after a poisoned one gives the update that it gives when the poisoned one is not there."""
+    poisoned, clean = make(tmp_path), make()
+    for model in (poisoned, clean):
+        model.on_train_batch_start = lambda *_: torch.manual_seed(0)  # the same dropout whatever came before
+    good = list(batches(4))
+    bad = list(batches(2, poison=[1]))
+    _, with_bad = fit(poisoned, good[:2] + bad + good[2:], accumulate=2)
+    _, without = fit(clean, good, accumulate=2)
+    assert same(with_bad[-1][1], without[-1][1]) and same(with_bad[-1][2], without[-1][2])
+
+
+def test_gradscalers_opening_overflows_are_not_skips(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    model = make(tmp_path, max_skips=3)
+    fit(model, batches(40), plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert scaler.get_scale() < 2.0**40 and model.skips_in_all == 0 and not skipped(tmp_path)
+
+
+def test_gradscaler_still_updates_in_a_skipped_window(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = make(tmp_path)
+    fit(model, batches(6, poison=[3]), plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert scaler.get_scale() == 512.0 and model.skips_in_all == 1
+
+
+def test_an_infinite_gradient_without_an_infinite_loss_is_skipped_too(tmp_path):
+    model = make(tmp_path)
+    parameter = model.net.ctc.weight
+    calls = []
+    parameter.register_hook(lambda grad: (calls.append(1), grad.fill_(torch.inf) if len(calls) == 2 else grad)[1])
+    _, states = fit(model, batches(3))
+    assert same(states[0][1], states[1][1]) and not same(states[1][1], states[2][1])
+    assert skipped(tmp_path)[0]["rows_with_nonfinite_loss"] == []
+
+
+def test_training_stops_with_one_line_after_max_skips_in_a_row(tmp_path):
+    with pytest.raises(UserError, match="3 updates in a row"):
+        fit(make(tmp_path, max_skips=3), batches(8, poison=range(2, 8)))
+    assert len(skipped(tmp_path)) == 3
+    model = make(tmp_path, max_skips=3)
+    fit(model, batches(8, poison=[1, 2, 4, 5, 7]))  # five skips, never three in a row
+    assert model.skips_in_all == 5
+
+
+def test_a_label_too_long_for_its_frames_trains_on_with_finite_weights(tmp_path):
+    """As in WeNet such a row adds nothing to the CTC loss; it is no reason to skip."""
+    model = make(tmp_path)
+    batch = next(batches(1, frames=30))  # 6 encoder frames
+    batch = batch._replace(labels=torch.randint(4, 12, (2, 9)), label_lengths=torch.tensor([9, 3]))
+    _, states = fit(model, [batch] * 3)
+    assert not skipped(tmp_path) and not same(states[0][1], states[1][1])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+class RankLoader(L.LightningDataModule):
+    def __init__(self, poisoned_rank):
+        super().__init__()
+        self.poisoned_rank = poisoned_rank
+
+    def train_dataloader(self):
+        rank = self.trainer.global_rank
+        return DataLoader(list(batches(4, poison=[2] if rank == self.poisoned_rank else [], first_row=100 * rank)),
+                          batch_size=None)
+
+
+class KeepWeights(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, module):
+        torch.save({"weights": module.state_dict(), "updates": trainer.lr_scheduler_configs[0].scheduler.last_epoch,
+                    "skips": module.skips_in_all}, f"{self.folder}/rank{trainer.global_rank}.pt")
+
+
+def test_two_processes_skip_together_when_one_of_them_is_poisoned(tmp_path):
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                        callbacks=[KeepWeights(str(tmp_path))], use_distributed_sampler=False)
+    trainer.fit(make(tmp_path), RankLoader(poisoned_rank=1))
+    left, right = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert left["updates"] == right["updates"] == 3 and left["skips"] == right["skips"] == 1
+    assert all(torch.equal(left["weights"][name], right["weights"][name]) for name in left["weights"])
+    assert all(value.isfinite().all() for value in left["weights"].values())
+    assert skipped(tmp_path) == [{"step": 2, "epoch": 0, "rows": [4, 5, 104, 105], "rows_with_nonfinite_loss": [105]}]
+
+
+def test_the_checkpoint_is_plain_data_and_gives_the_same_model_back(tmp_path):
+    model = make()
+    trainer, _ = fit(model, batches(2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded, tokenizer, frontend = load_checkpoint(str(tmp_path / "a.ckpt"))  # weights_only=True within
+    assert not loaded.training and tokenizer.to_dict() == TOKENIZER.to_dict() and frontend == Frontend()
+    batch = next(batches(1))
+    for mode in DECODE_MODES:
+        ours, theirs = (m.eval().decode(batch.features, batch.feature_lengths, mode, beam_size=3) for m in (model, loaded))
+        assert ours == theirs and len(ours) == 2
+    chunked, whole = (loaded.decode(batch.features, batch.feature_lengths, "ctc_prefix_beam_search", 3, chunk)
+                      for chunk in (2, -1))
+    assert chunked[0].score != whole[0].score
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_file_that_is_not_our_checkpoint_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "x.ckpt"
+    if content is None:
+        torch.save({"model": {"w": torch.zeros(1)}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="x.ckpt.*not a checkpoint of lightning-U2"):
+        load_checkpoint(str(path))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_checkpoint(str(tmp_path / "missing.ckpt"))
+
+
+def test_validation_counts_errors_over_the_whole_set_at_full_context_and_chunk_16(tmp_path):
+    model = make()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    metrics = trainer.validate(model, DataLoader(list(batches(3)), batch_size=None), verbose=False)[0]
+    expected = {"val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "val_cer_mean"}
+    assert set(metrics) == expected and all(value >= 0 for value in metrics.values())
+    errors = letters = 0
+    model.eval()
+    for batch in batches(3):
+        for labels, hypothesis in zip(batch.labels, model.decode(batch.features, batch.feature_lengths, "ctc_greedy_search")):
+            errors += edits(TOKENIZER.decode(labels.tolist()), TOKENIZER.decode(hypothesis.tokens))
+            letters += len(TOKENIZER.decode(labels.tolist()))
+    assert metrics["val_cer"] == pytest.approx(errors / letters)
+
+
+def edits(reference, text):
+    row = list(range(len(text) + 1))
+    for i, a in enumerate(reference, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(text, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]

@@ -1,0 +1,162 @@
+"""Text to token ids and back: characters, byte-pair pieces, or the vocab.json of a Wav2Vec2 tokenizer.
+
+A tokenizer is a vocabulary and four special ids. In those trained here id 0 is the CTC blank (and padding), 1 the
+unknown token, 2 the start and 3 the end of a sentence. It travels as plain data (`to_dict`), in tokenizer.json and in
+every checkpoint.
+"""
+
+import json
+import os
+import pickle
+import unicodedata
+
+import tokenizers
+import torch
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
+
+from cli import UserError
+
+SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
+UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
+BPE_SPACE = "\u2581"
+# What the special tokens are called in the vocab.json files that transformers' Wav2Vec2CTCTokenizer works with.
+VOCAB_NAMES = {"blank": ("<pad>", "[PAD]", "<blank>"), "unk": ("<unk>", "[UNK]"), "sos": ("<s>", "[BOS]", "<sos>"),
+               "eos": ("</s>", "[EOS]", "<eos>")}
+
+
+def normalize_text(text: str) -> str:
+    """Unicode NFC, every run of white space one space, none at the ends. Case and punctuation stay."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+class Tokenizer:
+    """Encodes text of any script as token ids.
+
+    tokens: the vocabulary, a list of V strings; `space` is the token that stands for a space.
+    merges: the byte-pair merges, most frequent first; None for a tokenizer of characters.
+    """
+
+    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None):
+        self.tokens = list(tokens)
+        self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
+        self.space, self.merges = space, merges
+        self._silent = {blank_id, sos_id, eos_id}
+        specials = self._silent | {unk_id}
+        # A special token is never what a piece of text means, even when the text spells its name.
+        self._ids = {" " if t == space and merges is None else t: i
+                     for i, t in enumerate(self.tokens) if i not in specials}
+        self._bpe = None if merges is None else self._build_bpe()
+
+    def _build_bpe(self):
+        vocabulary = {**self._ids, self.tokens[self.unk_id]: self.unk_id}
+        model = BPE(vocabulary, [tuple(pair) for pair in self.merges], unk_token=self.tokens[self.unk_id])
+        bpe = tokenizers.Tokenizer(model)
+        bpe.pre_tokenizer = Metaspace(BPE_SPACE)
+        return bpe
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text` after `normalize_text`, without sos and eos; what the vocabulary lacks is unk_id."""
+        text = normalize_text(text)
+        if self._bpe is not None:
+            return self._bpe.encode(text, add_special_tokens=False).ids
+        return [self._ids.get(character, self.unk_id) for character in text]
+
+    def decode(self, ids) -> str:
+        """The text of token ids. Blank, sos and eos are left out; repeats stay (undoing CTC is decode.py's work)."""
+        ids = [int(i) for i in ids]
+        pieces = [UNKNOWN_MARK if i == self.unk_id else self.tokens[i] for i in ids if i not in self._silent]
+        if self.merges is not None:  # the space is part of a piece
+            return " ".join("".join(pieces).replace(self.space, " ").split())
+        return " ".join("".join(" " if piece == self.space else piece for piece in pieces).split())
+
+    def to_dict(self) -> dict:
+        """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
+        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Tokenizer":
+        """Raises UserError when `data` is not what `to_dict` gave."""
+        try:
+            return cls(**data)
+        except Exception as error:  # tokenizers raises bare Exceptions for bad merges
+            raise UserError(f"not a tokenizer of ours: {error}; make one with prepare.py") from None
+
+
+def train_char(texts) -> Tokenizer:
+    """A tokenizer of the characters that occur in `texts`, in code point order. Raises UserError when there are none."""
+    characters = set()
+    for text in texts:
+        characters.update(normalize_text(text))
+    if not characters:
+        raise UserError("no text to train a tokenizer on: the transcripts of the train split are empty")
+    return Tokenizer(tokens=SPECIALS + sorted(characters), blank_id=0, unk_id=1, sos_id=2, eos_id=3)
+
+
+def train_bpe(texts, vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016) of at most vocab_size tokens, the four special ones included.
+
+    Every character of `texts` is a token. Raises UserError when vocab_size has no room for them.
+    """
+    minimum = train_char(texts := list(texts)).vocab_size + 1  # a space is spelled by its own symbol
+    if vocab_size < minimum:
+        raise UserError(f"--vocab_size {vocab_size} has no room for the characters of this text; give {minimum} or more")
+    bpe = tokenizers.Tokenizer(BPE(unk_token=SPECIALS[1]))
+    bpe.pre_tokenizer = Metaspace(BPE_SPACE)
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
+    bpe.train_from_iterator(map(normalize_text, texts), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return Tokenizer(tokens=tokens, blank_id=0, unk_id=1, sos_id=2, eos_id=3, space=BPE_SPACE,
+                     merges=[list(pair) for pair in model["merges"]])
+
+
+def from_vocab(vocabulary: dict) -> Tokenizer:
+    """The tokenizer of a Wav2Vec2 vocab.json {token: id}: ids stay, unk, sos and eos are appended where absent."""
+    ids_ok = all(isinstance(i, int) for i in vocabulary.values())
+    if not ids_ok or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise UserError("not a vocab.json: it must map tokens to the ids 0, 1, 2, ... without gaps")
+    tokens, special = sorted(vocabulary, key=vocabulary.get), {}
+    for role, names in VOCAB_NAMES.items():
+        found = [vocabulary[name] for name in names if name in vocabulary]
+        if not found and role == "blank":
+            raise UserError(f"the vocabulary has no pad token ({', '.join(names)}), which CTC needs as its blank")
+        special[f"{role}_id"] = found[0] if found else len(tokens)
+        if not found:
+            tokens.append(names[0])
+    return Tokenizer(tokens=tokens, space="|" if "|" in vocabulary else " ", **special)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Reads a tokenizer.json, a vocab.json or the tokenizer inside a .ckpt. Raises UserError when it is none of them."""
+    try:
+        if str(path).endswith(".ckpt"):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+        else:
+            with open(path, encoding="utf-8") as file:
+                data = json.load(file)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a tokenizer.json, vocab.json or checkpoint"
+        raise UserError(f"cannot read a tokenizer from {path}: {reason}; give the path of one of these") from None
+    try:
+        if isinstance(data, dict) and "tokens" in data:
+            return Tokenizer.from_dict(data)
+        if isinstance(data, dict) and data:
+            return from_vocab(data)
+        raise UserError("not a tokenizer.json, vocab.json or checkpoint")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
+    """Writes tokenizer.json, whole or not at all."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(tokenizer.to_dict(), file, ensure_ascii=False, indent=1)
+    os.replace(temporary, path)

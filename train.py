@@ -1,0 +1,201 @@
+"""Trains a U2++ model: python train.py --data_root data/demo --output_dir runs/demo --preset tiny
+
+Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was run, and its metrics), skipped.jsonl (updates
+that the guard skipped) and TensorBoard logs.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+
+import pytorch_lightning as L
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from cli import UserError, add_options, build, option, run
+from conformer import PRESETS, ModelOptions
+from datamodule import DataOptions, SpeechDataModule
+from model import U2, OptimOptions, read_checkpoint
+from tokenizer import load_tokenizer
+from transforms import Augment, Frontend
+
+OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "skipped.jsonl", "logs")  # what --overwrite removes
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run: where, how long, on what."""
+
+    output_dir: str = option("runs/demo", "where checkpoints, logs and run.json go")
+    preset: str = option("tiny", "size of the model; single numbers can be overridden", choices=tuple(PRESETS))
+    tokenizer: str | None = option(None, "tokenizer.json, vocab.json or .ckpt; default DATA_ROOT/tokenizer.json")
+    max_epochs: int = option(20, "epochs, unless --max_steps comes first")
+    max_steps: int = option(-1, "updates, -1 for no limit")
+    accumulate_grad_batches: int = option(1, "batches per update")
+    gradient_clip_val: float = option(5.0, "largest gradient norm, 0 for no clipping")
+    precision: str = option("32", "arithmetic", choices=("32", "16-mixed", "bf16-mixed", "16"))
+    accelerator: str = option("auto", "Lightning's accelerator: auto, cpu, gpu ...")
+    devices: str = option("auto", "number of devices, or Lightning's list of them")
+    num_nodes: int = option(1, "machines")
+    strategy: str = option("auto", "Lightning's strategy: auto, ddp, ...")
+    seed: int = option(0, "seed of weights, plan, augmentation, dropout and chunks")
+    ema_decay: float = option(0.0, "validate and keep an exponential average of the weights, e.g. 0.998; 0: off")
+    check_val_every_n_epoch: int = option(1, "epochs between validations")
+    checkpoint_every_n_steps: int | None = option(None, "also write last.ckpt every so many updates")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data_root", nargs="+", default=["data/demo"], help="data roots that prepare.py made")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", nargs="?", const="", metavar="CKPT", help="go on, from OUTPUT_DIR/last.ckpt unless named")
+    again.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    for cls in (RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend):
+        add_options(parser, cls)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    given = vars(args)
+    options = build(RunOptions, given)
+    model_options = build(ModelOptions, given, **PRESETS[options.preset])
+    optim, frontend = build(OptimOptions, given), build(Frontend, given)
+    check(options, model_options)
+    resume = check_output(options.output_dir, args.resume, args.overwrite)
+    tokenizer = load_tokenizer(options.tokenizer or os.path.join(args.data_root[0], "tokenizer.json"))
+
+    L.seed_everything(options.seed, workers=False, verbose=False)
+    data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
+                            options=build(DataOptions, given), input_layer=model_options.input_layer, seed=options.seed)
+    trainer = make_trainer(options)
+    model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
+               total_steps=count_steps(options, data, trainer.world_size),
+               skip_log=os.path.join(options.output_dir, "skipped.jsonl"))
+    if trainer.is_global_zero:
+        clear_output(options.output_dir, args.overwrite)
+        record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
+              f"{model.total_steps} updates planned")
+    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    if trainer.is_global_zero:
+        finish(trainer, model, options.output_dir, record)
+
+
+def check(options: RunOptions, model_options: ModelOptions) -> None:
+    """Refuses in one line what would fail late or not at all as asked."""
+    if options.max_epochs == -1 and options.max_steps == -1:
+        raise UserError("--max_epochs -1 and --max_steps -1: a run needs an end; set one of them")
+    if model_options.output_size % model_options.attention_heads or model_options.output_size % 2:
+        raise UserError(f"--output_size {model_options.output_size} must be even and divisible by --attention_heads "
+                        f"{model_options.attention_heads}")
+    if options.strategy.startswith("fsdp"):
+        if not torch.cuda.is_available():
+            raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
+        if options.gradient_clip_val or options.ema_decay:
+            raise UserError("--strategy fsdp neither clips by norm nor averages through Lightning; add "
+                            "--gradient_clip_val 0 --ema_decay 0")
+    if options.precision in ("16", "16-mixed") and not torch.cuda.is_available():
+        print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
+
+
+def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None:
+    """The checkpoint to resume from, or None; an existing run is never touched without being told."""
+    if "LOCAL_RANK" in os.environ:  # a process that Lightning started: the first one has checked, and begun to write
+        return (resume or os.path.join(folder, "last.ckpt")) if resume is not None else None
+    if resume is not None:
+        resume = resume or os.path.join(folder, "last.ckpt")
+        read_checkpoint(resume)
+        return resume
+    if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
+        raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
+                        "another --output_dir")
+    return None
+
+
+def clear_output(folder: str, overwrite: bool) -> None:
+    for name in OUTPUTS if overwrite else ():
+        path = os.path.join(folder, name)
+        shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
+    os.makedirs(folder, exist_ok=True)
+
+
+def make_trainer(options: RunOptions) -> L.Trainer:
+    folder = options.output_dir
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|smaller than the logging interval|LeafSpec).*")
+    best = ModelCheckpoint(folder, filename="best", monitor="val_cer_mean", mode="min", enable_version_counter=False,
+                           save_on_train_epoch_end=False)
+    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True,
+                           every_n_epochs=1)
+    callbacks = [TQDMProgressBar(refresh_rate=10), LearningRateMonitor("step")]
+    if options.ema_decay:
+        callbacks.append(EMAWeightAveraging(decay=options.ema_decay))
+    if options.checkpoint_every_n_steps:
+        callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False,
+                                         every_n_train_steps=options.checkpoint_every_n_steps))
+    try:
+        return L.Trainer(
+            max_epochs=options.max_epochs, max_steps=options.max_steps, precision=options.precision,
+            accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes,
+            strategy=options.strategy, accumulate_grad_batches=options.accumulate_grad_batches,
+            gradient_clip_val=options.gradient_clip_val or None, check_val_every_n_epoch=options.check_val_every_n_epoch,
+            callbacks=callbacks + [best, last], logger=TensorBoardLogger(folder, name="logs", version=""),
+            use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, enable_model_summary=False)
+    except (MisconfigurationException, ValueError, ImportError, ModuleNotFoundError) as error:
+        raise UserError(f"Lightning refuses these options: {str(error).splitlines()[0]}") from error
+
+
+def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int) -> int:
+    """Updates of the whole run, from the data: OneCycleLR must know its length beforehand.
+
+    (Lightning's own estimate, trainer.estimated_stepping_batches, loads the data loaders early and drops their state.)
+    """
+    data.setup("fit")
+    per_epoch = math.ceil(data.train_batches(world_size) / options.accumulate_grad_batches)
+    limits = [options.max_epochs * per_epoch if options.max_epochs != -1 else math.inf,
+              options.max_steps if options.max_steps != -1 else math.inf]
+    return max(1, min(limits))
+
+
+def jsonable(given, *options) -> dict:
+    merged = {key: value for cls in options for key, value in dataclasses.asdict(cls).items()}
+    return {**merged, **given}
+
+
+def commit() -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def write_run(folder: str, record: dict) -> dict:
+    """OUTPUT_DIR/run.json, whole or not at all."""
+    record = {"command": " ".join(sys.argv), "commit": commit(), "seed": record["options"]["seed"], **record}
+    with open(os.path.join(folder, "run.json.tmp"), "w") as file:
+        json.dump(record, file, indent=1)
+    os.replace(file.name, os.path.join(folder, "run.json"))
+    return record
+
+
+def finish(trainer, model, folder, record) -> None:
+    best = next(callback for callback in trainer.checkpoint_callbacks if callback.monitor == "val_cer_mean")
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+    record["metrics"] = {**metrics, "best_val_cer_mean": float(best.best_model_score) if best.best_model_score is not None
+                         else None, "steps": trainer.global_step, "skipped_updates": model.skips_in_all}
+    write_run(folder, record)
+    if model.skips_in_all:
+        print(f"{model.skips_in_all} updates were skipped; {folder}/skipped.jsonl names their rows")
+    print(f"best: {best.best_model_path}  mean CER of full context and chunk 16: {record['metrics']['best_val_cer_mean']}")
+
+
+if __name__ == "__main__":
+    run(main)

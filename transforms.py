@@ -1,0 +1,258 @@
+"""From a waveform to features: one frontend for training, scoring and transcribing, and the augmentations of training.
+
+A transform is a pure function (example, generator) -> new example. It never changes the tensors it is given, and all of
+its randomness comes from `generator`, which `make_generator` derives from (seed, epoch, row): never from worker or rank.
+An example is a dict: "input_values" (N,) samples, from log_mel on "features" (F,T), after transpose (T,F).
+Axes: N samples, T frames, F mel bins.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torchaudio
+
+from cli import UserError, option
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """How samples become features; travels in the checkpoint. Raises UserError for values that make no frame."""
+
+    sample_rate: int = option(16000, "samples per second of input_values (prepare.py writes 16000)")
+    num_mel_bins: int = option(80, "mel filters, the width of the features")
+    frame_length: int = option(25, "window of a frame in ms; also the FFT's length")
+    frame_shift: int = option(10, "distance between frames in ms")
+    window: str = option("hamming", "window function", choices=("hamming", "hann"))
+    mean_var_norm: bool = option(True, "give every waveform zero mean and unit variance")
+
+    def __post_init__(self):
+        for name in ("sample_rate", "num_mel_bins", "frame_length", "frame_shift"):
+            if getattr(self, name) < 1:
+                raise UserError(f"frontend: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.window not in ("hamming", "hann"):
+            raise UserError(f"frontend: window is {self.window!r}; choose hamming or hann")
+
+    @property
+    def window_samples(self) -> int:
+        return self.sample_rate * self.frame_length // 1000
+
+    @property
+    def shift_samples(self) -> int:
+        return self.sample_rate * self.frame_shift // 1000
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentation of training examples with WeNet's semantics. Raises UserError for negative sizes or speeds <= 0."""
+
+    speeds: tuple[float, ...] = option((0.9, 1.0, 1.1), "speeds to choose from, per example; none: off")
+    num_freq_masks: int = option(2, "frequency masks per example; 0: off")
+    max_freq_mask: int = option(10, "widest frequency mask in mel bins")
+    num_time_masks: int = option(2, "time masks per example; 0: off")
+    max_time_mask: int = option(50, "longest time mask in frames")
+    num_subs: int = option(3, "stretches replaced by earlier frames (spec_sub) per example; 0: off")
+    max_sub: int = option(30, "longest replaced stretch in frames")
+    max_trim: int = option(0, "most frames cut from the end (spec_trim; 50 is usual); 0: off")
+
+    def __post_init__(self):
+        if any(speed <= 0 for speed in self.speeds):
+            raise UserError(f"augment: speeds are {self.speeds}; each must be above 0")
+        for count, size in (("num_freq_masks", "max_freq_mask"), ("num_time_masks", "max_time_mask"),
+                            ("num_subs", "max_sub")):
+            if getattr(self, count) < 0 or getattr(self, count) and getattr(self, size) < 1:
+                raise UserError(f"augment: {count} must be at least 0 and, unless it is 0, {size} at least 1")
+        if self.max_trim < 0:
+            raise UserError(f"augment: max_trim is {self.max_trim}; it must be at least 0")
+
+
+# Lengths, known before any audio is read. They take Python ints and NumPy arrays alike.
+
+
+def num_frames(num_samples, frontend: Frontend):
+    """Frames of `num_samples` samples, no padding: 0 where they do not fill one window (log_mel pads those to 1)."""
+    window, shift = frontend.window_samples, frontend.shift_samples
+    return (num_samples >= window) * (1 + (num_samples - window) // shift)
+
+
+def _speed_ratio(speed: float) -> tuple[int, int]:
+    """Resampling from, to: 0.9 -> (9, 10), so that 9 samples become 10."""
+    ratio = Fraction(speed).limit_denominator(100)
+    return ratio.numerator, ratio.denominator
+
+
+def speed_length(num_samples, speed: float):
+    """Samples left of `num_samples` at `speed`: exactly ceil(num_samples / speed)."""
+    orig, new = _speed_ratio(speed)
+    return -(-num_samples * new // orig)
+
+
+def shortest_frames(num_samples, frontend: Frontend, augment: Augment):
+    """Fewest frames that the augmentations can leave of `num_samples`: fastest speed, largest trim."""
+    if augment.speeds:
+        num_samples = speed_length(num_samples, max(augment.speeds))
+    frames = num_frames(num_samples, frontend)
+    # spec_trim leaves an example alone when it would lose half or more, so it takes at most (T-1)//2 frames
+    return frames - np.clip((frames - 1) // 2, 0, augment.max_trim)
+
+
+# Randomness
+
+
+def make_generator(seed: int, epoch: int, row: int) -> torch.Generator:
+    """The generator of one example in one epoch. SeedSequence mixes the three, so that neighbours share nothing."""
+    state = np.random.SeedSequence((seed, epoch, row)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _draw(low: int, high: int, generator: torch.Generator) -> int:
+    """A uniform integer, both ends included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+# Waveform -> waveform
+
+
+def speed_perturb(speeds: tuple[float, ...]):
+    """Plays the example at a speed drawn from `speeds`, pitch included. Kernels are built once per speed."""
+    ratios = [_speed_ratio(speed) for speed in speeds]
+    resamplers = [torchaudio.transforms.Resample(*ratio) for ratio in ratios]
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        choice = _draw(0, len(speeds) - 1, generator)
+        waveform = example["input_values"]
+        length = speed_length(len(waveform), speeds[choice])
+        if ratios[choice][0] == ratios[choice][1] or length == 0:
+            return example
+        changed = resamplers[choice](waveform)
+        # torchaudio reckons the length in float32, a sample off beyond two minutes; the filter counts exactly
+        return {**example, "input_values": torch.nn.functional.pad(changed, (0, length - len(changed)))}
+
+    return transform
+
+
+def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
+    """Zero mean and unit variance over the waveform, as transformers' Wav2Vec2FeatureExtractor does it."""
+    waveform = example["input_values"]
+    if not len(waveform):
+        return example
+    variance, mean = torch.var_mean(waveform, correction=0)
+    return {**example, "input_values": (waveform - mean) * torch.rsqrt(variance + 1e-7)}
+
+
+# Waveform -> features
+
+
+def log_mel(frontend: Frontend):
+    """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once.
+
+    No centring: frame t covers samples [t * shift, t * shift + window). Audio shorter than a window is padded with
+    zeros to one frame, so that T >= 1. log1p keeps silence at 0, which is also what masks write.
+    """
+    length, shift = frontend.window_samples, frontend.shift_samples
+    make_window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
+    window = make_window(length, periodic=False)
+    mel = torchaudio.functional.melscale_fbanks(
+        length // 2 + 1, 0.0, frontend.sample_rate / 2, frontend.num_mel_bins, frontend.sample_rate)  # (bins, F)
+
+    def transform(example: dict, generator: torch.Generator | None) -> dict:
+        waveform = example["input_values"]
+        if len(waveform) < length:
+            waveform = torch.nn.functional.pad(waveform, (0, length - len(waveform)))
+        frames = waveform.unfold(0, length, shift) * window  # (T, window)
+        spectrum = torch.view_as_real(torch.fft.rfft(frames))  # (T, bins, 2)
+        power = spectrum.square().sum(-1)  # (T, bins)
+        return {**example, "features": torch.log1p(power @ mel).T}
+
+    return transform
+
+
+# Features -> features
+
+
+def spec_aug(augment: Augment):
+    """Zeroes stretches of time and bands of frequency (SpecAugment without warping; arXiv:1904.08779)."""
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        features = example["features"].clone()  # (F, T)
+        for axis, count, widest in ((1, augment.num_time_masks, augment.max_time_mask),
+                                    (0, augment.num_freq_masks, augment.max_freq_mask)):
+            for _ in range(count):
+                start = _draw(0, features.shape[axis] - 1, generator)
+                width = min(_draw(1, widest, generator), features.shape[axis] - start)
+                features.narrow(axis, start, width).zero_()
+        return {**example, "features": features}
+
+    return transform
+
+
+def spec_sub(augment: Augment):
+    """Replaces stretches of time by the frames some way before them (U2++, arXiv:2106.05642, section 3.2.3)."""
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        before = example["features"]  # (F, T); every stretch copies from here, never from an earlier replacement
+        features = before.clone()
+        for _ in range(augment.num_subs):
+            start = _draw(0, before.shape[1] - 1, generator)
+            length = min(_draw(1, augment.max_sub, generator), before.shape[1] - start)
+            source = start - _draw(0, start, generator)
+            features[:, start:start + length] = before[:, source:source + length]
+        return {**example, "features": features}
+
+    return transform
+
+
+def spec_trim(augment: Augment):
+    """Cuts up to max_trim frames off the end, unless that is half of them (TrimTail, arXiv:2211.00522)."""
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        features = example["features"]  # (F, T)
+        length = _draw(1, augment.max_trim, generator)
+        if 2 * length >= features.shape[1]:
+            return example
+        return {**example, "features": features[:, :features.shape[1] - length]}
+
+    return transform
+
+
+def transpose(example: dict, generator: torch.Generator | None) -> dict:
+    """Features (F,T) to (T,F), the order in which batches are padded."""
+    return {**example, "features": example["features"].T.contiguous()}
+
+
+# Chains
+
+
+class Compose:
+    """Calls `transforms` in order. State: the list."""
+
+    def __init__(self, transforms: list):
+        self.transforms = transforms
+
+    def __call__(self, example: dict, generator: torch.Generator | None) -> dict:
+        for transform in self.transforms:
+            example = transform(example, generator)
+        return example
+
+
+def train_transform(frontend: Frontend, augment: Augment) -> Compose:
+    """What training hears: speed before the frontend, masks after it; parts that are switched off are left out."""
+    chain = [speed_perturb(augment.speeds)] if augment.speeds else []
+    chain += [mean_var_norm] if frontend.mean_var_norm else []
+    chain += [log_mel(frontend)]
+    chain += [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
+    chain += [spec_sub(augment)] if augment.num_subs else []
+    chain += [spec_trim(augment)] if augment.max_trim else []
+    return Compose(chain + [transpose])
+
+
+def eval_transform(frontend: Frontend) -> Compose:
+    """Normalisation and features only; needs no generator."""
+    return Compose(([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend), transpose])
+
+
+def extract(frontend: Frontend):
+    """A function from a waveform (N,) float32 in [-1, 1] to features (T,F) float32, T >= 1: eval_transform's chain."""
+    transform = eval_transform(frontend)
+    return lambda waveform: transform({"input_values": waveform}, None)["features"]
