@@ -26,9 +26,9 @@ VOICES = {
         "marcelo max michel mike2 norbert pablo robert shelby steph travis"
     ).split(),
     "dev": "Nguyen ed gustave m3 rob".split(),
-    "eval_clean": "Annie antonio f4 m7 miguel quincy".split(),
+    "eval_clean": "Annie antonio f4 m7 paul quincy".split(),
 }
-UTTERANCES = {"train": 1300, "dev": 100, "eval_clean": 120}
+UTTERANCES = {"train": 1150, "dev": 100, "eval_clean": 120}
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -111,7 +111,7 @@ def plan(split: str, count: int | None = None) -> list[Utterance]:
         while len(result) < total:
             spoken = rng.choice([command, command, numbers, date, spelling])(rng)
             voice = VOICES[name][len(result) % len(VOICES[name])]
-            rate, pitch = rng.randint(125, 175), rng.randint(35, 65)
+            rate, pitch = rng.randint(135, 180), rng.randint(35, 65)
             if spoken not in seen:
                 seen.add(spoken)
                 result.append(Utterance(spoken, voice, rate, pitch))
@@ -127,32 +127,33 @@ def speak(utterance: Utterance) -> np.ndarray:
     Raises UserError when the library or a voice is missing.
     """
     library, data_path = _load()
-    blocks = []
-    callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    text, blocks = _markup(utterance.spoken), []
 
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def collect(samples, count, _):
         if samples and count > 0:
             blocks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    callback = callback_type(collect)
-    # The letter A alone would be read as the article; [['eI]] is its name in espeak-ng's phonemes.
-    text = " ".join("[['eI]]" if word == "A" else word for word in utterance.spoken.split()).encode() + b"\0"
     try:
         if library.espeak_Initialize(2, 0, data_path, 0x8000) != RATE:  # 2: synthesise synchronously, no sound card
             raise UserError("espeak-ng did not start; reinstall the wheel espeakng-loader")
         if library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {utterance.voice}; install espeakng-loader as requirements.txt says")
-        library.espeak_SetSynthCallback(callback)
-        library.espeak_SetParameter(1, utterance.rate, 0)
-        library.espeak_SetParameter(3, utterance.pitch, 0)
-        library.espeak_SetParameter(7, WORD_GAP, 0)
+            raise UserError(f"espeak-ng has no voice {utterance.voice}; reinstall the wheel espeakng-loader")
+        library.espeak_SetSynthCallback(collect)
+        for parameter, value in ((1, utterance.rate), (3, utterance.pitch), (7, WORD_GAP)):
+            library.espeak_SetParameter(parameter, value, 0)
         library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, 0x101, None, None)  # UTF-8, [[phonemes]]
         library.espeak_Synchronize()
         library.espeak_Terminate()
     finally:
         _unload(library)
     return np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / 32768
+
+
+def _markup(spoken: str) -> bytes:
+    """What espeak-ng gets. The letter A alone would be read as the article; [['eI]] is its name in phonemes."""
+    return " ".join("[['eI]]" if word == "A" else word for word in spoken.split()).encode() + b"\0"
 
 
 def _load():
@@ -166,6 +167,6 @@ def _load():
 
 
 def _unload(library) -> None:
-    """Lets go of the library, its state with it. Where the system keeps it loaded, the fixed order keeps it the same."""
+    """Lets go of the library and its state. Where the system keeps it loaded, the fixed order keeps speech the same."""
     if os.name == "posix":
         ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))

@@ -13,7 +13,9 @@ import functools
 import glob
 import io
 import itertools
+import logging
 import os
+import re
 import shutil
 import unicodedata
 from dataclasses import dataclass
@@ -147,14 +149,23 @@ def hub_source(source: str, options: PrepareOptions) -> dict[str, list[Split]]:
         audio = choose_column(columns, options.audio_column, (), place, flag="--audio_column")
         data = data.cast_column(audio, datasets.Audio(decode=False))
         speaker = next((c for c in SPEAKER_COLUMNS if c in columns), None)
-        texts = functools.partial(lambda d, text: (string(r[text]) for r in d), data.select_columns([text]), text)
-        rows = functools.partial(hub_rows, data, audio, text, speaker)
+        texts = functools.partial(lambda d, text, place: (string(r[text]) for r in records(d, place)),
+                                  data.select_columns([text]), text, place)
+        rows = functools.partial(hub_rows, data, place, audio, text, speaker)
         splits[name] = [Split(None if local else len(data), speaker is not None, texts, rows)]
     return select_splits(splits, options, source, SPLIT_NAMES)
 
 
-def hub_rows(data, audio: str, text: str, speaker: str | None):
-    for i, record in enumerate(data):
+def records(data, place: str):
+    """The rows of a dataset; what goes wrong while it is read becomes a UserError."""
+    try:
+        yield from data
+    except Exception as error:  # pyarrow's, fsspec's and datasets' own have no common base
+        raise UserError(f"cannot read {place} to its end: {error}; get its files anew") from None
+
+
+def hub_rows(data, place: str, audio: str, text: str, speaker: str | None):
+    for i, record in enumerate(records(data, place)):
         sound = record[audio] or {}
         content = sound.get("bytes") if sound.get("bytes") is not None else sound.get("path")
         yield Row(sound.get("path") or f"row {i}", content, string(record[text]), string(speaker and record[speaker]))
@@ -194,10 +205,12 @@ def open_source(options: PrepareOptions) -> dict[str, list[Split]]:
         return demo_source()
     if glob.glob(os.path.join(glob.escape(options.source), "*", "metadata.csv")):
         return folder_source(options.source, options)
+    if not os.path.exists(options.source) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.source):
+        raise UserError(f"no folder {options.source}; give a folder with SRC/{{split}}/metadata.csv")
     if os.path.exists(options.source) and not glob.glob(os.path.join(glob.escape(options.source), "**/*.parquet"),
                                                         recursive=True):
-        raise UserError(f"{options.source} has neither SRC/{{split}}/metadata.csv nor parquet files; lay the speech out "
-                        "as SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns file_name and text")
+        raise UserError(f"{options.source} has neither SRC/{{split}}/metadata.csv nor parquet files; lay the speech "
+                        "out as SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns file_name and text")
     return hub_source(options.source, options)
 
 
@@ -261,16 +274,25 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
     counts = [part.count for part in parts]
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
     bar = tqdm(rows, desc=name, unit=" rows", total=None if None in counts else sum(counts))
-    speakers = any(part.speakers for part in parts)
+    speakers, tokens, unknown = any(part.speakers for part in parts), 0, 0
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
         for row in bar:
             try:
-                writer.write(make_example(row, tokenizer, options))
+                example = make_example(row, tokenizer, options)
             except BadRow as reason:
                 rejected.append((name, row.name, str(reason)))
+                continue
+            writer.write(example)
+            tokens += len(example["labels"]["input_ids"])
+            unknown += example["labels"]["input_ids"].count(tokenizer.unk_id)
     if writer.rows == 0:
         first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == name), "")
         raise UserError(f"split {name} has no usable row{first}; nothing was written")
+    if 2 * unknown > tokens:
+        raise UserError(f"{unknown} of {tokens} tokens of split {name} are unknown to {options.tokenizer}: "
+                        "try --uppercase or --lowercase, or another --tokenizer")
+    if unknown:
+        print(f"{name}: {unknown} of {tokens} tokens are unknown to the tokenizer")
     return writer.rows
 
 
@@ -389,6 +411,8 @@ def parse(argv: list[str]) -> PrepareOptions:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     datasets.disable_progress_bars()  # save_to_disk's; ours counts rows
+    for library in ("datasets", "huggingface_hub", "fsspec"):  # their errors reach the user as ours, in one line
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     kept, rejected = prepare(options)
     print(f"{options.data_root}: kept {kept} rows, rejected {rejected} rows"
           + (f" (reasons in {os.path.join(options.data_root, 'rejected.csv')})" if rejected else ""))

@@ -1,7 +1,7 @@
 """Which rows make a batch, in what order, on which rank: plans are pure functions of (seed, epoch).
 
-Training takes LengthGroupedSampler, scoring takes `eval_batches`. Both give every row exactly once and every rank the
-same number of batches, so that no rank waits for a collective that another one never enters.
+Both plans yield lists of keys (epoch, row): the epoch travels with the row, so that a worker needs no other state to
+draw this epoch's augmentation. Use them as DataLoader(dataset, sampler=plan, batch_size=None).
 """
 
 import numpy as np
@@ -9,35 +9,118 @@ from torch.utils.data import Sampler
 
 from cli import UserError
 
-TRIES = 10  # draws of an epoch until its batches are no more than epoch 0 has
+DRAWS = 20  # of an epoch, until one has no more batches than the first epoch
 
 
-def _check(rows: int, world_size: int) -> None:
-    if rows < world_size:
-        raise UserError(f"{rows} rows cannot be spread over {world_size} processes; use more rows or fewer --devices")
+class LengthGroupedSampler(Sampler):
+    """Batches of rows alike in length: random megabatches, each sorted by length and cut; the longest batch comes first.
+
+    lengths (n,) in any unit; `rows` (n,) are the row numbers to yield (default 0 .. n-1). A batch has `batch_size` rows or,
+    with `max_batch`, as many as keep rows * longest within it (in the unit of lengths; a longer row goes alone).
+    Every row comes once an epoch and every rank gets equally many batches, the ranks' batches of a step cut from the same
+    stretch of lengths. Raises UserError when there are fewer rows than ranks.
+    """
+
+    def __init__(self, *, lengths, batch_size: int | None = None, max_batch: float | None = None, rows=None,
+                 group_by_length: bool = True, megabatch: int = 50, seed: int = 0, rank: int = 0, world_size: int = 1):
+        if len(lengths) < world_size:
+            raise UserError(f"{len(lengths)} rows cannot be spread over {world_size} processes; give more rows or lower "
+                            "--devices")
+        self.lengths = np.asarray(lengths)
+        self.rows = np.arange(len(lengths)) if rows is None else np.asarray(rows)
+        self.batch_size, self.max_batch, self.group_by_length = batch_size, max_batch, group_by_length
+        per_batch = batch_size or max(1, int(max_batch / self.lengths.mean()))
+        self.megarows = megabatch * per_batch * world_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch, self.start_batch = 0, 0
+        self.count = len(self._borders(self._order(0, 0))) - 1
+        if max_batch:  # batches by duration vary in number from epoch to epoch: leave a little room, then fill it exactly
+            self.count += self.count // 50
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        start, self.start_batch = self.start_batch, 0  # a resumed epoch begins where it was left, the next ones do not
+        epoch = self.epoch
+        for batch in self.plan(epoch)[start:]:
+            yield [(epoch, int(row)) for row in batch]
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """The batches of this rank in `epoch`, as row numbers."""
+        for draw in range(DRAWS):
+            order = self._order(epoch, draw)
+            borders = self._borders(order)
+            if len(borders) - 1 <= self.count:
+                break
+        else:  # never seen; the first epoch's batches fit by definition
+            order = self._order(0, 0)
+            borders = self._borders(order)
+        borders = self._split(borders)
+        longest = np.maximum.reduceat(self.lengths[order], borders[:-1])
+        sequence = np.random.default_rng((self.seed, epoch, 1)).permutation(len(longest))
+        first = np.argmax(longest[sequence])
+        sequence[[0, first]] = sequence[[first, 0]]  # the longest first: memory runs out at once or never
+        rows = self.rows[order]
+        return [rows[borders[i]:borders[i + 1]][self.rank::self.world_size] for i in sequence]
+
+    def _order(self, epoch: int, draw: int) -> np.ndarray:
+        """A permutation; with group_by_length, sorted by falling length within megabatches."""
+        order = np.random.default_rng((self.seed, epoch, 0, draw)).permutation(len(self.lengths))
+        if not self.group_by_length:
+            return order
+        megabatch = np.arange(len(order)) // self.megarows
+        return order[np.lexsort((-self.lengths[order], megabatch))]
+
+    def _borders(self, order) -> list[int]:
+        """Where the batches of all ranks together begin, and the end; each has at least one row for every rank."""
+        size, world = len(order), self.world_size
+        if self.batch_size:
+            borders = list(range(0, size, self.batch_size * world))
+        else:
+            borders = self._borders_by_duration(self.lengths[order])
+        if len(borders) > 1 and size - borders[-1] < world:  # too few left for all ranks: take some from the batch before
+            borders[-1] = size - world
+            if borders[-1] - borders[-2] < world:
+                borders.pop()
+        return borders + [size]
+
+    def _borders_by_duration(self, lengths) -> list[int]:
+        borders, start = [], 0
+        while start < len(lengths):
+            borders.append(start)
+            rows = self.world_size
+            # sorted, the first row of a megabatch is its longest; unsorted, look ahead until the limit is passed
+            while start + rows < len(lengths):
+                longest = lengths[start] if self.group_by_length else lengths[start:start + rows + self.world_size].max()
+                if self.group_by_length:
+                    rows = max(self.world_size, int(self.max_batch // longest) * self.world_size)
+                    rows = min(rows, self.megarows - start % self.megarows)
+                    break
+                if (rows + self.world_size) // self.world_size * longest > self.max_batch:
+                    break
+                rows += self.world_size
+            start += rows
+        return borders
+
+    def _split(self, borders: list[int]) -> np.ndarray:
+        """Halves the batches with most rows until there are `count` of them, or none can be halved."""
+        borders = np.asarray(borders)
+        while (short := self.count - (len(borders) - 1)) > 0:
+            sizes = np.diff(borders)
+            widest = np.argsort(-sizes, kind="stable")[:short]
+            widest = widest[sizes[widest] >= 2 * self.world_size]
+            if not len(widest):
+                break
+            borders = np.sort(np.concatenate((borders, borders[widest] + sizes[widest] // 2)))
+        return borders
 
 
-def _starts(lengths: np.ndarray, groups: np.ndarray, batch_size: int | None, max_batch: float | None) -> list[int]:
-    """Where a new batch begins in rows ordered as `lengths`; never across the border of two groups."""
-    if batch_size is not None:  # a group is a whole number of batches, so borders fall into place
-        return list(range(0, len(lengths), batch_size))
-    starts, longest, group = [0], 0.0, groups[0]
-    for row, (length, row_group) in enumerate(zip(lengths.tolist(), groups.tolist())):
-        longest = max(longest, length)
-        if row > starts[-1] and ((row - starts[-1] + 1) * longest > max_batch or row_group != group):
-            starts.append(row)
-            longest = length
-        group = row_group
-    return starts
-
-
-def _split(starts: list[int], rows: int, count: int) -> np.ndarray:
-    """Borders (count+1,) of exactly `count` batches, made by halving those with most rows (the last of them first)."""
-    if count > rows:  # single rows throughout, and too few to give every rank as many: the closest to the limit
-        return np.linspace(0, rows, rows // (count // -(-count // rows)) + 1).astype(np.int64)
-    borders = starts + [rows]
-    while len(borders) - 1 < count:
-        sizes = np.diff(borders)
-        widest = len(sizes) - 1 - int(np.argmax(sizes[::-1]))
-        borders.insert(widest + 1, borders[widest] + int(sizes[widest]) // 2)
-    return np.array(borders)
+def eval_batches(lengths, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[tuple[int, int]]]:
+    """All rows once, sorted by falling length; a rank takes every world_size-th batch. Keys are (0, row)."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    return [[(0, int(row)) for row in batch] for batch in batches[rank::world_size]]

@@ -90,7 +90,7 @@ class Tokenizer:
 
 
 def train_char(texts) -> Tokenizer:
-    """A tokenizer of the characters that occur in `texts`, in code point order. Raises UserError when there are none."""
+    """A tokenizer of the characters that occur in `texts`, in code point order. Raises UserError if there are none."""
     characters = set()
     for text in texts:
         characters.update(normalize_text(text))
@@ -106,7 +106,7 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
     """
     minimum = train_char(texts := list(texts)).vocab_size + 1  # a space is spelled by its own symbol
     if vocab_size < minimum:
-        raise UserError(f"--vocab_size {vocab_size} has no room for the characters of this text; give {minimum} or more")
+        raise UserError(f"--vocab_size {vocab_size} has no room for this text's characters; give {minimum} or more")
     bpe = tokenizers.Tokenizer(BPE(unk_token=SPECIALS[1]))
     bpe.pre_tokenizer = Metaspace(BPE_SPACE)
     trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
@@ -134,7 +134,7 @@ def from_vocab(vocabulary: dict) -> Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a tokenizer.json, a vocab.json or the tokenizer inside a .ckpt. Raises UserError when it is none of them."""
+    """Reads a tokenizer.json, a vocab.json or the tokenizer inside a .ckpt. Raises UserError if it is none of these."""
     try:
         if str(path).endswith(".ckpt"):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]

@@ -178,6 +178,30 @@ def test_local_parquet_is_read_like_librispeech_on_the_hub(tmp_path, monkeypatch
     assert "junk.flac" in (tmp_path / "root/rejected.csv").read_text()
 
 
+def test_a_torn_parquet_file_is_one_clear_error(tmp_path):
+    parquet_source(tmp_path / "src", ["train", "test"])
+    file = tmp_path / "src/data/train-00000-of-00001.parquet"
+    file.write_bytes(b"PAR1" + bytes(200) + file.read_bytes()[204:])  # its first page; the footer is whole
+    with pytest.raises(UserError, match="split train of .* to its end"):
+        run(tmp_path / "src", tmp_path / "root")
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(UserError, match="cannot load"):
+        run(tmp_path / "src", tmp_path / "root")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_text_the_tokenizer_does_not_know_is_refused_or_counted(source, tmp_path, capsys):
+    with pytest.raises(UserError, match="--uppercase"):
+        tk.save_tokenizer(tk.train_char(["HELLO BOOK"]), tmp_path / "upper.json")
+        run(source, tmp_path / "root", "--tokenizer", str(tmp_path / "upper.json"))
+    tk.save_tokenizer(tk.train_char(["hello book abcd"]), tmp_path / "most.json")
+    run(source, tmp_path / "root", "--tokenizer", str(tmp_path / "most.json"))
+    assert "unknown" not in capsys.readouterr().out
+    tk.save_tokenizer(tk.train_char(["hello book"]), tmp_path / "most.json")
+    run(source, tmp_path / "root", "--overwrite", "--tokenizer", str(tmp_path / "most.json"))
+    assert "train: 3 of 60 tokens are unknown" in capsys.readouterr().out
+
+
 def test_split_map_takes_the_named_splits_only(tmp_path):
     parquet_source(tmp_path / "src", ["train.clean.100", "train.clean.360", "test.clean"])
     run(tmp_path / "src", tmp_path / "root", "--split_map", "train.clean.360=train", "test.clean=dev")
@@ -234,6 +258,8 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, t
 
 @pytest.mark.parametrize("make, message", [
     (lambda s: s / "absent", "absent"),
+    (lambda s: "no/such/folder", "no folder"),
+    (lambda s: "no/such", "cannot load"),
     (lambda s: s / "train", "neither"),
     (lambda s: s / "train/0.wav", "neither"),
     (lambda s: (s / "train/metadata.csv").write_text("name,text\na,b\n") and s, "file_name"),

@@ -1,0 +1,329 @@
+"""From shards on disk to batches: concat, filter, length-grouped batches, and the transforms, run on every access.
+
+Rows are HF datasets rows with input_values (raw audio, 16 kHz), labels (token ids; a list, or a dict with input_ids) and,
+if it is there, length (= len(input_values)). Row numbers are positions in the concatenation of all shards.
+Axes: B batch, T frames, F mel bins, U labels, N samples.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from cli import UserError, option
+from conformer import subsampled_length
+from sampler import LengthGroupedSampler, eval_batches
+from transforms import Augment, Compose, Frontend, eval_transform, make_generator, num_frames, shortest_frames, train_transform
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Batches, filter and workers. Raises UserError for sizes that contradict each other."""
+
+    batch_size: int | None = option(None, "rows per batch and device; 16 unless --max_batch_seconds is given")
+    max_batch_seconds: float | None = option(None, "instead of --batch_size: seconds of audio per batch, padding included")
+    group_by_length: bool = option(True, "batches of rows alike in length; otherwise plain shuffling")
+    num_workers: int | None = option(None, "loader processes, one thread each; default: cores - 1, 1 to 4")
+    filter: bool = option(True, "drop training rows that CTC cannot learn from")
+    output_len_prob: float = option(1.0, "share of a row's encoder frames that its labels may need")
+    min_frame: int = option(10, "fewest feature frames of a training row")
+    max_frame: int = option(10240, "most feature frames of a training row")
+    limit_rows: int | None = option(None, "use only the first rows of every split")
+
+    def __post_init__(self):
+        if self.batch_size is not None and self.max_batch_seconds is not None:
+            raise UserError("--batch_size and --max_batch_seconds: give one of them")
+        for name in ("batch_size", "max_batch_seconds", "limit_rows"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
+
+
+class Batch(NamedTuple):
+    features: torch.Tensor  # (B,T,F) float32, zero padded
+    feature_lengths: torch.Tensor  # (B,) frames
+    labels: torch.Tensor  # (B,U) token ids, padded with blank
+    label_lengths: torch.Tensor  # (B,)
+    rows: torch.Tensor  # (B,) row numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------- shards
+
+
+def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
+    """All shards ROOT/split/0, 1, ... (or 0/data ...) of all roots, in numeric order.
+
+    Raises UserError for a missing root or split, a damaged shard, a wrong schema (naming the shard), and roots whose
+    tokenizers differ.
+    """
+    check_tokenizers(data_roots)
+    shards = [load_shard(path) for root in data_roots for path in shard_paths(Path(root), split)]
+    first, first_path = shards[0]
+    names = [name for name in first.column_names if all(name in shard.column_names for shard, _ in shards)]
+    for shard, path in shards:
+        for name in names:
+            if shard.features[name] != first.features[name]:
+                raise UserError(f"{path}: column {name} is {shard.features[name]} but in {first_path} it is "
+                                f"{first.features[name]}; prepare both the same way")
+    return datasets.concatenate_datasets([shard.select_columns(names) for shard, _ in shards])
+
+
+def check_tokenizers(data_roots) -> None:
+    paths = [Path(root) / "tokenizer.json" for root in data_roots]
+    texts = {path: json.loads(path.read_text()) for path in paths if path.is_file()}
+    for path, content in texts.items():
+        if content != next(iter(texts.values())):
+            raise UserError(f"{path} differs from {next(iter(texts))}: label ids would mean different things; prepare both "
+                            "roots with the same --tokenizer")
+
+
+def shard_paths(root: Path, split: str) -> list[Path]:
+    if not root.is_dir():
+        raise UserError(f"{root}: no such data root; prepare.py makes one")
+    if not (root / split).is_dir():
+        there = sorted(path.name for path in root.iterdir() if path.is_dir()) or ["none"]
+        raise UserError(f"{root} has no split {split} (there: {', '.join(there)}); prepare.py makes one from "
+                        f"SRC/{split}/metadata.csv")
+    shards = sorted((path for path in (root / split).iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    if not shards:
+        raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
+    return [path / "data" if (path / "data" / "state.json").is_file() else path for path in shards]
+
+
+def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
+    try:
+        shard = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as a dataset ({reason}); prepare it again") from error
+    if not isinstance(shard, datasets.Dataset):
+        raise UserError(f"{path}: holds several splits; a shard is one datasets.Dataset saved with save_to_disk")
+    if shard._indices is not None:
+        shard = shard.flatten_indices()
+    schema = shard.data.schema
+    for name in ("input_values", "labels"):
+        if name not in schema.names:
+            raise UserError(f"{path}: no column {name} (there: {', '.join(schema.names)})")
+    labels = schema.field("labels").type
+    if pa.types.is_struct(labels):
+        labels = labels.field("input_ids").type if labels.get_field_index("input_ids") >= 0 else None
+    for name, kind, is_value in (("input_values", schema.field("input_values").type, pa.types.is_floating),
+                                 ("labels", labels, pa.types.is_integer)):
+        if not is_list(kind) or not is_value(kind.value_type):
+            wanted = "a list of floats" if name == "input_values" else "a list of ints, or a dict with input_ids"
+            raise UserError(f"{path}: column {name} is {schema.field(name).type}, not {wanted}")
+    return shard, path
+
+
+def is_list(kind) -> bool:
+    return kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+# --------------------------------------------------------------------------------- lengths, from Arrow offsets, never audio
+
+
+def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
+    """(rows,) int64 samples: the column `length`, or computed once from the list offsets."""
+    if "length" in dataset.column_names:
+        return dataset.data.column("length").to_numpy().astype(np.int64)
+    return list_lengths(dataset.data.column("input_values"))
+
+
+def list_lengths(column) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64)] + [
+        pa.compute.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64) for chunk in column.chunks])
+
+
+def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
+    column = dataset.data.column("labels")
+    return pa.compute.struct_field(column, "input_ids") if pa.types.is_struct(column.type) else column
+
+
+def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows,) int64 each: labels, adjacent repeats among them (CTC needs a blank between), and the range's worst id.
+
+    The worst id is the row's largest, or its smallest where that is negative; 0 for a row without labels.
+    """
+    column = label_column(dataset)
+    lengths = list_lengths(column)
+    values = np.concatenate([np.zeros(0, np.int64)] + [np.asarray(chunk.flatten(), np.int64) for chunk in column.chunks])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    same = np.zeros(len(values) + 1, bool)
+    same[1:-1] = values[1:] == values[:-1]  # same[i]: value i repeats value i-1
+    same[starts] = False
+    counts = np.concatenate(([0], np.cumsum(same[:-1])))
+    worst = np.zeros(len(lengths), np.int64)
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        largest, smallest = (f.reduceat(values, starts[filled]) for f in (np.maximum, np.minimum))
+        worst[filled] = np.where(smallest < 0, smallest, largest)
+    return lengths, counts[ends] - counts[starts], worst
+
+
+def filter_conformer_len_prob(lengths, label_lengths, repeats, *, frontend: Frontend, augment: Augment, input_layer: str,
+                              options: DataOptions) -> tuple[np.ndarray, dict[str, int]]:
+    """Which rows CTC can learn from, and how many are dropped for what reason.
+
+    A row stays when its encoder frames in the worst case (fastest speed, largest trim, this subsampling) times
+    output_len_prob are at least its labels plus their adjacent repeats (Graves et al. 2006: the shortest CTC path), and
+    its feature frames lie within min_frame .. max_frame.
+    """
+    frames = num_frames(lengths, frontend)
+    worst = subsampled_length(shortest_frames(lengths, frontend, augment), input_layer)
+    reasons = {
+        f"shorter than {options.min_frame} frames": frames < options.min_frame,
+        f"longer than {options.max_frame} frames": frames > options.max_frame,
+        "labels too long for CTC": worst * options.output_len_prob < np.maximum(label_lengths + repeats, 1),
+    }
+    keep = np.ones(len(lengths), bool)
+    counts = {}
+    for reason, bad in reasons.items():
+        counts[reason] = int((bad & keep).sum())
+        keep &= ~bad
+    return keep, {reason: count for reason, count in counts.items() if count}
+
+
+# ------------------------------------------------------------------------------------------------------ rows and batches
+
+
+class SpeechDataset(Dataset):
+    """Keys (epoch, row) to examples: features (T,F), labels (U,), row. A function of (seed, epoch, row), nothing else."""
+
+    def __init__(self, dataset: datasets.Dataset, transform: Compose, seed: int):
+        self.dataset = dataset.select_columns(["input_values", "labels"]).with_format("numpy")
+        self.transform, self.seed = transform, seed
+
+    def __getitem__(self, keys):
+        return collate([self.example(epoch, row) for epoch, row in keys])
+
+    def example(self, epoch: int, row: int):
+        item = self.dataset[row]
+        labels = item["labels"]["input_ids"] if isinstance(item["labels"], dict) else item["labels"]
+        waveform = torch.from_numpy(np.array(item["input_values"], np.float32))
+        example = self.transform({"input_values": waveform}, make_generator(self.seed, epoch, row))
+        return example["features"], torch.from_numpy(np.array(labels, np.int64)), row
+
+
+def collate(examples) -> Batch:
+    features, labels, rows = zip(*examples)
+    return Batch(pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features]),
+                 pad_sequence(labels, batch_first=True), torch.tensor([len(y) for y in labels]), torch.tensor(rows))
+
+
+def one_thread(_) -> None:
+    torch.set_num_threads(1)  # a worker with as many threads as cores fights the training process for them
+
+
+def make_loader(dataset: datasets.Dataset, sampler, transform: Compose, seed: int, options: DataOptions) -> DataLoader:
+    workers = options.num_workers
+    if workers is None:
+        workers = min(4, max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1))
+    return DataLoader(SpeechDataset(dataset, transform, seed), sampler=sampler, batch_size=None, num_workers=workers,
+                      worker_init_fn=one_thread, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+                      prefetch_factor=4 if workers else None)
+
+
+def load_split(data_roots, split: str, vocab_size: int, limit_rows: int | None = None) -> datasets.Dataset:
+    """The concatenated split, token ids checked. Raises UserError also for an empty split or ids beyond the vocabulary."""
+    dataset = get_concat_dataset(data_roots, split)
+    if limit_rows is not None:
+        dataset = dataset.select(range(min(limit_rows, len(dataset)))).flatten_indices()
+    where = ", ".join(f"{root}/{split}" for root in data_roots)
+    if not len(dataset):
+        raise UserError(f"{where}: no rows in it")
+    worst = label_statistics(dataset)[2]
+    bad = np.flatnonzero((worst < 0) | (worst >= vocab_size))
+    if len(bad):
+        raise UserError(f"{where} row {bad[0]}: token id {worst[bad[0]]} lies outside the tokenizer's 0 .. {vocab_size - 1}; "
+                        f"use the tokenizer that made the labels ({len(bad)} such rows)")
+    return dataset
+
+
+def eval_dataloader(data_roots, split: str, *, tokenizer, frontend: Frontend, options: DataOptions, rank: int = 0,
+                    world_size: int = 1) -> DataLoader:
+    """Every row of a split once, longest first, features without augmentation."""
+    dataset = load_split(data_roots, split, tokenizer.vocab_size, options.limit_rows)
+    return eval_loader(dataset, frontend, options, rank, world_size)
+
+
+def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int, world_size: int) -> DataLoader:
+    batches = eval_batches(audio_lengths(dataset), options.batch_size or 16, rank, world_size)
+    return make_loader(dataset, batches, eval_transform(frontend), 0, options)
+
+
+class SpeechDataModule(L.LightningDataModule):
+    """train and dev for fit, eval_clean and (where present) eval_other for test."""
+
+    def __init__(self, *, data_roots, tokenizer, frontend: Frontend, augment: Augment, options: DataOptions,
+                 input_layer: str = "conv2d", seed: int = 0):
+        super().__init__()
+        self.data_roots, self.tokenizer, self.frontend = list(data_roots), tokenizer, frontend
+        self.augment, self.options, self.input_layer, self.seed = augment, options, input_layer, seed
+        self.splits: dict[str, datasets.Dataset] = {}
+        self.kept = None  # row numbers of train that the filter kept
+        self.start_batch = 0  # batches of the first epoch that a resumed run has seen
+
+    def prepare_data(self):
+        """Nothing: prepare.py is a command of its own."""
+
+    def setup(self, stage: str):
+        names = {"fit": ["train", "dev"], "validate": ["dev"], "test": ["eval_clean", "eval_other"]}[stage]
+        for name in names:
+            optional = name == "eval_other" and not any((Path(root) / name).is_dir() for root in self.data_roots)
+            if name not in self.splits and not optional:
+                self.splits[name] = load_split(self.data_roots, name, self.tokenizer.vocab_size, self.options.limit_rows)
+        if stage == "fit" and self.kept is None:
+            self.filter_train()
+
+    def filter_train(self):
+        train = self.splits["train"]
+        self.lengths = audio_lengths(train)
+        keep, reasons = np.ones(len(train), bool), {}
+        if self.options.filter:
+            labels, repeats, _ = label_statistics(train)
+            keep, reasons = filter_conformer_len_prob(self.lengths, labels, repeats, frontend=self.frontend,
+                                                      augment=self.augment, input_layer=self.input_layer,
+                                                      options=self.options)
+        self.kept = np.flatnonzero(keep)
+        dropped = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        rank_zero_info(f"train: {len(self.kept)} of {len(train)} rows kept" + (f", dropped: {dropped}" if dropped else ""))
+        if not len(self.kept):
+            raise UserError(f"{', '.join(self.data_roots)}: no row of train is left after the filter ({dropped}); see "
+                            "--min_frame, --max_frame, --output_len_prob")
+
+    def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:
+        seconds = self.options.max_batch_seconds
+        return LengthGroupedSampler(
+            lengths=self.lengths[self.kept], rows=self.kept, seed=self.seed, rank=rank, world_size=world_size,
+            batch_size=None if seconds else self.options.batch_size or 16,
+            max_batch=seconds and seconds * self.frontend.sample_rate, group_by_length=self.options.group_by_length)
+
+    def train_batches(self, world_size: int) -> int:
+        """Batches of one rank in an epoch; after setup('fit')."""
+        return len(self.sampler(0, world_size))
+
+    def ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = self.sampler(*self.ranks())
+        sampler.start_batch = self.start_batch
+        return make_loader(self.splits["train"], sampler, train_transform(self.frontend, self.augment), self.seed, self.options)
+
+    def val_dataloader(self) -> DataLoader:
+        return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [eval_loader(self.splits[name], self.frontend, self.options, *self.ranks())
+                for name in ("eval_clean", "eval_other") if name in self.splits]
