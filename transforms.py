@@ -6,10 +6,13 @@ An example is a dict: "input_values" (N,) samples, from log_mel on "features" (F
 Axes: N samples, T frames, F mel bins.
 """
 
+import io
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import soundfile
 import torch
 import torchaudio
 
@@ -256,3 +259,34 @@ def extract(frontend: Frontend):
     """A function from a waveform (N,) float32 in [-1, 1] to features (T,F) float32, T >= 1: eval_transform's chain."""
     transform = eval_transform(frontend)
     return lambda waveform: transform({"input_values": waveform}, None)["features"]
+
+
+# Files -> waveforms
+
+
+def read_audio(audio, sample_rate: int = 16000) -> np.ndarray:
+    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes, in any format soundfile decodes.
+
+    Raises UserError with the reason alone (no file name) for what is missing, undecodable, empty or not finite.
+    """
+    try:
+        samples, rate = soundfile.read(io.BytesIO(audio) if isinstance(audio, bytes) else audio, dtype="float32")
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors are RuntimeErrors
+        if isinstance(audio, (str, os.PathLike)) and not os.path.isfile(audio):
+            raise UserError("file missing") from None
+        raise UserError(f"cannot be decoded: {error}") from None
+    if len(samples) == 0:
+        raise UserError("no samples")
+    if samples.ndim == 2:  # (N, channels)
+        samples = samples.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise UserError("samples are not finite")
+    return resample(samples, rate, sample_rate)
+
+
+def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
+    """(N,) float32 at `rate` Hz to `sample_rate`."""
+    if rate == sample_rate:
+        return samples
+    rate = max(25, round(rate / 25) * 25)  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
+    return torchaudio.functional.resample(torch.from_numpy(samples), rate, sample_rate).numpy()
