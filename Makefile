@@ -1,20 +1,26 @@
-# lightning-U2: `make` lists the targets. Every variable can be given on the command line: make train PRESET=small
+# lightning-U2. `make` lists the targets; every variable can be given on the command line: make train PRESET=small
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+
 PYTHON ?= python3
 DATA_ROOT ?= data/demo
 OUTPUT_DIR ?= runs/demo
 PRESET ?= tiny
-PRECISION ?= 32
+# A CPU that multiplies bfloat16 trains nearly twice as fast in it; give PRECISION=16 or bf16-mixed on a GPU.
+PRECISION ?= $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bf16-mixed,32)
 DEVICES ?= auto
-MAX_EPOCHS ?= 20
+MAX_EPOCHS ?= 24
 SPLIT ?= eval_clean
 ARGS ?=
-VENV = .venv/bin/python
-MODES = ctc_greedy_search ctc_prefix_beam_search attention attention_rescoring
+
+PY = .venv/bin/python
+BEST = $(OUTPUT_DIR)/best.ckpt
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9_]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: DATA_ROOT=$(DATA_ROOT) OUTPUT_DIR=$(OUTPUT_DIR) PRESET=$(PRESET) PRECISION=$(PRECISION)" \
-	      "DEVICES=$(DEVICES) MAX_EPOCHS=$(MAX_EPOCHS) SPLIT=$(SPLIT) ARGS=$(ARGS)"
+	@awk -F ':.*## ' '/^[a-z0-9_]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: DATA_ROOT=$(DATA_ROOT) OUTPUT_DIR=$(OUTPUT_DIR) PRESET=$(PRESET) PRECISION=$(PRECISION)"
+	@echo "           DEVICES=$(DEVICES) MAX_EPOCHS=$(MAX_EPOCHS) SPLIT=$(SPLIT) ARGS=\"$(ARGS)\" (more flags for the command)"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,4 +29,55 @@ help:  ## this list
 
 setup: .venv/installed  ## .venv with the pinned packages
 
-.PHONY: help setup
+data/demo/tokenizer.json: | .venv/installed
+	$(PY) prepare.py --demo --data_root data/demo
+
+data: data/demo/tokenizer.json  ## the synthetic demo corpus in data/demo
+
+train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer.json)  ## train, then score SPLIT in all modes
+	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
+	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) --lr 2e-3 --ema_decay 0.99 $(ARGS)
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
+	  | tee $(OUTPUT_DIR)/scores.jsonl
+	$(PY) compare.py $(OUTPUT_DIR)
+	@echo
+	@echo "Best checkpoint: $(BEST). Next:"
+	@echo "  $(PY) transcribe.py --checkpoint $(BEST) FILE.wav ..."
+	@echo "  make score OUTPUT_DIR=$(OUTPUT_DIR) ARGS='--chunk_size 16'     # the same model, streaming"
+	@echo "  make train OUTPUT_DIR=runs/idea ARGS='--dropout_rate 0.2'      # an idea, then: make compare"
+
+score: .venv/installed  ## score OUTPUT_DIR/best.ckpt on SPLIT
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) $(ARGS) | tee -a $(OUTPUT_DIR)/scores.jsonl
+
+transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.flac"
+	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
+
+compare: .venv/installed  ## table of the runs in runs/
+	$(PY) compare.py $(ARGS)
+
+test: .venv/installed  ## the tests
+	$(PY) -m pytest -q tests $(ARGS)
+
+smoke: .venv/installed  ## the whole chain on a handful of rows
+	$(PY) -m pytest -q tests/test_smoke.py $(ARGS)
+
+clean:  ## remove the demo corpus and the demo run (never your data, your runs or .venv)
+	rm -rf data/demo data/.demo.partial runs/demo
+
+# ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4 (folders train and dev, each with a metadata.csv)
+SOURCE ?=
+
+data/an4/tokenizer.json: | .venv/installed
+	$(if $(SOURCE),,$(error SOURCE is not set; say make an4 SOURCE=FOLDER with FOLDER/train/metadata.csv and FOLDER/dev))
+	$(PY) prepare.py --source $(SOURCE) --data_root data/an4
+
+an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, within an hour on 2 cores
+	$(PY) train.py --data_root data/an4 --output_dir runs/an4 --preset small --precision $(PRECISION) $(AN4) $(ARGS)
+	$(PY) score.py --checkpoint runs/an4/best.ckpt --data_root data/an4 --split dev --mode all | tee runs/an4/scores.jsonl
+	$(PY) score.py --checkpoint runs/an4/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size 16 \
+	  | tee -a runs/an4/scores.jsonl
+	$(PY) compare.py runs/an4
+
+AN4 = --max_epochs 200 --lr 1e-3 --ema_decay 0.998 --check_val_every_n_epoch 5
+
+.PHONY: help setup data train score transcribe compare test smoke clean an4

@@ -9,7 +9,7 @@ import glob
 import json
 import os
 
-from cli import UserError, run
+import cli
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
 SCORES = ("split", "mode", "chunk_size", "left_chunks", "utterances", "wer", "cer", "rtf")
@@ -21,13 +21,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: all in runs/)")
     folders = parser.parse_args(argv).runs or sorted(map(os.path.dirname, glob.glob("runs/*/run.json")))
     if not folders:
-        raise UserError("no run to compare: runs/*/run.json matches nothing; train one with train.py, or name folders")
+        raise cli.UserError("no run to compare: runs/*/run.json matches nothing; train one or name folders")
     records = {os.path.normpath(folder): read_run(folder) for folder in folders}
-    print_table(("run", "preset", "commit", "seed", "steps", *VALIDATION), [validation_row(*r) for r in records.items()])
+    rows = [validation_row(run, record) for run, record in records.items()]
+    print_table(("run", "preset", "commit", "seed", "steps", *VALIDATION), rows)
     names = differing(records)
     if names:
         print("\noptions that differ")
-        print_table(("run", *names), [[run, *(r["options"].get(n) for n in names)] for run, r in records.items()])
+        print_table(("run", *names), [[run, *map(record["options"].get, names)] for run, record in records.items()])
     scores = [[run, *map(score.get, SCORES)] for run in records for score in read_scores(run)]
     if scores:
         print("\nscores")
@@ -47,7 +48,7 @@ def read_run(folder: str) -> dict:
         reason = error.strerror
     except (ValueError, KeyError) as error:
         reason = f"damaged ({error})"
-    raise UserError(f"{path}: {reason}; name the OUTPUT_DIR of a run that train.py made")
+    raise cli.UserError(f"{path}: {reason}; name the OUTPUT_DIR of a run that train.py made")
 
 
 def read_scores(folder: str) -> list[dict]:
@@ -91,4 +92,4 @@ def show(value) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

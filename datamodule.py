@@ -27,6 +27,9 @@ from sampler import LengthGroupedSampler, eval_batches
 from transforms import Augment, Compose, Frontend, eval_transform, make_generator, num_frames, shortest_frames, train_transform
 
 
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Batches, filter and workers. Raises UserError for sizes that contradict each other."""
@@ -47,12 +50,14 @@ class DataOptions:
         for name in ("batch_size", "max_batch_seconds", "limit_rows"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise UserError(f"--num_workers {self.num_workers}: it must be at least 0")
 
 
 class Batch(NamedTuple):
     features: torch.Tensor  # (B,T,F) float32, zero padded
     feature_lengths: torch.Tensor  # (B,) frames
-    labels: torch.Tensor  # (B,U) token ids, padded with blank
+    labels: torch.Tensor  # (B,U) token ids, zero padded
     label_lengths: torch.Tensor  # (B,)
     rows: torch.Tensor  # (B,) row numbers
 
@@ -80,10 +85,13 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
 
 def check_tokenizers(data_roots) -> None:
     paths = [Path(root) / "tokenizer.json" for root in data_roots]
-    texts = {path: json.loads(path.read_text()) for path in paths if path.is_file()}
-    for path, content in texts.items():
-        if content != next(iter(texts.values())):
-            raise UserError(f"{path} differs from {next(iter(texts))}: label ids would mean different things; prepare both "
+    try:
+        contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
+    except ValueError as error:
+        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON ({error}); prepare it again") from error
+    for path, content in contents.items():
+        if content != next(iter(contents.values())):
+            raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
                             "roots with the same --tokenizer")
 
 
@@ -94,7 +102,7 @@ def shard_paths(root: Path, split: str) -> list[Path]:
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) or ["none"]
         raise UserError(f"{root} has no split {split} (there: {', '.join(there)}); prepare.py makes one from "
                         f"SRC/{split}/metadata.csv")
-    shards = sorted((path for path in (root / split).iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    shards = sorted((path for path in (root / split).iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     if not shards:
         raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
     return [path / "data" if (path / "data" / "state.json").is_file() else path for path in shards]
@@ -103,6 +111,7 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
     try:
         shard = datasets.load_from_disk(str(path))
+        check_ends(shard)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a dataset ({reason}); prepare it again") from error
@@ -122,7 +131,24 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
         if not is_list(kind) or not is_value(kind.value_type):
             wanted = "a list of floats" if name == "input_values" else "a list of ints, or a dict with input_ids"
             raise UserError(f"{path}: column {name} is {schema.field(name).type}, not {wanted}")
+        if shard.data.column(name).null_count:
+            raise UserError(f"{path}: column {name} has rows without a value; leave them out")
+    if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
+        raise UserError(f"{path}: column length is {schema.field('length').type}, not a number of samples as an integer; "
+                        "leave it out, and it is computed")
     return shard, path
+
+
+def check_ends(shard) -> None:
+    """Raises ValueError when a file of the shard lacks Arrow's end-of-stream mark.
+
+    pyarrow itself takes a file that was cut between two record batches for a whole, shorter one.
+    """
+    for file in getattr(shard, "cache_files", []):
+        with open(file["filename"], "rb") as stream:
+            stream.seek(-len(END_OF_STREAM), os.SEEK_END)
+            if stream.read() != END_OF_STREAM:
+                raise ValueError(f"{os.path.basename(file['filename'])} is truncated")
 
 
 def is_list(kind) -> bool:
@@ -238,7 +264,7 @@ def load_split(data_roots, split: str, vocab_size: int, limit_rows: int | None =
     """The concatenated split, token ids checked. Raises UserError also for an empty split or ids beyond the vocabulary."""
     dataset = get_concat_dataset(data_roots, split)
     if limit_rows is not None:
-        dataset = dataset.select(range(min(limit_rows, len(dataset)))).flatten_indices()
+        dataset = dataset.select(range(min(limit_rows, len(dataset))))  # a slice of the Arrow table: nothing is copied
     where = ", ".join(f"{root}/{split}" for root in data_roots)
     if not len(dataset):
         raise UserError(f"{where}: no rows in it")
@@ -299,7 +325,7 @@ class SpeechDataModule(L.LightningDataModule):
         dropped = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
         rank_zero_info(f"train: {len(self.kept)} of {len(train)} rows kept" + (f", dropped: {dropped}" if dropped else ""))
         if not len(self.kept):
-            raise UserError(f"{', '.join(self.data_roots)}: no row of train is left after the filter ({dropped}); see "
+            raise UserError(f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); see "
                             "--min_frame, --max_frame, --output_len_prob")
 
     def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:

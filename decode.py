@@ -1,6 +1,6 @@
 """Searches: from CTC log-probabilities, and from attention decoders given as callables, to token sequences.
 
-Nothing here knows the model. CTC searches take log-probabilities; attention searches take a function that scores tokens.
+Nothing here knows the model: CTC searches take log-probabilities, attention searches a function that scores tokens.
 Axes: B batch, T encoder frames, V vocabulary, N beam, U tokens of a hypothesis, L = U + 1 with the leading <sos>,
 M all hypotheses of all utterances. Scores are natural logarithms.
 
@@ -25,7 +25,7 @@ class SearchOptions:
     """How an utterance is decoded, whatever the mode; the fields are arguments of model.decode. Raises UserError."""
 
     beam_size: int = option(10, "hypotheses that a beam search keeps")
-    chunk_size: int = option(-1, "encoder frames (40 ms each with conv2d) the encoder sees ahead at most; -1: full context")
+    chunk_size: int = option(-1, "encoder frames (40 ms each with conv2d) in a chunk; -1: full context")
     left_chunks: int = option(-1, "chunks before its own that a frame sees; -1: all")
     ctc_weight: float = option(0.5, "weight of the CTC score in attention_rescoring")
     reverse_weight: float = option(0.3, "share of the right-to-left decoder in attention_rescoring")

@@ -23,7 +23,6 @@ from tokenizer import Tokenizer
 from transforms import Frontend
 
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
-DECODE_MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,10 @@ class U2(L.LightningModule):
                ctc_weight: float = 0.5, reverse_weight: float = 0.3) -> list[decode.Hypothesis]:
         """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
 
-        Raises UserError for a mode that is not one of DECODE_MODES.
+        Raises UserError for a mode that is not one of decode.MODES.
         """
-        if mode not in DECODE_MODES:
-            raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(DECODE_MODES)}")
+        if mode not in decode.MODES:
+            raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         net = self.net
         memory, lengths = net.encode(feats, feat_lengths, chunk_size, left_chunks)
         if mode == "attention":

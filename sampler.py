@@ -29,13 +29,13 @@ class LengthGroupedSampler(Sampler):
         self.lengths = np.asarray(lengths)
         self.rows = np.arange(len(lengths)) if rows is None else np.asarray(rows)
         self.batch_size, self.max_batch, self.group_by_length = batch_size, max_batch, group_by_length
-        per_batch = batch_size or max(1, int(max_batch / self.lengths.mean()))
+        per_batch = batch_size or max(1, int(max_batch / max(self.lengths.mean(), 1)))
         self.megarows = megabatch * per_batch * world_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.start_batch = 0, 0
         self.count = len(self._borders(self._order(0, 0))) - 1
-        if max_batch:  # batches by duration vary in number from epoch to epoch: leave a little room, then fill it exactly
-            self.count += self.count // 50
+        if max_batch and self.count > 1:  # batches by duration vary in number from epoch to epoch: leave a little room,
+            self.count = min(self.count + self.count // 50 + 1, len(lengths) // world_size)  # then fill it exactly
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -56,7 +56,7 @@ class LengthGroupedSampler(Sampler):
             borders = self._borders(order)
             if len(borders) - 1 <= self.count:
                 break
-        else:  # never seen; the first epoch's batches fit by definition
+        else:  # hardly ever; the first epoch's batches fit by definition
             order = self._order(0, 0)
             borders = self._borders(order)
         borders = self._split(borders)
@@ -89,21 +89,16 @@ class LengthGroupedSampler(Sampler):
         return borders + [size]
 
     def _borders_by_duration(self, lengths) -> list[int]:
-        borders, start = [], 0
-        while start < len(lengths):
-            borders.append(start)
-            rows = self.world_size
-            # sorted, the first row of a megabatch is its longest; unsorted, look ahead until the limit is passed
-            while start + rows < len(lengths):
-                longest = lengths[start] if self.group_by_length else lengths[start:start + rows + self.world_size].max()
-                if self.group_by_length:
-                    rows = max(self.world_size, int(self.max_batch // longest) * self.world_size)
-                    rows = min(rows, self.megarows - start % self.megarows)
-                    break
-                if (rows + self.world_size) // self.world_size * longest > self.max_batch:
-                    break
-                rows += self.world_size
-            start += rows
+        """As many rows as keep rows * longest of every rank within max_batch; no batch crosses megabatches."""
+        world = self.world_size
+        longest_of_step = np.maximum.reduceat(lengths, np.arange(0, len(lengths), world))  # a step: one row for every rank
+        borders, rows, longest = [0], 0, 0
+        for step, length in enumerate(longest_of_step.tolist()):
+            longest = max(longest, length)
+            if rows and ((rows + 1) * longest > self.max_batch or step * world % self.megarows == 0):
+                borders.append(step * world)
+                rows, longest = 0, length
+            rows += 1
         return borders
 
     def _split(self, borders: list[int]) -> np.ndarray:

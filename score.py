@@ -11,14 +11,15 @@ import os
 import time
 from dataclasses import asdict, dataclass
 
+import datasets
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-import datamodule
 from cli import UserError, add_options, build, option, run
+from datamodule import audio_lengths, get_concat_dataset, load_split
 from decode import MODES, SearchOptions
 from model import load_checkpoint
 from tokenizer import load_tokenizer, normalize_text
@@ -32,7 +33,7 @@ class ScoreOptions:
     split: str = option("eval_clean", "split of the data")
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))
     batch_size: int = option(16, "utterances decoded together, of like lengths; memory grows with it")
-    details: str | None = option(None, "file to write with a JSON line per utterance and mode: what was said, heard, wrong")
+    details: str | None = option(None, "file to write: a JSON line per utterance, what was said, heard and wrong")
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -48,12 +49,10 @@ def main(argv: list[str]) -> None:
     given = vars(parser.parse_args(argv))
     options, search = build(ScoreOptions, given), build(SearchOptions, given)
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    dataset = datamodule.get_concat_dataset([options.data_root], options.split)
-    references = read_references(dataset, tokenizer, options)
-    details = []
+    dataset, references = load_data(tokenizer, options)
+    duration, details = audio_lengths(dataset).sum() / frontend.sample_rate, []
     for mode in MODES if options.mode == "all" else (options.mode,):
         hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search)
-        duration = float(np.sum(datamodule.lengths(dataset))) / frontend.sample_rate
         print(json.dumps({"split": options.split, "mode": mode, **asdict(search), "utterances": len(references),
                           "wer": float(word_error_rate(hypotheses, references)),
                           "cer": float(char_error_rate(hypotheses, references)),
@@ -63,36 +62,26 @@ def main(argv: list[str]) -> None:
         write_lines(options.details, details)
 
 
-def read_references(dataset, tokenizer, options: ScoreOptions) -> list[str]:
-    """What was said, per row: the column `text`, else the labels as the tokenizer spells them.
+def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:
+    """The split and what was said, per row: the column `text`, else the labels as the tokenizer spells them.
 
     Raises UserError when there is nothing to compare with, or when labels without text belong to another tokenizer.
     """
-    place = f"{options.data_root}, split {options.split}"
+    roots, place = [options.data_root], f"{options.data_root}, split {options.split}"
+    dataset = get_concat_dataset(roots, options.split)
     if "text" in dataset.column_names:
         references = [normalize_text(text or "") for text in dataset["text"]]
     else:
-        check_labels(dataset, tokenizer, options.data_root, place)
-        references = [tokenizer.decode(label_ids(labels)) for labels in dataset["labels"]]
+        path = os.path.join(options.data_root, "tokenizer.json")
+        if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
+            raise UserError(f"{place}: there is no column text, and the labels are those of {path}, which is not the "
+                            "checkpoint's tokenizer; score a checkpoint trained on this data, or prepare it with text")
+        dataset = load_split(roots, options.split, tokenizer.vocab_size)  # which checks the range of the labels
+        labels = (row["input_ids"] if isinstance(row, dict) else row for row in dataset["labels"])
+        references = [tokenizer.decode(ids) for ids in labels]
     if not any(references):
         raise UserError(f"{place}: no row has any text to compare with; prepare it with transcripts")
-    return references
-
-
-def label_ids(labels) -> list[int]:
-    return labels["input_ids"] if isinstance(labels, dict) else labels
-
-
-def check_labels(dataset, tokenizer, data_root: str, place: str) -> None:
-    """Raises UserError when the labels mean something else to the checkpoint than to those who wrote them."""
-    path = os.path.join(data_root, "tokenizer.json")
-    if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
-        raise UserError(f"{place}: there is no column text, and the labels belong to another tokenizer ({path}) than the "
-                        "checkpoint's; score with a checkpoint trained on it, or prepare the data with text")
-    for row, labels in enumerate(dataset["labels"]):
-        if any(not 0 <= token < tokenizer.vocab_size for token in label_ids(labels)):
-            raise UserError(f"{place}, row {row}: a token id lies outside the checkpoint's vocabulary of "
-                            f"{tokenizer.vocab_size}; prepare the data with --tokenizer CHECKPOINT")
+    return dataset, references
 
 
 def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOptions,
@@ -100,7 +89,7 @@ def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOpti
     """(what was heard, per row; seconds it took)."""
     features_of, texts, seconds = extract(frontend), [""] * len(dataset), 0.0
     waveforms = dataset.select_columns(["input_values"]).with_format("numpy")
-    order = np.argsort(-datamodule.lengths(dataset), kind="stable")  # longest first: memory runs out early or never
+    order = np.argsort(-audio_lengths(dataset), kind="stable")  # longest first: memory runs out early or never
     for start in tqdm(range(0, len(order), options.batch_size), desc=mode, unit=" batches"):
         rows = order[start:start + options.batch_size].tolist()
         batch = [torch.from_numpy(waveforms[row]["input_values"].astype(np.float32)) for row in rows]

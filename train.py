@@ -73,10 +73,12 @@ def main(argv):
     check(options, model_options)
     resume = check_output(options.output_dir, args.resume, args.overwrite)
     tokenizer = load_tokenizer(options.tokenizer or os.path.join(args.data_root[0], "tokenizer.json"))
+    seen = check_resume(resume, model_options, frontend, tokenizer) if resume else 0
 
     L.seed_everything(options.seed, workers=False, verbose=False)
     data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
                             options=build(DataOptions, given), input_layer=model_options.input_layer, seed=options.seed)
+    data.start_batch = seen
     trainer = make_trainer(options)
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size),
@@ -113,13 +115,25 @@ def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None
     if "LOCAL_RANK" in os.environ:  # a process that Lightning started: the first one has checked, and begun to write
         return (resume or os.path.join(folder, "last.ckpt")) if resume is not None else None
     if resume is not None:
-        resume = resume or os.path.join(folder, "last.ckpt")
-        read_checkpoint(resume)
-        return resume
+        return resume or os.path.join(folder, "last.ckpt")
     if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
                         "another --output_dir")
     return None
+
+
+def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tokenizer) -> int:
+    """Batches of its epoch that the checkpoint has seen; UserError where it belongs to another model or frontend."""
+    checkpoint = read_checkpoint(path)
+    asked = {**dataclasses.asdict(model_options), **dataclasses.asdict(frontend)}
+    saved = {**checkpoint["model_options"], **checkpoint["frontend"]}
+    differ = [f"{name} {saved.get(name)}, not {value}" for name, value in asked.items() if saved.get(name) != value]
+    if differ:
+        raise UserError(f"{path} was made with {'; '.join(differ)}; give the options that it was made with")
+    if checkpoint["tokenizer"] != tokenizer.to_dict():
+        raise UserError(f"{path} was made with another tokenizer than this data; resume on the data that it was made with")
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return 0 if progress["is_last_batch"] else progress["current"]["ready"]
 
 
 def clear_output(folder: str, overwrite: bool) -> None:

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from cli import UserError
 from conformer import ModelOptions
-from model import DECODE_MODES, U2, OptimOptions, load_checkpoint
-from tokenizer import Tokenizer, train_char
+from decode import MODES
+from model import U2, OptimOptions, load_checkpoint
+from tokenizer import train_char
 from transforms import Frontend
 
 OPTIONS = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
@@ -193,7 +194,7 @@ def test_the_checkpoint_is_plain_data_and_gives_the_same_model_back(tmp_path):
     loaded, tokenizer, frontend = load_checkpoint(str(tmp_path / "a.ckpt"))  # weights_only=True within
     assert not loaded.training and tokenizer.to_dict() == TOKENIZER.to_dict() and frontend == Frontend()
     batch = next(batches(1))
-    for mode in DECODE_MODES:
+    for mode in MODES:
         ours, theirs = (m.eval().decode(batch.features, batch.feature_lengths, mode, beam_size=3) for m in (model, loaded))
         assert ours == theirs and len(ours) == 2
     chunked, whole = (loaded.decode(batch.features, batch.feature_lengths, "ctc_prefix_beam_search", 3, chunk)

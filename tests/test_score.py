@@ -1,0 +1,244 @@
+"""score.py, transcribe.py and compare.py on a small checkpoint with random weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import cli
+import compare
+import score
+import transcribe
+from conformer import ModelOptions
+from decode import MODES
+from model import U2, OptimOptions
+from tokenizer import save_tokenizer, train_char
+from transforms import Frontend
+
+TEXTS = ["one two three", "four", "five six", "seven eight nine ten", "zero", ""]
+SECONDS = [1.1, 0.5, 0.02, 1.7, 0.8, 0.6]  # the third is too short for a single encoder frame
+
+
+def waveform(row):
+    return np.random.default_rng(row).normal(0, 0.1, int(SECONDS[row] * 16000)).astype(np.float32)
+
+
+def write_split(folder, tokenizer, text=True, label=None):
+    labels = [tokenizer.encode(said) if label is None else [label] for said in TEXTS]
+    rows = [{"input_values": waveform(row), "labels": {"input_ids": labels[row]}, **({"text": said} if text else {})}
+            for row, said in enumerate(TEXTS)]
+    features = {"input_values": datasets.List(datasets.Value("float32")),
+                "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
+                **({"text": datasets.Value("string")} if text else {})}
+    datasets.Dataset.from_list(rows, datasets.Features(features)).save_to_disk(str(folder / "0"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with data (with and without text) and a checkpoint that hears nonsense, but not nothing."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = train_char(TEXTS)
+    for name in ("data", "other"):
+        write_split(folder / name / "eval_clean", tokenizer)
+        write_split(folder / name / "no_text", tokenizer, text=False)
+        write_split(folder / name / "beyond", tokenizer, text=False, label=tokenizer.vocab_size)
+    save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
+    save_tokenizer(train_char(["entirely different"]), str(folder / "other" / "tokenizer.json"))
+    torch.manual_seed(0)
+    options = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, decoder_num_blocks=1,
+                           r_num_blocks=1, decoder_linear_units=32)
+    model = U2(options=options, optim=OptimOptions(), frontend=Frontend(), tokenizer=tokenizer)
+    for parameter in model.parameters():  # sharp, so that the searches find something
+        parameter.data *= 2
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, folder / "best.ckpt")
+    return folder
+
+
+def call(capsys, command, *argv):
+    """Runs a command as the shell would: (exit status, lines of stdout, lines of stderr)."""
+    capsys.readouterr()
+    status = 0
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, argv)])
+            cli.run(command.main)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), [line for line in err.splitlines() if "batches" not in line]
+
+
+def score_json(capsys, world, *argv, root="data"):
+    status, out, _ = call(capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv)
+    assert status == 0
+    return [json.loads(line) for line in out]
+
+
+def distance(a, b):
+    """Levenshtein, by its definition."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_score_counts_the_errors_of_the_whole_split(world, capsys, tmp_path, mode):
+    details = tmp_path / "details.jsonl"
+    result, = score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", details)
+    lines = [json.loads(line) for line in details.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(6)) and [line["reference"] for line in lines] == TEXTS
+    assert sum(bool(line["hypothesis"]) for line in lines) >= 4
+    for line in lines:
+        assert line["char_errors"] == distance(line["hypothesis"], line["reference"])
+        assert line["word_errors"] == distance(line["hypothesis"].split(), line["reference"].split())
+    assert result["cer"] == pytest.approx(sum(line["char_errors"] for line in lines) / sum(map(len, TEXTS)))
+    assert result["wer"] == pytest.approx(sum(line["word_errors"] for line in lines) / 11)
+    assert (result["split"], result["mode"], result["chunk_size"], result["utterances"]) == ("eval_clean", mode, -1, 6)
+    assert 0 < result["rtf"] < 100
+
+
+def test_score_hears_the_same_whatever_the_batch_and_in_every_mode_at_once(world, capsys, tmp_path):
+    heard = []
+    for batch_size in (1, 2, 6):
+        details = tmp_path / f"{batch_size}.jsonl"
+        results = score_json(capsys, world, "--mode", "all", "--beam_size", 3, "--batch_size", batch_size,
+                             "--chunk_size", 4, "--left_chunks", 2, "--details", details)
+        assert [result["mode"] for result in results] == list(MODES)
+        # WeNet bounds attention's length by the batch's longest utterance, so a decoder that never ends may run on
+        heard.append([line for line in details.read_text().splitlines() if '"mode": "attention"' not in line])
+    assert heard[0] == heard[1] == heard[2]
+
+
+def test_score_passes_chunks_on_to_the_encoder(world, capsys, tmp_path):
+    heard = []
+    for chunk in ((), ("--chunk_size", 1, "--left_chunks", 0)):
+        score_json(capsys, world, "--mode", "ctc_greedy_search", "--details", tmp_path / "details", *chunk)
+        heard.append((tmp_path / "details").read_text())
+    assert heard[0] != heard[1]
+
+
+def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoints(world, capsys, tmp_path):
+    with_text, = score_json(capsys, world)
+    without, = score_json(capsys, world, "--split", "no_text")
+    assert (without["wer"], without["cer"]) == (with_text["wer"], with_text["cer"])
+    elsewhere, = score_json(capsys, world, root="other")  # another tokenizer is no harm where there is text
+    assert elsewhere["cer"] == with_text["cer"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--data_root", "{}/other", "--split", "no_text"], ["other/tokenizer.json", "column text"]),
+    (["--split", "beyond"], ["beyond", "outside"]),
+    (["--split", "absent"], ["absent"]),
+    (["--data_root", "{}/nowhere"], ["nowhere"]),
+    (["--checkpoint", "{}/nothing.ckpt"], ["nothing.ckpt"]),
+    (["--checkpoint", "{}/data/tokenizer.json"], ["tokenizer.json"]),
+    (["--beam_size", "0"], ["--beam_size"]),
+    (["--chunk_size", "0"], ["--chunk_size"]),
+    (["--chunk_size", "-2"], ["--chunk_size"]),
+    (["--left_chunks", "2"], ["--left_chunks", "--chunk_size"]),
+    (["--batch_size", "0"], ["--batch_size"]),
+    (["--reverse_weight", "1.5"], ["--reverse_weight"]),
+    (["--details", "{}/nowhere/details"], ["--details"])])
+def test_score_answers_bad_input_with_one_line_and_status_2(world, capsys, argv, words):
+    argv = [word.format(world) for word in argv]
+    given = ["--checkpoint", world / "best.ckpt", "--data_root", world / "data", *argv]  # argparse takes the last
+    status, out, err = call(capsys, score, *given)
+    assert status == 2 and out == [] and len(err) == 1
+    assert all(word in err[0] for word in ["score.py: error:", *words])
+
+
+@pytest.mark.parametrize("command", [score, transcribe])
+@pytest.mark.parametrize("argv", [["--no_such_flag", "1"], ["--mode", "psychic"], ["--check", "x"]])
+def test_unknown_flags_and_modes_are_refused(world, capsys, command, argv):
+    status, out, err = call(capsys, command, *argv, *(["file.wav"] if command is transcribe else []))
+    assert status == 2 and out == [] and "error" in err[-1]
+
+
+def write_audio_files(folder):
+    good = [folder / name for name in ("mono.wav", "stereo.flac", "slow rate.ogg", "short.wav")]
+    soundfile.write(good[0], waveform(0), 16000, subtype="FLOAT")
+    soundfile.write(good[1], np.stack([waveform(0)] * 2, axis=1), 44100)
+    soundfile.write(good[2], waveform(3), 8000)
+    soundfile.write(good[3], waveform(2), 16000)
+    broken, empty = folder / "broken.wav", folder / "empty.wav"
+    broken.write_bytes(b"RIFF, but no more")
+    soundfile.write(empty, np.zeros(0, np.float32), 16000)
+    return good, [folder / "missing.wav", broken, empty, folder]
+
+
+def test_transcribe_prints_a_line_per_file_and_goes_on_after_bad_ones(world, capsys, tmp_path):
+    good, bad = write_audio_files(tmp_path)
+    files = [bad[0], good[0], bad[1], good[1], bad[2], bad[3], *good[2:]]
+    status, out, err = call(capsys, transcribe, "--checkpoint", world / "best.ckpt", *files)
+    assert status == 2
+    assert [line.split("\t")[0] for line in out] == list(map(str, good)) and all(line.count("\t") == 1 for line in out)
+    assert len(err) == len(bad) and all(f"error: {path}: " in line for path, line in zip(bad, err))
+    assert call(capsys, transcribe, "--checkpoint", world / "best.ckpt", *good) == (0, out, [])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
+    files = [tmp_path / f"{row}.wav" for row in range(len(TEXTS))]
+    for row, path in enumerate(files):
+        soundfile.write(path, waveform(row), 16000, subtype="FLOAT")
+    score_json(capsys, world, "--mode", mode, "--batch_size", 1, "--details", tmp_path / "details")
+    expected = [json.loads(line)["hypothesis"] for line in (tmp_path / "details").read_text().splitlines()]
+    _, out, _ = call(capsys, transcribe, "--checkpoint", world / "best.ckpt", "--mode", mode, *files)
+    assert out == [f"{path}\t{text}" for path, text in zip(files, expected, strict=True)]
+
+
+def test_transcribe_refuses_what_is_no_checkpoint(world, capsys):
+    status, out, err = call(capsys, transcribe, "--checkpoint", world / "data" / "tokenizer.json", "file.wav")
+    assert status == 2 and out == [] and len(err) == 1 and "tokenizer.json" in err[0]
+
+
+def write_run(folder, metrics, scores=(), **options):
+    folder.mkdir(parents=True)
+    options = {"preset": "tiny", "output_dir": str(folder), **options}
+    record = {"command": "train.py", "commit": "abc1234", "seed": 7, "metrics": metrics, "options": options}
+    (folder / "run.json").write_text(json.dumps(record))
+    if scores:
+        (folder / "scores.jsonl").write_text("\n".join(["best checkpoint", *map(json.dumps, scores)]) + "\n")
+
+
+def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = {"split": "eval_clean", "mode": "attention", "chunk_size": 16, "left_chunks": -1, "utterances": 5}
+    scores = [{**line, "wer": 0.9, "cer": 0.8, "rtf": 0.01}, {**line, "wer": 0.5, "cer": 0.125, "rtf": 0.01}]
+    write_run(Path("runs/a"), {"val_cer": 0.25, "steps": 300}, scores, lr=1e-3)
+    write_run(Path("runs/b"), {}, lr=2e-3)
+    status, out, _ = call(capsys, compare)
+    assert status == 0
+    table = [line.split() for line in out]
+    assert table[0][:6] == ["run", "preset", "commit", "seed", "steps", "val_cer"]
+    assert table[1][:6] == ["runs/a", "tiny", "abc1234", "7", "300", "0.2500"]
+    assert table[2][:6] == ["runs/b", "tiny", "abc1234", "7", "-", "-"]
+    assert table[5:8] == [["run", "lr"], ["runs/a", "0.0010"], ["runs/b", "0.0020"]]
+    assert table[11:] == [["runs/a", "eval_clean", "attention", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"options": 1, "metrics": {}}'])
+def test_compare_refuses_what_is_no_run(capsys, tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    status, out, err = call(capsys, compare, tmp_path)
+    assert status == 2 and out == [] and len(err) == 1 and "run.json" in err[0]
+
+
+def test_the_commands_run_as_scripts_from_elsewhere(world, tmp_path):
+    script = Path(score.__file__)
+    command = [sys.executable, script, "--checkpoint", world / "best.ckpt", "--data_root", world / "data", "--mode",
+               "ctc_greedy_search"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["utterances"] == 6

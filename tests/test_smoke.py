@@ -1,0 +1,79 @@
+"""The whole chain as a user types it, on a handful of spoken rows: prepare, train, score, transcribe, compare."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+
+import demo
+
+SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
+         "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32").split()
+
+
+def command(*words, status=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """SRC/{train,dev,eval_clean}/metadata.csv beside a few spoken sentences, as a user has them."""
+    folder = tmp_path_factory.mktemp("source")
+    for split, count in (("train", 6), ("dev", 2), ("eval_clean", 3)):
+        (folder / split).mkdir()
+        with open(folder / split / "metadata.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file_name", "text"])
+            for i, utterance in enumerate(demo.plan(split, count)):
+                soundfile.write(folder / split / f"{i}.wav", demo.speak(utterance), demo.RATE)
+                writer.writerow([f"{i}.wav", utterance.text])
+    return folder
+
+
+def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    out = command("prepare.py", "--source", source, "--data_root", data).stdout
+    assert "kept 11 rows, rejected 0" in out.splitlines()[-1]
+
+    command("train.py", "--data_root", data, "--output_dir", run, "--max_epochs", 2, "--batch_size", 3,
+            "--num_workers", 0, "--ema_decay", 0.5, *SMALL)
+    for name in ("best.ckpt", "last.ckpt"):
+        assert "tokenizer" in torch.load(run / name, weights_only=True)
+    record = json.loads((run / "run.json").read_text())
+    assert record["metrics"]["steps"] == 4 and record["metrics"]["skipped_updates"] == 0
+
+    out = command("score.py", "--checkpoint", run / "best.ckpt", "--data_root", data, "--mode", "all",
+                  "--details", run / "details.jsonl").stdout
+    scores = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert len(scores) == 4 and json.loads(out.splitlines()[-1]) == scores[-1]
+    assert all(score["split"] == "eval_clean" and score["utterances"] == 3 and score["chunk_size"] == -1 for score in scores)
+    assert all(score["wer"] >= 0 and score["cer"] >= 0 and score["rtf"] > 0 for score in scores)
+    assert len((run / "details.jsonl").read_text().splitlines()) == 4 * 3
+    (run / "scores.jsonl").write_text(out)
+
+    files = [source / "dev" / "0.wav", source / "dev" / "1.wav"]
+    lines = command("transcribe.py", "--checkpoint", run / "best.ckpt", *files).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(file) for file in files]
+
+    table = command("compare.py", run).stdout
+    assert "attention_rescoring" in table and "tiny" in table
+
+
+def test_a_mistake_gives_one_line_and_status_2(tmp_path):
+    for words in (("train.py", "--data_root", tmp_path / "none", "--output_dir", tmp_path / "run"),
+                  ("train.py", "--data_rot", tmp_path), ("score.py", "--checkpoint", tmp_path / "none.ckpt"),
+                  ("transcribe.py", "--checkpoint", tmp_path / "none.ckpt", "a.wav"),
+                  ("prepare.py", "--source", tmp_path / "none", "--data_root", tmp_path / "data"),
+                  ("compare.py", tmp_path / "none")):
+        result = command(*words, status=2)
+        assert "Traceback" not in result.stderr and "error:" in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
