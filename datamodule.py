@@ -111,18 +111,36 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
     try:
         shard = datasets.load_from_disk(str(path))
+        if not isinstance(shard, datasets.Dataset):
+            raise ValueError("it holds several splits; a shard is one datasets.Dataset saved with save_to_disk")
         check_ends(shard)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a dataset ({reason}); prepare it again") from error
-    if not isinstance(shard, datasets.Dataset):
-        raise UserError(f"{path}: holds several splits; a shard is one datasets.Dataset saved with save_to_disk")
-    if shard._indices is not None:
-        shard = shard.flatten_indices()
+    check_schema(shard, path)
+    return shard, path
+
+
+def check_ends(shard: datasets.Dataset) -> None:
+    """Raises ValueError when a file of the shard lacks Arrow's end-of-stream mark.
+
+    pyarrow itself takes a file that was cut between two record batches for a whole, shorter one.
+    """
+    for file in shard.cache_files:
+        with open(file["filename"], "rb") as stream:
+            stream.seek(-len(END_OF_STREAM), os.SEEK_END)
+            if stream.read() != END_OF_STREAM:
+                raise ValueError(f"{os.path.basename(file['filename'])} is truncated")
+
+
+def check_schema(shard: datasets.Dataset, path: Path) -> None:
+    """Raises UserError when a column is missing, of a wrong type, or has rows without a value."""
     schema = shard.data.schema
     for name in ("input_values", "labels"):
         if name not in schema.names:
             raise UserError(f"{path}: no column {name} (there: {', '.join(schema.names)})")
+        if shard.data.column(name).null_count:
+            raise UserError(f"{path}: column {name} has rows without a value; leave them out")
     labels = schema.field("labels").type
     if pa.types.is_struct(labels):
         labels = labels.field("input_ids").type if labels.get_field_index("input_ids") >= 0 else None
@@ -131,24 +149,9 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
         if not is_list(kind) or not is_value(kind.value_type):
             wanted = "a list of floats" if name == "input_values" else "a list of ints, or a dict with input_ids"
             raise UserError(f"{path}: column {name} is {schema.field(name).type}, not {wanted}")
-        if shard.data.column(name).null_count:
-            raise UserError(f"{path}: column {name} has rows without a value; leave them out")
     if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
-        raise UserError(f"{path}: column length is {schema.field('length').type}, not a number of samples as an integer; "
-                        "leave it out, and it is computed")
-    return shard, path
-
-
-def check_ends(shard) -> None:
-    """Raises ValueError when a file of the shard lacks Arrow's end-of-stream mark.
-
-    pyarrow itself takes a file that was cut between two record batches for a whole, shorter one.
-    """
-    for file in getattr(shard, "cache_files", []):
-        with open(file["filename"], "rb") as stream:
-            stream.seek(-len(END_OF_STREAM), os.SEEK_END)
-            if stream.read() != END_OF_STREAM:
-                raise ValueError(f"{os.path.basename(file['filename'])} is truncated")
+        raise UserError(f"{path}: column length is {schema.field('length').type}, not a whole number of samples; leave it "
+                        "out, and it is computed")
 
 
 def is_list(kind) -> bool:

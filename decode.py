@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torchaudio
 
 from cli import UserError, option
 
@@ -87,6 +88,25 @@ def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothe
             tokens.append(token)
             times.append(max(run, key=log_probs.__getitem__))
     return _from_nbest([tokens], [math.fsum(log_probs)], [times])
+
+
+def align(hypothesis: Hypothesis, log_probs: torch.Tensor, length: int, blank_id: int = 0) -> Hypothesis:
+    """The hypothesis with times for its whole n-best: the likeliest frame of each token on the best CTC path of it.
+
+    log_probs (T,V), of which `length` frames count. Tokens without a CTC path (too many for the frames, a blank among
+    them) get no times.
+    """
+    times = [_align(tokens, log_probs[:length], blank_id) for tokens in hypothesis.nbest]
+    return hypothesis._replace(times=times[0], nbest_times=times)
+
+
+def _align(tokens: list[int], log_probs: torch.Tensor, blank_id: int) -> list[int]:
+    repeats = sum(a == b for a, b in zip(tokens, tokens[1:]))
+    if not tokens or len(tokens) + repeats > len(log_probs) or blank_id in tokens:
+        return []
+    targets = torch.tensor([tokens], device=log_probs.device)
+    path, scores = torchaudio.functional.forced_align(log_probs[None].contiguous(), targets, blank=blank_id)  # (1,T) each
+    return _collapse(scores[0].tolist(), path[0].tolist(), blank_id).times
 
 
 class _Prefix:

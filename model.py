@@ -196,9 +196,10 @@ class U2(L.LightningModule):
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         net = self.net
         memory, lengths = net.encode(feats, feat_lengths, chunk_size, left_chunks)
-        if mode == "attention":
-            return self.attention_search(memory, lengths, beam_size)
         log_probs = net.ctc_log_probs(memory)
+        if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
+            found = self.attention_search(memory, lengths, beam_size)
+            return [decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())]
         if mode == "ctc_greedy_search":
             return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
         hypotheses = decode.ctc_prefix_beam_search(log_probs, lengths, beam_size, net.blank_id)
@@ -211,7 +212,8 @@ class U2(L.LightningModule):
 
         if net.right_decoder is None:
             reverse_weight = 0.0
-        return decode.attention_rescoring(hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight)
+        return decode.attention_rescoring(hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight,
+                                          memory.device)
 
     def attention_search(self, memory, lengths, beam_size):
         net = self.net
@@ -238,10 +240,13 @@ class U2(L.LightningModule):
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
     """(model in evaluation mode, tokenizer, frontend) of a .ckpt. Raises UserError for a file that is not ours."""
     checkpoint = read_checkpoint(path)
-    tokenizer, frontend = Tokenizer.from_dict(checkpoint["tokenizer"]), Frontend(**checkpoint["frontend"])
-    model = U2(options=ModelOptions(**checkpoint["model_options"]), optim=OptimOptions(**checkpoint["optim_options"]),
-               frontend=frontend, tokenizer=tokenizer)
-    model.load_state_dict(checkpoint["state_dict"])
+    try:
+        tokenizer, frontend = Tokenizer.from_dict(checkpoint["tokenizer"]), Frontend(**checkpoint["frontend"])
+        model = U2(options=ModelOptions(**checkpoint["model_options"]), optim=OptimOptions(**checkpoint["optim_options"]),
+                   frontend=frontend, tokenizer=tokenizer)
+        model.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 ({error})"[:300]) from error
     return model.to(device).eval(), tokenizer, frontend
 
 

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import functools
 import glob
-import io
 import itertools
 import logging
 import os
@@ -23,9 +22,6 @@ from typing import Any, Callable, Iterable, NamedTuple
 
 import datasets
 import numpy as np
-import soundfile
-import torch
-import torchaudio
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
@@ -33,8 +29,8 @@ import cli
 import demo
 import tokenizer as tk
 from cli import UserError, option
+from transforms import read_audio, resample
 
-SAMPLE_RATE = 16000
 # The splits of openslr/librispeech_asr (configs all, clean, other) and the usual names on the hub.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
                "train.100": "train", "train.360": "train", "train.500": "train", "train": "train",
@@ -217,34 +213,14 @@ def open_source(options: PrepareOptions) -> dict[str, list[Split]]:
 # One row
 
 
-def read_audio(audio) -> np.ndarray:
+def waveform_of(audio) -> np.ndarray:
     """Waveform (N,) float32, mono, 16 kHz, of a path, bytes or a function. Raises BadRow."""
+    if audio is None:
+        raise BadRow("no audio")
     try:
-        if callable(audio):
-            samples, rate = audio()
-        elif audio is None:
-            raise BadRow("no audio")
-        else:
-            samples, rate = soundfile.read(io.BytesIO(audio) if isinstance(audio, bytes) else audio, dtype="float32")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors are RuntimeErrors
-        if isinstance(audio, str) and not os.path.isfile(audio):
-            raise BadRow("file missing") from None
-        raise BadRow(f"cannot be decoded: {error}") from None
-    if len(samples) == 0:
-        raise BadRow("no samples")
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
-    if not np.isfinite(samples).all():
-        raise BadRow("samples are not finite")
-    return resample(samples, rate)
-
-
-def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """(N,) float32 at `rate` Hz to 16 kHz."""
-    if rate == SAMPLE_RATE:
-        return samples
-    rate = max(25, round(rate / 25) * 25)  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
-    return torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
+        return resample(*audio()) if callable(audio) else read_audio(audio)
+    except UserError as reason:
+        raise BadRow(str(reason)) from None
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:
@@ -261,7 +237,7 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     text = clean_text(row.text, options)
     if not text:
         raise BadRow("empty text")
-    samples = read_audio(row.audio)
+    samples = waveform_of(row.audio)
     return {"input_values": samples, "labels": {"input_ids": tokenizer.encode(text)}, "length": len(samples),
             "text": text, "speaker": row.speaker}
 

@@ -33,6 +33,7 @@ class ScoreOptions:
     split: str = option("eval_clean", "split of the data")
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))
     batch_size: int = option(16, "utterances decoded together, of like lengths; memory grows with it")
+    examples: int = option(0, "print so many utterances, what was said above what was heard in the last mode")
     details: str | None = option(None, "file to write: a JSON line per utterance, what was said, heard and wrong")
 
     def __post_init__(self):
@@ -50,14 +51,19 @@ def main(argv: list[str]) -> None:
     options, search = build(ScoreOptions, given), build(SearchOptions, given)
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     dataset, references = load_data(tokenizer, options)
-    duration, details = audio_lengths(dataset).sum() / frontend.sample_rate, []
+    duration = audio_lengths(dataset).sum() / frontend.sample_rate
+    scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
         hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search)
-        print(json.dumps({"split": options.split, "mode": mode, **asdict(search), "utterances": len(references),
-                          "wer": float(word_error_rate(hypotheses, references)),
-                          "cer": float(char_error_rate(hypotheses, references)),
-                          "rtf": round(seconds / duration, 5)}), flush=True)
+        scores.append({"split": options.split, "mode": mode, **asdict(search), "utterances": len(references),
+                       "wer": float(word_error_rate(hypotheses, references)),
+                       "cer": float(char_error_rate(hypotheses, references)),
+                       "rtf": round(seconds / duration, 5)})
         details += [describe(mode, row, *pair) for row, pair in enumerate(zip(references, hypotheses))]
+    for reference, hypothesis in zip(references[:options.examples], hypotheses):
+        print(f"said   {reference}\nheard  {hypothesis}")
+    for score in scores:
+        print(json.dumps(score))
     if options.details:
         write_lines(options.details, details)
 

@@ -28,7 +28,7 @@ from model import U2, OptimOptions, read_checkpoint
 from tokenizer import load_tokenizer
 from transforms import Augment, Frontend
 
-OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "skipped.jsonl", "logs")  # what --overwrite removes
+OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "logs")  # what --overwrite removes
 
 
 @dataclass(frozen=True)

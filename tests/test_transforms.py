@@ -1,0 +1,255 @@
+"""The frontend and the augmentations: pure, seeded, and of lengths that are known beforehand."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from cli import UserError
+from transforms import (Augment, Compose, Frontend, eval_transform, extract, log_mel, make_generator, mean_var_norm,
+                        num_frames, read_audio, resample, shortest_frames, spec_aug, spec_sub, spec_trim, speed_length,
+                        speed_perturb, train_transform, transpose)
+
+FRONTEND, AUGMENT = Frontend(), Augment(max_trim=50)
+OFF = Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0)
+LENGTHS = [0, 1, 159, 160, 399, 400, 401, 559, 560, 561, 1000, 4401, 16000, 16001, 47999, 160007]
+TRANSFORMS = {"speed_perturb": speed_perturb(AUGMENT.speeds), "mean_var_norm": mean_var_norm, "log_mel": log_mel(FRONTEND),
+              "spec_aug": spec_aug(AUGMENT), "spec_sub": spec_sub(AUGMENT), "spec_trim": spec_trim(AUGMENT),
+              "transpose": transpose, "train": train_transform(FRONTEND, AUGMENT), "eval": eval_transform(FRONTEND)}
+
+
+def noise(samples, seed=0):
+    return torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def features(frames, seed=0):
+    """(F,T) without a zero in it, every frame distinct."""
+    return 1 + torch.rand(80, frames, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_is_a_pure_function(name):
+    example = {"input_values": noise(9000), "features": features(200), "other": "kept"}
+    before = {key: value.clone() for key, value in example.items() if key != "other"}
+    items = dict(example)
+    for row in range(20):
+        first, second = (TRANSFORMS[name](example, make_generator(3, 1, row)) for _ in range(2))
+        assert first is not example or first == items
+        assert first["other"] == "kept" and first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in before)  # all randomness is the generator's
+        assert all(example[key] is items[key] and torch.equal(example[key], before[key]) for key in before)
+
+
+def test_randomness_is_a_function_of_seed_epoch_and_row():
+    keys = [(seed, epoch, row) for seed in range(6) for epoch in range(6) for row in range(6)]
+    draws = {key: tuple(torch.rand(4, generator=make_generator(*key)).tolist()) for key in keys}
+    assert len(set(draws.values())) == len(keys)  # (0, 1, 2) and (1, 0, 2) share nothing
+    assert all(tuple(torch.rand(4, generator=make_generator(*key)).tolist()) == draw for key, draw in draws.items())
+
+
+def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
+    transform, waveform = train_transform(FRONTEND, Augment()), noise(16000)
+
+    def made(*key):
+        return transform({"input_values": waveform}, make_generator(*key))["features"]
+
+    assert torch.equal(made(1, 2, 3), made(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert made(*other).shape != made(1, 2, 3).shape or not torch.equal(made(*other), made(1, 2, 3))
+
+
+@pytest.mark.parametrize("frontend", [FRONTEND, Frontend(frame_length=32, frame_shift=12), Frontend(sample_rate=8000)])
+def test_predicted_frames_are_the_real_ones(frontend):
+    extractor = extract(frontend)
+    for samples in [*LENGTHS, *range(380, 420), *range(1980, 2020)]:
+        real = extractor(noise(samples))
+        assert real.shape == (max(1, num_frames(samples, frontend)), frontend.num_mel_bins)
+        assert torch.isfinite(real).all()
+    assert num_frames(np.array(LENGTHS), frontend).tolist() == [num_frames(n, frontend) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("speed", [0.8, 0.9, 1.0, 1.1, 1.25])
+def test_predicted_lengths_at_a_speed_are_the_real_ones(speed):
+    change = speed_perturb((speed,))
+    lengths = [*LENGTHS, *range(2, 40), 1_920_000 + 7, 2_345_679]  # beyond two minutes, too
+    for samples in lengths:
+        real = change({"input_values": noise(samples)}, make_generator(0, 0, 0))["input_values"]
+        assert len(real) == speed_length(samples, speed) == -(-samples * 100 // round(speed * 100))
+    assert speed_length(np.array(lengths), speed).tolist() == [speed_length(n, speed) for n in lengths]
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment(max_trim=50), Augment(max_trim=7, speeds=()), OFF,
+                                     Augment(speeds=(0.8, 0.9))])
+def test_shortest_frames_is_what_the_worst_draw_leaves(augment):
+    quick = dataclasses.replace(augment, num_freq_masks=0, num_time_masks=0, num_subs=0)
+    transform = train_transform(FRONTEND, quick)
+    for samples in (400, 800, 1400, 3000, 5000, 20000):
+        frames = [len(transform({"input_values": noise(samples)}, make_generator(0, 0, row))["features"])
+                  for row in range(400)]
+        assert min(frames) == max(1, shortest_frames(samples, FRONTEND, quick))
+    assert shortest_frames(np.array([400, 5000]), FRONTEND, quick).tolist() == [
+        shortest_frames(400, FRONTEND, quick), shortest_frames(5000, FRONTEND, quick)]
+
+
+def test_speed_changes_duration_and_pitch_together():
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)
+    for speed in (0.9, 1.1):
+        changed = speed_perturb((speed,))({"input_values": tone}, make_generator(0, 0, 0))["input_values"]
+        peak = torch.fft.rfft(changed).abs().argmax() * 16000 / len(changed)
+        assert abs(peak - 1000 * speed) < 5
+
+
+def test_every_speed_is_drawn():
+    lengths = [len(TRANSFORMS["speed_perturb"]({"input_values": noise(9900)}, make_generator(0, 0, row))["input_values"])
+               for row in range(200)]
+    assert set(lengths) == {9000, 9900, 11000} and min(lengths.count(n) for n in set(lengths)) > 40
+
+
+def test_mean_var_norm_gives_zero_mean_and_unit_variance_and_stands_silence():
+    normed = mean_var_norm({"input_values": 3 + 5 * noise(16000)}, None)["input_values"]
+    assert abs(normed.mean()) < 1e-5 and abs(normed.var(correction=0) - 1) < 1e-4
+    assert mean_var_norm({"input_values": torch.zeros(100)}, None)["input_values"].tolist() == [0.0] * 100
+    assert len(mean_var_norm({"input_values": torch.zeros(0)}, None)["input_values"]) == 0
+
+
+def test_log_mel_is_what_torchaudio_computes():
+    import torchaudio
+    reference = torchaudio.transforms.MelSpectrogram(
+        16000, n_fft=400, win_length=400, hop_length=160, n_mels=80, center=False, power=2,
+        window_fn=lambda n: torch.hamming_window(n, periodic=False))
+    waveform = noise(12345)
+    ours = log_mel(FRONTEND)({"input_values": waveform}, None)["features"]
+    torch.testing.assert_close(ours, torch.log1p(reference(waveform)), rtol=1e-3, atol=1e-4)
+
+
+def test_silence_is_zero_which_is_what_masks_write():
+    assert not extract(FRONTEND)(torch.zeros(4000)).any()
+
+
+def zeroed_runs(flags):
+    """Lengths of the runs of True."""
+    padded = np.diff(np.concatenate(([0], np.asarray(flags, int), [0])))
+    return np.flatnonzero(padded == -1) - np.flatnonzero(padded == 1)
+
+
+def test_spec_aug_zeroes_at_most_its_masks_and_nothing_else():
+    change, widest_time, widest_band = spec_aug(AUGMENT), 0, 0
+    for row in range(300):
+        before = features(300)
+        after = change({"features": before}, make_generator(0, 0, row))["features"]
+        masked = after == 0
+        assert torch.equal(after[~masked], before[~masked])
+        frames, bands = masked.all(dim=0), masked.all(dim=1)
+        assert torch.equal(masked, frames[None, :] | bands[:, None])
+        assert 1 <= len(zeroed_runs(frames)) <= 2 and frames.sum() <= 100
+        assert 1 <= len(zeroed_runs(bands)) <= 2 and bands.sum() <= 20
+        if len(zeroed_runs(frames)) == 2:
+            widest_time = max(widest_time, *zeroed_runs(frames))
+        if len(zeroed_runs(bands)) == 2:
+            widest_band = max(widest_band, *zeroed_runs(bands))
+    assert widest_time in range(45, 51) and widest_band == 10
+
+
+def test_spec_sub_copies_from_the_unchanged_past():
+    change, moved = spec_sub(AUGMENT), []
+    for row in range(200):
+        before = torch.arange(200.0).expand(80, 200).clone()  # a frame's value is its time
+        after = change({"features": before}, make_generator(0, 0, row))["features"]
+        assert torch.equal(after, after[:1].expand(80, -1))  # whole frames
+        source = after[0]
+        assert (source <= before[0]).all()
+        changed = source != before[0]
+        assert changed.sum() <= 3 * 30
+        moved.append(int(changed.sum()))
+    assert max(moved) > 30 and np.mean(moved) > 15
+
+
+def test_spec_trim_cuts_the_end_unless_that_is_half():
+    change, lengths = spec_trim(AUGMENT), set()
+    for row in range(500):
+        before = features(90)
+        after = change({"features": before}, make_generator(0, 0, row))["features"]
+        assert torch.equal(after, before[:, :after.shape[1]])
+        lengths.add(after.shape[1])
+    assert lengths == set(range(46, 91)) - set() and 90 - 45 not in lengths
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_features_of_a_few_frames_go_through_every_transform(frames):
+    for row in range(50):
+        example = {"input_values": noise(400 + 160 * (frames - 1))}
+        made = train_transform(FRONTEND, AUGMENT)(example, make_generator(0, 0, row))["features"]
+        assert made.shape[0] >= 1 and made.shape[1] == 80 and torch.isfinite(made).all()
+
+
+def test_every_transform_can_be_left_out():
+    names = [t.__qualname__.split(".")[0] for t in train_transform(FRONTEND, AUGMENT).transforms]
+    assert names == ["speed_perturb", "mean_var_norm", "log_mel", "spec_aug", "spec_sub", "spec_trim", "transpose"]
+    for name, options in (("speed_perturb", {"speeds": ()}), ("spec_aug", {"num_freq_masks": 0, "num_time_masks": 0}),
+                          ("spec_sub", {"num_subs": 0}), ("spec_trim", {"max_trim": 0})):
+        left = train_transform(FRONTEND, dataclasses.replace(AUGMENT, **options)).transforms
+        assert [t.__qualname__.split(".")[0] for t in left] == [n for n in names if n != name]
+    left = train_transform(Frontend(mean_var_norm=False), AUGMENT).transforms
+    assert [t.__qualname__.split(".")[0] for t in left] == [n for n in names if n != "mean_var_norm"]
+    assert Augment().max_trim == 0  # off by default
+    for axis, options in ((0, {"num_freq_masks": 0}), (1, {"num_time_masks": 0})):
+        after = spec_aug(Augment(**options))({"features": features(300)}, make_generator(0, 0, 0))["features"]
+        assert not (after == 0).all(dim=1 - axis).any() and (after == 0).any()
+
+
+def test_evaluation_normalises_and_extracts_and_nothing_else():
+    waveform = 0.1 * noise(8000)
+    expected = log_mel(FRONTEND)(mean_var_norm({"input_values": waveform}, None), None)["features"].T
+    assert torch.equal(eval_transform(FRONTEND)({"input_values": waveform}, None)["features"], expected)
+    assert torch.equal(extract(FRONTEND)(waveform), expected)
+    assert torch.equal(train_transform(FRONTEND, OFF)({"input_values": waveform}, make_generator(0, 0, 0))["features"],
+                       expected)
+    assert len(eval_transform(Frontend(mean_var_norm=False)).transforms) == 2
+
+
+def test_compose_calls_in_order():
+    chain = Compose([lambda e, g: {**e, "x": e["x"] + 1}, lambda e, g: {**e, "x": e["x"] * 10}])
+    assert chain({"x": 1}, None) == {"x": 20}
+
+
+def test_the_frontend_travels_as_plain_data():
+    frontend = Frontend(num_mel_bins=40, window="hann")
+    assert Frontend(**dataclasses.asdict(frontend)) == frontend
+    assert extract(frontend)(noise(4000)).shape == (23, 40)
+
+
+@pytest.mark.parametrize("cls, options", [
+    (Frontend, {"num_mel_bins": 0}), (Frontend, {"window": "boxcar"}), (Frontend, {"frame_shift": 0}),
+    (Augment, {"speeds": (1.0, 0.0)}), (Augment, {"num_subs": -1}), (Augment, {"max_time_mask": 0}),
+    (Augment, {"max_trim": -1})])
+def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):
+    with pytest.raises(UserError) as refused:
+        cls(**options)
+    name = next(iter(options))
+    assert "\n" not in str(refused.value) and name in str(refused.value)
+
+
+def test_audio_files_become_mono_at_16_khz(tmp_path):
+    path = tmp_path / "stereo.wav"
+    stereo = 0.1 * noise(2 * 8000).reshape(8000, 2).numpy()
+    soundfile.write(path, stereo, 8000, subtype="FLOAT")
+    for audio in (str(path), path.read_bytes()):
+        waveform = read_audio(audio)
+        assert waveform.dtype == np.float32 and waveform.shape == (16000,)
+    same = noise(100).numpy()
+    assert resample(same, 16000) is same
+
+
+def test_audio_that_cannot_be_used_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.wav").write_text("not audio")
+    empty = io.BytesIO()
+    soundfile.write(empty, np.zeros(0), 16000, format="WAV")
+    wrong = io.BytesIO()
+    soundfile.write(wrong, np.array([0.0, np.nan]), 16000, format="WAV", subtype="FLOAT")
+    for audio, reason in ((str(tmp_path / "no.wav"), "file missing"), (str(tmp_path / "text.wav"), "cannot be decoded"),
+                          (b"", "cannot be decoded"), (empty.getvalue(), "no samples"), (wrong.getvalue(), "not finite")):
+        with pytest.raises(UserError, match=reason):
+            read_audio(audio)
