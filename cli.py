@@ -21,6 +21,20 @@ def option(default, help: str, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def make_parser(description: str, *classes) -> argparse.ArgumentParser:
+    """A parser with the flags of the dataclasses `classes`. It raises UserError where argparse would print its usage."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    parser.error = error
+    for cls in classes:
+        add_options(parser, cls)
+    return parser
+
+
 def add_options(parser: argparse.ArgumentParser, cls) -> None:
     """Adds one flag per field of the dataclass `cls` (as its own help group)."""
     hints = typing.get_type_hints(cls)

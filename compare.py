@@ -4,7 +4,6 @@ Reads each run's run.json (train.py writes it) and, where present, scores.jsonl 
 Shows the last validation of each run, the options in which the runs differ, and the scores. Rates are fractions.
 """
 
-import argparse
 import glob
 import json
 import os
@@ -17,7 +16,7 @@ PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not wh
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = cli.make_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: all in runs/)")
     folders = parser.parse_args(argv).runs or sorted(map(os.path.dirname, glob.glob("runs/*/run.json")))
     if not folders:

@@ -89,7 +89,8 @@ class U2(L.LightningModule):
     def configure_optimizers(self):
         o = self.optim
         kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+        fused = self.trainer.precision == "32-true"  # Lightning refuses to clip in mixed precision for a fused optimizer
+        optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused)
         if o.scheduler == "onecycle":
             share = min(o.warmup_steps / self.total_steps, 0.3)
             scheduler = torch.optim.lr_scheduler.OneCycleLR(

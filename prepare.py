@@ -5,7 +5,6 @@ labels {input_ids: (U,) int32}, length N, text and, where known, speaker. ROOT/t
 ROOT/rejected.csv the rows that could not be used. ROOT appears when all of it is written, or not at all.
 """
 
-import argparse
 import collections
 import contextlib
 import csv
@@ -363,11 +362,7 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
 
 
 def parse(argv: list[str]) -> PrepareOptions:
-    parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see prepare.py --help"))
-    cli.add_options(parser, PrepareOptions)
-    given = vars(parser.parse_args(argv))
+    given = vars(cli.make_parser(__doc__, PrepareOptions).parse_args(argv))
     options = cli.build(PrepareOptions, given, **({"data_root": "data/demo"} if given.get("demo") else {}))
     if options.demo == (options.source is not None):
         raise UserError("give either --demo or --source SRC, and --data_root ROOT")

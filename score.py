@@ -5,7 +5,6 @@ fractions over the whole split, as torchmetrics counts them. rtf is the time for
 of the data excluded, over the duration of the audio.
 """
 
-import argparse
 import json
 import os
 import time
@@ -18,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-from cli import UserError, add_options, build, option, run
+from cli import UserError, build, make_parser, option, run
 from datamodule import audio_lengths, get_concat_dataset, load_split
 from decode import MODES, SearchOptions
 from model import load_checkpoint
@@ -44,10 +43,7 @@ class ScoreOptions:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for cls in (ScoreOptions, SearchOptions):
-        add_options(parser, cls)
-    given = vars(parser.parse_args(argv))
+    given = vars(make_parser(__doc__, ScoreOptions, SearchOptions).parse_args(argv))
     options, search = build(ScoreOptions, given), build(SearchOptions, given)
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     dataset, references = load_data(tokenizer, options)

@@ -4,7 +4,6 @@ Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was 
 that the guard skipped) and TensorBoard logs.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -21,7 +20,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from cli import UserError, add_options, build, option, run
+from cli import UserError, build, make_parser, option, run
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
@@ -54,13 +53,11 @@ class RunOptions:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__, RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend)
     parser.add_argument("--data_root", nargs="+", default=["data/demo"], help="data roots that prepare.py made")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", nargs="?", const="", metavar="CKPT", help="go on, from OUTPUT_DIR/last.ckpt unless named")
     again.add_argument("--overwrite", action="store_true", help="replace an existing run")
-    for cls in (RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend):
-        add_options(parser, cls)
     return parser.parse_args(argv)
 
 

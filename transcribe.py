@@ -5,13 +5,12 @@ decodes, any rate and any number of channels. A file that cannot be read gets a 
 transcribed all the same, and the exit status is 2.
 """
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass
 
 import torch
 
-from cli import UserError, add_options, build, option, run
+from cli import UserError, build, make_parser, option, run
 from decode import MODES, SearchOptions
 from model import load_checkpoint
 from transforms import extract, read_audio
@@ -24,10 +23,8 @@ class TranscribeOptions:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__, TranscribeOptions, SearchOptions)
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio files")
-    for cls in (TranscribeOptions, SearchOptions):
-        add_options(parser, cls)
     given = vars(parser.parse_args(argv))
     options, search = build(TranscribeOptions, given), build(SearchOptions, given)
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")

@@ -61,7 +61,7 @@ def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
         assert made(*other).shape != made(1, 2, 3).shape or not torch.equal(made(*other), made(1, 2, 3))
 
 
-@pytest.mark.parametrize("frontend", [FRONTEND, Frontend(frame_length=32, frame_shift=12), Frontend(sample_rate=8000)])
+@pytest.mark.parametrize("frontend", [FRONTEND, Frontend(frame_length=32, frame_shift=12), Frontend(sample_rate=8000, num_mel_bins=40)])
 def test_predicted_frames_are_the_real_ones(frontend):
     extractor = extract(frontend)
     for samples in [*LENGTHS, *range(380, 420), *range(1980, 2020)]:
@@ -174,7 +174,7 @@ def test_spec_trim_cuts_the_end_unless_that_is_half():
         after = change({"features": before}, make_generator(0, 0, row))["features"]
         assert torch.equal(after, before[:, :after.shape[1]])
         lengths.add(after.shape[1])
-    assert lengths == set(range(46, 91)) - set() and 90 - 45 not in lengths
+    assert lengths == set(range(46, 91))  # cutting 45 of 90 or more leaves all 90
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])

@@ -1,0 +1,321 @@
+"""From shards to batches: order, schema, lengths, filter, and examples that depend on (seed, epoch, row) alone."""
+
+import json
+import os
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from cli import UserError
+from conformer import SUBSAMPLING, Subsampling, subsampled_length
+from datamodule import (DataOptions, SpeechDataModule, SpeechDataset, audio_lengths, eval_dataloader,
+                        filter_conformer_len_prob, get_concat_dataset, label_statistics, load_split)
+from tokenizer import train_char
+from transforms import Augment, Frontend, extract, shortest_frames, train_transform
+
+TOKENIZER = train_char(["abcdef"])
+FRONTEND, AUGMENT = Frontend(), Augment()
+SAMPLES = [9000, 12000, 7000, 20000, 16000, 8000, 11000, 15000]
+datasets.disable_progress_bars()
+
+
+def audio(samples, row=0):
+    return np.random.default_rng(row).normal(0, 0.1, samples).astype(np.float32)
+
+
+def columns(samples, labels=None, struct=True, length=True):
+    """Columns of a shard; row i has audio of its own, seeded by its number of samples."""
+    labels = labels or [[4, 5, 5]] * len(samples)
+    made = {"input_values": [audio(n, n) for n in samples],
+            "labels": [{"input_ids": ids} for ids in labels] if struct else labels}
+    return made | ({"length": list(samples)} if length else {})
+
+
+def save(path, samples, labels=None, **options):
+    datasets.Dataset.from_dict(columns(samples, labels, **options)).save_to_disk(str(path))
+
+
+@pytest.fixture
+def root(tmp_path):
+    save(tmp_path / "root/train/0", SAMPLES[:4])
+    save(tmp_path / "root/train/1/data", SAMPLES[4:])
+    save(tmp_path / "root/dev/0", SAMPLES[:3])
+    save(tmp_path / "root/eval_clean/0", SAMPLES[:5])
+    return tmp_path / "root"
+
+
+def module(*roots, augment=AUGMENT, **options):
+    return SpeechDataModule(data_roots=roots, tokenizer=TOKENIZER, frontend=FRONTEND, augment=augment,
+                            options=DataOptions(**{"num_workers": 0, "batch_size": 3} | options))
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Shards
+
+
+def test_shards_come_in_numeric_order_whether_at_k_or_k_data(tmp_path):
+    for shard in range(12):
+        save(tmp_path / f"train/{shard}" / ("data" if shard % 2 else ""), [1000 + shard])
+    (tmp_path / "train/.tmp-12").mkdir()  # what an interrupted run may leave
+    assert audio_lengths(get_concat_dataset([tmp_path], "train")).tolist() == [1000 + shard for shard in range(12)]
+    assert len(get_concat_dataset([tmp_path, tmp_path], "train")) == 24
+
+
+def test_a_shard_of_another_schema_is_named(tmp_path):
+    save(tmp_path / "train/0", [3000])
+    save(tmp_path / "train/1", [3000], struct=False)
+    with pytest.raises(UserError) as error:
+        get_concat_dataset([tmp_path], "train")
+    assert str(tmp_path / "train/1") in one_line(error) and "labels" in one_line(error)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"labels": None}, "no column labels"), ({"input_values": None}, "no column input_values"),
+    ({"labels": ["ab"]}, "not a list of ints"), ({"labels": [{"ids": [4]}]}, "not a list of ints"),
+    ({"input_values": [[1, 2]]}, "not a list of floats"), ({"length": [0.5]}, "column length"),
+    ({"labels": [None], "input_values": [None]}, "column")])
+def test_a_wrong_column_is_refused_and_the_shard_named(tmp_path, change, reason):
+    made = {name: value for name, value in (columns([3000]) | change).items() if value is not None}
+    datasets.Dataset.from_dict(made).save_to_disk(str(tmp_path / "train/0"))
+    with pytest.raises(UserError, match=reason) as error:
+        get_concat_dataset([tmp_path], "train")
+    assert str(tmp_path / "train/0") in one_line(error)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
+def test_a_truncated_shard_is_named(root, kept):
+    file = next((root / "train/1/data").glob("*.arrow"))
+    os.truncate(file, int(kept if kept >= 1 else kept * file.stat().st_size))
+    with pytest.raises(UserError) as error:
+        get_concat_dataset([root], "train")
+    assert str(root / "train/1/data") in one_line(error)
+
+
+def test_a_shard_cut_between_two_record_batches_is_not_taken_for_whole(tmp_path):
+    save(tmp_path / "train/0", [3000] * 2500)
+    file = next((tmp_path / "train/0").glob("*.arrow"))
+    os.truncate(file, file.stat().st_size - 8)  # all rows, no end mark: what a cut at a batch's border looks like
+    with pytest.raises(UserError, match="truncated"):
+        get_concat_dataset([tmp_path], "train")
+
+
+def test_a_wrong_root_a_missing_split_and_an_empty_split_are_refused(root):
+    for split, where, reason in (("train", root / "no", "no such data root"), ("eval_other", root, "no split eval_other")):
+        with pytest.raises(UserError, match=reason) as error:
+            get_concat_dataset([where], split)
+        assert str(where) in one_line(error)
+    (root / "bare").mkdir()
+    with pytest.raises(UserError, match="holds no shard"):
+        get_concat_dataset([root], "bare")
+
+
+def test_roots_with_different_tokenizers_are_refused(tmp_path, root):
+    save(tmp_path / "other/train/0", [3000])
+    for place, tokens in ((root, ["a"]), (tmp_path / "other", ["a"])):
+        (place / "tokenizer.json").write_text(json.dumps(tokens))
+    assert len(get_concat_dataset([root, tmp_path / "other"], "train")) == 9
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(["b"]))
+    with pytest.raises(UserError, match="differs") as error:
+        get_concat_dataset([root, tmp_path / "other"], "train")
+    assert str(tmp_path / "other") in one_line(error)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused_with_their_row(tmp_path):
+    for wrong in (TOKENIZER.vocab_size, -100):
+        save(tmp_path / f"{wrong}/dev/0", [3000, 3000], [[4, 5], [4, wrong, 5]])
+        with pytest.raises(UserError, match=rf"dev row 1: token id {wrong}"):
+            load_split([tmp_path / str(wrong)], "dev", TOKENIZER.vocab_size)
+
+
+# Lengths
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float32()), pa.list_(pa.float64())], ids=str)
+def test_an_absent_length_comes_from_the_offsets_in_any_list_type_and_number_of_chunks(kind):
+    parts = [pa.table({"input_values": pa.array([np.zeros(n) for n in part], kind)}) for part in ([5, 0, 7], [2], [9, 1])]
+    dataset = datasets.Dataset(pa.concat_tables([parts[0].slice(1), *parts[1:]]))  # a slice: offsets do not start at 0
+    assert dataset.data.column("input_values").num_chunks == 3
+    assert audio_lengths(dataset).tolist() == [0, 7, 2, 9, 1]
+
+
+def test_a_given_length_is_read_and_the_audio_is_not():
+    dataset = datasets.Dataset.from_dict({"input_values": [[0.0] * 5], "length": [123]})
+    assert audio_lengths(dataset).tolist() == [123]
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_label_statistics_count_adjacent_repeats_within_a_row_only(struct):
+    labels = [[4, 4, 4], [4, 5], [], [5, 5], [-1, 9]]
+    dataset = datasets.Dataset.from_dict(columns([1] * 5, labels, struct=struct))
+    counts, repeats, worst = label_statistics(dataset)
+    assert counts.tolist() == [3, 2, 0, 2, 2] and repeats.tolist() == [2, 0, 0, 1, 0]
+    assert worst.tolist() == [4, 5, 0, 5, -1]
+
+
+# Filter
+
+
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+def test_the_predicted_encoder_length_is_the_real_one(input_layer):
+    subsampling, extractor = Subsampling(input_layer, 80, 8).eval(), extract(FRONTEND)
+    for samples in [*range(3000, 5400, 79), 16000, 16159, 16160, 40001]:
+        for speed in (0.9, 1.0, 1.1):
+            augment = Augment(speeds=(speed,), num_freq_masks=0, num_time_masks=0, num_subs=0)
+            example = train_transform(FRONTEND, augment)({"input_values": torch.from_numpy(audio(samples))},
+                                                         torch.Generator().manual_seed(0))
+            predicted = int(subsampled_length(shortest_frames(samples, FRONTEND, augment), input_layer))
+            assert subsampling(example["features"][None]).shape[1] == predicted
+        predicted = int(subsampled_length(shortest_frames(samples, FRONTEND, Augment(speeds=())), input_layer))
+        assert subsampling(extractor(torch.from_numpy(audio(samples)))[None]).shape[1] == predicted
+
+
+def kept(samples, labels, repeats, **options):
+    return filter_conformer_len_prob(np.array(samples), np.array(labels), np.array(repeats), frontend=FRONTEND,
+                                     augment=AUGMENT, input_layer="conv2d", options=DataOptions(**options))
+
+
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_a_kept_row_has_finite_ctc_loss_and_the_next_longer_one_has_none(repeats):
+    frames = int(subsampled_length(shortest_frames(16000, FRONTEND, AUGMENT), "conv2d"))
+    log_probs = torch.randn(frames, 1, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    for length, keep in ((frames - repeats, True), (frames - repeats + 1, False)):
+        labels = torch.tensor([1 + i % 2 for i in range(length)])
+        labels[:repeats + 1] = 3  # `repeats` adjacent repeats
+        labels[repeats + 1:] = torch.tensor([1 + i % 2 for i in range(length - repeats - 1)])
+        loss = torch.nn.functional.ctc_loss(log_probs, labels[None], (frames,), (length,), reduction="none")
+        assert torch.isfinite(loss).item() == keep == kept([16000], [length], [repeats])[0][0]
+
+
+def test_the_filter_counts_every_dropped_row_under_one_reason():
+    keep, reasons = kept([1000, 16000, 160000, 16000], [1, 3, 3, 90], [0, 0, 0, 0], min_frame=20, max_frame=500)
+    assert keep.tolist() == [False, True, False, False]
+    assert reasons == {"shorter than 20 frames": 1, "longer than 500 frames": 1, "labels too long for CTC": 1}
+    assert kept([16000], [15], [0], output_len_prob=1.0)[0].all() and not kept([16000], [15], [0], output_len_prob=0.5)[0].any()
+
+
+def test_rows_are_dropped_from_train_only_and_numbered_as_before_the_filter(root, caplog):
+    for split in ("train", "dev"):
+        save(root / split / "2", [16000, 16000], [[4] * 60, [4, 5]])
+    data = module(root)
+    with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
+        data.setup("fit")
+    assert "9 of 10 rows kept, dropped: 1 labels too long for CTC" in caplog.text
+    assert sorted(row for batch in data.train_dataloader() for row in batch.rows.tolist()) == [*range(8), 9]
+    assert sorted(row for batch in data.val_dataloader() for row in batch.rows.tolist()) == [*range(5)]
+    unfiltered = module(root, filter=False)
+    unfiltered.setup("fit")
+    assert sorted(row for batch in unfiltered.train_dataloader() for row in batch.rows.tolist()) == [*range(10)]
+
+
+def test_no_row_left_is_refused(root):
+    with pytest.raises(UserError, match="no row of train is left") as error:
+        module(root, min_frame=5000).setup("fit")
+    assert str(root) in one_line(error)
+
+
+# Examples and batches
+
+
+def test_a_batch_is_padded_with_zeros_and_its_lengths_are_true(root):
+    data = module(root, batch_size=8, augment=Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0))
+    data.setup("fit")
+    [batch] = data.train_dataloader()
+    assert batch.features.dtype == torch.float32 and batch.labels.dtype == batch.rows.dtype == torch.int64
+    for i, row in enumerate(batch.rows.tolist()):
+        expected = extract(FRONTEND)(torch.from_numpy(audio(SAMPLES[row], SAMPLES[row])))
+        frames = int(batch.feature_lengths[i])
+        assert torch.equal(batch.features[i, :frames], expected) and not batch.features[i, frames:].any()
+        assert batch.labels[i, :batch.label_lengths[i]].tolist() == [4, 5, 5]
+
+
+@pytest.mark.parametrize("options", [{"struct": False}, {"length": False}], ids=["labels as a list", "no length"])
+def test_every_form_of_the_data_gives_the_same_batches(root, tmp_path, options):
+    save(tmp_path / "same/train/0", SAMPLES, **options)
+    save(tmp_path / "same/dev/0", SAMPLES[:3], **options)
+    assert same_examples(examples(module(root)), examples(module(tmp_path / "same")))
+
+
+def test_what_transformers_feature_extractor_gives_is_accepted(tmp_path):
+    """Lists of float64, labels from Wav2Vec2CTCTokenizer as a plain list, no length."""
+    waveform = audio(9000).astype(np.float64)
+    dataset = datasets.Dataset.from_dict({"input_values": [waveform.tolist()], "labels": [[4, 5]]})
+    assert dataset.features["input_values"].feature.dtype == "float64"
+    for split in ("train", "dev"):
+        dataset.save_to_disk(str(tmp_path / split / "0"))
+    [batch] = eval_dataloader([tmp_path], "dev", tokenizer=TOKENIZER, frontend=FRONTEND, options=DataOptions(num_workers=0))
+    assert torch.equal(batch.features[0], extract(FRONTEND)(torch.from_numpy(waveform.astype(np.float32))))
+
+
+def examples(data, epoch=0, world_size=1):
+    """{row: (features, labels)} of an epoch of train, over all ranks."""
+    data.setup("fit")
+    found = {}
+    for rank in range(world_size):
+        data.ranks = lambda: (rank, world_size)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            for i, row in enumerate(batch.rows.tolist()):
+                assert row not in found
+                found[row] = batch.features[i, :batch.feature_lengths[i]], batch.labels[i, :batch.label_lengths[i]]
+    return found
+
+
+def same_examples(one, other):
+    return one.keys() == other.keys() and all(
+        a.shape == b.shape and torch.equal(a, b) for row in one for a, b in zip(one[row], other[row]))
+
+
+def test_examples_are_a_function_of_seed_epoch_and_row_alone(root):
+    expected = examples(module(root), epoch=3)
+    assert same_examples(expected, examples(module(root, num_workers=2), epoch=3))
+    assert same_examples(expected, examples(module(root, batch_size=1), epoch=3, world_size=2))
+    assert not same_examples(expected, examples(module(root), epoch=4))
+
+
+def test_persistent_workers_learn_the_epoch(root):
+    data = module(root, num_workers=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        epochs.append({row: (batch.features[i, :batch.feature_lengths[i]],) for batch in loader
+                       for i, row in enumerate(batch.rows.tolist())})
+        assert same_examples(epochs[-1], {row: made[:1] for row, made in examples(module(root), epoch).items()})
+    assert not same_examples(*epochs)
+
+
+def test_rows_are_read_as_numpy(root):
+    item = SpeechDataset(get_concat_dataset([root], "train"), None, 0).dataset[5]
+    assert isinstance(item["input_values"], np.ndarray) and item["input_values"].dtype == np.float32
+
+
+def test_test_splits_are_eval_clean_and_where_present_eval_other(root):
+    data = module(root)
+    data.setup("test")
+    assert [len(loader.dataset.dataset) for loader in data.test_dataloader()] == [5]
+    save(root / "eval_other/0", SAMPLES[:2])
+    data.setup("test")
+    assert [sum(len(batch.rows) for batch in loader) for loader in data.test_dataloader()] == [5, 2]
+
+
+def test_limit_rows_takes_the_first_rows_of_every_split(root):
+    data = module(root, limit_rows=2)
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert sorted(row for batch in loader for row in batch.rows.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 4, "max_batch_seconds": 9.0},
+                                     {"max_batch_seconds": -1.0}, {"limit_rows": 0}, {"num_workers": -1}], ids=str)
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(UserError, match=f"--{next(iter(options))}"):
+        DataOptions(**options)
