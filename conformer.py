@@ -18,7 +18,7 @@ PRESETS = {
     "tiny": dict(output_size=64, attention_heads=4, linear_units=256, num_blocks=4, cnn_module_kernel=15,
                  decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=256, attention_dropout_rate=0.0),
     "small": dict(output_size=144, attention_heads=4, linear_units=576, num_blocks=6, cnn_module_kernel=15,
-                  decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=576),
+                  decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=576, attention_dropout_rate=0.0),
     "base": dict(output_size=256, attention_heads=4, linear_units=2048, num_blocks=12, cnn_module_kernel=8,
                  decoder_num_blocks=3, r_num_blocks=3, decoder_linear_units=2048),
 }
