@@ -67,7 +67,7 @@ clean:  ## remove the demo corpus and the demo run (never your data, your runs o
 # ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4 (folders train and dev, each with a metadata.csv)
 SOURCE ?=
 # More speeds and wider frequency masks stand in for more speakers: 66 voices are few.
-AN4 = --max_epochs 115 --lr 1e-3 --warmup_steps 500 --ema_decay 0.998 --check_val_every_n_epoch 5 \
+AN4 = --max_epochs 95 --lr 1e-3 --warmup_steps 500 --ema_decay 0.998 --check_val_every_n_epoch 5 \
   --speeds 0.85 0.9 0.95 1.0 1.05 1.1 1.15 --max_freq_mask 15
 
 data/an4/tokenizer.json: | .venv/installed

@@ -55,6 +55,7 @@ class U2(L.LightningModule):
         self.window = []  # (rows, row losses) of the micro-batches since the last update
         self.update_skipped = False
         self.skips_in_a_row = self.skips_in_all = 0
+        self.validated_step = -1  # global_step at the last validation
 
     def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,)."""
@@ -178,6 +179,7 @@ class U2(L.LightningModule):
         values = {name: metric.compute() for name, metric in self.val_metrics.items()}  # summed over ranks
         values["val_cer_mean"] = sum(values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS) / len(VALIDATION_CHUNKS)
         self.log_dict(values)
+        self.validated_step = self.global_step
         for metric in self.val_metrics.values():
             metric.reset()
         shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")

@@ -86,8 +86,9 @@ def main(argv):
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
               f"{model.total_steps} updates planned")
     trainer.fit(model, datamodule=data, ckpt_path=resume)
+    best = save_best(trainer, model, data, options.output_dir)
     if trainer.is_global_zero:
-        finish(trainer, model, options.output_dir, record)
+        finish(trainer, model, best, options.output_dir, record)
 
 
 def check(options: RunOptions, model_options: ModelOptions) -> None:
@@ -109,10 +110,10 @@ def check(options: RunOptions, model_options: ModelOptions) -> None:
 
 def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None:
     """The checkpoint to resume from, or None; an existing run is never touched without being told."""
-    if "LOCAL_RANK" in os.environ:  # a process that Lightning started: the first one has checked, and begun to write
-        return (resume or os.path.join(folder, "last.ckpt")) if resume is not None else None
     if resume is not None:
         return resume or os.path.join(folder, "last.ckpt")
+    if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK")):
+        return None  # the process of rank 0 has checked, and may have begun to write
     if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
                         "another --output_dir")
@@ -197,15 +198,26 @@ def write_run(folder: str, record: dict) -> dict:
     return record
 
 
-def finish(trainer, model, folder, record) -> None:
-    best = next(callback for callback in trainer.checkpoint_callbacks if callback.monitor == "val_cer_mean")
+def save_best(trainer, model, data, folder) -> float:
+    """The best mean CER. A run that ended between two validations is validated once more, so best.ckpt is always there."""
+    callback = next(callback for callback in trainer.checkpoint_callbacks if callback.monitor == "val_cer_mean")
+    best = math.inf if callback.best_model_score is None else float(callback.best_model_score)
+    if model.validated_step != trainer.global_step:
+        score = trainer.validate(model, datamodule=data, verbose=False)[0]["val_cer_mean"]
+        if score < best:
+            best = score
+            trainer.save_checkpoint(os.path.join(folder, "best.ckpt"))
+    return best
+
+
+def finish(trainer, model, best, folder, record) -> None:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-    record["metrics"] = {**metrics, "best_val_cer_mean": float(best.best_model_score) if best.best_model_score is not None
-                         else None, "steps": trainer.global_step, "skipped_updates": model.skips_in_all}
+    record["metrics"] = {**metrics, "best_val_cer_mean": best, "steps": trainer.global_step,
+                         "skipped_updates": model.skips_in_all}
     write_run(folder, record)
     if model.skips_in_all:
         print(f"{model.skips_in_all} updates were skipped; {folder}/skipped.jsonl names their rows")
-    print(f"best: {best.best_model_path}  mean CER of full context and chunk 16: {record['metrics']['best_val_cer_mean']}")
+    print(f"{folder}/best.ckpt: mean CER on dev, full context and chunk 16, {best:.4f}")
 
 
 if __name__ == "__main__":
