@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from decode import attention_beam_search, attention_rescoring, ctc_greedy_search, ctc_prefix_beam_search
+import decode
+from decode import Hypothesis, attention_beam_search, attention_rescoring, ctc_greedy_search, ctc_prefix_beam_search
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
 SOS, EOS = 0, 1  # of the attention tests
@@ -251,3 +252,17 @@ def test_ctc_searches_return_what_wenet_returns():
         assert (found.tokens, found.times, found.nbest) == (wanted["tokens"], wanted["times"], wanted["nbest"])
         assert found.score == pytest.approx(wanted["score"], abs=1e-9)
         assert found.nbest_scores == pytest.approx(wanted["nbest_scores"], abs=1e-9)
+
+
+def test_alignment_takes_the_best_ctc_path_of_the_tokens():
+    torch.manual_seed(0)
+    log_probs = torch.randn(7, 4).log_softmax(-1)
+    tokens = [1, 1, 2]
+    paths = [path for path in itertools.product(range(4), repeat=7)
+             if [token for token, _ in itertools.groupby(path) if token] == tokens]
+    best = max(paths, key=lambda path: sum(float(log_probs[t, token]) for t, token in enumerate(path)))
+    runs = [list(run) for token, run in itertools.groupby(range(7), key=best.__getitem__) if token]
+    expected = [max(run, key=lambda t: float(log_probs[t, best[t]])) for run in runs]
+    hypothesis = Hypothesis(tokens, 0.0, [], [tokens, [3] * 5], [0.0, 0.0], [[], []])
+    aligned = decode.align(hypothesis, log_probs, 7)
+    assert aligned.times == expected and aligned.nbest_times == [expected, []]  # five threes have no path in 7 frames
