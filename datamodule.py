@@ -37,7 +37,7 @@ class DataOptions:
     batch_size: int | None = option(None, "rows per batch and device; 16 unless --max_batch_seconds is given")
     max_batch_seconds: float | None = option(None, "instead of --batch_size: seconds of audio per batch, padding included")
     group_by_length: bool = option(True, "batches of rows alike in length; otherwise plain shuffling")
-    num_workers: int | None = option(None, "loader processes, one thread each; default: cores - 1, 1 to 4")
+    num_workers: int | None = option(None, "loader processes, one thread each; default: cores - 2, at most 4")
     filter: bool = option(True, "drop training rows that CTC cannot learn from")
     output_len_prob: float = option(1.0, "share of a row's encoder frames that its labels may need")
     min_frame: int = option(10, "fewest feature frames of a training row")
@@ -254,10 +254,14 @@ def one_thread(_) -> None:
     torch.set_num_threads(1)  # a worker with as many threads as cores fights the training process for them
 
 
+def default_workers() -> int:
+    """Loader processes where none are asked for: training on a CPU wants all of its cores, a GPU wants to be fed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, max(1 if torch.cuda.is_available() else 0, cores - 2))
+
+
 def make_loader(dataset: datasets.Dataset, sampler, transform: Compose, seed: int, options: DataOptions) -> DataLoader:
-    workers = options.num_workers
-    if workers is None:
-        workers = min(4, max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1))
+    workers = default_workers() if options.num_workers is None else options.num_workers
     return DataLoader(SpeechDataset(dataset, transform, seed), sampler=sampler, batch_size=None, num_workers=workers,
                       worker_init_fn=one_thread, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None)
