@@ -67,19 +67,25 @@ clean:  ## remove the demo corpus and the demo run (never your data, your runs o
 # ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4 (folders train and dev, each with a metadata.csv)
 SOURCE ?=
 # More speeds and wider frequency masks stand in for more speakers: 66 voices are few.
-AN4 = --max_epochs 95 --lr 1e-3 --warmup_steps 500 --ema_decay 0.998 --check_val_every_n_epoch 5 \
+AN4 = --lr 1e-3 --warmup_steps 500 --ema_decay 0.998 --check_val_every_n_epoch 5 \
   --speeds 0.85 0.9 0.95 1.0 1.05 1.1 1.15 --max_freq_mask 15
 
 data/an4/tokenizer.json: | .venv/installed
 	$(if $(SOURCE),,$(error SOURCE is not set; say make an4 SOURCE=FOLDER with FOLDER/train/metadata.csv and FOLDER/dev))
 	$(PY) prepare.py --source $(SOURCE) --data_root data/an4
 
+AN4_RUN ?= runs/an4
+AN4_EPOCHS ?= 75
+
 an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, within an hour on 2 cores
-	$(PY) train.py --data_root data/an4 --output_dir runs/an4 --preset small --precision $(PRECISION) $(AN4) $(ARGS)
-	$(PY) score.py --checkpoint runs/an4/best.ckpt --data_root data/an4 --split dev --mode all | tee runs/an4/scores.jsonl
-	$(PY) score.py --checkpoint runs/an4/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size 16 \
-	  | tee -a runs/an4/scores.jsonl
-	$(PY) compare.py runs/an4
+	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) --preset small --precision $(PRECISION) \
+	  --max_epochs $(AN4_EPOCHS) $(AN4) $(ARGS)
+	for chunk in -1 16; do \
+	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
+	done | tee $(AN4_RUN)/scores.jsonl
+	$(PY) compare.py $(AN4_RUN)
 
+an4_long:  ## the same recipe for 300 epochs, into runs/an4_long
+	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_EPOCHS=300
 
-.PHONY: help setup data train score transcribe compare test smoke clean an4
+.PHONY: help setup data train score transcribe compare test smoke clean an4 an4_long

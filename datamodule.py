@@ -352,6 +352,8 @@ class SpeechDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
         sampler.start_batch = self.start_batch
+        if self.trainer:  # a resumed run's loader processes ask for rows before Lightning names the epoch to the sampler
+            sampler.set_epoch(self.trainer.current_epoch)
         return make_loader(self.splits["train"], sampler, train_transform(self.frontend, self.augment), self.seed, self.options)
 
     def val_dataloader(self) -> DataLoader:

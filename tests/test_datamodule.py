@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cli import UserError
-from conformer import SUBSAMPLING, Subsampling, subsampled_length
+from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
 from datamodule import (DataOptions, SpeechDataModule, SpeechDataset, audio_lengths, eval_dataloader,
                         filter_conformer_len_prob, get_concat_dataset, label_statistics, load_split)
 from tokenizer import train_char
@@ -145,6 +145,17 @@ def test_an_absent_length_comes_from_the_offsets_in_any_list_type_and_number_of_
     assert audio_lengths(dataset).tolist() == [0, 7, 2, 9, 1]
 
 
+def test_a_shard_saved_from_a_selection_keeps_its_rows(tmp_path):
+    whole = datasets.Dataset.from_dict(columns(SAMPLES, [[4, 4, i + 4] for i in range(8)], struct=False, length=False))
+    for shard, rows in enumerate(([5, 0, 2], range(3, 6))):  # picked, and a slice of the same Arrow table
+        whole.select(rows).save_to_disk(str(tmp_path / f"train/{shard}"))
+    made, order = get_concat_dataset([tmp_path], "train"), [5, 0, 2, 3, 4, 5]
+    assert audio_lengths(made).tolist() == [SAMPLES[row] for row in order]
+    assert label_statistics(made)[1].tolist() == [1 + (row == 0) for row in order]
+    for position, row in enumerate(order):
+        assert np.array_equal(made[position]["input_values"], audio(SAMPLES[row], SAMPLES[row]))
+
+
 def test_a_given_length_is_read_and_the_audio_is_not():
     dataset = datasets.Dataset.from_dict({"input_values": [[0.0] * 5], "length": [123]})
     assert audio_lengths(dataset).tolist() == [123]
@@ -181,16 +192,27 @@ def kept(samples, labels, repeats, **options):
                                      augment=AUGMENT, input_layer="conv2d", options=DataOptions(**options))
 
 
-@pytest.mark.parametrize("repeats", [0, 3])
-def test_a_kept_row_has_finite_ctc_loss_and_the_next_longer_one_has_none(repeats):
-    frames = int(subsampled_length(shortest_frames(16000, FRONTEND, AUGMENT), "conv2d"))
-    log_probs = torch.randn(frames, 1, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-    for length, keep in ((frames - repeats, True), (frames - repeats + 1, False)):
-        labels = torch.tensor([1 + i % 2 for i in range(length)])
-        labels[:repeats + 1] = 3  # `repeats` adjacent repeats
-        labels[repeats + 1:] = torch.tensor([1 + i % 2 for i in range(length - repeats - 1)])
-        loss = torch.nn.functional.ctc_loss(log_probs, labels[None], (frames,), (length,), reduction="none")
-        assert torch.isfinite(loss).item() == keep == kept([16000], [length], [repeats])[0][0]
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+@pytest.mark.parametrize("augment", [AUGMENT, Augment(max_trim=50), Augment(speeds=())], ids=["speeds", "trim", "plain"])
+def test_a_kept_row_has_finite_ctc_loss_and_one_dropped_for_ctc_has_none(input_layer, augment):
+    rng, decisions = np.random.default_rng(0), []
+    for samples in rng.integers(6000, 40000, 40).tolist():
+        frames = int(subsampled_length(shortest_frames(samples, FRONTEND, augment), input_layer))
+        if not frames:
+            continue
+        log_probs = torch.from_numpy(rng.standard_normal((frames, 1, 6), np.float32)).log_softmax(-1)
+        for count in range(max(1, frames // 2), frames + 2):  # labels of 3 kinds: repeats are many; the boundary is inside
+            labels = rng.integers(1, 4, count)
+            [[length], [repeats], _] = label_statistics(datasets.Dataset.from_dict({"labels": [labels]}))
+            if abs(length + repeats - frames) > 1:
+                continue
+            loss = torch.nn.functional.ctc_loss(log_probs, torch.from_numpy(labels)[None], (frames,), (count,),
+                                                reduction="none")
+            keep, _ = filter_conformer_len_prob(np.array([samples]), np.array([length]), np.array([repeats]), options=
+                                                DataOptions(), frontend=FRONTEND, augment=augment, input_layer=input_layer)
+            assert torch.isfinite(loss).item() == keep[0]
+            decisions.append((keep[0], repeats > 0))
+    assert {True, False} == {kept for kept, _ in decisions} and any(repeated for _, repeated in decisions)
 
 
 def test_the_filter_counts_every_dropped_row_under_one_reason():
@@ -212,6 +234,23 @@ def test_rows_are_dropped_from_train_only_and_numbered_as_before_the_filter(root
     unfiltered = module(root, filter=False)
     unfiltered.setup("fit")
     assert sorted(row for batch in unfiltered.train_dataloader() for row in batch.rows.tolist()) == [*range(10)]
+
+
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+def test_a_dev_row_too_short_for_its_labels_is_scored_with_a_finite_loss(tmp_path, input_layer):
+    save(tmp_path / "dev/0", [1, 300, 1500, 9000], [[4, 5], [4] * 9, [4] * 40, []])
+    options = DataOptions(num_workers=0, batch_size=2, min_frame=50)  # what the filter would drop from train
+    loader = eval_dataloader([tmp_path], "dev", tokenizer=TOKENIZER, frontend=FRONTEND, options=options)
+    torch.manual_seed(0)
+    net = U2Conformer(ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
+                                   decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32, input_layer=input_layer),
+                      80, TOKENIZER.vocab_size, 0, TOKENIZER.sos_id, TOKENIZER.eos_id).eval()
+    rows = []
+    for batch in loader:
+        loss = net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"]
+        assert torch.isfinite(loss)
+        rows += batch.rows.tolist()
+    assert sorted(rows) == [0, 1, 2, 3]
 
 
 def test_no_row_left_is_refused(root):

@@ -1,6 +1,10 @@
 """train.py as a command: its outputs, resuming, and what it refuses. On noise: nothing is learnt here."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -9,6 +13,7 @@ import torch
 
 import train
 from cli import UserError
+from model import load_checkpoint
 from tokenizer import save_tokenizer, train_char
 
 SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
@@ -70,6 +75,14 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
     assert same(whole, weights(tmp_path / "cut" / "last.ckpt"))
 
 
+def test_a_run_that_stopped_after_an_epoch_goes_on_with_the_next_one(data, tmp_path):
+    """The plan, the schedule and the augmentation go on; a loader process or none makes no difference."""
+    run(data, tmp_path / "whole", "--max_epochs", 3)
+    interrupted(data, tmp_path / "cut", 4)  # as the second epoch begins
+    run(data, tmp_path / "cut", "--max_epochs", 3, "--resume", "--num_workers", 1)
+    assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
+
+
 def interrupted(data, output, step, *extra):
     """A run of three epochs that dies when `step` updates are done; last.ckpt is two updates old at most."""
 
@@ -121,6 +134,54 @@ def test_resuming_with_other_options_is_refused_and_the_option_named(data, tmp_p
 def test_options_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, words, reason):
     if words[1] == "fsdp" and torch.cuda.is_available():
         pytest.skip("FSDP is allowed where there is a GPU")
+    with pytest.raises(UserError, match=reason):
+        run(data, tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_transformers_made_trains_unchanged(tmp_path):
+    """Columns as Wav2Vec2FeatureExtractor and Wav2Vec2CTCTokenizer give them, and their vocab.json: blank is not id 0."""
+    vocabulary = {"|": 0, "A": 1, "B": 2, "C": 3, "[UNK]": 4, "[PAD]": 5}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    rng = np.random.default_rng(0)
+    for split in ("train", "dev"):
+        waveforms = [rng.standard_normal(9000).astype(np.float32) for _ in range(4)]
+        waveforms = [(x - x.mean()) / np.sqrt(x.var() + 1e-7) for x in waveforms]
+        rows = datasets.Dataset.from_dict({"input_values": waveforms, "labels": [[1, 2, 0, 3, 3]] * 4})
+        assert rows.features["labels"].feature.dtype == "int64" and rows.features["input_values"].feature.dtype == "float32"
+        rows.save_to_disk(str(tmp_path / split / "0"))
+    run(tmp_path, tmp_path / "run", "--max_steps", 2, "--tokenizer", tmp_path / "vocab.json")
+    model, tokenizer, _ = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))
+    assert model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8  # sos and eos appended
+    assert tokenizer.decode([1, 2, 0, 3, 3]) == "AB CC"
+
+
+def test_dev_rows_too_short_for_their_labels_leave_val_loss_finite(data, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(data / "train")
+    rows = {"input_values": [np.ones(n, np.float32) for n in (1, 900, 9000)], "labels": [[4, 5], [4] * 30, [4] * 30]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data" / "dev" / "0"))
+    run(tmp_path / "data", tmp_path / "run", "--max_steps", 1, "--tokenizer", data / "tokenizer.json")
+    metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
+    assert np.isfinite(metrics["val_loss"]) and np.isfinite(metrics["val_cer"])
+
+
+def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    shard = next((tmp_path / "data" / "train").rglob("*.arrow"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    command = [sys.executable, train.__file__, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "run", *SMALL]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("train.py: error: ") and str(shard.parent) in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words, reason", [
+    (("--min_frame", 5000), "no row of train is left"), (("--seed", -1), "--seed"), (("--batch_size", 0), "--batch_size 0"),
+    (("--max_epochs", 0), "--max_epochs"), (("--accumulate_grad_batches", 0), "--accumulate_grad_batches")], ids=str)
+def test_numbers_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, words, reason):
     with pytest.raises(UserError, match=reason):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
