@@ -75,7 +75,7 @@ data/an4/tokenizer.json: | .venv/installed
 	$(PY) prepare.py --source $(SOURCE) --data_root data/an4
 
 AN4_RUN ?= runs/an4
-AN4_EPOCHS ?= 75
+AN4_EPOCHS ?= 52
 
 an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, within an hour on 2 cores
 	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) --preset small --precision $(PRECISION) \

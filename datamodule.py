@@ -7,7 +7,9 @@ Axes: B batch, T frames, F mel bins, U labels, N samples.
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,8 +166,12 @@ def is_list(kind) -> bool:
 def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
     """(rows,) int64 samples: the column `length`, or computed once from the list offsets."""
     if "length" in dataset.column_names:
-        return dataset.data.column("length").to_numpy().astype(np.int64)
-    return list_lengths(dataset.data.column("input_values"))
+        lengths = dataset.data.column("length").to_numpy().astype(np.int64)
+    else:
+        lengths = list_lengths(dataset.data.column("input_values"))
+    if dataset._indices is None:
+        return lengths
+    return lengths[dataset._indices.column(0).to_numpy()]  # rows picked by select or shuffle; their audio stays unread
 
 
 def list_lengths(column) -> np.ndarray:
@@ -174,6 +180,8 @@ def list_lengths(column) -> np.ndarray:
 
 
 def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
+    if dataset._indices is not None:
+        dataset = dataset.select_columns("labels").flatten_indices()
     column = dataset.data.column("labels")
     return pa.compute.struct_field(column, "input_ids") if pa.types.is_struct(column.type) else column
 
@@ -229,9 +237,14 @@ def filter_conformer_len_prob(lengths, label_lengths, repeats, *, frontend: Fron
 class SpeechDataset(Dataset):
     """Keys (epoch, row) to examples: features (T,F), labels (U,), row. A function of (seed, epoch, row), nothing else."""
 
-    def __init__(self, dataset: datasets.Dataset, transform: Compose, seed: int):
+    def __init__(self, dataset: datasets.Dataset, make_transform: Callable[[], Compose], seed: int):
         self.dataset = dataset.select_columns(["input_values", "labels"]).with_format("numpy")
-        self.transform, self.seed = transform, seed
+        self.make_transform, self.seed = make_transform, seed
+
+    @cached_property
+    def transform(self) -> Compose:
+        """Built by the process that uses it: a chain of closures cannot be sent to a worker that was not forked."""
+        return self.make_transform()
 
     def __getitem__(self, keys):
         return collate([self.example(epoch, row) for epoch, row in keys])
@@ -260,9 +273,10 @@ def default_workers() -> int:
     return min(4, max(1 if torch.cuda.is_available() else 0, cores - 2))
 
 
-def make_loader(dataset: datasets.Dataset, sampler, transform: Compose, seed: int, options: DataOptions) -> DataLoader:
+def make_loader(dataset: datasets.Dataset, sampler, make_transform: Callable[[], Compose], seed: int,
+                options: DataOptions) -> DataLoader:
     workers = default_workers() if options.num_workers is None else options.num_workers
-    return DataLoader(SpeechDataset(dataset, transform, seed), sampler=sampler, batch_size=None, num_workers=workers,
+    return DataLoader(SpeechDataset(dataset, make_transform, seed), sampler=sampler, batch_size=None, num_workers=workers,
                       worker_init_fn=one_thread, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None)
 
@@ -292,7 +306,7 @@ def eval_dataloader(data_roots, split: str, *, tokenizer, frontend: Frontend, op
 
 def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int, world_size: int) -> DataLoader:
     batches = eval_batches(audio_lengths(dataset), options.batch_size or 16, rank, world_size)
-    return make_loader(dataset, batches, eval_transform(frontend), 0, options)
+    return make_loader(dataset, batches, partial(eval_transform, frontend), 0, options)
 
 
 class SpeechDataModule(L.LightningDataModule):
@@ -349,12 +363,22 @@ class SpeechDataModule(L.LightningDataModule):
     def ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def next_epoch(self) -> int:
+        """The epoch that training begins with. Lightning tells the sampler too, but in a resumed run only after the loader
+        processes have asked for their first batches."""
+        if not self.trainer:
+            return 0
+        loop = self.trainer.fit_loop
+        epoch = loop.epoch_progress.current
+        ended = loop.epoch_loop.batch_progress.is_last_batch and epoch.processed < epoch.ready  # saved before its validation
+        return epoch.processed + ended
+
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
         sampler.start_batch = self.start_batch
-        if self.trainer:  # a resumed run's loader processes ask for rows before Lightning names the epoch to the sampler
-            sampler.set_epoch(self.trainer.current_epoch)
-        return make_loader(self.splits["train"], sampler, train_transform(self.frontend, self.augment), self.seed, self.options)
+        sampler.set_epoch(self.next_epoch())
+        return make_loader(self.splits["train"], sampler, partial(train_transform, self.frontend, self.augment), self.seed,
+                           self.options)
 
     def val_dataloader(self) -> DataLoader:
         return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())

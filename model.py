@@ -90,7 +90,7 @@ class U2(L.LightningModule):
     def configure_optimizers(self):
         o = self.optim
         kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
-        fused = self.trainer.precision == "32-true"  # Lightning refuses to clip in mixed precision for a fused optimizer
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None  # a fused one unscales by itself, too late
         optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused)
         if o.scheduler == "onecycle":
             share = min(o.warmup_steps / self.total_steps, 0.3)
@@ -123,6 +123,11 @@ class U2(L.LightningModule):
         self.update_skipped = not bool(finite)
         if self.update_skipped:
             optimizer.zero_grad(set_to_none=True)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        """By norm, here, because Lightning refuses to clip for a fused optimizer even where no scaler is in its way."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         """One attempt at an update (global_step counts attempts); a skipped one is logged, max_skips in a row stop."""

@@ -115,7 +115,13 @@ class LengthGroupedSampler(Sampler):
 
 
 def eval_batches(lengths, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[tuple[int, int]]]:
-    """All rows once, sorted by falling length; a rank takes every world_size-th batch. Keys are (0, row)."""
+    """All rows once, sorted by falling length, equally many batches on every rank. Keys are (0, row).
+
+    Lightning stops with a traceback where a rank has no batch. Raises UserError when there are fewer rows than ranks.
+    """
+    if len(lengths) < world_size:
+        raise UserError(f"{len(lengths)} rows cannot be spread over {world_size} processes; give more rows or lower --devices")
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    return [[(0, int(row)) for row in batch] for batch in batches[rank::world_size]]
+    # a step is a stretch of rows alike in length that the ranks share; where rows do not divide, a batch may have one more
+    steps = min(-(-len(order) // (batch_size * world_size)), len(order) // world_size)
+    return [[(0, int(row)) for row in step[rank::world_size]] for step in np.array_split(order, steps)]

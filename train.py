@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import pytorch_lightning as L
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import UserError, build, make_parser, option, run
 from conformer import PRESETS, ModelOptions
@@ -51,6 +52,18 @@ class RunOptions:
     check_val_every_n_epoch: int = option(1, "epochs between validations")
     checkpoint_every_n_steps: int | None = option(None, "also write last.ckpt every so many updates")
 
+    def __post_init__(self):
+        limits = {"seed": (0, 2**32 - 1), "max_epochs": (-1, math.inf), "max_steps": (-1, math.inf),
+                  "accumulate_grad_batches": (1, math.inf), "gradient_clip_val": (0, math.inf), "num_nodes": (1, math.inf),
+                  "ema_decay": (0, 0.999999), "check_val_every_n_epoch": (1, math.inf),
+                  "checkpoint_every_n_steps": (1, math.inf)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} {value}: it must lie within {low} .. {high}")
+        if 0 in (self.max_epochs, self.max_steps) or self.max_epochs == self.max_steps == -1:
+            raise UserError(f"--max_epochs {self.max_epochs} --max_steps {self.max_steps}: a run needs an end, and a step")
+
 
 def parse(argv):
     parser = make_parser(__doc__, RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend)
@@ -76,6 +89,7 @@ def main(argv):
     data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
                             options=build(DataOptions, given), input_layer=model_options.input_layer, seed=options.seed)
     data.start_batch = seen
+    data.setup("fit")  # before Lightning says anything: what is wrong with the data is one line
     trainer = make_trainer(options)
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size),
@@ -93,8 +107,6 @@ def main(argv):
 
 def check(options: RunOptions, model_options: ModelOptions) -> None:
     """Refuses in one line what would fail late or not at all as asked."""
-    if options.max_epochs == -1 and options.max_steps == -1:
-        raise UserError("--max_epochs -1 and --max_steps -1: a run needs an end; set one of them")
     if model_options.output_size % model_options.attention_heads or model_options.output_size % 2:
         raise UserError(f"--output_size {model_options.output_size} must be even and divisible by --attention_heads "
                         f"{model_options.attention_heads}")
@@ -150,7 +162,7 @@ def make_trainer(options: RunOptions) -> L.Trainer:
                            every_n_epochs=1)
     callbacks = [TQDMProgressBar(refresh_rate=10), LearningRateMonitor("step")]
     if options.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=options.ema_decay))
+        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)))  # all tensors at once
     if options.checkpoint_every_n_steps:
         callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False,
                                          every_n_train_steps=options.checkpoint_every_n_steps))
@@ -171,7 +183,6 @@ def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int) ->
 
     (Lightning's own estimate, trainer.estimated_stepping_batches, loads the data loaders early and drops their state.)
     """
-    data.setup("fit")
     per_epoch = math.ceil(data.train_batches(world_size) / options.accumulate_grad_batches)
     limits = [options.max_epochs * per_epoch if options.max_epochs != -1 else math.inf,
               options.max_steps if options.max_steps != -1 else math.inf]

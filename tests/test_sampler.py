@@ -168,11 +168,14 @@ def test_fewer_rows_than_ranks_are_refused():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_evaluation_sees_every_row_once(world_size):
-    for rows in (1, 2, 5, 50, 51):
+def test_evaluation_sees_every_row_once_and_no_rank_is_left_out(world_size):
+    for rows in (world_size, 5, 50, 51, 64):
         lengths = random_lengths(rows)
         ranks = [eval_batches(lengths, 4, rank, world_size) for rank in range(world_size)]
         keys = [key for batches in ranks for batch in batches for key in batch]
         assert sorted(keys) == [(0, row) for row in range(rows)]
-        assert all(len(batch) <= 4 for batches in ranks for batch in batches)
+        assert all(1 <= len(batch) <= 4 for batches in ranks for batch in batches)
+        assert len({len(batches) for batches in ranks}) == 1
     assert [lengths[row] for batch in eval_batches(lengths, 4) for _, row in batch] == sorted(lengths, reverse=True)
+    with pytest.raises(UserError, match="cannot be spread"):
+        eval_batches(lengths[:3], 4, 0, 4)

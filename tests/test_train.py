@@ -75,21 +75,25 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
     assert same(whole, weights(tmp_path / "cut" / "last.ckpt"))
 
 
-def test_a_run_that_stopped_after_an_epoch_goes_on_with_the_next_one(data, tmp_path):
-    """The plan, the schedule and the augmentation go on; a loader process or none makes no difference."""
+@pytest.mark.parametrize("place", ["in an epoch", "before the validation", "after an epoch"])
+def test_a_run_goes_on_from_wherever_it_was_cut_with_loader_processes_too(data, tmp_path, place):
+    """They are ahead of training and of Lightning's own set_epoch: batches must still be those of the right epoch."""
     run(data, tmp_path / "whole", "--max_epochs", 3)
-    interrupted(data, tmp_path / "cut", 4)  # as the second epoch begins
+    if place == "before the validation":
+        interrupted(data, tmp_path / "cut", 4, hook="validation_step")
+    else:
+        interrupted(data, tmp_path / "cut", {"in an epoch": 6, "after an epoch": 4}[place])
     run(data, tmp_path / "cut", "--max_epochs", 3, "--resume", "--num_workers", 1)
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
 
 
-def interrupted(data, output, step, *extra):
-    """A run of three epochs that dies when `step` updates are done; last.ckpt is two updates old at most."""
+def interrupted(data, output, step, *extra, hook="on_train_batch_start"):
+    """A run of three epochs that dies in `hook` when `step` updates are done; last.ckpt is two updates old at most."""
 
     class Died(Exception):
         pass
 
-    original = train.U2.on_train_batch_start
+    original = getattr(train.U2, hook)
 
     def die(self, batch, batch_idx):
         if self.global_step == step:
@@ -97,7 +101,7 @@ def interrupted(data, output, step, *extra):
         return original(self, batch, batch_idx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.U2, "on_train_batch_start", die)
+        patch.setattr(train.U2, hook, die)
         with pytest.raises(Died):
             run(data, output, "--max_epochs", 3, "--checkpoint_every_n_steps", 2, *extra)
     return weights(output / "last.ckpt")
@@ -180,7 +184,7 @@ def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path):
 
 @pytest.mark.parametrize("words, reason", [
     (("--min_frame", 5000), "no row of train is left"), (("--seed", -1), "--seed"), (("--batch_size", 0), "--batch_size 0"),
-    (("--max_epochs", 0), "--max_epochs"), (("--accumulate_grad_batches", 0), "--accumulate_grad_batches")], ids=str)
+    (("--accumulate_grad_batches", 0), "--accumulate_grad_batches")], ids=str)
 def test_numbers_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, words, reason):
     with pytest.raises(UserError, match=reason):
         run(data, tmp_path / "run", *words)
