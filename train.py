@@ -99,7 +99,7 @@ def main(argv):
         record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
               f"{model.total_steps} updates planned")
-    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     best = save_best(trainer, model, data, options.output_dir)
     if trainer.is_global_zero:
         finish(trainer, model, best, options.output_dir, record)
