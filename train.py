@@ -82,7 +82,7 @@ def main(argv):
     optim, frontend = build(OptimOptions, given), build(Frontend, given)
     check(options, model_options)
     resume = check_output(options.output_dir, args.resume, args.overwrite)
-    tokenizer = load_tokenizer(options.tokenizer or os.path.join(args.data_root[0], "tokenizer.json"))
+    tokenizer = read_tokenizer(options.tokenizer, args.data_root[0])
     seen = check_resume(resume, model_options, frontend, tokenizer) if resume else 0
 
     L.seed_everything(options.seed, workers=False, verbose=False)
@@ -120,6 +120,15 @@ def check(options: RunOptions, model_options: ModelOptions) -> None:
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
 
 
+def read_tokenizer(path: str | None, data_root: str):
+    """The tokenizer that made the labels: the one named, or DATA_ROOT's own; UserError where both are there and differ."""
+    own = os.path.join(data_root, "tokenizer.json")
+    tokenizer = load_tokenizer(path or own)
+    if path and os.path.exists(own) and load_tokenizer(own).to_dict() != tokenizer.to_dict():
+        raise UserError(f"--tokenizer {path} differs from {own}, which made the labels; leave it out, or prepare the data with it")
+    return tokenizer
+
+
 def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None:
     """The checkpoint to resume from, or None; an existing run is never touched without being told."""
     if resume is not None:
@@ -155,7 +164,7 @@ def clear_output(folder: str, overwrite: bool) -> None:
 
 def make_trainer(options: RunOptions) -> L.Trainer:
     folder = options.output_dir
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|smaller than the logging interval|LeafSpec).*")
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty|smaller than the logging interval|LeafSpec).*")
     best = ModelCheckpoint(folder, filename="best", monitor="val_cer_mean", mode="min", enable_version_counter=False,
                            save_on_train_epoch_end=False)
     last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True,

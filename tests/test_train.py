@@ -189,3 +189,10 @@ def test_numbers_that_cannot_work_are_refused_before_anything_is_written(data, t
     with pytest.raises(UserError, match=reason):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_did_not_make_the_labels_is_refused(data, tmp_path):
+    save_tokenizer(train_char(["abcdefgx"]), str(tmp_path / "other.json"))
+    with pytest.raises(UserError, match="other.json differs from"):
+        run(data, tmp_path / "run", "--tokenizer", tmp_path / "other.json")
+    assert not (tmp_path / "run").exists()
