@@ -122,6 +122,8 @@ def check(options: RunOptions, model_options: ModelOptions) -> None:
 
 def read_tokenizer(path: str | None, data_root: str):
     """The tokenizer that made the labels: the one named, or DATA_ROOT's own; UserError where both are there and differ."""
+    if not os.path.isdir(data_root):
+        raise UserError(f"{data_root}: no such data root; prepare.py makes one")
     own = os.path.join(data_root, "tokenizer.json")
     tokenizer = load_tokenizer(path or own)
     if path and os.path.exists(own) and load_tokenizer(own).to_dict() != tokenizer.to_dict():
