@@ -13,6 +13,7 @@ DEVICES ?= auto
 MAX_EPOCHS ?= 16
 SPLIT ?= eval_clean
 ARGS ?=
+RECIPE ?= --batch_size 8 --lr 2e-3 --ema_decay 0.99
 
 PY = .venv/bin/python
 BEST = $(OUTPUT_DIR)/best.ckpt
@@ -36,7 +37,7 @@ data: data/demo/tokenizer.json  ## the synthetic demo corpus in data/demo
 
 train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer.json)  ## train, then score SPLIT in all modes
 	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
-	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) --lr 2e-3 --ema_decay 0.99 $(ARGS)
+	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) $(RECIPE) $(ARGS)
 	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
 	  | tee $(OUTPUT_DIR)/scores.jsonl
 	$(PY) compare.py $(OUTPUT_DIR)
