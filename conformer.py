@@ -266,6 +266,9 @@ class Encoder(nn.Module):
     def __init__(self, o: ModelOptions, num_mel_bins: int):
         super().__init__()
         self.options = o
+        # Global CMVN: features are shifted and scaled here, (feats - mean) * istd; as made, it changes nothing.
+        self.register_buffer("cmvn_mean", torch.zeros(num_mel_bins))
+        self.register_buffer("cmvn_istd", torch.ones(num_mel_bins))
         self.embed = Subsampling(o.input_layer, num_mel_bins, o.output_size)
         self.embed.to(memory_format=torch.channels_last)
         self.blocks = nn.ModuleList(ConformerBlock(o) for _ in range(o.num_blocks))
@@ -275,6 +278,7 @@ class Encoder(nn.Module):
     def forward(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """feats (B,T,F), feat_lengths (B,) -> (B,T',D), (B,). chunk_size in encoder frames, -1 for full context."""
         short = receptive_field(self.options.input_layer)[0] - feats.size(1)
+        feats = (feats - self.cmvn_mean) * self.cmvn_istd
         x = self.embed(F.pad(feats, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
         lengths = subsampled_length(feat_lengths, self.options.input_layer)
         size, width = x.shape[1:]

@@ -349,6 +349,21 @@ class SpeechDataModule(L.LightningDataModule):
             raise UserError(f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); see "
                             "--min_frame, --max_frame, --output_len_prob")
 
+    def cmvn(self, most_rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean, 1 / standard deviation), each (F,), of the training split's features without augmentation.
+
+        Of a larger split, `most_rows` rows spread evenly over it are taken: 20,000 take two minutes of one core.
+        """
+        rows = self.kept[np.linspace(0, len(self.kept) - 1, min(len(self.kept), most_rows)).astype(np.int64)]
+        loader = make_loader(self.splits["train"], [[(0, int(row))] for row in rows], partial(eval_transform, self.frontend),
+                             self.seed, self.options)
+        frames, total, squares = 0, 0.0, 0.0
+        for batch in loader:
+            features = batch.features[0].double()  # (T,F)
+            frames, total, squares = frames + len(features), total + features.sum(0), squares + features.square().sum(0)
+        mean = total / frames
+        return mean.float(), (squares / frames - mean.square()).clamp(min=1e-20).rsqrt().float()
+
     def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:
         seconds = self.options.max_batch_seconds
         return LengthGroupedSampler(

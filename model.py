@@ -57,6 +57,11 @@ class U2(L.LightningModule):
         self.skips_in_a_row = self.skips_in_all = 0
         self.validated_step = -1  # global_step at the last validation
 
+    def set_cmvn(self, mean, istd):
+        """Global CMVN of the features, each (F,): the encoder sees (feats - mean) * istd."""
+        self.net.encoder.cmvn_mean.copy_(mean)
+        self.net.encoder.cmvn_istd.copy_(istd)
+
     def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,)."""
         return self.net.encode(feats, feat_lengths, chunk_size, left_chunks)

@@ -99,6 +99,8 @@ def main(argv):
         record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
               f"{model.total_steps} updates planned")
+    if frontend.frontend == "fbank" and not resume:
+        model.set_cmvn(*data.cmvn())
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     best = save_best(trainer, model, data, options.output_dir)
     if trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 A transform is a pure function (example, generator) -> new example. It never changes the tensors it is given, and all of
 its randomness comes from `generator`, which `make_generator` derives from (seed, epoch, row): never from worker or rank.
-An example is a dict: "input_values" (N,) samples, from log_mel on "features" (F,T), after transpose (T,F).
+An example is a dict: "input_values" (N,) samples, from log_mel or fbank on "features" (F,T), after transpose (T,F).
 Axes: N samples, T frames, F mel bins.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
+import torchaudio.compliance.kaldi as kaldi
 
 from cli import UserError, option
 
@@ -23,12 +24,14 @@ from cli import UserError, option
 class Frontend:
     """How samples become features; travels in the checkpoint. Raises UserError for values that make no frame."""
 
+    frontend: str = option("log_mel", "log_mel, or Kaldi's fbank with global CMVN, as WeNet trains on",
+                           choices=("log_mel", "fbank"))
     sample_rate: int = option(16000, "samples per second of input_values (prepare.py writes 16000)")
     num_mel_bins: int = option(80, "mel filters, the width of the features")
     frame_length: int = option(25, "window of a frame in ms; also the FFT's length")
     frame_shift: int = option(10, "distance between frames in ms")
-    window: str = option("hamming", "window function", choices=("hamming", "hann"))
-    mean_var_norm: bool = option(True, "give every waveform zero mean and unit variance")
+    window: str = option("hamming", "window function of log_mel (fbank's is povey)", choices=("hamming", "hann"))
+    mean_var_norm: bool = option(True, "give every waveform zero mean and unit variance; log_mel only")
 
     def __post_init__(self):
         for name in ("sample_rate", "num_mel_bins", "frame_length", "frame_shift"):
@@ -36,6 +39,8 @@ class Frontend:
                 raise UserError(f"frontend: {name} is {getattr(self, name)}; it must be at least 1")
         if self.window not in ("hamming", "hann"):
             raise UserError(f"frontend: window is {self.window!r}; choose hamming or hann")
+        if self.frontend not in ("log_mel", "fbank"):
+            raise UserError(f"frontend: it is {self.frontend!r}; choose log_mel or fbank")
 
     @property
     def window_samples(self) -> int:
@@ -58,6 +63,7 @@ class Augment:
     num_subs: int = option(3, "stretches replaced by earlier frames (spec_sub) per example; 0: off")
     max_sub: int = option(30, "longest replaced stretch in frames")
     max_trim: int = option(0, "most frames cut from the end (spec_trim; 50 is usual); 0: off")
+    dither: float = option(1.0, "deviation of the noise added before fbank, in steps of 16-bit samples; 0: off")
 
     def __post_init__(self):
         if any(speed <= 0 for speed in self.speeds):
@@ -66,8 +72,9 @@ class Augment:
                             ("num_subs", "max_sub")):
             if getattr(self, count) < 0 or getattr(self, count) and getattr(self, size) < 1:
                 raise UserError(f"augment: {count} must be at least 0 and, unless it is 0, {size} at least 1")
-        if self.max_trim < 0:
-            raise UserError(f"augment: max_trim is {self.max_trim}; it must be at least 0")
+        for name in ("max_trim", "dither"):
+            if getattr(self, name) < 0:
+                raise UserError(f"augment: {name} is {getattr(self, name)}; it must be at least 0")
 
 
 # Lengths, known before any audio is read. They take Python ints and NumPy arrays alike.
@@ -172,6 +179,37 @@ def log_mel(frontend: Frontend):
     return transform
 
 
+def fbank(frontend: Frontend, dither: float = 0.0):
+    """Kaldi's log mel filter bank (povey window, snip_edges): "input_values" (N,) to "features" (F,T), natural log.
+
+    Equal to torchaudio.compliance.kaldi.fbank of samples x 32768, with window, filters and FFT plan made once. Where Kaldi
+    has no frame, for less than a window of samples, zeros are appended to make one. Dither, here on the samples rather
+    than on each frame (2.5 times fewer draws), needs the generator and is left out without one.
+    """
+    length, shift = frontend.window_samples, frontend.shift_samples
+    window = torch.hann_window(length, periodic=False).pow(0.85)  # povey
+    padded = 1 << (length - 1).bit_length()  # Kaldi's FFT takes powers of two
+    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, padded, frontend.sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
+    mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # (bins, F); the Nyquist bin has no weight
+    floor = torch.finfo(torch.float32).eps
+
+    def transform(example: dict, generator: torch.Generator | None) -> dict:
+        waveform = example["input_values"] * 32768
+        if dither and generator is not None:
+            waveform = waveform.add_(torch.randn(len(waveform), generator=generator), alpha=dither)
+        if len(waveform) < length:
+            waveform = torch.nn.functional.pad(waveform, (0, length - len(waveform)))
+        frames = waveform.unfold(0, length, shift)  # (T, window)
+        frames = frames - frames.mean(dim=1, keepdim=True)
+        before = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)  # the first sample has itself before it
+        frames = (frames - 0.97 * before) * window  # rounded as Kaldi rounds: a fused step moves quiet bands by 0.03
+        spectrum = torch.fft.rfft(frames, n=padded)  # (T, bins) complex
+        power = spectrum.real * spectrum.real + spectrum.imag * spectrum.imag
+        return {**example, "features": (power @ mel).clamp_(min=floor).log_().T}
+
+    return transform
+
+
 # Features -> features
 
 
@@ -240,11 +278,17 @@ class Compose:
         return example
 
 
+def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
+    """Waveform to features, as the frontend says."""
+    if frontend.frontend == "fbank":
+        return [fbank(frontend, dither)]
+    return ([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend)]
+
+
 def train_transform(frontend: Frontend, augment: Augment) -> Compose:
     """What training hears: speed before the frontend, masks after it; parts that are switched off are left out."""
     chain = [speed_perturb(augment.speeds)] if augment.speeds else []
-    chain += [mean_var_norm] if frontend.mean_var_norm else []
-    chain += [log_mel(frontend)]
+    chain += features_chain(frontend, augment.dither)
     chain += [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
     chain += [spec_sub(augment)] if augment.num_subs else []
     chain += [spec_trim(augment)] if augment.max_trim else []
@@ -253,7 +297,7 @@ def train_transform(frontend: Frontend, augment: Augment) -> Compose:
 
 def eval_transform(frontend: Frontend) -> Compose:
     """Normalisation and features only; needs no generator."""
-    return Compose(([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend), transpose])
+    return Compose([*features_chain(frontend), transpose])
 
 
 def extract(frontend: Frontend):
