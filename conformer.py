@@ -156,11 +156,15 @@ class RelativeAttention(Attention):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, x, positions, mask=None):
-        """x (B,T,D), positions (1,T,D), mask bool (B,1,T,T) -> (B,T,D)."""
+    def forward(self, x, positions, mask=None, past=None):
+        """x (B,T,D) -> (B,T,D), and the keys and values to hand on, each (B,H,S,D/H).
+
+        `past` holds the keys and values of the S-T frames before x (None: S = T), positions (1,S,D) are those of all S keys,
+        mask is bool and broadcastable to (B,1,T,S).
+        """
         q = self.split(self.linear_q(x))  # (B,H,T,D/H)
-        k, v = self.keys_values(x)
-        p = self.split(self.linear_pos(positions))  # (1,H,T,D/H)
+        k, v = present = join(past, self.keys_values(x))  # (B,H,S,D/H)
+        p = self.split(self.linear_pos(positions))  # (1,H,S,D/H)
         bias = (k * self.pos_bias_u[:, None]).sum(-1, keepdim=True) + (p * self.pos_bias_v[:, None]).sum(-1, keepdim=True)
         q = torch.cat((q, q.new_ones(()).expand_as(q[..., :1])), dim=-1)  # (B,H,T,D/H+1)
         k = torch.cat((k + p, bias.to(k.dtype)), dim=-1)
@@ -168,7 +172,12 @@ class RelativeAttention(Attention):
         y = F.scaled_dot_product_attention(
             q, k, F.pad(v, (0, 1)),  # values as wide as keys keep the fused kernel
             attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, scale=1 / math.sqrt(width))
-        return self.linear_out(y[..., :width].transpose(1, 2).flatten(2))  # (B,H,T,D/H) -> (B,T,D)
+        return self.linear_out(y[..., :width].transpose(1, 2).flatten(2)), present  # (B,H,T,D/H) -> (B,T,D)
+
+
+def join(past, present):
+    """Keys and values (B,H,T,D/H) behind those of earlier frames, if there are any."""
+    return present if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, present))
 
 
 class Dropout(nn.Dropout):
@@ -206,20 +215,26 @@ class ConvolutionModule(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.pointwise_conv2 = nn.Linear(width, width)
 
-    def forward(self, x, valid):
-        """x (B,T,D), valid (B,T,1) -> (B,T,D), padding frames 0."""
+    def forward(self, x, valid, past=None):
+        """x (B,T,D), valid (B,T,1) -> (B,T,D), padding frames 0, and what the next frames need of these, (B,D,kernel-1).
+
+        `past` is that of the frames before x, None at the beginning.
+        """
         x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
         x = x.transpose(1, 2)  # (B,D,T)
-        # WeNet pads zeros in front of the first pointwise layer; behind its gate a zero frame is glu(bias).
-        edge = F.glu(self.pointwise_conv1.bias, dim=0).to(x.dtype)[None, :, None]  # (1,D,1)
         if self.causal:
-            x = torch.cat((edge.expand(x.size(0), -1, self.kernel - 1), x), dim=2)
-            x = self.depthwise_conv(x)
-        else:
-            x = F.conv1d(x, self.depthwise_conv.weight, self.depthwise_conv.bias,
-                         padding=(self.kernel - 1) // 2, groups=x.size(1))
+            x = torch.cat((self.silence(x) if past is None else past, x), dim=2)  # (B,D,kernel-1+T)
+        present = x[..., x.size(2) - self.kernel + 1:] if self.causal else None
+        x = F.conv1d(x, self.depthwise_conv.weight, self.depthwise_conv.bias,
+                     padding=0 if self.causal else (self.kernel - 1) // 2, groups=x.size(1))
         x = F.silu(self.norm(x.transpose(1, 2)))  # (B,D,T) -> (B,T,D)
-        return self.pointwise_conv2(x) * valid
+        return self.pointwise_conv2(x) * valid, present
+
+    def silence(self, x):
+        """What lies before the first frame: WeNet pads zeros in front of the first pointwise layer; behind its gate a zero
+        frame is glu(bias). -> (B,D,kernel-1)"""
+        edge = F.glu(self.pointwise_conv1.bias, dim=0).to(x.dtype)
+        return edge[None, :, None].expand(x.size(0), -1, self.kernel - 1)
 
 
 class ConformerBlock(nn.Module):
@@ -236,13 +251,18 @@ class ConformerBlock(nn.Module):
         self.feed_forward = FeedForward(d, o.linear_units, o.dropout_rate, F.silu)
         self.dropout = Dropout(o.dropout_rate)
 
-    def forward(self, x, positions, mask, valid):
-        """x (B,T,D), positions (1,T,D), mask (B,1,T,T), valid (B,T,1) -> (B,T,D)."""
+    def forward(self, x, positions, mask, valid, past=(None, None)):
+        """x (B,T,D), positions (1,S,D), mask (B,1,T,S), valid (B,T,1) -> (B,T,D), and what the next frames need of these.
+
+        `past` is that of the S-T frames before x: (keys and values, the convolution's last inputs).
+        """
         x = x + 0.5 * self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x)))
-        x = x + self.dropout(self.self_attn(self.norm_mha(x), positions, mask))
-        x = x + self.dropout(self.conv_module(self.norm_conv(x), valid))
+        y, keys_values = self.self_attn(self.norm_mha(x), positions, mask, past[0])
+        x = x + self.dropout(y)
+        y, last_inputs = self.conv_module(self.norm_conv(x), valid, past[1])
+        x = x + self.dropout(y)
         x = x + 0.5 * self.dropout(self.feed_forward(self.norm_ff(x)))
-        return self.norm_final(x)
+        return self.norm_final(x), (keys_values, last_inputs)
 
 
 class Subsampling(nn.Module):
@@ -278,20 +298,36 @@ class Encoder(nn.Module):
     def forward(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """feats (B,T,F), feat_lengths (B,) -> (B,T',D), (B,). chunk_size in encoder frames, -1 for full context."""
         short = receptive_field(self.options.input_layer)[0] - feats.size(1)
-        feats = (feats - self.cmvn_mean) * self.cmvn_istd
-        x = self.embed(F.pad(feats, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
+        x = self.subsample(F.pad(feats, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
         lengths = subsampled_length(feat_lengths, self.options.input_layer)
         size, width = x.shape[1:]
         positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])  # (1,T',D)
-        x = self.dropout(x * math.sqrt(width))
+        x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
         # A padded query sees padded keys too: what it computes is never used, and no row of the mask is empty.
         mask = valid[:, None, :] | ~valid[:, :, None]  # (B,T',T')
         if chunk_size > 0:
             mask = mask & chunk_mask(size, chunk_size, left_chunks, x.device)
         for block in self.blocks:
-            x = block(x, positions, mask[:, None], valid[..., None].to(x.dtype))
+            x, _ = block(x, positions, mask[:, None], valid[..., None].to(x.dtype))
         return self.after_norm(x), lengths
+
+    def subsample(self, feats):
+        """(B,T,F) -> (B,T',D), scaled as what positions are meant for (Vaswani et al. 2017, section 3.4)."""
+        return self.embed((feats - self.cmvn_mean) * self.cmvn_istd) * math.sqrt(self.options.output_size)
+
+    def forward_chunk(self, feats, offset: int, pasts):
+        """One chunk of a stream: feats (1,T,F), encoder frames before it, per block what they left (ConformerBlock) ->
+        (1,T',D), the same of this chunk. Everything in the chunk and in `pasts` is seen."""
+        x = self.subsample(feats)
+        valid = x.new_ones(1, x.size(1), 1)
+        presents = []
+        for block, past in zip(self.blocks, pasts):
+            before = 0 if past[0] is None else past[0][0].size(2)
+            positions = sinusoids(before + x.size(1), x.size(2), offset - before, x.device).to(x.dtype)[None]
+            x, present = block(x, positions, None, valid, past)
+            presents.append(present)
+        return self.after_norm(x), presents
 
 
 class DecoderBlock(nn.Module):
@@ -316,9 +352,7 @@ class DecoderBlock(nn.Module):
     def step(self, x, past, source, memory_mask):
         """One token: x (B,1,D), past keys/values (B,H,U-1,D/H) or None, source keys/values -> (B,1,D), past + this token."""
         y = self.norm1(x)
-        present = self.self_attn.keys_values(y)
-        if past is not None:
-            present = tuple(torch.cat(pair, dim=2) for pair in zip(past, present))
+        present = join(past, self.self_attn.keys_values(y))
         x = x + self.self_attn.attend(self.self_attn.split(self.self_attn.linear_q(y)), *present)
         q = self.src_attn.split(self.src_attn.linear_q(self.norm2(x)))
         x = x + self.src_attn.attend(q, *source, memory_mask)

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
+import stream
 from cli import UserError, option
 from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
 from tokenizer import Tokenizer
@@ -69,6 +70,16 @@ class U2(L.LightningModule):
     def ctc_log_probs(self, encoder_out):
         """(B,T',D) -> (B,T',V)."""
         return self.net.ctc_log_probs(encoder_out)
+
+    @torch.no_grad()
+    def stream_state(self, chunk_size: int, left_chunks: int = -1) -> stream.StreamState:
+        """The state before the first frame of an utterance; see stream.py. Sizes in encoder frames."""
+        return stream.stream_state(self.net.encoder, chunk_size, left_chunks)
+
+    @torch.no_grad()
+    def stream(self, feats, state, last: bool = False):
+        """feats (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
+        return stream.stream(self.net.encoder, feats, state, last)
 
     def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """{"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
