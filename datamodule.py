@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from cli import UserError, option
 from conformer import subsampled_length
 from sampler import LengthGroupedSampler, eval_batches
+from tokenizer import Tokenizer
 from transforms import Augment, Compose, Frontend, eval_transform, make_generator, num_frames, shortest_frames, train_transform
 
 
@@ -186,26 +187,38 @@ def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
     return pa.compute.struct_field(column, "input_ids") if pa.types.is_struct(column.type) else column
 
 
-def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows,) int64 each: labels, adjacent repeats among them (CTC needs a blank between), and the range's worst id.
+def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(rows,) int64 each: labels, and adjacent repeats among them (CTC needs a blank between)."""
+    parts = [(np.zeros(0, np.int64),) * 2]
+    for chunk in label_column(dataset).chunks:
+        values, lengths = label_values(chunk)
+        ends = np.cumsum(lengths)
+        same = np.zeros(len(values) + 1, bool)
+        same[1:-1] = values[1:] == values[:-1]  # same[i]: value i repeats value i-1
+        same[ends - lengths] = False
+        counts = np.concatenate(([0], np.cumsum(same[:-1])))
+        parts.append((lengths, counts[ends] - counts[ends - lengths]))
+    lengths, repeats = map(np.concatenate, zip(*parts))
+    return lengths, repeats
 
-    The worst id is the row's largest, or its smallest where that is negative; 0 for a row without labels.
-    """
-    column = label_column(dataset)
-    lengths = list_lengths(column)
-    values = np.concatenate([np.zeros(0, np.int64)] + [np.asarray(chunk.flatten(), np.int64) for chunk in column.chunks])
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    same = np.zeros(len(values) + 1, bool)
-    same[1:-1] = values[1:] == values[:-1]  # same[i]: value i repeats value i-1
-    same[starts] = False
-    counts = np.concatenate(([0], np.cumsum(same[:-1])))
-    worst = np.zeros(len(lengths), np.int64)
-    filled = np.flatnonzero(lengths)
-    if len(filled):
-        largest, smallest = (f.reduceat(values, starts[filled]) for f in (np.maximum, np.minimum))
-        worst[filled] = np.where(smallest < 0, smallest, largest)
-    return lengths, counts[ends] - counts[starts], worst
+
+def label_values(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """All token ids of the chunk's rows one after the other, and how many each row has."""
+    return chunk.flatten().to_numpy(zero_copy_only=False), list_lengths(pa.chunked_array([chunk]))
+
+
+def check_token_ids(dataset: datasets.Dataset, tokenizer: Tokenizer, where: str) -> None:
+    """Raises UserError, naming the first such row, for ids outside the vocabulary and for blanks within a label."""
+    first = 0
+    for chunk in label_column(dataset).chunks:
+        values, lengths = label_values(chunk)
+        bad = np.flatnonzero((values < 0) | (values >= tokenizer.vocab_size) | (values == tokenizer.blank_id))
+        if len(bad):
+            row, token = first + np.searchsorted(np.cumsum(lengths), bad[0], side="right"), values[bad[0]]
+            reason = ("is the CTC blank, which no label may hold" if token == tokenizer.blank_id else
+                      f"lies outside the tokenizer's 0 .. {tokenizer.vocab_size - 1}")
+            raise UserError(f"{where} row {row}: token id {token} {reason}; use the tokenizer that made the labels")
+        first += len(lengths)
 
 
 def filter_conformer_len_prob(lengths, label_lengths, repeats, *, frontend: Frontend, augment: Augment, input_layer: str,
@@ -281,30 +294,20 @@ def make_loader(dataset: datasets.Dataset, sampler, make_transform: Callable[[],
                       prefetch_factor=4 if workers else None)
 
 
-def load_split(data_roots, split: str, vocab_size: int, limit_rows: int | None = None) -> datasets.Dataset:
-    """The concatenated split, token ids checked. Raises UserError also for an empty split or ids beyond the vocabulary."""
+def load_split(data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | None = None) -> datasets.Dataset:
+    """The concatenated split, token ids checked. Raises UserError also for an empty split."""
     dataset = get_concat_dataset(data_roots, split)
     if limit_rows is not None:
         dataset = dataset.select(range(min(limit_rows, len(dataset))))  # a slice of the Arrow table: nothing is copied
     where = ", ".join(f"{root}/{split}" for root in data_roots)
     if not len(dataset):
         raise UserError(f"{where}: no rows in it")
-    worst = label_statistics(dataset)[2]
-    bad = np.flatnonzero((worst < 0) | (worst >= vocab_size))
-    if len(bad):
-        raise UserError(f"{where} row {bad[0]}: token id {worst[bad[0]]} lies outside the tokenizer's 0 .. {vocab_size - 1}; "
-                        f"use the tokenizer that made the labels ({len(bad)} such rows)")
+    check_token_ids(dataset, tokenizer, where)
     return dataset
 
 
-def eval_dataloader(data_roots, split: str, *, tokenizer, frontend: Frontend, options: DataOptions, rank: int = 0,
-                    world_size: int = 1) -> DataLoader:
+def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Every row of a split once, longest first, features without augmentation."""
-    dataset = load_split(data_roots, split, tokenizer.vocab_size, options.limit_rows)
-    return eval_loader(dataset, frontend, options, rank, world_size)
-
-
-def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int, world_size: int) -> DataLoader:
     batches = eval_batches(audio_lengths(dataset), options.batch_size or 16, rank, world_size)
     return make_loader(dataset, batches, partial(eval_transform, frontend), 0, options)
 
@@ -312,7 +315,7 @@ def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int, wo
 class SpeechDataModule(L.LightningDataModule):
     """train and dev for fit, eval_clean and (where present) eval_other for test."""
 
-    def __init__(self, *, data_roots, tokenizer, frontend: Frontend, augment: Augment, options: DataOptions,
+    def __init__(self, *, data_roots, tokenizer: Tokenizer, frontend: Frontend, augment: Augment, options: DataOptions,
                  input_layer: str = "conv2d", seed: int = 0):
         super().__init__()
         self.data_roots, self.tokenizer, self.frontend = list(data_roots), tokenizer, frontend
@@ -329,7 +332,7 @@ class SpeechDataModule(L.LightningDataModule):
         for name in names:
             optional = name == "eval_other" and not any((Path(root) / name).is_dir() for root in self.data_roots)
             if name not in self.splits and not optional:
-                self.splits[name] = load_split(self.data_roots, name, self.tokenizer.vocab_size, self.options.limit_rows)
+                self.splits[name] = load_split(self.data_roots, name, self.tokenizer, self.options.limit_rows)
         if stage == "fit" and self.kept is None:
             self.filter_train()
 
@@ -338,7 +341,7 @@ class SpeechDataModule(L.LightningDataModule):
         self.lengths = audio_lengths(train)
         keep, reasons = np.ones(len(train), bool), {}
         if self.options.filter:
-            labels, repeats, _ = label_statistics(train)
+            labels, repeats = label_statistics(train)
             keep, reasons = filter_conformer_len_prob(self.lengths, labels, repeats, frontend=self.frontend,
                                                       augment=self.augment, input_layer=self.input_layer,
                                                       options=self.options)

@@ -21,7 +21,7 @@ from cli import UserError, build, make_parser, option, run
 from datamodule import audio_lengths, get_concat_dataset, load_split
 from decode import MODES, SearchOptions
 from model import load_checkpoint
-from tokenizer import load_tokenizer, normalize_text
+from tokenizer import check_maker, normalize_text
 from transforms import extract
 
 
@@ -74,11 +74,8 @@ def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[
     if "text" in dataset.column_names:
         references = [normalize_text(text or "") for text in dataset["text"]]
     else:
-        path = os.path.join(options.data_root, "tokenizer.json")
-        if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
-            raise UserError(f"{place}: there is no column text, and the labels are those of {path}, which is not the "
-                            "checkpoint's tokenizer; score a checkpoint trained on this data, or prepare it with text")
-        dataset = load_split(roots, options.split, tokenizer.vocab_size)  # which checks the range of the labels
+        check_maker(tokenizer, f"{place} has no column text, and the tokenizer of {options.checkpoint}", options.data_root)
+        dataset = load_split(roots, options.split, tokenizer)  # which checks the range of the labels
         labels = (row["input_ids"] if isinstance(row, dict) else row for row in dataset["labels"])
         references = [tokenizer.decode(ids) for ids in labels]
     if not any(references):

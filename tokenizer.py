@@ -154,6 +154,14 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
 
 
+def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:
+    """Raises UserError when DATA_ROOT/tokenizer.json, which made the labels there, is another tokenizer."""
+    path = os.path.join(data_root, "tokenizer.json")
+    if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
+        raise UserError(f"{name} differs from {path}, which made the labels; use that one, or prepare the data again with "
+                        "prepare.py --tokenizer")
+
+
 def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Writes tokenizer.json, whole or not at all."""
     temporary = f"{path}.tmp"

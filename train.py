@@ -25,7 +25,7 @@ from cli import UserError, build, make_parser, option, run
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
-from tokenizer import load_tokenizer
+from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend
 
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "logs")  # what --overwrite removes
@@ -126,10 +126,8 @@ def read_tokenizer(path: str | None, data_root: str):
     """The tokenizer that made the labels: the one named, or DATA_ROOT's own; UserError where both are there and differ."""
     if not os.path.isdir(data_root):
         raise UserError(f"{data_root}: no such data root; prepare.py makes one")
-    own = os.path.join(data_root, "tokenizer.json")
-    tokenizer = load_tokenizer(path or own)
-    if path and os.path.exists(own) and load_tokenizer(own).to_dict() != tokenizer.to_dict():
-        raise UserError(f"--tokenizer {path} differs from {own}, which made the labels; leave it out, or prepare the data with it")
+    tokenizer = load_tokenizer(path or os.path.join(data_root, "tokenizer.json"))
+    check_maker(tokenizer, f"--tokenizer {path}", data_root)
     return tokenizer
 
 

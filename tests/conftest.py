@@ -16,3 +16,13 @@ def golden():
     if not folder.is_dir():
         pytest.skip(f"no {folder}: parity with WeNet's own output is not checked")
     return tuple(torch.load(folder / name, weights_only=True) for name in ("final.pt", "expect.pt"))
+
+
+def distance(a, b):
+    """Levenshtein, by its definition."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]

@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as L
 import torch
 from pytorch_lightning.plugins import MixedPrecision
+from conftest import distance
 from test_conformer import from_wenet
 from torch.utils.data import DataLoader
 
@@ -227,7 +228,7 @@ def test_validation_counts_errors_over_the_whole_set_at_full_context_and_chunk_1
     model.eval()
     for batch in batches(3):
         for labels, hypothesis in zip(batch.labels, model.decode(batch.features, batch.feature_lengths, "ctc_greedy_search")):
-            errors += edits(TOKENIZER.decode(labels.tolist()), TOKENIZER.decode(hypothesis.tokens))
+            errors += distance(TOKENIZER.decode(labels.tolist()), TOKENIZER.decode(hypothesis.tokens))
             letters += len(TOKENIZER.decode(labels.tolist()))
     assert metrics["val_cer"] == pytest.approx(errors / letters)
 
@@ -248,12 +249,3 @@ def test_all_four_searches_hear_what_wenet_hears(golden):
             assert [hypothesis.score for hypothesis in ours] == pytest.approx([their["score"] for their in theirs], abs=1e-3)
         if mode == "ctc_prefix_beam_search":
             assert [hypothesis.nbest for hypothesis in ours] == [their["nbest"] for their in theirs]
-
-
-def edits(reference, text):
-    row = list(range(len(text) + 1))
-    for i, a in enumerate(reference, 1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(text, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return row[-1]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import distance
 
 import cli
 import compare
@@ -80,16 +81,6 @@ def score_json(capsys, world, *argv, root="data"):
     status, out, _ = call(capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv)
     assert status == 0
     return [json.loads(line) for line in out]
-
-
-def distance(a, b):
-    """Levenshtein, by its definition."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
 
 
 @pytest.mark.parametrize("mode", MODES)
