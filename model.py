@@ -23,6 +23,10 @@ from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
 from tokenizer import Tokenizer
 from transforms import Frontend
 
+# The weights with a row per token.
+VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
+    f"net.{decoder}.{layer}" for decoder in ("decoder", "right_decoder")
+    for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")}
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 
 
@@ -36,6 +40,7 @@ class OptimOptions:
     scheduler: str = option("onecycle", "OneCycleLR over the whole run, or WeNet's warm-up and decay by 1/sqrt(step)",
                             choices=("onecycle", "warmup"))
     warmup_steps: int = option(500, "steps until the peak learning rate, at most 30 %% of a onecycle run")
+    freeze_encoder_epochs: int = option(0, "with --init_from: epochs that leave the encoder as it came")
     max_skips: int = option(50, "stop after this many skipped updates in a row")
 
 
@@ -85,6 +90,20 @@ class U2(L.LightningModule):
         """{"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
         return self.net.loss(feats, feat_lengths, targets, target_lengths, chunk_size, left_chunks)
 
+    def init_from(self, checkpoint: dict) -> int:
+        """Takes the weights of a checkpoint with the same options; tokens known by both tokenizers, and special tokens by
+        their role, keep their rows, others stay as initialised. -> how many tokens were known."""
+        pairs = Tokenizer.from_dict(checkpoint["tokenizer"]).shared_ids(self.tokenizer)
+        theirs, ours = map(list, zip(*pairs))
+        state = self.state_dict()
+        for name, value in checkpoint["state_dict"].items():
+            if name in VOCABULARY_ROWS:
+                state[name][ours] = value[theirs]
+            else:
+                state[name] = value
+        self.load_state_dict(state)
+        return len(set(ours))
+
     # -------------------------------------------------------------------------------------------------------- training
 
     def on_train_batch_start(self, batch, batch_idx):
@@ -131,6 +150,9 @@ class U2(L.LightningModule):
         Optimizers leave a parameter without gradient alone, its state and step count included. One fused check and one
         device sync; on several ranks all agree.
         """
+        if self.current_epoch < self.optim.freeze_encoder_epochs:  # (dropped here, so that DDP finds every gradient it awaits)
+            for parameter in self.net.encoder.parameters():
+                parameter.grad = None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # nan and inf both survive a maximum
         finite = torch.isfinite(norm).float()

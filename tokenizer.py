@@ -75,6 +75,11 @@ class Tokenizer:
             return " ".join("".join(pieces).replace(self.space, " ").split())
         return " ".join("".join(" " if piece == self.space else piece for piece in pieces).split())
 
+    def shared_ids(self, other: "Tokenizer") -> list[tuple[int, int]]:
+        """(own id, other's id) of the special tokens, by role, and of every token that both know."""
+        roles = [(getattr(self, role), getattr(other, role)) for role in ("blank_id", "unk_id", "sos_id", "eos_id")]
+        return roles + [(own, other._ids[token]) for token, own in self._ids.items() if token in other._ids]
+
     def to_dict(self) -> dict:
         """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
         names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges")

@@ -19,6 +19,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import UserError, build, make_parser, option, run
@@ -26,7 +27,7 @@ from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
 from tokenizer import check_maker, load_tokenizer
-from transforms import Augment, Frontend
+from transforms import Augment, Frontend, read_cmvn
 
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "logs")  # what --overwrite removes
 
@@ -37,6 +38,8 @@ class RunOptions:
 
     output_dir: str = option("runs/demo", "where checkpoints, logs and run.json go")
     preset: str = option("tiny", "size of the model; single numbers can be overridden", choices=tuple(PRESETS))
+    init_from: str | None = option(None, "start from this checkpoint's weights, model options and frontend (fine-tuning)")
+    cmvn: str | None = option(None, "global_cmvn file for fbank; default: computed over train, or that of --init_from")
     tokenizer: str | None = option(None, "tokenizer.json, vocab.json or .ckpt; default DATA_ROOT/tokenizer.json")
     max_epochs: int = option(20, "epochs, unless --max_steps comes first")
     max_steps: int = option(-1, "updates, -1 for no limit")
@@ -78,9 +81,12 @@ def main(argv):
     args = parse(argv)
     given = vars(args)
     options = build(RunOptions, given)
-    model_options = build(ModelOptions, given, **PRESETS[options.preset])
-    optim, frontend = build(OptimOptions, given), build(Frontend, given)
+    source = read_checkpoint(options.init_from) if options.init_from else None
+    model_options = build(ModelOptions, given, **(source["model_options"] if source else PRESETS[options.preset]))
+    optim, frontend = build(OptimOptions, given), build(Frontend, given, **(source["frontend"] if source else {}))
     check(options, model_options)
+    check_unused(given, frontend)
+    check_source(options.init_from, source, model_options, frontend)
     resume = check_output(options.output_dir, args.resume, args.overwrite)
     tokenizer = read_tokenizer(options.tokenizer, args.data_root[0])
     seen = check_resume(resume, model_options, frontend, tokenizer) if resume else 0
@@ -94,13 +100,13 @@ def main(argv):
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size),
                skip_log=os.path.join(options.output_dir, "skipped.jsonl"))
+    if not resume:
+        prepare_weights(model, source, options.cmvn, data)
     if trainer.is_global_zero:
         clear_output(options.output_dir, args.overwrite)
         record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
               f"{model.total_steps} updates planned")
-    if frontend.frontend == "fbank" and not resume:
-        model.set_cmvn(*data.cmvn())
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     best = save_best(trainer, model, data, options.output_dir)
     if trainer.is_global_zero:
@@ -120,6 +126,42 @@ def check(options: RunOptions, model_options: ModelOptions) -> None:
                             "--gradient_clip_val 0 --ema_decay 0")
     if options.precision in ("16", "16-mixed") and not torch.cuda.is_available():
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
+
+
+def check_unused(given: dict, frontend: Frontend) -> None:
+    """Refuses flags that would have no effect beside the others."""
+    without = {"freeze_encoder_epochs"} if "init_from" not in given else {"preset"}
+    for names, reason in ((("window", "mean_var_norm") if frontend.frontend == "fbank" else ("dither", "cmvn"),
+                           f"with --frontend {frontend.frontend}"),
+                          (without, "with --init_from" if "init_from" in given else "without --init_from")):
+        for name in names:
+            if name in given:
+                raise UserError(f"--{name} has no effect {reason}; leave it out")
+
+
+def check_source(path: str | None, source: dict | None, model_options: ModelOptions, frontend: Frontend) -> None:
+    """UserError where the weights of --init_from would not fit, or would meet other features than they know."""
+    free = {"dropout_rate", "attention_dropout_rate", "ctc_weight", "lsm_weight", "length_normalized_loss",
+            "use_dynamic_chunk", "use_dynamic_left_chunk"}  # what shapes no weight
+    saved = {**source["model_options"], **source["frontend"]} if source else {}
+    asked = {**dataclasses.asdict(model_options), **dataclasses.asdict(frontend)}
+    for name in saved.keys() - free:
+        if saved[name] != asked[name]:
+            raise UserError(f"--{name} {asked[name]}: {path} was made with {saved[name]}; leave it out")
+
+
+def prepare_weights(model: U2, source: dict | None, cmvn: str | None, data: SpeechDataModule) -> None:
+    """Before the first step: weights of --init_from, global CMVN of fbank."""
+    if source:
+        known = model.init_from(source)
+        rank_zero_info(f"fine-tuning: {known} of {model.tokenizer.vocab_size} tokens known, the others initialised")
+    if cmvn:
+        mean, istd = read_cmvn(cmvn)
+        if len(mean) != model.frontend.num_mel_bins:
+            raise UserError(f"--cmvn {cmvn}: it is for {len(mean)} mel bins, not {model.frontend.num_mel_bins}")
+        model.set_cmvn(mean, istd)
+    elif model.frontend.frontend == "fbank" and not source:
+        model.set_cmvn(*data.cmvn())
 
 
 def read_tokenizer(path: str | None, data_root: str):

@@ -7,6 +7,7 @@ Axes: N samples, T frames, F mel bins.
 """
 
 import io
+import json
 import os
 from dataclasses import dataclass
 from fractions import Fraction
@@ -208,6 +209,32 @@ def fbank(frontend: Frontend, dither: float = 0.0):
         return {**example, "features": (power @ mel).clamp_(min=floor).log_().T}
 
     return transform
+
+
+def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, 1 / standard deviation), each (F,) float32, of a global_cmvn file: WeNet's JSON or Kaldi's text matrix.
+
+    Both hold sums over frames. Raises UserError for anything else.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if text.lstrip().startswith("{"):
+            sums = json.loads(text)
+            total, squares, count = np.array(sums["mean_stat"]), np.array(sums["var_stat"]), sums["frame_num"]
+        else:  # [ sums .. count newline sums of squares .. 0 ]
+            total, squares = np.array(text.replace("[", " ").replace("]", " ").split(), np.float64).reshape(2, -1)
+            total, squares, count = total[:-1], squares[:-1], total[-1]
+        if not count > 0:
+            raise ValueError("it counts no frames")
+        mean = total / count
+        istd = 1 / np.sqrt(np.maximum(squares / count - mean**2, 1e-20))
+        if mean.ndim != 1 or mean.shape != istd.shape or not np.isfinite([mean, istd]).all():
+            raise ValueError("the sums are not those of features")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no global CMVN, in JSON or Kaldi's text ({error})"
+        raise UserError(f"{path}: {reason}; name a global_cmvn file, or leave it out") from None
+    return torch.from_numpy(mean).float(), torch.from_numpy(istd).float()
 
 
 # Features -> features

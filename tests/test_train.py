@@ -15,6 +15,7 @@ import train
 from cli import UserError
 from model import load_checkpoint
 from tokenizer import save_tokenizer, train_char
+from transforms import extract
 
 SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
          "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32 --num_workers 0 "
@@ -195,4 +196,98 @@ def test_a_tokenizer_that_did_not_make_the_labels_is_refused(data, tmp_path):
     save_tokenizer(train_char(["abcdefgx"]), str(tmp_path / "other.json"))
     with pytest.raises(UserError, match="other.json differs from"):
         run(data, tmp_path / "run", "--tokenizer", tmp_path / "other.json")
+    assert not (tmp_path / "run").exists()
+
+
+# fbank and fine-tuning
+
+
+def features_of(data, frontend):
+    rows = datasets.load_from_disk(str(data / "train" / "0")).with_format("numpy")["input_values"]
+    return torch.cat([extract(frontend)(torch.from_numpy(row)) for row in rows])
+
+
+def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given(data, tmp_path):
+    run(data, tmp_path / "run", "--max_steps", 1, "--frontend", "fbank")
+    model, _, frontend = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))
+    features = features_of(data, frontend)
+    assert frontend.frontend == "fbank" and features.mean() > 1  # of samples x 32768
+    torch.testing.assert_close(model.net.encoder.cmvn_mean, features.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.net.encoder.cmvn_istd, 1 / features.std(0), rtol=1e-2, atol=1e-3)
+    stats = {"mean_stat": [3.0] * 80, "var_stat": [13.0] * 80, "frame_num": 1}  # mean 3, variance 4
+    (tmp_path / "global_cmvn").write_text(json.dumps(stats))
+    run(data, tmp_path / "given", "--max_steps", 1, "--frontend", "fbank", "--cmvn", tmp_path / "global_cmvn")
+    encoder = load_checkpoint(str(tmp_path / "given" / "best.ckpt"))[0].net.encoder
+    assert encoder.cmvn_mean.tolist() == [3.0] * 80 and encoder.cmvn_istd.tolist() == [0.5] * 80
+    stats.update(mean_stat=[3.0] * 40, var_stat=[13.0] * 40)
+    (tmp_path / "global_cmvn").write_text(json.dumps(stats))
+    with pytest.raises(UserError, match="for 40 mel bins, not 80"):
+        run(data, tmp_path / "refused", "--frontend", "fbank", "--cmvn", tmp_path / "global_cmvn")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("words, name", [
+    (("--frontend", "fbank", "--window", "hann"), "--window"), (("--dither", "0.5"), "--dither"),
+    (("--cmvn", "file"), "--cmvn"), (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs")], ids=str)
+def test_a_flag_without_effect_is_refused(data, tmp_path, words, name):
+    with pytest.raises(UserError, match=f"{name} has no effect"):
+        run(data, tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    run(data, folder / "run", "--max_steps", 1, "--frontend", "fbank")
+    return folder / "run" / "best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def other_data(data, tmp_path_factory):
+    """The same audio under another alphabet: i and j are new, a and b gone."""
+    root = tmp_path_factory.mktemp("other")
+    for split in ("train", "dev"):
+        (root / split).symlink_to(data / split)
+    save_tokenizer(train_char(["cdefghij"]), str(root / "tokenizer.json"))
+    return root
+
+
+def fine_tune(data, output, source, *words):
+    train.main(["--data_root", str(data), "--output_dir", str(output), "--init_from", str(source), "--num_workers", "0",
+                "--accelerator", "cpu", "--batch_size", "2", *map(str, words)])
+
+
+def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(pretrained, other_data, tmp_path, capsys):
+    fine_tune(other_data, tmp_path / "run", pretrained, "--max_steps", 1, "--lr", 1e-9, "--weight_decay", 0)
+    before, after = (load_checkpoint(str(path))[0] for path in (pretrained, tmp_path / "run" / "best.ckpt"))
+    theirs, ours = (model.tokenizer.tokens for model in (before, after))
+    pairs = [(theirs.index(token), ours.index(token)) for token in ours if token in theirs]
+    assert len(pairs) == 10 and pairs != [(i, i) for i, _ in pairs]  # four special tokens, c .. h, elsewhere now
+    for name, value in before.state_dict().items():
+        changed = after.state_dict()[name]
+        if value.shape == changed.shape and "ctc" not in name and "output_layer" not in name and "decoder.embed" not in name:
+            torch.testing.assert_close(changed, value, rtol=0, atol=1e-6)
+        else:
+            for old, new in pairs:
+                torch.testing.assert_close(changed[new], value[old], rtol=0, atol=1e-6)
+    assert after.frontend == before.frontend and after.options == before.options
+
+
+def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data, tmp_path):
+    before = load_checkpoint(str(pretrained))[0].net
+    for epochs, same_encoder in ((1, True), (2, False)):
+        output = tmp_path / str(epochs)
+        fine_tune(data, output, pretrained, "--max_epochs", epochs, "--freeze_encoder_epochs", 1)
+        after = torch.load(output / "last.ckpt", weights_only=True)["state_dict"]
+        assert same_encoder == all(torch.equal(value, after[f"net.encoder.{name}"])
+                                   for name, value in before.encoder.state_dict().items())
+        assert not torch.equal(before.ctc.weight, after["net.ctc.weight"])
+
+
+@pytest.mark.parametrize("words, reason", [
+    (("--frontend", "log_mel"), "--frontend log_mel: .*made with fbank"), (("--num_blocks", 2), "--num_blocks 2: .*made with 1"),
+    (("--preset", "tiny"), "--preset has no effect")], ids=str)
+def test_fine_tuning_with_what_does_not_fit_the_weights_is_refused(pretrained, data, tmp_path, words, reason):
+    with pytest.raises(UserError, match=reason):
+        fine_tune(data, tmp_path / "run", pretrained, *words)
     assert not (tmp_path / "run").exists()

@@ -2,23 +2,26 @@
 
 import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio.compliance.kaldi as kaldi
+from conftest import ROOT
 
 from cli import UserError
-from transforms import (Augment, Compose, Frontend, eval_transform, extract, log_mel, make_generator, mean_var_norm,
-                        num_frames, read_audio, resample, shortest_frames, spec_aug, spec_sub, spec_trim, speed_length,
+from transforms import (Augment, Compose, Frontend, eval_transform, extract, fbank, log_mel, make_generator, mean_var_norm,
+                        num_frames, read_audio, read_cmvn, resample, shortest_frames, spec_aug, spec_sub, spec_trim, speed_length,
                         speed_perturb, train_transform, transpose)
 
-FRONTEND, AUGMENT = Frontend(), Augment(max_trim=50)
+FRONTEND, FBANK, AUGMENT = Frontend(), Frontend(frontend="fbank"), Augment(max_trim=50)
 OFF = Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0)
 LENGTHS = [0, 1, 159, 160, 399, 400, 401, 559, 560, 561, 1000, 4401, 16000, 16001, 47999, 160007]
 TRANSFORMS = {"speed_perturb": speed_perturb(AUGMENT.speeds), "mean_var_norm": mean_var_norm, "log_mel": log_mel(FRONTEND),
               "spec_aug": spec_aug(AUGMENT), "spec_sub": spec_sub(AUGMENT), "spec_trim": spec_trim(AUGMENT),
-              "transpose": transpose, "train": train_transform(FRONTEND, AUGMENT), "eval": eval_transform(FRONTEND)}
+              "fbank": fbank(FBANK, dither=1.0), "transpose": transpose, "train_fbank": train_transform(FBANK, AUGMENT), "train": train_transform(FRONTEND, AUGMENT), "eval": eval_transform(FRONTEND)}
 
 
 def noise(samples, seed=0):
@@ -61,7 +64,7 @@ def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
         assert made(*other).shape != made(1, 2, 3).shape or not torch.equal(made(*other), made(1, 2, 3))
 
 
-@pytest.mark.parametrize("frontend", [FRONTEND, Frontend(frame_length=32, frame_shift=12), Frontend(sample_rate=8000, num_mel_bins=40)])
+@pytest.mark.parametrize("frontend", [FRONTEND, FBANK, Frontend(frame_length=32, frame_shift=12), Frontend(sample_rate=8000, num_mel_bins=40)])
 def test_predicted_frames_are_the_real_ones(frontend):
     extractor = extract(frontend)
     for samples in [*LENGTHS, *range(380, 420), *range(1980, 2020)]:
@@ -253,3 +256,60 @@ def test_audio_that_cannot_be_used_is_refused_in_one_line(tmp_path):
                           (b"", "cannot be decoded"), (empty.getvalue(), "no samples"), (wrong.getvalue(), "not finite")):
         with pytest.raises(UserError, match=reason):
             read_audio(audio)
+
+
+# Kaldi's fbank
+
+
+def kaldis(waveform):
+    """What WeNet trains on, without dither."""
+    return kaldi.fbank(waveform[None] * 32768, num_mel_bins=80, dither=0.0, energy_floor=0.0, sample_frequency=16000)
+
+
+def speechlike(seconds=2.0):
+    """A gliding tone that fades in over a soft noise: loud and quiet bands, as in speech, and an offset to remove."""
+    time = torch.arange(int(seconds * 16000)) / 16000
+    return 0.01 + time / seconds * 0.5 * torch.sin(2 * torch.pi * (200 + 300 * time) * time) + 1e-3 * noise(len(time))
+
+
+def test_fbank_is_kaldis_on_synthetic_sound():
+    for waveform in (speechlike(), noise(16001) * 0.1, torch.zeros(4000)):
+        made = extract(FBANK)(waveform)
+        assert made.shape == kaldis(waveform).shape and (made - kaldis(waveform)).abs().max() < 1e-3
+
+
+def test_fbank_is_kaldis_on_real_recordings():
+    files = sorted((ROOT.parent / "shared" / "speech" / "librispeech_1h" / "dev").glob("*.flac"))[:20]
+    if not files:
+        pytest.skip("no ../shared/speech/librispeech_1h: fbank is compared with Kaldi's on synthetic sound only")
+    extractor = extract(FBANK)
+    for file in files:
+        waveform = torch.from_numpy(read_audio(str(file)))
+        assert (extractor(waveform) - kaldis(waveform)).abs().max() < 1e-3
+
+
+def test_dither_is_for_training_only_and_of_the_size_asked_for():
+    silence = {"input_values": torch.zeros(160000)}
+    plain, dithered = fbank(FBANK), fbank(FBANK, dither=1.0)
+    assert torch.equal(dithered(silence, None)["features"], plain(silence, None)["features"])
+    louder = fbank(FBANK, dither=2.0)
+    quiet, loud = (make(silence, make_generator(0, 0, 0))["features"] for make in (dithered, louder))
+    torch.testing.assert_close(loud - quiet, torch.full_like(loud, 2 * np.log(2)), rtol=0, atol=1e-3)
+    assert quiet.std() > 0.1
+
+
+def test_global_cmvn_reads_the_same_from_wenets_json_and_from_kaldis_text(tmp_path):
+    frames = np.random.default_rng(0).normal(5, 2, (50, 4))
+    total, squares = frames.sum(0), (frames**2).sum(0)
+    (tmp_path / "json").write_text(json.dumps({"mean_stat": total.tolist(), "var_stat": squares.tolist(), "frame_num": 50}))
+    rows = (" ".join(map(repr, map(float, row))) for row in ([*total, 50], [*squares, 0]))
+    (tmp_path / "kaldi").write_text(" [\n  " + "\n  ".join(rows) + " ]\n")
+    for name in ("json", "kaldi"):
+        mean, istd = read_cmvn(str(tmp_path / name))
+        assert np.allclose(mean, frames.mean(0)) and np.allclose(istd, 1 / frames.std(0))
+    for content in ("", "{}", "[ 1 2 3 ]", '{"mean_stat": [1], "var_stat": [1], "frame_num": 0}', "nonsense"):
+        (tmp_path / "bad").write_text(content)
+        with pytest.raises(UserError, match="bad: no global CMVN"):
+            read_cmvn(str(tmp_path / "bad"))
+    with pytest.raises(UserError, match="No such file"):
+        read_cmvn(str(tmp_path / "none"))
