@@ -147,17 +147,29 @@ def ctc_prefix_beam_search(log_probs: torch.Tensor, lengths: torch.Tensor, beam_
     only its beam_size likeliest tokens (first pruning). score is the log-probability of the sequence, exact when the
     beam holds every prefix; a token's time is the last frame of its run on the best single path.
     """
-    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (B,T,N) each, best first
-    rows = zip(values.tolist(), tokens.tolist(), lengths.tolist())
-    return [_search_prefixes(row_values[:length], row_tokens[:length], beam_size, blank_id)
-            for row_values, row_tokens, length in rows]
+    return [prefix_result(prefix_advance(prefix_start(), row[:length], 0, beam_size, blank_id))
+            for row, length in zip(log_probs, lengths.tolist())]
 
 
-def _search_prefixes(values: list[list[float]], tokens: list[list[int]], beam_size: int, blank_id: int) -> Hypothesis:
-    beam = [((), 0.0, _Prefix(blank=0.0, viterbi=0.0))]  # (prefix, score, its halves)
-    for frame, offers in enumerate(zip(tokens, values)):
+# The same search in pieces, for a stream. A beam is a value: nothing changes it.
+
+
+def prefix_start() -> list:
+    """The beam before the first frame: the empty prefix. Items are (prefix, score, its halves)."""
+    return [((), 0.0, _Prefix(blank=0.0, viterbi=0.0))]
+
+
+def prefix_advance(beam: list, log_probs: torch.Tensor, first_frame: int, beam_size: int, blank_id: int = 0) -> list:
+    """The beam after the frames log_probs (T,V), which are number first_frame and on of the utterance; T may be 0."""
+    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (T,N) each, best first
+    for frame, offers in enumerate(zip(tokens.tolist(), values.tolist()), first_frame):
         scored = [(prefix, entry.score(), entry) for prefix, entry in _advance(beam, frame, offers, blank_id).items()]
         beam = sorted(scored, key=lambda item: item[1], reverse=True)[:beam_size]
+    return beam
+
+
+def prefix_result(beam: list) -> Hypothesis:
+    """What the beam holds, best first."""
     # A beam wider than the number of possible sequences also holds impossible ones (log-probability -inf).
     beam = [item for item in beam if item[1] > -math.inf] or beam[:1]
     return _from_nbest([list(prefix) for prefix, _, _ in beam], [score for _, score, _ in beam],

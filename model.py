@@ -252,6 +252,13 @@ class U2(L.LightningModule):
         if mode == "ctc_prefix_beam_search":
             return hypotheses
 
+        return self.rescore(hypotheses, memory, lengths, ctc_weight, reverse_weight)
+
+    @torch.no_grad()
+    def rescore(self, hypotheses, memory, lengths, ctc_weight: float = 0.5, reverse_weight: float = 0.3):
+        """The second pass over CTC n-best lists: memory (B,T',D) and lengths (B,) are the encoder's."""
+        net = self.net
+
         def score(tokens, _, rows, reverse):
             decoder = net.right_decoder if reverse else net.decoder
             return decoder(tokens, memory[rows], lengths[rows]).float().log_softmax(-1)

@@ -21,6 +21,7 @@ from cli import UserError, build, make_parser, option, run
 from datamodule import audio_lengths, get_concat_dataset, load_split
 from decode import MODES, SearchOptions
 from model import load_checkpoint
+from stream import cut, listen
 from tokenizer import check_maker, normalize_text
 from transforms import extract
 
@@ -31,11 +32,14 @@ class ScoreOptions:
     data_root: str = option("data/demo", "data that prepare.py wrote")
     split: str = option("eval_clean", "split of the data")
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))
+    stream: bool = option(False, "hear every row piece by piece, in chunks of --chunk_size, 16 unless given")
     batch_size: int = option(16, "utterances decoded together, of like lengths; memory grows with it")
     examples: int = option(0, "print so many utterances, what was said above what was heard in the last mode")
     details: str | None = option(None, "file to write: a JSON line per utterance, what was said, heard and wrong")
 
     def __post_init__(self):
+        if self.stream and self.mode != "attention_rescoring":
+            raise UserError(f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of them out")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: it must be at least 1")
         if self.details and not os.path.isdir(os.path.dirname(self.details) or "."):
@@ -44,14 +48,16 @@ class ScoreOptions:
 
 def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, ScoreOptions, SearchOptions).parse_args(argv))
-    options, search = build(ScoreOptions, given), build(SearchOptions, given)
+    options = build(ScoreOptions, given)
+    search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     dataset, references = load_data(tokenizer, options)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
-        hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search)
-        scores.append({"split": options.split, "mode": mode, **asdict(search), "utterances": len(references),
+        hypotheses, seconds = (recognize_stream(model, dataset, search) if options.stream else
+                               recognize(model, tokenizer, frontend, dataset, mode, options, search))
+        scores.append({"split": options.split, "mode": mode, "stream": options.stream, **asdict(search), "utterances": len(references),
                        "wer": float(word_error_rate(hypotheses, references)),
                        "cer": float(char_error_rate(hypotheses, references)),
                        "rtf": round(seconds / duration, 5)})
@@ -100,6 +106,18 @@ def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOpti
         seconds += time.perf_counter() - began  # hypotheses are Python lists: the device has finished
         for row, hypothesis in zip(rows, found):
             texts[row] = tokenizer.decode(hypothesis.tokens)
+    return texts, seconds
+
+
+def recognize_stream(model, dataset, search: SearchOptions) -> tuple[list[str], float]:
+    """The same, every row an utterance fed in pieces, from samples on."""
+    texts, seconds = [], 0.0
+    for row in tqdm(dataset.select_columns(["input_values"]).with_format("numpy"), desc="stream", unit=" rows"):
+        waveform = torch.from_numpy(row["input_values"].astype(np.float32))
+        began = time.perf_counter()
+        *_, heard = listen(model, cut(model, waveform, search.chunk_size), search, endpoints=False)
+        seconds += time.perf_counter() - began
+        texts.append(model.tokenizer.decode(heard.hypothesis.tokens))
     return texts, seconds
 
 

@@ -1,16 +1,23 @@
-"""The encoder fed in pieces: what comes out equals the pass over the whole utterance under the same chunk mask.
+"""Speech in pieces: the encoder as a stream, and on it recognition in two passes with endpoints.
 
-A stream is a function (feats, state) -> (out, state). The state is a value: the old one stays valid, the network keeps
+What comes out of the encoder equals the pass over the whole utterance under the same chunk mask. A stream is a function (feats, state) -> (out, state). The state is a value: the old one stays valid, the network keeps
 nothing. Per block it holds the keys and values of the visible left chunks and the last inputs of the causal convolution
 (U2, section 2.3); in front of the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
+import decode
 from cli import UserError
 from conformer import Encoder, receptive_field, subsampled_length
+from transforms import feature_state, stream_features
+
+# An utterance ends after so many ms of blanks, of blanks behind some text, or of speech: WeNet's rules 1 to 3.
+SILENCE, SILENCE_AFTER_TEXT, LONGEST = 5000, 1000, 20000
+BLANK_THRESHOLD = 0.8  # a frame is silent when CTC's blank is likelier than this; WeNet's value, too
 
 
 class StreamState(NamedTuple):
@@ -23,7 +30,7 @@ class StreamState(NamedTuple):
 
 def stream_state(encoder: Encoder, chunk_size: int, left_chunks: int = -1) -> StreamState:
     """The state before the first frame. Raises UserError for an encoder that sees the future."""
-    if not encoder.options.causal:
+    if encoder.options.encoder == "conformer" and not encoder.options.causal:
         raise UserError("this model's convolution is not causal: it hears whole utterances only; train with --causal to stream")
     nothing = encoder.cmvn_mean.new_zeros(1, 0, len(encoder.cmvn_mean))
     return StreamState(chunk_size, left_chunks, nothing, 0, ((None, None),) * len(encoder.blocks))
@@ -55,3 +62,84 @@ def trim(block, keep: int):
     if keep >= 0:  # (B,H,S,D/H); cloned, because a view would keep the whole past alive
         keys_values = tuple(past[:, :, past.size(2) - min(keep, past.size(2)):].clone() for past in keys_values)
     return keys_values, last_inputs
+
+
+# ------------------------------------------------------------------------------------------------------- recognition
+
+
+class Heard(NamedTuple):
+    """What a stream says of the utterance that it is in."""
+
+    hypothesis: decode.Hypothesis  # times count from the utterance's first encoder frame
+    first_frame: int  # that frame's number since the stream began
+    seconds: float  # how much of the stream has been heard
+    final: bool  # after the second pass; False: CTC prefix search, what may yet change
+
+
+def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, endpoints: bool = True) -> Iterator[Heard]:
+    """Recognises pieces of a waveform, each (n,) of any length n, as they come: two passes (U2, section 3.3).
+
+    model: a model.U2. After every piece that completed a chunk comes what was heard so far, by CTC prefix search; at the
+    end of an utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
+    """
+    advance, features_state = stream_features(model.frontend), feature_state()
+    state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
+    beam, memory, silent = decode.prefix_start(), [], 0
+    for samples, last in with_last(pieces):
+        features, features_state = advance(samples, features_state)
+        out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
+        log_probs = model.ctc_log_probs(out)[0]  # (m,V)
+        beam = decode.prefix_advance(beam, log_probs, frames_of(memory), search.beam_size, model.net.blank_id)
+        memory.append(out)
+        silent = trailing_blanks(log_probs[:, model.net.blank_id], silent)
+        heard, seconds = decode.prefix_result(beam), (first_frame + frames_of(memory)) * frame_ms(model) / 1000
+        if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames_of(memory)):
+            yield Heard(second_pass(model, heard, torch.cat(memory, dim=1), search), first_frame, seconds, True)
+            first_frame += frames_of(memory)
+            state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
+            beam, memory, silent = decode.prefix_start(), [], 0
+        elif out.size(1):
+            yield Heard(heard, first_frame, seconds, False)
+
+
+def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The pieces, each with False, then an empty one with True."""
+    for piece in pieces:
+        yield piece, False
+    yield torch.zeros(0), True
+
+
+def frame_ms(model) -> int:
+    """From one encoder frame to the next."""
+    return receptive_field(model.options.input_layer)[1] * model.frontend.frame_shift
+
+
+def cut(model, waveform: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, ...]:
+    """A recording (N,) in pieces of a chunk, as a microphone would give it; whole for chunk sizes below 1."""
+    samples = chunk_size * frame_ms(model) * model.frontend.sample_rate // 1000
+    return waveform.split(samples) if chunk_size > 0 else (waveform,)
+
+
+def frames_of(memory: list[torch.Tensor]) -> int:
+    return sum(out.size(1) for out in memory)
+
+
+def trailing_blanks(blank_log_probs: torch.Tensor, before: int) -> int:
+    """Silent frames at the end, given those before these (m,)."""
+    for silent in (blank_log_probs.exp() > BLANK_THRESHOLD).tolist():
+        before = before + 1 if silent else 0
+    return before
+
+
+def is_endpoint(model, has_text: bool, silent_frames: int, frames: int) -> bool:
+    """WeNet's three rules, any of which ends an utterance."""
+    ms = frame_ms(model)
+    return (silent_frames * ms >= SILENCE or has_text and silent_frames * ms >= SILENCE_AFTER_TEXT
+            or frames * ms >= LONGEST)
+
+
+def second_pass(model, heard: decode.Hypothesis, memory: torch.Tensor, search: decode.SearchOptions) -> decode.Hypothesis:
+    if not heard.tokens or not memory.size(1):
+        return heard
+    lengths = torch.tensor([memory.size(1)], device=memory.device)
+    return model.rescore([heard], memory, lengths, search.ctc_weight, search.reverse_weight)[0]

@@ -6,11 +6,13 @@ An example is a dict: "input_values" (N,) samples, from log_mel or fbank on "fea
 Axes: N samples, T frames, F mel bins.
 """
 
+import dataclasses
 import io
 import json
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -331,6 +333,46 @@ def extract(frontend: Frontend):
     """A function from a waveform (N,) float32 in [-1, 1] to features (T,F) float32, T >= 1: eval_transform's chain."""
     transform = eval_transform(frontend)
     return lambda waveform: transform({"input_values": waveform}, None)["features"]
+
+
+class FeatureState(NamedTuple):
+    """What a stream of samples leaves behind for the frames to come."""
+
+    samples: torch.Tensor  # (n,) float32, less than a window and a shift
+    count: int  # samples so far, and their sum and sum of squares: the statistics of mean_var_norm
+    total: float
+    squares: float
+
+
+def feature_state() -> FeatureState:
+    """The state before the first sample."""
+    return FeatureState(torch.zeros(0), 0, 0.0, 0.0)
+
+
+def stream_features(frontend: Frontend):
+    """A function (samples (n,), state) -> (features (T,F) of the frames now complete, new state), n >= 0.
+
+    fbank gives the frames of `extract`, to rounding. mean_var_norm wants the whole utterance; here it takes the samples so
+    far, so the first frames of a log_mel stream are scaled by less knowledge than the last.
+    """
+    normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
+    chain = Compose([*features_chain(dataclasses.replace(frontend, mean_var_norm=False)), transpose])
+
+    def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:
+        wide, waiting = samples.double(), torch.cat((state.samples, samples))
+        state = FeatureState(waiting, state.count + len(wide), state.total + float(wide.sum()),
+                             state.squares + float(wide.square().sum()))
+        frames = int(num_frames(len(waiting), frontend))
+        if not frames:
+            return torch.zeros(0, frontend.num_mel_bins), state
+        ready = waiting[:(frames - 1) * frontend.shift_samples + frontend.window_samples]
+        if normalised:
+            mean = state.total / state.count
+            ready = (ready - mean) * (max(state.squares / state.count - mean**2, 0.0) + 1e-7) ** -0.5
+        features = chain({"input_values": ready}, None)["features"]
+        return features, state._replace(samples=waiting[frames * frontend.shift_samples:])
+
+    return advance
 
 
 # Files -> waveforms

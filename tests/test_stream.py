@@ -1,0 +1,184 @@
+"""Fed in pieces, the encoder gives what it gives for the whole; and what is built on that."""
+
+import itertools
+
+import pytest
+import torch
+from test_conformer import network
+
+from cli import UserError
+from conformer import ModelOptions, receptive_field, subsampled_length
+from decode import SearchOptions
+from model import U2, OptimOptions
+from stream import LONGEST, cut, frame_ms, is_endpoint, listen, stream, stream_state, trailing_blanks
+from tokenizer import train_char
+from transforms import Frontend, extract, feature_state, stream_features
+
+CONTEXTS = list(itertools.product((1, 4, 16, 25), (-1, 0, 1, 4)))
+
+
+def noise(*size, dtype=torch.float64):
+    return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(sum(size)))
+
+
+@torch.no_grad()
+def streamed(encoder, feats, chunk_size, left_chunks, pieces):
+    """The stream's output for feats (1,T,F) cut into `pieces`, the last of which may be empty."""
+    state, outs = stream_state(encoder, chunk_size, left_chunks), []
+    for piece in feats.split(pieces, dim=1):
+        out, state = stream(encoder, piece, state)
+        assert not out.size(1) % chunk_size  # whole chunks only, and every one as soon as it is complete
+        outs.append(out)
+    ready = subsampled_length(feats.size(1), encoder.options.input_layer)
+    assert sum(out.size(1) for out in outs) == ready // chunk_size * chunk_size
+    out, _ = stream(encoder, feats[:, :0], state, last=True)
+    return torch.cat([*outs, out], dim=1)
+
+
+def random_pieces(total, longest, seed):
+    sizes, generator = [], torch.Generator().manual_seed(seed)
+    while sum(sizes) < total:
+        sizes.append(min(int(torch.randint(0, longest + 1, (), generator=generator)), total - sum(sizes)))
+    return sizes
+
+
+@pytest.mark.parametrize("chunk_size, left_chunks", CONTEXTS)
+@pytest.mark.parametrize("input_layer", ["conv2d", "conv2d6", "conv2d8"])
+def test_a_stream_equals_the_masked_pass_over_the_whole(chunk_size, left_chunks, input_layer):
+    model = network(input_layer=input_layer).double()
+    field, rate = receptive_field(input_layer)
+    for frames in (field, field + 1, field + rate, field + 4 * rate, 190):
+        feats = noise(1, frames, 80)
+        with torch.no_grad():
+            whole, _ = model.encode(feats, torch.tensor([frames]), chunk_size, left_chunks)
+        for longest in (1, 9, 200):
+            out = streamed(model.encoder, feats, chunk_size, left_chunks, random_pieces(frames, longest, seed=frames))
+            torch.testing.assert_close(out, whole, rtol=0, atol=1e-9)
+
+
+def test_a_state_is_a_value_that_can_be_gone_on_from_twice():
+    encoder, feats = network().double().encoder, noise(1, 90, 80)
+    with torch.no_grad():
+        _, state = stream(encoder, feats[:, :50], stream_state(encoder, 4, 1))
+        first, _ = stream(encoder, feats[:, 50:], state)
+        stream(encoder, noise(1, 33, 80), state, last=True)  # another way on, from the same state
+        again, _ = stream(encoder, feats[:, 50:], state)
+    assert first.size(1) and torch.equal(first, again)
+
+
+def test_the_last_piece_hands_back_the_state_of_a_new_utterance():
+    encoder, feats = network().double().encoder, noise(1, 61, 80)
+    with torch.no_grad():
+        first, state = stream(encoder, feats, stream_state(encoder, 4), last=True)
+        second, _ = stream(encoder, feats, state, last=True)
+    assert torch.equal(first, second)
+
+
+def test_less_than_the_receptive_field_gives_nothing_and_no_error():
+    encoder = network().double().encoder
+    for last in (False, True):
+        out, _ = stream(encoder, noise(1, 6, 80), stream_state(encoder, 4), last)
+        assert out.shape == (1, 0, 16)
+
+
+def test_memory_is_flat_with_limited_left_chunks():
+    encoder, sizes = network().encoder, []
+    with torch.no_grad():
+        state = stream_state(encoder, 4, 2)
+        for _ in range(30):
+            _, state = stream(encoder, noise(1, 32, 80, dtype=torch.float32), state)
+            kept = [state.feats, *(part for keys_values, last in state.blocks for part in (*keys_values, last))]
+            sizes.append(sum(part.untyped_storage().nbytes() for part in kept))
+    assert max(sizes[5:]) <= 2 * sizes[4] and sizes[-1] == sizes[-3]
+
+
+def test_full_context_comes_out_at_the_end_only():
+    model, feats = network().double(), noise(1, 90, 80)
+    with torch.no_grad():
+        out, state = stream(model.encoder, feats, stream_state(model.encoder, -1))
+        rest, _ = stream(model.encoder, feats[:, :0], state, last=True)
+        whole, _ = model.encode(feats, torch.tensor([90]))
+    assert out.size(1) == 0
+    torch.testing.assert_close(rest, whole, rtol=0, atol=1e-9)
+
+
+def test_an_encoder_that_sees_the_future_is_refused():
+    with pytest.raises(UserError, match="not causal"):
+        stream_state(network(causal=False).encoder, 4)
+
+
+# Features
+
+
+@pytest.mark.parametrize("frontend", [Frontend(frontend="fbank"), Frontend(mean_var_norm=False)], ids=["fbank", "log_mel"])
+def test_features_in_pieces_are_those_of_the_whole(frontend):
+    waveform = 0.1 * noise(16123, dtype=torch.float32)
+    advance, state, parts = stream_features(frontend), feature_state(), []
+    for piece in waveform.split(random_pieces(len(waveform), 1500, seed=0)):
+        features, state = advance(piece, state)
+        parts.append(features)
+        assert len(state.samples) < frontend.window_samples + frontend.shift_samples
+    torch.testing.assert_close(torch.cat(parts), extract(frontend)(waveform), rtol=0, atol=1e-5)
+
+
+def test_mean_var_norm_in_a_stream_uses_the_statistics_so_far_and_ends_with_those_of_the_whole():
+    waveform = torch.cat((0.01 * noise(16000, dtype=torch.float32), 0.3 * noise(16001, dtype=torch.float32) + 0.2))
+    advance, state, parts = stream_features(Frontend()), feature_state(), []
+    for end in range(1600, len(waveform) + 1600, 1600):
+        features, state = advance(waveform[end - 1600:end], state)
+        if len(features) and end <= 16000:  # nothing of what comes later is known
+            torch.testing.assert_close(features[-1], extract(Frontend())(waveform[:end])[-1], rtol=1e-4, atol=1e-4)
+        parts.append(features)
+    whole, pieces = extract(Frontend())(waveform), torch.cat(parts)
+    assert pieces.shape == whole.shape and (pieces[:90] - whole[:90]).abs().max() > 1  # the quiet start was scaled up
+    torch.testing.assert_close(pieces[-1], whole[-1], rtol=1e-3, atol=1e-3)
+
+
+# Recognition
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    options = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
+                           decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
+    made = U2(options=options, optim=OptimOptions(), frontend=Frontend(frontend="fbank"), tokenizer=train_char(["abcdefgh"]))
+    for parameter in made.parameters():  # sharp, so that the searches find something
+        parameter.data *= 2
+    made.set_cmvn(torch.full((80,), 10.0), torch.full((80,), 0.5))
+    return made.eval()
+
+
+@pytest.mark.parametrize("chunk_size, left_chunks", [(4, -1), (16, 2), (-1, -1)])
+def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks):
+    waveform, search = 0.1 * noise(40000, dtype=torch.float32), SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks)
+    features = extract(model.frontend)(waveform)[None]
+    expected, = model.decode(features, torch.tensor([features.size(1)]), "attention_rescoring", chunk_size=chunk_size,
+                             left_chunks=left_chunks)
+    for pieces in (cut(model, waveform, chunk_size), waveform.split(777)):
+        *partial, heard = listen(model, pieces, search, endpoints=False)
+        assert heard.final and heard.hypothesis.tokens == expected.tokens and expected.tokens
+        assert heard.hypothesis.nbest == expected.nbest and heard.hypothesis.times == expected.times
+        assert heard.hypothesis.score == pytest.approx(expected.score, abs=1e-3)
+        assert not any(guess.final for guess in partial) and (len(partial) > 1) == (chunk_size > 0)
+
+
+def test_an_utterance_ends_by_wenets_three_rules(model):
+    per_second = 1000 // frame_ms(model)
+    assert not is_endpoint(model, False, 5 * per_second - 1, 10 * per_second)
+    assert is_endpoint(model, False, 5 * per_second, 10 * per_second)
+    assert is_endpoint(model, True, per_second, 2 * per_second) and not is_endpoint(model, True, per_second - 1, 99)
+    assert is_endpoint(model, True, 0, LONGEST // frame_ms(model))
+    probabilities = torch.tensor([0.9, 0.95, 0.5, 0.81, 0.99])
+    assert trailing_blanks(probabilities.log(), 7) == 2 and trailing_blanks(probabilities[:2].log(), 7) == 9
+    assert trailing_blanks(probabilities[:0].log(), 7) == 7
+
+
+def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):
+    waveform = 0.1 * noise(16000 * 45, dtype=torch.float32)
+    search = SearchOptions(chunk_size=16, left_chunks=1, beam_size=2)
+    finals = [heard for heard in listen(model, cut(model, waveform, 16), search) if heard.final]
+    assert len(finals) >= 3  # rule 3: 20 s at most
+    assert [heard.first_frame * frame_ms(model) / 1000 for heard in finals[1:]] == [heard.seconds for heard in finals[:-1]]
+    frames = subsampled_length(extract(model.frontend)(waveform).size(0), "conv2d")
+    assert finals[-1].seconds == frames * frame_ms(model) / 1000
