@@ -11,7 +11,7 @@ import os
 import cli
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
-SCORES = ("split", "mode", "chunk_size", "left_chunks", "utterances", "wer", "cer", "rtf")
+SCORES = ("split", "mode", "stream", "chunk_size", "left_chunks", "utterances", "wer", "cer", "rtf")
 PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not what
 
 
@@ -57,7 +57,7 @@ def read_scores(folder: str) -> list[dict]:
     for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
         if line.startswith("{"):
             score = json.loads(line)
-            newest[tuple(map(score.get, ("split", "mode", "chunk_size", "left_chunks")))] = score
+            newest[tuple(map(score.get, ("split", "mode", "stream", "chunk_size", "left_chunks")))] = score
     return list(newest.values())
 
 
@@ -83,6 +83,8 @@ def print_table(header, rows) -> None:
 
 
 def show(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
     if isinstance(value, (list, tuple)):

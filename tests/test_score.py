@@ -74,7 +74,7 @@ def call(capsys, command, *argv):
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
-    return status, out.splitlines(), [line for line in err.splitlines() if "batches" not in line]
+    return status, out.splitlines(), [line for line in err.splitlines() if "batches" not in line and "stream:" not in line]
 
 
 def score_json(capsys, world, *argv, root="data"):
@@ -139,6 +139,7 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
     (["--chunk_size", "-2"], ["--chunk_size"]),
     (["--left_chunks", "2"], ["--left_chunks", "--chunk_size"]),
     (["--batch_size", "0"], ["--batch_size"]),
+    (["--stream", "--mode", "attention"], ["--mode attention", "--stream"]),
     (["--reverse_weight", "1.5"], ["--reverse_weight"]),
     (["--details", "{}/nowhere/details"], ["--details"])])
 def test_score_answers_bad_input_with_one_line_and_status_2(world, capsys, argv, words):
@@ -189,6 +190,26 @@ def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
     assert out == [f"{path}\t{text}" for path, text in zip(files, expected, strict=True)]
 
 
+def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, capsys, tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), 16000, subtype="FLOAT")
+    status, out, err = call(capsys, transcribe, "--checkpoint", world / "best.ckpt", "--stream", "--chunk_size", 4, path)
+    times = [float(line.split()[0]) for line in err]
+    assert status == 0 and len(err) > 2 and times == sorted(times) and times[-1] == pytest.approx(3.6, abs=0.1)
+    finals = [line.split("=", 1)[1].strip() for line in err if "s =" in line]
+    assert out == [f"{path}\t{' '.join(finals)}"] and finals
+    status, out, err = call(capsys, transcribe, "--checkpoint", world / "best.ckpt", "--stream", "--mode", "attention", path)
+    assert status == 2 and out == [] and "--mode has no effect with --stream" in err[0]
+
+
+def test_score_streams_every_row(world, capsys, tmp_path):
+    """(with mean_var_norm, whose statistics grow with the stream, the text differs from that of the whole)"""
+    result, = score_json(capsys, world, "--stream", "--chunk_size", 8, "--details", tmp_path / "details")
+    lines = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
+    assert result["stream"] and result["chunk_size"] == 8 and result["utterances"] == len(lines) == len(TEXTS)
+    assert any(line["hypothesis"] for line in lines) and result["cer"] > 0
+
+
 def test_transcribe_refuses_what_is_no_checkpoint(world, capsys):
     status, out, err = call(capsys, transcribe, "--checkpoint", world / "data" / "tokenizer.json", "file.wav")
     assert status == 2 and out == [] and len(err) == 1 and "tokenizer.json" in err[0]
@@ -205,7 +226,7 @@ def write_run(folder, metrics, scores=(), **options):
 
 def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = {"split": "eval_clean", "mode": "attention", "chunk_size": 16, "left_chunks": -1, "utterances": 5}
+    line = {"split": "eval_clean", "mode": "attention", "stream": False, "chunk_size": 16, "left_chunks": -1, "utterances": 5}
     scores = [{**line, "wer": 0.9, "cer": 0.8, "rtf": 0.01}, {**line, "wer": 0.5, "cer": 0.125, "rtf": 0.01}]
     write_run(Path("runs/a"), {"val_cer": 0.25, "steps": 300}, scores, lr=1e-3)
     write_run(Path("runs/b"), {}, lr=2e-3)
@@ -216,7 +237,7 @@ def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_pat
     assert table[1][:6] == ["runs/a", "tiny", "abc1234", "7", "300", "0.2500"]
     assert table[2][:6] == ["runs/b", "tiny", "abc1234", "7", "-", "-"]
     assert table[5:8] == [["run", "lr"], ["runs/a", "0.0010"], ["runs/b", "0.0020"]]
-    assert table[11:] == [["runs/a", "eval_clean", "attention", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]]
+    assert table[11:] == [["runs/a", "eval_clean", "attention", "no", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"options": 1, "metrics": {}}'])
