@@ -221,7 +221,7 @@ class U2(L.LightningModule):
     def on_validation_epoch_end(self):
         values = {name: metric.compute() for name, metric in self.val_metrics.items()}  # summed over ranks
         values["val_cer_mean"] = sum(values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS) / len(VALIDATION_CHUNKS)
-        self.log_dict(values)
+        self.log_dict(values, sync_dist=True)  # alike on all ranks already; Lightning wants to hear it
         self.validated_step = self.global_step
         for metric in self.val_metrics.values():
             metric.reset()

@@ -108,6 +108,20 @@ def interrupted(data, output, step, *extra, hook="on_train_batch_start"):
     return weights(output / "last.ckpt")
 
 
+def test_two_processes_share_an_epoch_and_write_one_run(data, tmp_path):
+    command = [sys.executable, train.__file__, "--data_root", data, "--output_dir", tmp_path / "run", *SMALL, "--batch_size", 2,
+               "--max_epochs", 2, "--devices", 2, "--strategy", "ddp", "--frontend", "fbank"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["model_options"]["output_size"] == 16
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1  # of four batches, two each
+    own, *_ = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))
+    other = features_of(data, own.frontend)
+    torch.testing.assert_close(own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4)  # of all rows on every rank
+
+
 def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
     output = tmp_path / "run"
     output.mkdir()
