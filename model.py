@@ -77,9 +77,9 @@ class U2(L.LightningModule):
         return self.net.ctc_log_probs(encoder_out)
 
     @torch.no_grad()
-    def stream_state(self, chunk_size: int, left_chunks: int = -1) -> stream.StreamState:
-        """The state before the first frame of an utterance; see stream.py. Sizes in encoder frames."""
-        return stream.stream_state(self.net.encoder, chunk_size, left_chunks)
+    def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> stream.StreamState:
+        """The state before the first frame of an utterance; see stream.stream_state. Sizes in encoder frames."""
+        return stream.stream_state(self.net.encoder, chunk_size, left_chunks, **limits)
 
     @torch.no_grad()
     def stream(self, feats, state, last: bool = False):

@@ -8,6 +8,7 @@ of the data excluded, over the duration of the audio.
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import datasets
@@ -33,6 +34,7 @@ class ScoreOptions:
     split: str = option("eval_clean", "split of the data")
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))
     stream: bool = option(False, "hear every row piece by piece, in chunks of --chunk_size, 16 unless given")
+    concatenate: bool = option(False, "with --stream: all rows are one long recording, with endpoints where they fall")
     batch_size: int = option(16, "utterances decoded together, of like lengths; memory grows with it")
     examples: int = option(0, "print so many utterances, what was said above what was heard in the last mode")
     details: str | None = option(None, "file to write: a JSON line per utterance, what was said, heard and wrong")
@@ -40,6 +42,8 @@ class ScoreOptions:
     def __post_init__(self):
         if self.stream and self.mode != "attention_rescoring":
             raise UserError(f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of them out")
+        if self.concatenate and not self.stream:
+            raise UserError("--concatenate has no effect without --stream; give both or neither")
         if self.batch_size < 1:
             raise UserError(f"--batch_size {self.batch_size}: it must be at least 1")
         if self.details and not os.path.isdir(os.path.dirname(self.details) or "."):
@@ -55,8 +59,13 @@ def main(argv: list[str]) -> None:
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
-        hypotheses, seconds = (recognize_stream(model, dataset, search) if options.stream else
-                               recognize(model, tokenizer, frontend, dataset, mode, options, search))
+        if options.concatenate:
+            hypotheses, seconds = recognize_long(model, dataset, search)
+            references = [" ".join(filter(None, references))]
+        elif options.stream:
+            hypotheses, seconds = recognize_stream(model, dataset, search)
+        else:
+            hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search)
         scores.append({"split": options.split, "mode": mode, "stream": options.stream, **asdict(search), "utterances": len(references),
                        "wer": float(word_error_rate(hypotheses, references)),
                        "cer": float(char_error_rate(hypotheses, references)),
@@ -112,13 +121,27 @@ def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOpti
 def recognize_stream(model, dataset, search: SearchOptions) -> tuple[list[str], float]:
     """The same, every row an utterance fed in pieces, from samples on."""
     texts, seconds = [], 0.0
-    for row in tqdm(dataset.select_columns(["input_values"]).with_format("numpy"), desc="stream", unit=" rows"):
-        waveform = torch.from_numpy(row["input_values"].astype(np.float32))
+    for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
         began = time.perf_counter()
         *_, heard = listen(model, cut(model, waveform, search.chunk_size), search, endpoints=False)
         seconds += time.perf_counter() - began
         texts.append(model.tokenizer.decode(heard.hypothesis.tokens))
     return texts, seconds
+
+
+def recognize_long(model, dataset, search: SearchOptions) -> tuple[list[str], float]:
+    """The same, all rows one behind the other: one text of all utterances that the endpoints make of them."""
+    began = time.perf_counter()
+    pieces = (piece for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
+              for piece in cut(model, waveform, search.chunk_size))
+    texts = [model.tokenizer.decode(heard.hypothesis.tokens) for heard in listen(model, pieces, search) if heard.final]
+    return [" ".join(filter(None, texts))], time.perf_counter() - began
+
+
+def waveforms_of(dataset) -> Iterator[torch.Tensor]:
+    """The rows' samples, (N,) float32."""
+    for row in dataset.select_columns(["input_values"]).with_format("numpy"):
+        yield torch.from_numpy(row["input_values"].astype(np.float32))
 
 
 def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:

@@ -17,23 +17,29 @@ from transforms import feature_state, stream_features
 
 # An utterance ends after so many ms of blanks, of blanks behind some text, or of speech: WeNet's rules 1 to 3.
 SILENCE, SILENCE_AFTER_TEXT, LONGEST = 5000, 1000, 20000
+MAX_POSITION = 5000  # encoder frames, 200 s; as far as WeNet's table of positions goes
 BLANK_THRESHOLD = 0.8  # a frame is silent when CTC's blank is likelier than this; WeNet's value, too
 
 
 class StreamState(NamedTuple):
     chunk_size: int  # encoder frames; below 1: everything is one chunk, which is complete when the last frame is there
     left_chunks: int  # chunks to the left that are seen, -1 for all
+    max_position: int  # the largest position, see stream_state
     feats: torch.Tensor  # (1,n,F) frames that later encoder frames still need
     offset: int  # encoder frames that have come out
     blocks: tuple  # per block ((keys, values), last inputs of the convolution), (None, None) at the beginning
 
 
-def stream_state(encoder: Encoder, chunk_size: int, left_chunks: int = -1) -> StreamState:
-    """The state before the first frame. Raises UserError for an encoder that sees the future."""
+def stream_state(encoder: Encoder, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION) -> StreamState:
+    """The state before the first frame. Raises UserError for an encoder that sees the future.
+
+    Positions count the encoder frames of an utterance. Where a chunk would go beyond max_position it stays there, and what
+    it sees of the past keeps its distance: an endless stream is as if its visible part ended at max_position.
+    """
     if encoder.options.encoder == "conformer" and not encoder.options.causal:
         raise UserError("this model's convolution is not causal: it hears whole utterances only; train with --causal to stream")
     nothing = encoder.cmvn_mean.new_zeros(1, 0, len(encoder.cmvn_mean))
-    return StreamState(chunk_size, left_chunks, nothing, 0, ((None, None),) * len(encoder.blocks))
+    return StreamState(chunk_size, left_chunks, max_position, nothing, 0, ((None, None),) * len(encoder.blocks))
 
 
 def stream(encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool = False) -> tuple[torch.Tensor, StreamState]:
@@ -47,12 +53,13 @@ def stream(encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool
     out = [feats.new_zeros(1, 0, encoder.options.output_size)]
     while ready and (last or 0 < state.chunk_size <= ready):
         size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
-        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], state.offset, state.blocks)
+        position = min(state.offset, max(state.max_position - size, 0))
+        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], position, state.blocks)
         out.append(x)
         feats, ready = feats[:, size * rate:], ready - size
         keep = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
         state = state._replace(offset=state.offset + size, blocks=tuple(trim(block, keep) for block in blocks))
-    state = stream_state(encoder, state.chunk_size, state.left_chunks) if last else state._replace(feats=feats)
+    state = stream_state(encoder, state.chunk_size, state.left_chunks, state.max_position) if last else state._replace(feats=feats)
     return torch.cat(out, dim=1), state
 
 

@@ -139,6 +139,7 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
     (["--chunk_size", "-2"], ["--chunk_size"]),
     (["--left_chunks", "2"], ["--left_chunks", "--chunk_size"]),
     (["--batch_size", "0"], ["--batch_size"]),
+    (["--concatenate"], ["--concatenate", "--stream"]),
     (["--stream", "--mode", "attention"], ["--mode attention", "--stream"]),
     (["--reverse_weight", "1.5"], ["--reverse_weight"]),
     (["--details", "{}/nowhere/details"], ["--details"])])
@@ -208,6 +209,9 @@ def test_score_streams_every_row(world, capsys, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
     assert result["stream"] and result["chunk_size"] == 8 and result["utterances"] == len(lines) == len(TEXTS)
     assert any(line["hypothesis"] for line in lines) and result["cer"] > 0
+    long, = score_json(capsys, world, "--stream", "--chunk_size", 8, "--concatenate", "--details", tmp_path / "details")
+    line, = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
+    assert long["utterances"] == 1 and line["reference"] == " ".join(filter(None, TEXTS)) and line["hypothesis"]
 
 
 def test_transcribe_refuses_what_is_no_checkpoint(world, capsys):

@@ -92,6 +92,20 @@ def test_memory_is_flat_with_limited_left_chunks():
     assert max(sizes[5:]) <= 2 * sizes[4] and sizes[-1] == sizes[-3]
 
 
+def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distance():
+    """From max_position on, a chunk is what it would be if the utterance had begun that much later."""
+    encoder, feats = network(num_blocks=1, cnn_module_kernel=3).double().encoder, noise(1, 403, 80)  # 100 encoder frames
+    with torch.no_grad():
+        late, _ = stream(encoder, feats, stream_state(encoder, 4, 2, max_position=20), last=True)
+        absolute, _ = stream(encoder, feats, stream_state(encoder, 4, 2), last=True)
+        # 15 chunks later the same frames stand at the positions at which they stay in `late`
+        shifted, _ = stream(encoder, feats[:, 15 * 16:], stream_state(encoder, 4, 2), last=True)
+    torch.testing.assert_close(late[:, :20], absolute[:, :20], rtol=0, atol=1e-9)
+    assert (late[:, 24:] - absolute[:, 24:]).abs().max() > 1e-3
+    # (the first two frames of the chunk see, through the convolution, what the chunk before made of its own position)
+    torch.testing.assert_close(late[:, 78:80], shifted[:, 18:20], rtol=0, atol=1e-9)
+
+
 def test_full_context_comes_out_at_the_end_only():
     model, feats = network().double(), noise(1, 90, 80)
     with torch.no_grad():
