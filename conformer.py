@@ -28,16 +28,25 @@ PRESETS = {
 class ModelOptions:
     """Architecture and loss, in WeNet's words."""
 
+    encoder: str = option("conformer", "blocks of the encoder", choices=("conformer", "transformer"))
     output_size: int = option(256, "model width D")
     attention_heads: int = option(4, "attention heads, in encoder and decoders")
     linear_units: int = option(2048, "feed-forward width of the encoder")
-    num_blocks: int = option(12, "conformer blocks")
+    num_blocks: int = option(12, "encoder blocks")
+    activation_type: str = option("swish", "activation of the encoder", choices=("swish", "relu"))
+    pos_enc_layer_type: str = option("rel_pos", "positions in the attention alone, or also added to its input (abs_pos)",
+                                     choices=("rel_pos", "abs_pos"))
+    selfattention_layer_type: str = option("rel_selfattn", "the encoder's attention with or without a term for positions",
+                                           choices=("rel_selfattn", "selfattn"))
     cnn_module_kernel: int = option(8, "kernel of the depthwise convolution, in encoder frames")
     causal: bool = option(True, "the depthwise convolution sees the past only (needed for streaming)")
+    cnn_module_norm: str = option("layer_norm", "norm in the convolution module", choices=("layer_norm", "batch_norm"))
     input_layer: str = option("conv2d", "subsampling of the features by 4, 6 or 8", choices=("conv2d", "conv2d6", "conv2d8"))
     decoder_num_blocks: int = option(3, "blocks of the left-to-right decoder")
     r_num_blocks: int = option(3, "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)")
     decoder_linear_units: int = option(2048, "feed-forward width of the decoders")
+    decoder_attention_heads: int = option(0, "attention heads of the decoders; 0: as many as in the encoder")
+    keep_right_decoder: bool = option(False, "with reverse_weight 0: have a right-to-left decoder, which is not trained")
     dropout_rate: float = option(0.1, "dropout in every block")
     attention_dropout_rate: float = option(0.1, "dropout on attention weights")
     ctc_weight: float = option(0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention")
@@ -111,6 +120,8 @@ def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tens
 # ---------------------------------------------------------------------------------------------------------------------
 # Building blocks
 
+ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
+
 
 class Attention(nn.Module):
     """Multi-head attention, query against memory (B,T,D); through scaled_dot_product_attention."""
@@ -138,6 +149,15 @@ class Attention(nn.Module):
 
     def forward(self, x, memory, mask=None, is_causal=False):
         return self.attend(self.split(self.linear_q(x)), *self.keys_values(memory), mask, is_causal)
+
+
+class SelfAttention(Attention):
+    """Self-attention without a term for positions: x has them, or nothing does."""
+
+    def forward(self, x, positions, mask=None, past=None):
+        """RelativeAttention's interface; `positions` is not looked at."""
+        present = join(past, self.keys_values(x))  # (B,H,S,D/H)
+        return self.attend(self.split(self.linear_q(x)), *present, mask), present
 
 
 class RelativeAttention(Attention):
@@ -202,17 +222,24 @@ class FeedForward(nn.Module):
         return self.w_2(self.dropout(self.activation(self.w_1(x))))
 
 
-class ConvolutionModule(nn.Module):
-    """Gated, depthwise convolution over time with layer norm (Conformer, section 2.2); causal for streaming."""
+def self_attention(o: ModelOptions) -> nn.Module:
+    kind = {"rel_selfattn": RelativeAttention, "selfattn": SelfAttention}[o.selfattention_layer_type]
+    return kind(o.output_size, o.attention_heads, o.attention_dropout_rate)
 
-    def __init__(self, width: int, kernel: int, causal: bool):
+
+class ConvolutionModule(nn.Module):
+    """Gated, depthwise convolution over time with layer or batch norm (Conformer, section 2.2); causal for streaming."""
+
+    def __init__(self, o: ModelOptions):
         super().__init__()
+        width, kernel, causal = o.output_size, o.cnn_module_kernel, o.causal
         if not causal and kernel % 2 == 0:
             raise ValueError(f"cnn_module_kernel {kernel}: a convolution that is not causal needs an odd kernel")
         self.causal, self.kernel = causal, kernel
         self.pointwise_conv1 = nn.Linear(width, 2 * width)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, groups=width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.BatchNorm1d(width) if o.cnn_module_norm == "batch_norm" else nn.LayerNorm(width)
+        self.activation = ACTIVATIONS[o.activation_type]
         self.pointwise_conv2 = nn.Linear(width, width)
 
     def forward(self, x, valid, past=None):
@@ -227,7 +254,11 @@ class ConvolutionModule(nn.Module):
         present = x[..., x.size(2) - self.kernel + 1:] if self.causal else None
         x = F.conv1d(x, self.depthwise_conv.weight, self.depthwise_conv.bias,
                      padding=0 if self.causal else (self.kernel - 1) // 2, groups=x.size(1))
-        x = F.silu(self.norm(x.transpose(1, 2)))  # (B,D,T) -> (B,T,D)
+        if isinstance(self.norm, nn.BatchNorm1d):  # in training over padding too, as in WeNet
+            x = self.norm(x).transpose(1, 2)  # (B,D,T) -> (B,T,D)
+        else:
+            x = self.norm(x.transpose(1, 2))  # (B,D,T) -> (B,T,D)
+        x = self.activation(x)
         return self.pointwise_conv2(x) * valid, present
 
     def silence(self, x):
@@ -245,10 +276,11 @@ class ConformerBlock(nn.Module):
         d = o.output_size
         self.norm_ff_macaron, self.norm_mha, self.norm_conv = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.norm_ff, self.norm_final = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.feed_forward_macaron = FeedForward(d, o.linear_units, o.dropout_rate, F.silu)
-        self.self_attn = RelativeAttention(d, o.attention_heads, o.attention_dropout_rate)
-        self.conv_module = ConvolutionModule(d, o.cnn_module_kernel, o.causal)
-        self.feed_forward = FeedForward(d, o.linear_units, o.dropout_rate, F.silu)
+        activation = ACTIVATIONS[o.activation_type]
+        self.feed_forward_macaron = FeedForward(d, o.linear_units, o.dropout_rate, activation)
+        self.self_attn = self_attention(o)
+        self.conv_module = ConvolutionModule(o)
+        self.feed_forward = FeedForward(d, o.linear_units, o.dropout_rate, activation)
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, past=(None, None)):
@@ -263,6 +295,22 @@ class ConformerBlock(nn.Module):
         x = x + self.dropout(y)
         x = x + 0.5 * self.dropout(self.feed_forward(self.norm_ff(x)))
         return self.norm_final(x), (keys_values, last_inputs)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and feed-forward, norm first (Vaswani et al. 2017, section 3.1); ConformerBlock's interface."""
+
+    def __init__(self, o: ModelOptions):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(o.output_size), nn.LayerNorm(o.output_size)
+        self.self_attn = self_attention(o)
+        self.feed_forward = FeedForward(o.output_size, o.linear_units, o.dropout_rate, ACTIVATIONS[o.activation_type])
+        self.dropout = Dropout(o.dropout_rate)
+
+    def forward(self, x, positions, mask, valid, past=(None, None)):
+        y, keys_values = self.self_attn(self.norm1(x), positions, mask, past[0])
+        x = x + self.dropout(y)
+        return x + self.dropout(self.feed_forward(self.norm2(x))), (keys_values, None)
 
 
 class Subsampling(nn.Module):
@@ -291,7 +339,8 @@ class Encoder(nn.Module):
         self.register_buffer("cmvn_istd", torch.ones(num_mel_bins))
         self.embed = Subsampling(o.input_layer, num_mel_bins, o.output_size)
         self.embed.to(memory_format=torch.channels_last)
-        self.blocks = nn.ModuleList(ConformerBlock(o) for _ in range(o.num_blocks))
+        kind = {"conformer": ConformerBlock, "transformer": TransformerBlock}[o.encoder]
+        self.blocks = nn.ModuleList(kind(o) for _ in range(o.num_blocks))
         self.after_norm = nn.LayerNorm(o.output_size)
         self.dropout = Dropout(o.dropout_rate)
 
@@ -312,14 +361,18 @@ class Encoder(nn.Module):
             x, _ = block(x, positions, mask[:, None], valid[..., None].to(x.dtype))
         return self.after_norm(x), lengths
 
-    def subsample(self, feats):
-        """(B,T,F) -> (B,T',D), scaled as what positions are meant for (Vaswani et al. 2017, section 3.4)."""
-        return self.embed((feats - self.cmvn_mean) * self.cmvn_istd) * math.sqrt(self.options.output_size)
+    def subsample(self, feats, offset: int = 0):
+        """(B,T,F) -> (B,T',D), scaled as what positions are meant for (Vaswani et al. 2017, section 3.4); with abs_pos
+        those of frames offset.. are added."""
+        x = self.embed((feats - self.cmvn_mean) * self.cmvn_istd) * math.sqrt(self.options.output_size)
+        if self.options.pos_enc_layer_type == "abs_pos":
+            x = x + sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
+        return x
 
     def forward_chunk(self, feats, offset: int, pasts):
         """One chunk of a stream: feats (1,T,F), encoder frames before it, per block what they left (ConformerBlock) ->
         (1,T',D), the same of this chunk. Everything in the chunk and in `pasts` is seen."""
-        x = self.subsample(feats)
+        x = self.subsample(feats, offset)
         valid = x.new_ones(1, x.size(1), 1)
         presents = []
         for block, past in zip(self.blocks, pasts):
@@ -335,10 +388,10 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, o: ModelOptions):
         super().__init__()
-        d = o.output_size
+        d, heads = o.output_size, o.decoder_attention_heads or o.attention_heads
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.self_attn = Attention(d, o.attention_heads, o.attention_dropout_rate)
-        self.src_attn = Attention(d, o.attention_heads, o.attention_dropout_rate)
+        self.self_attn = Attention(d, heads, o.attention_dropout_rate)
+        self.src_attn = Attention(d, heads, o.attention_dropout_rate)
         self.feed_forward = FeedForward(d, o.decoder_linear_units, o.dropout_rate, F.relu)
         self.dropout = Dropout(o.dropout_rate)
 
@@ -445,8 +498,10 @@ class U2Conformer(nn.Module):
         self.encoder = Encoder(options, num_mel_bins)
         self.ctc = nn.Linear(options.output_size, vocab_size)
         self.decoder = Decoder(options, vocab_size, options.decoder_num_blocks)
-        two_way = options.reverse_weight > 0
-        self.right_decoder = Decoder(options, vocab_size, options.r_num_blocks) if two_way else None
+        self.right_decoder = None
+        if options.reverse_weight > 0 or options.keep_right_decoder:
+            self.right_decoder = Decoder(options, vocab_size, options.r_num_blocks)
+            self.right_decoder.requires_grad_(options.reverse_weight > 0)  # DDP waits for every gradient that is required
 
     def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,). Chunks in encoder frames."""
@@ -468,7 +523,7 @@ class U2Conformer(nn.Module):
         ctc = F.ctc_loss(self.ctc_log_probs(encoder_out).transpose(0, 1), targets, lengths, target_lengths,
                          blank=self.blank_id, reduction="none", zero_infinity=True)  # (B,)
         att = (1 - o.reverse_weight) * self.attention_losses(self.decoder, encoder_out, lengths, targets, target_lengths)
-        if self.right_decoder is not None:
+        if o.reverse_weight > 0:
             att = att + o.reverse_weight * self.attention_losses(
                 self.right_decoder, encoder_out, lengths, reverse(targets, target_lengths), target_lengths)
         loss_ctc = ctc.mean()

@@ -1,13 +1,15 @@
-"""Text to token ids and back: characters, byte-pair pieces, or the vocab.json of a Wav2Vec2 tokenizer.
+"""Text to token ids and back: characters, byte-pair or sentencepiece pieces, or a Wav2Vec2 tokenizer's vocab.json.
 
 A tokenizer is a vocabulary and four special ids. In those trained here id 0 is the CTC blank (and padding), 1 the
 unknown token, 2 the start and 3 the end of a sentence. It travels as plain data (`to_dict`), in tokenizer.json and in
 every checkpoint.
 """
 
+import base64
 import json
 import os
 import pickle
+import re
 import unicodedata
 
 import tokenizers
@@ -21,6 +23,7 @@ from cli import UserError
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
 BPE_SPACE = "\u2581"
+HAN = re.compile("([\u4e00-\u9fff])")  # the Chinese characters that WeNet never hands to sentencepiece
 # What the special tokens are called in the vocab.json files that transformers' Wav2Vec2CTCTokenizer works with.
 VOCAB_NAMES = {"blank": ("<pad>", "[PAD]", "<blank>"), "unk": ("<unk>", "[UNK]"), "sos": ("<s>", "[BOS]", "<sos>"),
                "eos": ("</s>", "[EOS]", "<eos>")}
@@ -36,18 +39,22 @@ class Tokenizer:
 
     tokens: the vocabulary, a list of V strings; `space` is the token that stands for a space.
     merges: the byte-pair merges, most frequent first; None for a tokenizer of characters.
+    sentencepiece: of models from WeNet, {"model": a sentencepiece model in base64, "han": whether text goes to it in upper
+    case and without its Chinese characters, each of which is a token}; None for all others.
     """
 
-    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None):
+    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None, sentencepiece=None):
         self.tokens = list(tokens)
         self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
-        self.space, self.merges = space, merges
+        self.space, self.merges, self.sentencepiece = space, merges, sentencepiece
+        self._of_pieces = merges is not None or sentencepiece is not None  # there a space is part of a piece
         self._silent = {blank_id, sos_id, eos_id}
         specials = self._silent | {unk_id}
         # A special token is never what a piece of text means, even when the text spells its name.
-        self._ids = {" " if t == space and merges is None else t: i
+        self._ids = {" " if t == space and not self._of_pieces else t: i
                      for i, t in enumerate(self.tokens) if i not in specials}
         self._bpe = None if merges is None else self._build_bpe()
+        self._processor = None if sentencepiece is None else self._build_processor()
 
     def _build_bpe(self):
         vocabulary = {**self._ids, self.tokens[self.unk_id]: self.unk_id}
@@ -55,6 +62,11 @@ class Tokenizer:
         bpe = tokenizers.Tokenizer(model)
         bpe.pre_tokenizer = Metaspace(BPE_SPACE)
         return bpe
+
+    def _build_processor(self):
+        import sentencepiece  # only models from WeNet need it
+
+        return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.sentencepiece["model"]))
 
     @property
     def vocab_size(self) -> int:
@@ -65,13 +77,22 @@ class Tokenizer:
         text = normalize_text(text)
         if self._bpe is not None:
             return self._bpe.encode(text, add_special_tokens=False).ids
-        return [self._ids.get(character, self.unk_id) for character in text]
+        pieces = text if self._processor is None else self._sentencepieces(text)
+        ids = [self._ids.get(piece, self.unk_id) for piece in pieces]
+        return [i for i in ids if i != self.blank_id]  # which is what is unknown to a vocabulary without unknown token
+
+    def _sentencepieces(self, text: str) -> list[str]:
+        if not self.sentencepiece["han"]:
+            return self._processor.encode(text, out_type=str)
+        parts = [part for part in HAN.split(text.upper()) if part.strip()]
+        return [piece for part in parts
+                for piece in ([part] if HAN.fullmatch(part) else self._processor.encode(part, out_type=str))]
 
     def decode(self, ids) -> str:
         """The text of token ids. Blank, sos and eos are left out; repeats stay (undoing CTC is decode.py's work)."""
         ids = [int(i) for i in ids]
         pieces = [UNKNOWN_MARK if i == self.unk_id else self.tokens[i] for i in ids if i not in self._silent]
-        if self.merges is not None:  # the space is part of a piece
+        if self._of_pieces:
             return " ".join("".join(pieces).replace(self.space, " ").split())
         return " ".join("".join(" " if piece == self.space else piece for piece in pieces).split())
 
@@ -82,7 +103,7 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
-        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges")
+        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges", "sentencepiece")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod

@@ -115,9 +115,12 @@ def main(argv):
 
 def check(options: RunOptions, model_options: ModelOptions) -> None:
     """Refuses in one line what would fail late or not at all as asked."""
-    if model_options.output_size % model_options.attention_heads or model_options.output_size % 2:
-        raise UserError(f"--output_size {model_options.output_size} must be even and divisible by --attention_heads "
-                        f"{model_options.attention_heads}")
+    width, heads = model_options.output_size, model_options.attention_heads
+    if width % heads or width % (model_options.decoder_attention_heads or heads) or width % 2:
+        raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
+                        "--decoder_attention_heads")
+    if not model_options.causal and model_options.cnn_module_kernel % 2 == 0:
+        raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {model_options.cnn_module_kernel}")
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
@@ -189,7 +192,8 @@ def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tok
     """Batches of its epoch that the checkpoint has seen; UserError where it belongs to another model or frontend."""
     checkpoint = read_checkpoint(path)
     asked = {**dataclasses.asdict(model_options), **dataclasses.asdict(frontend)}
-    saved = {**checkpoint["model_options"], **checkpoint["frontend"]}
+    saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(Frontend())  # of options that are newer than it
+    saved |= checkpoint["model_options"] | checkpoint["frontend"]
     differ = [f"{name} {saved.get(name)}, not {value}" for name, value in asked.items() if saved.get(name) != value]
     if differ:
         raise UserError(f"{path} was made with {'; '.join(differ)}; give the options that it was made with")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from conformer import (PRESETS, SUBSAMPLING, Dropout, ModelOptions, Subsampling, U2Conformer, chunk_mask, draw_chunk,
-                       label_smoothing_loss, receptive_field, reverse, subsampled_length, valid_mask)
+                       label_smoothing_loss, receptive_field, reverse, sinusoids, subsampled_length, valid_mask)
 
 TINY = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5,
                     decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
@@ -156,38 +156,35 @@ def test_decoder_step_by_step_equals_the_full_pass():
         torch.testing.assert_close(logits, whole[:, step], rtol=1e-5, atol=1e-5)
 
 
-WENET_NAMES = (("encoder.encoders.", "encoder.blocks."), ("embed.conv.0.", "embed.convs.0."),
-               ("embed.conv.2.", "embed.convs.1."), ("embed.out.0.", "embed.out."), ("decoder.left_decoder.", "decoder."),
-               ("decoder.right_decoder.", "right_decoder."), (".decoders.", ".blocks."),
-               ("decoder.embed.0.", "decoder.embed."), ("ctc.ctc_lo", "ctc"))
+VARIANTS = {"transformer": dict(encoder="transformer", selfattention_layer_type="selfattn", pos_enc_layer_type="abs_pos"),
+            "transformer_rel": dict(encoder="transformer"), "batch_norm": dict(cnn_module_norm="batch_norm", causal=False),
+            "abs_pos": dict(pos_enc_layer_type="abs_pos", selfattention_layer_type="selfattn", activation_type="relu"),
+            "heads": dict(decoder_attention_heads=4)}
 
 
-def from_wenet(weights):
-    ours = {}
-    for name, value in weights.items():
-        if "linear_k." in name:  # keys and values are one product here
-            value = torch.cat([value, weights[name.replace("linear_k.", "linear_v.")]])
-        for theirs, here in (*WENET_NAMES, ("linear_k.", "linear_kv.")):
-            name = name.replace(theirs, here)
-        if "linear_v." not in name and "global_cmvn" not in name and not name.endswith(".pe"):
-            ours[name] = value.squeeze(-1) if "pointwise" in name and value.dim() == 3 else value
-    return ours
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_all_of_its_weights(name):
+    model = network(**VARIANTS[name]).train()
+    losses = model.loss(torch.randn(2, 60, 80), torch.tensor([60, 44]), torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]),
+                        chunk_size=4)
+    losses["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_encoder_and_losses_are_wenets(golden):
-    weights, expected = golden
-    options = ModelOptions(output_size=32, attention_heads=4, linear_units=64, num_blocks=2, cnn_module_kernel=8,
-                           decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=64)
-    model = U2Conformer(options, 80, 24, 0, 23, 23).eval()
-    model.load_state_dict(from_wenet(weights))
-    feats = (expected["feats"] - weights["encoder.global_cmvn.mean"]) * weights["encoder.global_cmvn.istd"]
-    lengths = expected["feat_lengths"]
-    for name, chunk_size, left_chunks in (("full", -1, -1), ("chunk4_left-1", 4, -1), ("chunk4_left2", 4, 2),
-                                          ("chunk8_left1", 8, 1)):
-        out, frames = model.encode(feats, lengths, chunk_size, left_chunks)
-        valid = valid_mask(frames, out.size(1))
-        assert torch.equal(frames, expected["encoder_lengths"])
-        assert (out - expected[f"encoder_out_{name}"])[valid].abs().max() < 1e-5
-    losses = model.loss(feats, lengths, expected["targets"], expected["target_lengths"])
-    for name in ("loss", "loss_ctc", "loss_att"):
-        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-4)
+def test_absolute_positions_are_added_to_the_scaled_input():
+    plain, added = network(), network(pos_enc_layer_type="abs_pos")
+    feats = torch.randn(1, 40, 80)
+    positions = added.encoder.subsample(feats, offset=7) - plain.encoder.subsample(feats)
+    torch.testing.assert_close(positions[0], sinusoids(9, 16, offset=7), rtol=0, atol=1e-5)
+
+
+def test_without_a_position_term_plain_attention_is_what_is_left():
+    relative = network().encoder.blocks[0].self_attn
+    plain = network(selfattention_layer_type="selfattn").encoder.blocks[0].self_attn
+    with torch.no_grad():
+        for parameter in (relative.pos_bias_u, relative.pos_bias_v, relative.linear_pos.weight):
+            parameter.zero_()
+    plain.load_state_dict({k: v for k, v in relative.state_dict().items() if k in plain.state_dict()})
+    x, positions = torch.randn(2, 9, 16), torch.randn(1, 9, 16)
+    mask = chunk_mask(9, 4)[None, None]
+    torch.testing.assert_close(plain(x, None, mask)[0], relative(x, positions, mask)[0], rtol=1e-5, atol=1e-5)

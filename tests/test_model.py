@@ -1,7 +1,6 @@
 """The guard of optimizer_step, validation, decoding and checkpoints, on a network that trains in a blink."""
 
 import json
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +8,6 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 from conftest import distance
-from test_conformer import from_wenet
 from torch.utils.data import DataLoader
 
 from cli import UserError
@@ -231,21 +229,3 @@ def test_validation_counts_errors_over_the_whole_set_at_full_context_and_chunk_1
             errors += distance(TOKENIZER.decode(labels.tolist()), TOKENIZER.decode(hypothesis.tokens))
             letters += len(TOKENIZER.decode(labels.tolist()))
     assert metrics["val_cer"] == pytest.approx(errors / letters)
-
-
-def test_all_four_searches_hear_what_wenet_hears(golden):
-    weights, expected = golden
-    options = ModelOptions(output_size=32, attention_heads=4, linear_units=64, num_blocks=2, cnn_module_kernel=8,
-                           decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=64)
-    vocabulary = SimpleNamespace(vocab_size=24, blank_id=0, sos_id=23, eos_id=23)
-    model = U2(options=options, optim=OptimOptions(), frontend=Frontend(), tokenizer=vocabulary).eval()
-    model.net.load_state_dict(from_wenet(weights))
-    feats = (expected["feats"] - weights["encoder.global_cmvn.mean"]) * weights["encoder.global_cmvn.istd"]
-    for mode, theirs in json.loads(expected["decode"]).items():
-        ours = model.decode(feats, expected["feat_lengths"], mode, beam_size=5)
-        assert [hypothesis.tokens for hypothesis in ours] == [their["tokens"] for their in theirs]
-        if mode in ("ctc_prefix_beam_search", "attention_rescoring"):  # WeNet gives no scores for the other two
-            assert [hypothesis.times for hypothesis in ours] == [their["times"] for their in theirs]
-            assert [hypothesis.score for hypothesis in ours] == pytest.approx([their["score"] for their in theirs], abs=1e-3)
-        if mode == "ctc_prefix_beam_search":
-            assert [hypothesis.nbest for hypothesis in ours] == [their["nbest"] for their in theirs]

@@ -147,6 +147,7 @@ def test_resuming_with_other_options_is_refused_and_the_option_named(data, tmp_p
 
 @pytest.mark.parametrize("words, reason", [
     (("--max_epochs", -1), "a run needs an end"), (("--output_size", 15), "--output_size 15"),
+    (("--decoder_attention_heads", 3), "--decoder_attention_heads"), (("--no-causal", "--cnn_module_kernel", 4), "odd"),
     (("--nonsense", 1), "unrecognized arguments"), (("--preset", "huge"), "invalid choice"),
     (("--strategy", "fsdp"), "--strategy fsdp"), (("--strategy", "nonsense"), "Lightning refuses"),
     (("--tokenizer", "none.json"), "none.json")], ids=str)
