@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from test_conformer import network
+from test_conformer import VARIANTS, network
 
 from cli import UserError
-from conformer import ModelOptions, receptive_field, subsampled_length
+from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
 from decode import SearchOptions
 from model import U2, OptimOptions
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, stream, stream_state, trailing_blanks
@@ -54,6 +54,31 @@ def test_a_stream_equals_the_masked_pass_over_the_whole(chunk_size, left_chunks,
         for longest in (1, 9, 200):
             out = streamed(model.encoder, feats, chunk_size, left_chunks, random_pieces(frames, longest, seed=frames))
             torch.testing.assert_close(out, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_streams(name):
+    model = network(**{**VARIANTS[name], "causal": True}).double()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm1d):  # as if trained
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    feats = noise(1, 150, 80)
+    with torch.no_grad():
+        for chunk_size, left_chunks in ((1, 4), (4, -1), (16, 0), (25, 1)):
+            whole, _ = model.encode(feats, torch.tensor([150]), chunk_size, left_chunks)
+            out = streamed(model.encoder, feats, chunk_size, left_chunks, random_pieces(150, 40, seed=chunk_size))
+            torch.testing.assert_close(out, whole, rtol=0, atol=1e-9)
+
+
+def test_the_base_model_streams_to_within_1e_4_in_float32():
+    torch.manual_seed(0)
+    model = U2Conformer(ModelOptions(**PRESETS["base"]), 80, 100, 0, 2, 3).eval()
+    feats = noise(1, 300, 80, dtype=torch.float32)
+    with torch.no_grad():
+        for chunk_size, left_chunks in ((16, 4), (25, -1)):
+            whole, _ = model.encode(feats, torch.tensor([300]), chunk_size, left_chunks)
+            out = streamed(model.encoder, feats, chunk_size, left_chunks, 37)
+            torch.testing.assert_close(out, whole, rtol=0, atol=1e-4)
 
 
 def test_a_state_is_a_value_that_can_be_gone_on_from_twice():
