@@ -53,6 +53,9 @@ score: .venv/installed  ## score OUTPUT_DIR/best.ckpt on SPLIT
 transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.flac"
 	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
 
+export: .venv/installed  ## OUTPUT_DIR/best.ckpt as ONNX in OUTPUT_DIR/export: make export ARGS="--audio a.wav b.flac"
+	$(PY) export.py --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite $(ARGS)
+
 compare: .venv/installed  ## table of the runs in runs/
 	$(PY) compare.py $(ARGS)
 
@@ -61,6 +64,12 @@ test: .venv/installed  ## the tests
 
 smoke: .venv/installed  ## the whole chain on a handful of rows
 	$(PY) -m pytest -q tests/test_smoke.py $(ARGS)
+
+bench: .venv/installed  ## what this machine makes of it: data, training, decoding, streaming (10 minutes)
+	for what in data train decode stream; do echo "== $$what"; $(PY) bench.py $$what $(ARGS); done
+
+torture: .venv/installed  ## kill -9 a small training 200 times and resume it: nothing may be lost (ARGS="--kills N")
+	$(PY) torture.py $(ARGS)
 
 clean:  ## remove the demo corpus and the demo run (never your data, your runs or .venv)
 	rm -rf data/demo data/.demo.partial runs/demo
@@ -77,16 +86,17 @@ data/an4/tokenizer.json: | .venv/installed
 
 AN4_RUN ?= runs/an4
 AN4_EPOCHS ?= 80
+AN4_START ?= --preset small
 
 an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, within an hour on 2 cores
-	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) --preset small --precision $(PRECISION) \
+	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) $(AN4_START) --precision $(PRECISION) \
 	  --max_epochs $(AN4_EPOCHS) $(AN4) $(ARGS)
 	for chunk in -1 16; do \
 	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
 	done | tee $(AN4_RUN)/scores.jsonl
 	$(PY) compare.py $(AN4_RUN)
 
-an4_long:  ## the same recipe for 300 epochs, into runs/an4_long
-	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_EPOCHS=300
+an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
+	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
-.PHONY: help setup data train score transcribe compare test smoke clean an4 an4_long
+.PHONY: help setup data train score transcribe export compare test smoke bench torture clean an4 an4_long
