@@ -65,7 +65,7 @@ test: .venv/installed  ## the tests
 smoke: .venv/installed  ## the whole chain on a handful of rows
 	$(PY) -m pytest -q tests/test_smoke.py $(ARGS)
 
-bench: .venv/installed  ## what this machine makes of it: data, training, decoding, streaming (10 minutes)
+bench: .venv/installed  ## speed of data, training, decoding and streaming here, in some minutes
 	for what in data train decode stream; do echo "== $$what"; $(PY) bench.py $$what $(ARGS); done
 
 torture: .venv/installed  ## kill -9 a small training 200 times and resume it: nothing may be lost (ARGS="--kills N")

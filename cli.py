@@ -1,10 +1,11 @@
-"""Options as frozen dataclasses, flags generated from them, and errors that are one clear line.
+"""Options as frozen dataclasses, flags generated from them, errors that are one clear line, files that are whole.
 
 A command declares its options once, as fields of a frozen dataclass; `parse` turns the fields into argparse flags and
 the given flags back into an instance. What a flag is called, its type, default and help live in one place.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -70,3 +71,25 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def write_whole(path: str, content) -> None:
+    """Writes bytes to `path`, whole or not at all, whatever is killed or pulled meanwhile: the file is the old or the new one.
+
+    Raises UserError where it cannot be written, as on a full disk; the old one is still there.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: else its name may reach the disk before its content
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another place") from error
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

@@ -7,6 +7,8 @@ Axes: B batch, T frames, F mel bins, U labels, N samples.
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -276,8 +278,20 @@ def collate(examples) -> Batch:
                  pad_sequence(labels, batch_first=True), torch.tensor([len(y) for y in labels]), torch.tensor(rows))
 
 
-def one_thread(_) -> None:
+def start_worker(_) -> None:
     torch.set_num_threads(1)  # a worker with as many threads as cores fights the training process for them
+    # Ctrl-C and many a SIGTERM reach all processes of a run. The training process finishes its step first, and needs workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent() -> None:
+    """Ends the worker at a SIGTERM from the training process, and from nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def default_workers() -> int:
@@ -290,7 +304,7 @@ def make_loader(dataset: datasets.Dataset, sampler, make_transform: Callable[[],
                 options: DataOptions) -> DataLoader:
     workers = default_workers() if options.num_workers is None else options.num_workers
     return DataLoader(SpeechDataset(dataset, make_transform, seed), sampler=sampler, batch_size=None, num_workers=workers,
-                      worker_init_fn=one_thread, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=start_worker, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None)
 
 
@@ -339,10 +353,10 @@ class SpeechDataModule(L.LightningDataModule):
     def filter_train(self):
         train = self.splits["train"]
         self.lengths = audio_lengths(train)
+        self.label_lengths, repeats = label_statistics(train)
         keep, reasons = np.ones(len(train), bool), {}
         if self.options.filter:
-            labels, repeats = label_statistics(train)
-            keep, reasons = filter_conformer_len_prob(self.lengths, labels, repeats, frontend=self.frontend,
+            keep, reasons = filter_conformer_len_prob(self.lengths, self.label_lengths, repeats, frontend=self.frontend,
                                                       augment=self.augment, input_layer=self.input_layer,
                                                       options=self.options)
         self.kept = np.flatnonzero(keep)
@@ -384,17 +398,21 @@ class SpeechDataModule(L.LightningDataModule):
     def next_epoch(self) -> int:
         """The epoch that training begins with. Lightning tells the sampler too, but in a resumed run only after the loader
         processes have asked for their first batches."""
-        if not self.trainer:
-            return 0
-        loop = self.trainer.fit_loop
-        epoch = loop.epoch_progress.current
-        ended = loop.epoch_loop.batch_progress.is_last_batch and epoch.processed < epoch.ready  # saved before its validation
-        return epoch.processed + ended
+        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+
+    def largest_batches(self) -> list[Batch]:
+        """The batches of this rank's next epoch that need most memory: by frames and, if it is another, by labels."""
+        epoch = self.next_epoch()
+        plan = self.sampler(*self.ranks()).plan(epoch)
+        largest = [max(range(len(plan)), key=lambda i: len(plan[i]) * lengths[plan[i]].max())
+                   for lengths in (self.lengths, self.label_lengths)]
+        dataset = SpeechDataset(self.splits["train"], partial(train_transform, self.frontend, self.augment), self.seed)
+        return [dataset[[(epoch, int(row)) for row in plan[i]]] for i in dict.fromkeys(largest)]
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
-        sampler.start_batch = self.start_batch
         sampler.set_epoch(self.next_epoch())
+        sampler.start_batch = self.start_batch
         return make_loader(self.splits["train"], sampler, partial(train_transform, self.frontend, self.augment), self.seed,
                            self.options)
 

@@ -28,6 +28,7 @@ VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
     f"net.{decoder}.{layer}" for decoder in ("decoder", "right_decoder")
     for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")}
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
+FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,58 @@ class OptimOptions:
     max_skips: int = option(50, "stop after this many skipped updates in a row")
 
 
+class StepLog:
+    """steps.jsonl: a line per attempted update, {"step", "loss", "rows"}, and "skipped" where it was thrown away.
+
+    `step` is the number of updates before it, `loss` the mean over its batches on all ranks (null where not finite), `rows`
+    their row numbers, rank by rank. `path` None: no log. Lines wait as tensors, because a GPU should not stop for a log.
+    """
+
+    def __init__(self, path: str | None):
+        self.path, self.waiting = path, []
+
+    def add(self, step: int, window, skipped: bool) -> None:
+        """`window`: (rows, row losses, loss) of each batch of this rank."""
+        if self.path is None:
+            return
+        self.waiting.append((step, [rows for rows, *_ in window], [loss for *_, loss in window], skipped))
+        if len(self.waiting) == FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits, and to the disk. All ranks must call it together. Raises OSError, as on a full disk."""
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        of_ranks = gather([(torch.cat(rows).tolist(), torch.stack(losses).tolist()) for _, rows, losses, _ in waiting])
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        with open(self.path, "a") as file:
+            for (step, _, _, skipped), *parts in zip(waiting, *of_ranks):
+                losses = [loss for _, losses in parts for loss in losses]
+                loss = sum(losses) / len(losses)
+                line = {"step": step, "loss": loss if math.isfinite(loss) else None, "rows": sum((rows for rows, _ in parts), [])}
+                file.write(json.dumps(line | ({"skipped": True} if skipped else {})) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def gather(value) -> list:
+    """`value` of every rank, in order of rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class U2(L.LightningModule):
-    """U2/U2++ with its training. `total_steps` (optimizer steps of the run) is what OneCycleLR needs; `skip_log` is the
-    path of skipped.jsonl, None for no log. Feature lengths are in frames; chunk sizes in encoder frames."""
+    """U2/U2++ with its training. `total_steps` (optimizer steps of the run) is what OneCycleLR needs; `skip_log` and
+    `step_log` are the paths of skipped.jsonl and steps.jsonl, None for no log. Feature lengths are in frames; chunk sizes
+    in encoder frames."""
 
     def __init__(self, *, options: ModelOptions, optim: OptimOptions, frontend: Frontend, tokenizer: Tokenizer,
-                 total_steps: int = 1, seed: int = 0, skip_log: str | None = None):
+                 total_steps: int = 1, seed: int = 0, skip_log: str | None = None, step_log: str | None = None):
         super().__init__()
         self.options, self.optim, self.frontend, self.tokenizer = options, optim, frontend, tokenizer
         self.total_steps, self.seed, self.skip_log = total_steps, seed, skip_log
@@ -58,8 +105,10 @@ class U2(L.LightningModule):
         self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
         for suffix in VALIDATION_CHUNKS:
             self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = CharErrorRate(), WordErrorRate()
-        self.window = []  # (rows, row losses) of the micro-batches since the last update
+        self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
+        self.steps = StepLog(step_log)
         self.update_skipped = False
+        self.request = self.agreed = 0  # what to do after an update, of this rank and the largest of all; see recovery.py
         self.skips_in_a_row = self.skips_in_all = 0
         self.validated_step = -1  # global_step at the last validation
 
@@ -117,7 +166,7 @@ class U2(L.LightningModule):
         chunk_size, left_chunks = draw_chunk(size, self.options)
         losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths,
                                chunk_size, left_chunks)
-        self.window.append((batch.rows, losses.pop("row_losses")))
+        self.window.append((batch.rows, losses.pop("row_losses"), losses["loss"].detach()))
         self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch.rows))
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
         return losses["loss"]
@@ -148,7 +197,7 @@ class U2(L.LightningModule):
         """After backward and unscaling, before clipping: throws away a gradient that is not finite.
 
         Optimizers leave a parameter without gradient alone, its state and step count included. One fused check and one
-        device sync; on several ranks all agree.
+        device sync; on several ranks all agree, and in the same breath on what any of them requests.
         """
         if self.current_epoch < self.optim.freeze_encoder_epochs:  # (dropped here, so that DDP finds every gradient it awaits)
             for parameter in self.net.encoder.parameters():
@@ -156,9 +205,11 @@ class U2(L.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # nan and inf both survive a maximum
         finite = torch.isfinite(norm).float()
+        votes = torch.stack((finite, torch.full_like(finite, -self.request)))
         if self.trainer.world_size > 1:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        self.update_skipped = not bool(finite)
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        finite, request = votes.tolist()
+        self.update_skipped, self.agreed = not finite, int(-request)
         if self.update_skipped:
             optimizer.zero_grad(set_to_none=True)
 
@@ -171,6 +222,7 @@ class U2(L.LightningModule):
         """One attempt at an update (global_step counts attempts); a skipped one is logged, max_skips in a row stop."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         window, self.window = self.window, []
+        self.steps.add(self.trainer.global_step, window, self.update_skipped)
         if not self.update_skipped:
             self.skips_in_a_row = 0
             return
@@ -182,13 +234,9 @@ class U2(L.LightningModule):
 
     def gather_window(self, window) -> tuple[list[int], list[int]]:
         """(rows of the window on all ranks, those of them whose loss is not finite)."""
-        rows = [int(row) for batch_rows, _ in window for row in batch_rows]
-        finite = [bool(ok) for _, losses in window for ok in losses.isfinite()]
-        pairs = [list(zip(rows, finite))]
-        if self.trainer.world_size > 1:
-            pairs = [None] * self.trainer.world_size
-            dist.all_gather_object(pairs, list(zip(rows, finite)))
-        pairs = [pair for of_rank in pairs for pair in of_rank]
+        rows = [int(row) for batch_rows, *_ in window for row in batch_rows]
+        finite = [bool(ok) for _, losses, _ in window for ok in losses.isfinite()]
+        pairs = [pair for of_rank in gather(list(zip(rows, finite))) for pair in of_rank]
         return [row for row, _ in pairs], [row for row, ok in pairs if not ok]
 
     def report_skip(self, rows, bad_rows):
@@ -202,8 +250,12 @@ class U2(L.LightningModule):
                                        "rows_with_nonfinite_loss": bad_rows}) + "\n")
         rank_zero_warn(f"step {step}: gradient not finite, update skipped; rows with non-finite loss: {bad_rows or 'none'}")
         if self.skips_in_a_row >= self.optim.max_skips:
+            self.steps.flush()
             raise UserError(f"{self.skips_in_a_row} updates in a row had a gradient that is not finite (the last at step "
                             f"{step}); see {self.skip_log or 'the log'} for the rows, or lower --lr")
+
+    def on_train_end(self):
+        self.steps.flush()
 
     # ------------------------------------------------------------------------------------------------------ validation
 
@@ -286,8 +338,14 @@ class U2(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint):
         """Plain data beside the weights: a .ckpt is all that a later command needs."""
+        self.steps.flush()  # before the checkpoint: the log of a resumed run is never behind it
         checkpoint.update(model_options=asdict(self.options), optim_options=asdict(self.optim),
-                          frontend=asdict(self.frontend), tokenizer=self.tokenizer.to_dict())
+                          frontend=asdict(self.frontend), tokenizer=self.tokenizer.to_dict(),
+                          skips={"in_a_row": self.skips_in_a_row, "in_all": self.skips_in_all})
+
+    def on_load_checkpoint(self, checkpoint):
+        skips = checkpoint.get("skips", {"in_a_row": 0, "in_all": 0})  # older checkpoints have none
+        self.skips_in_a_row, self.skips_in_all = skips["in_a_row"], skips["in_all"]
 
 
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:

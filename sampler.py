@@ -10,10 +10,17 @@ from torch.utils.data import Sampler
 from cli import UserError
 
 DRAWS = 20  # of an epoch, until one has no more batches than the first epoch
+# The shorter half of the rows, the longer half, and of that the longest tenth, which spans most of the range of lengths:
+# megabatches of one band are padded a quarter as much as mixed ones. In use where that tenth fills so many megabatches that
+# its rows meet other company in every epoch.
+BANDS, BAND_MEGABATCHES = (0.5, 0.9), 4
 
 
 class LengthGroupedSampler(Sampler):
     """Batches of rows alike in length: random megabatches, each sorted by length and cut; the longest batch comes first.
+
+    A megabatch has rows for `megabatch` batches of every rank, of one of three bands of length (BANDS) where there are rows
+    enough, else of any length.
 
     lengths (n,) in any unit; `rows` (n,) are the row numbers to yield (default 0 .. n-1). A batch has `batch_size` rows or,
     with `max_batch`, as many as keep rows * longest within it (in the unit of lengths; a longer row goes alone).
@@ -31,6 +38,7 @@ class LengthGroupedSampler(Sampler):
         self.batch_size, self.max_batch, self.group_by_length = batch_size, max_batch, group_by_length
         per_batch = batch_size or max(1, int(max_batch / max(self.lengths.mean(), 1)))
         self.megarows = megabatch * per_batch * world_size
+        self.bands = self._bands()
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.start_batch = 0, 0
         self.count = len(self._borders(self._order(0, 0))) - 1
@@ -38,6 +46,8 @@ class LengthGroupedSampler(Sampler):
             self.count = min(self.count + self.count // 50 + 1, len(lengths) // world_size)  # then fill it exactly
 
     def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.start_batch = 0  # also where none was asked for: the resumed epoch had been left after its last batch
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -67,11 +77,18 @@ class LengthGroupedSampler(Sampler):
         rows = self.rows[order]
         return [rows[borders[i]:borders[i + 1]][self.rank::self.world_size] for i in sequence]
 
+    def _bands(self) -> np.ndarray:
+        """(n,) uint8, the band of every row."""
+        if (1 - max(BANDS)) * len(self.lengths) < BAND_MEGABATCHES * self.megarows:
+            return np.zeros(len(self.lengths), np.uint8)
+        return np.searchsorted(np.quantile(self.lengths, BANDS), self.lengths).astype(np.uint8)
+
     def _order(self, epoch: int, draw: int) -> np.ndarray:
         """A permutation; with group_by_length, sorted by falling length within megabatches."""
         order = np.random.default_rng((self.seed, epoch, 0, draw)).permutation(len(self.lengths))
         if not self.group_by_length:
             return order
+        order = order[np.argsort(self.bands[order], kind="stable")]
         megabatch = np.arange(len(order)) // self.megarows
         return order[np.lexsort((-self.lengths[order], megabatch))]
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, make_parser, option, run, write_whole
 from datamodule import audio_lengths, get_concat_dataset, load_split
 from decode import MODES, SearchOptions
 from model import load_checkpoint
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
     for score in scores:
         print(json.dumps(score))
     if options.details:
-        write_lines(options.details, details)
+        lines = "".join(json.dumps(detail, ensure_ascii=False) + "\n" for detail in details)
+        write_whole(options.details, lines.encode())
 
 
 def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:
@@ -156,13 +157,6 @@ def count_errors(error_rate, hypothesis: str, reference: str, length: int) -> in
     if length == 0:  # everything heard is an insertion
         return len(hypothesis.split()) if error_rate is word_error_rate else len(hypothesis)
     return round(float(error_rate([hypothesis], [reference])) * length)
-
-
-def write_lines(path: str, records: list[dict]) -> None:
-    """Writes JSON lines, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(path + ".tmp", path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
-from cli import UserError
+from cli import UserError, write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
@@ -190,7 +190,4 @@ def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Writes tokenizer.json, whole or not at all."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(tokenizer.to_dict(), file, ensure_ascii=False, indent=1)
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=1).encode())

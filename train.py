@@ -1,7 +1,7 @@
 """Trains a U2++ model: python train.py --data_root data/demo --output_dir runs/demo --preset tiny
 
-Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was run, and its metrics), skipped.jsonl (updates
-that the guard skipped) and TensorBoard logs.
+Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was run, and its metrics), steps.jsonl (loss and
+rows of every update), skipped.jsonl (updates that the guard skipped) and TensorBoard logs.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, make_parser, option, run, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
+from recovery import LastCheckpoint, MemoryCheck, WholeFiles, cut_log, epoch_is_over, one_line_endings
 from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
 
-OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "logs")  # what --overwrite removes
+OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs")  # --overwrite removes
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class RunOptions:
     ema_decay: float = option(0.0, "validate and keep an exponential average of the weights, e.g. 0.998; 0: off")
     check_val_every_n_epoch: int = option(1, "epochs between validations")
     checkpoint_every_n_steps: int | None = option(None, "also write last.ckpt every so many updates")
+    checkpoint_every_n_minutes: float | None = option(None, "also write last.ckpt every so many minutes")
 
     def __post_init__(self):
         limits = {"seed": (0, 2**32 - 1), "max_epochs": (-1, math.inf), "max_steps": (-1, math.inf),
                   "accumulate_grad_batches": (1, math.inf), "gradient_clip_val": (0, math.inf), "num_nodes": (1, math.inf),
                   "ema_decay": (0, 0.999999), "check_val_every_n_epoch": (1, math.inf),
-                  "checkpoint_every_n_steps": (1, math.inf)}
+                  "checkpoint_every_n_steps": (1, math.inf), "checkpoint_every_n_minutes": (0, math.inf)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -89,7 +91,7 @@ def main(argv):
     check_source(options.init_from, source, model_options, frontend)
     resume = check_output(options.output_dir, args.resume, args.overwrite)
     tokenizer = read_tokenizer(options.tokenizer, args.data_root[0])
-    seen = check_resume(resume, model_options, frontend, tokenizer) if resume else 0
+    seen, step = check_resume(resume, model_options, frontend, tokenizer) if resume else (0, 0)
 
     L.seed_everything(options.seed, workers=False, verbose=False)
     data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
@@ -99,16 +101,18 @@ def main(argv):
     trainer = make_trainer(options)
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size),
-               skip_log=os.path.join(options.output_dir, "skipped.jsonl"))
+               skip_log=os.path.join(options.output_dir, "skipped.jsonl"),
+               step_log=os.path.join(options.output_dir, "steps.jsonl"))
     if not resume:
         prepare_weights(model, source, options.cmvn, data)
     if trainer.is_global_zero:
-        clear_output(options.output_dir, args.overwrite)
+        clear_output(options.output_dir, args.overwrite, step)
         record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
               f"{model.total_steps} updates planned")
-    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-    best = save_best(trainer, model, data, options.output_dir)
+    with one_line_endings(trainer, options.output_dir):
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+        best = save_best(trainer, model, data, options.output_dir)
     if trainer.is_global_zero:
         finish(trainer, model, best, options.output_dir, record)
 
@@ -188,8 +192,9 @@ def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None
     return None
 
 
-def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tokenizer) -> int:
-    """Batches of its epoch that the checkpoint has seen; UserError where it belongs to another model or frontend."""
+def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tokenizer) -> tuple[int, int]:
+    """(batches of its epoch that the checkpoint has seen, its updates); UserError where it belongs to another model or
+    frontend."""
     checkpoint = read_checkpoint(path)
     asked = {**dataclasses.asdict(model_options), **dataclasses.asdict(frontend)}
     saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(Frontend())  # of options that are newer than it
@@ -199,37 +204,41 @@ def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tok
         raise UserError(f"{path} was made with {'; '.join(differ)}; give the options that it was made with")
     if checkpoint["tokenizer"] != tokenizer.to_dict():
         raise UserError(f"{path} was made with another tokenizer than this data; resume on the data that it was made with")
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return 0 if progress["is_last_batch"] else progress["current"]["ready"]
+    loop = checkpoint["loops"]["fit_loop"]
+    seen = 0 if epoch_is_over(loop) else loop["epoch_loop.batch_progress"]["current"]["ready"]
+    return seen, checkpoint["global_step"]
 
 
-def clear_output(folder: str, overwrite: bool) -> None:
-    for name in OUTPUTS if overwrite else ():
+def clear_output(folder: str, overwrite: bool, step: int) -> None:
+    """Removes what the run will not go on with: the run before with `overwrite`, half-written files, log lines from `step` on
+    (a killed run wrote them after its last checkpoint, and they will come again)."""
+    for name in (*(OUTPUTS if overwrite else ()), *(name + ".tmp" for name in OUTPUTS)):
         path = os.path.join(folder, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
     os.makedirs(folder, exist_ok=True)
+    for name in ("steps.jsonl", "skipped.jsonl"):
+        if os.path.exists(os.path.join(folder, name)):
+            cut_log(os.path.join(folder, name), step)
 
 
 def make_trainer(options: RunOptions) -> L.Trainer:
     folder = options.output_dir
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty|smaller than the logging interval|LeafSpec).*")
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty|smaller than the logging "
+                            "interval|LeafSpec|dataloader is not resumable).*")  # ours is resumable, in its own way
     best = ModelCheckpoint(folder, filename="best", monitor="val_cer_mean", mode="min", enable_version_counter=False,
                            save_on_train_epoch_end=False)
-    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True,
-                           every_n_epochs=1)
-    callbacks = [TQDMProgressBar(refresh_rate=10), LearningRateMonitor("step")]
+    last = LastCheckpoint(os.path.join(folder, "last.ckpt"), options.checkpoint_every_n_steps,
+                          options.checkpoint_every_n_minutes)
+    callbacks = [TQDMProgressBar(refresh_rate=10), LearningRateMonitor("step"), MemoryCheck()]
     if options.ema_decay:
         callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)))  # all tensors at once
-    if options.checkpoint_every_n_steps:
-        callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False,
-                                         every_n_train_steps=options.checkpoint_every_n_steps))
     try:
         return L.Trainer(
             max_epochs=options.max_epochs, max_steps=options.max_steps, precision=options.precision,
             accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes,
             strategy=options.strategy, accumulate_grad_batches=options.accumulate_grad_batches,
             gradient_clip_val=options.gradient_clip_val or None, check_val_every_n_epoch=options.check_val_every_n_epoch,
-            callbacks=callbacks + [best, last], logger=TensorBoardLogger(folder, name="logs", version=""),
+            callbacks=callbacks + [best, last], plugins=[WholeFiles()], logger=TensorBoardLogger(folder, name="logs", version=""),
             use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, enable_model_summary=False)
     except (MisconfigurationException, ValueError, ImportError, ModuleNotFoundError) as error:
         raise UserError(f"Lightning refuses these options: {str(error).splitlines()[0]}") from error
@@ -260,21 +269,19 @@ def commit() -> str:
 def write_run(folder: str, record: dict) -> dict:
     """OUTPUT_DIR/run.json, whole or not at all."""
     record = {"command": " ".join(sys.argv), "commit": commit(), "seed": record["options"]["seed"], **record}
-    with open(os.path.join(folder, "run.json.tmp"), "w") as file:
-        json.dump(record, file, indent=1)
-    os.replace(file.name, os.path.join(folder, "run.json"))
+    write_whole(os.path.join(folder, "run.json"), json.dumps(record, indent=1).encode())
     return record
 
 
 def save_best(trainer, model, data, folder) -> float:
     """The best mean CER. A run that ended between two validations is validated once more, so best.ckpt is always there."""
-    callback = next(callback for callback in trainer.checkpoint_callbacks if callback.monitor == "val_cer_mean")
+    callback = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
     best = math.inf if callback.best_model_score is None else float(callback.best_model_score)
     if model.validated_step != trainer.global_step:
         score = trainer.validate(model, datamodule=data, verbose=False)[0]["val_cer_mean"]
         if score < best:
             best = score
-            trainer.save_checkpoint(os.path.join(folder, "best.ckpt"))
+            trainer.save_checkpoint(os.path.join(folder, "best.ckpt"), weights_only=False)
     return best
 
 

@@ -130,19 +130,37 @@ def _draw(low: int, high: int, generator: torch.Generator) -> int:
 def speed_perturb(speeds: tuple[float, ...]):
     """Plays the example at a speed drawn from `speeds`, pitch included. Kernels are built once per speed."""
     ratios = [_speed_ratio(speed) for speed in speeds]
-    resamplers = [torchaudio.transforms.Resample(*ratio) for ratio in ratios]
+    resamplers = [None if orig == new else _resampler(orig, new) for orig, new in ratios]
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         choice = _draw(0, len(speeds) - 1, generator)
         waveform = example["input_values"]
         length = speed_length(len(waveform), speeds[choice])
-        if ratios[choice][0] == ratios[choice][1] or length == 0:
+        if resamplers[choice] is None or length == 0:
             return example
-        changed = resamplers[choice](waveform)
-        # torchaudio reckons the length in float32, a sample off beyond two minutes; the filter counts exactly
-        return {**example, "input_values": torch.nn.functional.pad(changed, (0, length - len(changed)))}
+        return {**example, "input_values": resamplers[choice](waveform)[:length]}
 
     return transform
+
+
+def _resampler(orig: int, new: int):
+    """torchaudio's Resample(orig, new), orig != new, as a function (N,) -> (n,) with n at least N * new / orig.
+
+    As a matrix product it takes two thirds of the time of torchaudio's convolution, if no matrix has less than 16 columns:
+    a row makes as many periods of `new` samples at once.
+    """
+    original = torchaudio.transforms.Resample(orig, new)
+    kernel, width = original.kernel[:, 0], original.width  # (new, taps)
+    periods, taps = -(-16 // new), kernel.shape[1]
+    matrix = torch.zeros((periods - 1) * orig + taps, periods * new)
+    for period in range(periods):
+        matrix[period * orig:period * orig + taps, period * new:(period + 1) * new] = kernel.T
+
+    def resampler(waveform: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(waveform, (width, width + periods * orig))
+        return (padded.unfold(0, len(matrix), periods * orig) @ matrix).flatten()
+
+    return resampler
 
 
 def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:

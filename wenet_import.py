@@ -20,7 +20,7 @@ import re
 import torch
 import yaml
 
-from cli import UserError, make_parser, run
+from cli import UserError, make_parser, run, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint
 from tokenizer import BPE_SPACE, Tokenizer
@@ -456,23 +456,13 @@ def exported_files(model: U2) -> dict[str, bytes]:
 # The command
 
 
-def write(path: str, content: bytes) -> None:
-    """Whole or not at all."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(content)
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def import_model(exp_dir: str, out: str) -> str:
     model, tokenizer, _ = load_wenet(exp_dir)
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write(out, buffer.getvalue())
+    write_whole(out, buffer.getvalue())
     return (f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.options.encoder} encoder, "
             f"vocabulary {tokenizer.vocab_size}; for score.py, transcribe.py and train.py --init_from")
 
@@ -489,7 +479,7 @@ def export_model(checkpoint: str, out: str) -> str:
     except OSError as error:
         raise UserError(f"cannot make {out}: {error.strerror}") from None
     for name, content in files.items():
-        write(os.path.join(out, name), content)
+        write_whole(os.path.join(out, name), content)
     return f"{out}: {', '.join(files)}; WeNet resolves their names in train.yaml from the folder that it runs in"
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("cli",), ("transforms", "sampler", "tokenizer", "conformer", "decode", "demo"), ("stream",), ("datamodule", "model"),
-          ("prepare", "train", "score", "transcribe", "compare", "wenet_import"))
+FLOORS = (("cli",), ("transforms", "sampler", "tokenizer", "conformer", "decode", "demo"), ("stream",), ("datamodule", "model", "recovery"),
+          ("prepare", "train", "score", "transcribe", "compare", "wenet_import", "export", "bench"), ("torture",))
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.glob("*.py"))
 

@@ -136,6 +136,18 @@ def test_no_epoch_repeats_the_first_ones_batches():
         assert all(len(made[0] & other) < len(made[0]) / 2 for other in made[1:])
 
 
+@pytest.mark.parametrize("size", [{"batch_size": 4}, {"max_batch": 60.0}], ids=["rows", "duration"])
+def test_the_longest_rows_of_a_large_corpus_keep_to_themselves_but_change_company(size):
+    lengths = np.random.default_rng(0).lognormal(2, 0.5, 8000)
+    sampler = LengthGroupedSampler(lengths=lengths, megabatch=10, **size)
+    long = np.quantile(lengths, 0.9)
+    made = [{frozenset(batch.tolist()) for batch in sampler.plan(epoch) if lengths[batch].max() > long} for epoch in (0, 1)]
+    mixed = [batch for batch in made[0] if lengths[list(batch)].min() <= long]
+    assert len(mixed) <= 2  # where a megabatch takes the last of one band and the first of the next
+    shared = [batch for batch in made[0] & made[1] if len(batch) > 1]
+    assert len(shared) < len(made[0]) / 20
+
+
 def test_keys_carry_the_epoch_and_the_given_row_numbers():
     sampler = LengthGroupedSampler(lengths=random_lengths(10), rows=np.arange(10) * 7 + 3, batch_size=4)
     sampler.set_epoch(2)

@@ -1,8 +1,12 @@
 """train.py as a command: its outputs, resuming, and what it refuses. On noise: nothing is learnt here."""
 
 import json
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import recovery
 import train
 from cli import UserError
 from model import load_checkpoint
@@ -106,6 +111,196 @@ def interrupted(data, output, step, *extra, hook="on_train_batch_start"):
         with pytest.raises(Died):
             run(data, output, "--max_epochs", 3, "--checkpoint_every_n_steps", 2, *extra)
     return weights(output / "last.ckpt")
+
+
+# A pulled plug
+
+
+def left(output):
+    """All that training is to leave behind, bit by bit."""
+    kept = {name: (output / name).read_bytes() for name in ("steps.jsonl", "skipped.jsonl") if (output / name).exists()}
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint = torch.load(output / name, weights_only=True)
+        parts = {key: checkpoint.get(key) for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states")}
+        tensors = torch.utils._pytree.tree_leaves(parts)
+        kept[name] = [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for value in tensors]
+        kept[name] += [checkpoint["lr_schedulers"], checkpoint["skips"], checkpoint["global_step"]]
+    return kept
+
+
+def signalled(number, hook, batch):
+    """The model's `hook`, with a signal to its own process at its batch number `batch`, counted over epochs."""
+    original = getattr(train.U2, hook)
+
+    def step(self, *args):
+        if self.trainer.fit_loop.total_batch_idx == batch:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    return step
+
+
+def killed(data, output, batch, *words, hook="on_train_batch_start"):
+    """A run in a process of its own, and kill -9."""
+
+    def body():
+        setattr(train.U2, hook, signalled(signal.SIGKILL, hook, batch))
+        run(data, output, *words)
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("words, places", [
+    (("--num_workers", 2), [("on_train_batch_start", 6)]),
+    (("--accumulate_grad_batches", 3), [("on_train_batch_start", 5), ("on_train_batch_start", 6)]),  # never between updates
+    (("--ema_decay", 0.5), [("validation_step", 3), ("on_train_batch_start", 9)]),
+    (("--check_val_every_n_epoch", 2), [("on_train_epoch_end", 3), ("validation_step", 7)]),
+    (("--skip", 1), [("on_train_batch_start", 2)])], ids=lambda value: str(value[0]))
+def test_kill_9_anywhere_leaves_no_trace_in_weights_optimizer_or_logs(data, tmp_path, monkeypatch, words, places):
+    if words[0] == "--skip":
+        words = ()
+        monkeypatch.setattr(train.U2, "on_before_optimizer_step", poisoned(train.U2.on_before_optimizer_step, (1, 4)))
+    words = ("--max_epochs", 3, "--checkpoint_every_n_steps", 1, *words)
+    run(data, tmp_path / "whole", *words)
+    for number, (hook, batch) in enumerate(places):
+        killed(data, tmp_path / "cut", batch, *words, *(["--resume"] if number else []), hook=hook)
+    run(data, tmp_path / "cut", *words, "--resume")
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+    metrics = [json.loads((tmp_path / name / "run.json").read_text())["metrics"] for name in ("whole", "cut")]
+    assert metrics[0] == metrics[1]
+
+
+def poisoned(original, steps):
+    def step(self, optimizer):
+        if self.trainer.global_step in steps:
+            self.net.ctc.weight.grad.fill_(torch.nan)
+        original(self, optimizer)
+
+    return step
+
+
+def test_steps_jsonl_has_a_line_for_every_update_with_its_loss_and_its_rows(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.U2, "on_before_optimizer_step", poisoned(train.U2.on_before_optimizer_step, (1,)))
+    run(data, tmp_path / "run", "--max_epochs", 2, "--accumulate_grad_batches", 3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["loss"] > 0 for line in lines)
+    assert [len(line["rows"]) for line in lines] == [6, 2, 6, 2]
+    assert sorted(lines[0]["rows"] + lines[1]["rows"]) == list(range(8))
+    assert [line.get("skipped") for line in lines] == [None, True, None, None]
+
+
+def test_a_run_that_max_steps_cut_goes_on_within_its_epoch(data, tmp_path):
+    words = ("--scheduler", "warmup", "--max_epochs", -1)
+    run(data, tmp_path / "whole", *words, "--max_steps", 7)
+    run(data, tmp_path / "cut", *words, "--max_steps", 2)
+    run(data, tmp_path / "cut", *words, "--max_steps", 7, "--resume")
+    assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
+    assert (tmp_path / "whole" / "steps.jsonl").read_bytes() == (tmp_path / "cut" / "steps.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number, hook", [(signal.SIGTERM, "on_before_optimizer_step"), (signal.SIGINT, "validation_step")],
+                         ids=["SIGTERM in a step", "Ctrl-C in a validation"])
+def test_a_signal_saves_between_two_updates_and_ends_with_its_status(data, tmp_path, capsys, number, hook):
+    words = ("--max_epochs", 3, "--accumulate_grad_batches", 3, "--ema_decay", 0.5)
+    run(data, tmp_path / "whole", *words)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train.U2, hook, signalled(number, hook, 6 if hook == "on_before_optimizer_step" else 7))
+        run(data, tmp_path / "cut", *words)
+    assert stopped.value.code == 128 + number
+    assert f"{number.name} at step {3 if number == signal.SIGTERM else 4}: " in capsys.readouterr().err
+    run(data, tmp_path / "cut", *words, "--resume")
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
+def ranks(data, output, *words, interrupt=None):
+    """Exit statuses of two processes that train together, started as torchrun does; `interrupt`: rank, signal, hook, batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def body(rank):
+        os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2",
+                          LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0")
+        if interrupt and interrupt[0] == rank:
+            setattr(train.U2, interrupt[2], signalled(*interrupt[1:]))
+        run(data, output, "--devices", 2, "--strategy", "ddp", *words)
+
+    processes = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert not any(process.is_alive() for process in processes)
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes_survive_signals_to_one_of_them_and_kill_9(data, tmp_path):
+    words = ("--max_epochs", 4, "--checkpoint_every_n_steps", 1, "--num_workers", 1)
+    assert ranks(data, tmp_path / "whole", *words) == [0, 0]
+    stop = (1, signal.SIGTERM, "on_before_optimizer_step", 0)
+    assert ranks(data, tmp_path / "cut", *words, interrupt=stop) == [143, 0]
+    for hook, batch in (("on_train_batch_start", 4), ("validation_step", 5)):
+        first, other = ranks(data, tmp_path / "cut", *words, "--resume", interrupt=(0, signal.SIGKILL, hook, batch))
+        assert first == -signal.SIGKILL and other > 0
+    assert ranks(data, tmp_path / "cut", *words, "--resume") == [0, 0]
+    assert left(tmp_path / "cut") == left(tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "steps.jsonl").read_text().splitlines()]
+    assert [sorted(a["rows"] + b["rows"]) for a, b in zip(lines[::2], lines[1::2])] == [list(range(8))] * 4
+
+
+def test_last_ckpt_is_also_written_by_the_clock(data, tmp_path):
+    killed(data, tmp_path / "run", 2, "--max_epochs", 1, "--checkpoint_every_n_minutes", 0)
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_path):
+    run(data, tmp_path / "run", "--max_steps", 1)
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        with pytest.raises(UserError, match="last.ckpt: cannot be written .*make room there, then go on with --resume"):
+            run(data, tmp_path / "run", "--max_steps", 2, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    assert not (tmp_path / "run" / "last.ckpt.tmp").exists()
+
+
+def test_half_written_files_of_a_killed_run_are_removed_at_the_next_start(data, tmp_path):
+    run(data, tmp_path / "run", "--max_steps", 1)
+    for name in ("last.ckpt.tmp", "best.ckpt.tmp", "run.json.tmp"):
+        (tmp_path / "run" / name).write_text("half")
+    with open(tmp_path / "run" / "steps.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')
+    run(data, tmp_path / "run", "--max_steps", 1, "--resume")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert len((tmp_path / "run" / "steps.jsonl").read_text().splitlines()) == 1
+
+
+# Memory
+
+
+def test_the_memory_check_changes_nothing(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "with", "--max_epochs", 1, "--cnn_module_norm", "batch_norm")
+    monkeypatch.setattr(recovery.MemoryCheck, "on_train_start", lambda *_: None)
+    run(data, tmp_path / "without", "--max_epochs", 1, "--cnn_module_norm", "batch_norm")
+    assert left(tmp_path / "with") == left(tmp_path / "without")
+
+
+@pytest.mark.parametrize("words, advice", [(("--batch_size", 2), "lower --batch_size, for example to 1"),
+                                           (("--max_batch_seconds", 1.5), "lower --max_batch_seconds, for example to 1")], ids=str)
+def test_a_batch_that_does_not_fit_the_memory_is_said_before_the_first_update(data, tmp_path, monkeypatch, words, advice):
+    def loss(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train.U2, "training_step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("conformer.U2Conformer.loss", loss)
+    with pytest.raises(UserError, match=f"a batch of 2 rows, .* does not fit the memory of cpu .*{advice}"):
+        run(data, tmp_path / "run", *words)
 
 
 def test_two_processes_share_an_epoch_and_write_one_run(data, tmp_path):

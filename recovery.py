@@ -1,0 +1,208 @@
+"""What a pulled plug leaves behind, and what does not fit: checkpoints whole or not at all, signals, full disks, memory.
+
+Lightning's own ways lose something: its files do not wait for the disk, its signal handlers end a run without saving, and on
+resuming it leaves out the validation of an epoch that was saved before it.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import signal
+import sys
+import time
+
+import pytorch_lightning as L
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from pytorch_lightning.strategies import FSDPStrategy
+
+from cli import UserError, write_whole
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
+SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
+
+
+def cut_log(path: str, step: int) -> None:
+    """Keeps the lines of updates before `step`, as far as they are whole."""
+    with open(path, "rb+") as file:
+        end = 0
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                    break
+            except ValueError:  # a machine that lost its power may leave anything
+                break
+            end += len(line)
+        file.truncate(end)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints through write_whole. (Lightning's own way writes to another folder, moves, and does not wait for the disk.)"""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            write_whole(str(path), buffer.getbuffer())
+        except UserError as error:
+            raise UserError(f"{error}; then go on with --resume: the checkpoint before is whole") from error
+
+
+class Stopped(Exception):
+    """A signal ended the run, after last.ckpt was saved. args: exit status, step."""
+
+
+@contextlib.contextmanager
+def one_line_endings(trainer, folder):
+    """Signals and full disks: one line, the right exit status, and no process left behind."""
+    try:
+        yield
+    except Stopped as stopped:
+        status, step = stopped.args
+        if not trainer.is_global_zero:
+            sys.exit(0)  # Lightning would kill rank 0 for another status
+        print(f"\n{signal.Signals(status - STOP).name} at step {step}: {folder}/last.ckpt is saved; the same command with "
+              "--resume goes on", file=sys.stderr)
+        sys.exit(status)
+    except (OSError, UserError) as error:
+        if hasattr(trainer.strategy.launcher, "procs"):
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this process started would wait for it for ever
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, then go on with --resume: the last "
+                        "checkpoint is whole") from error
+
+
+class LastCheckpoint(Checkpoint):
+    """last.ckpt: after every epoch, every `steps` updates, every `minutes`, and when SIGTERM or Ctrl-C ends the run.
+
+    Always between two updates, never within an accumulation. On several ranks one clock and any rank's signal count for all:
+    U2.request travels with the guard's vote.
+    """
+
+    def __init__(self, path: str, steps: int | None, minutes: float | None):
+        self.path, self.steps, self.minutes = path, steps, minutes
+        self.stop = 0  # STOP + signal
+
+    def on_train_start(self, trainer, module):
+        self.listen(module)
+        self.saved = time.monotonic()
+        if trainer.received_sigterm:  # in the moment before
+            self.stop = STOP + signal.SIGTERM
+
+    def on_validation_start(self, trainer, module):
+        self.listen(module)
+
+    def listen(self, module):
+        """Takes the signals over from Lightning, whose handlers end a run without saving or hang on several ranks."""
+        def note(number, _):
+            self.stop = module.request = STOP + number
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        for number in (signal.SIGTERM, signal.SIGINT) if not self.stop else ():
+            signal.signal(number, note)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        due = self.minutes is not None and time.monotonic() - self.saved >= 60 * self.minutes
+        module.request = self.stop or SAVE * due
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.fit_loop._should_accumulate():
+            return
+        if module.agreed or self.steps and trainer.global_step % self.steps == 0:
+            self.save(trainer)
+        if module.agreed > STOP:
+            raise Stopped(module.agreed, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer, module):
+        self.save(trainer)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        stop = torch.tensor(self.stop, device=module.device)
+        if trainer.world_size > 1:
+            dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+        if not stop:
+            return
+        if trainer.state.fn == "fit":  # else training has ended and is saved
+            for callback in trainer.callbacks:
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, module)  # takes its average out of the model's place
+            self.save(trainer)
+        raise Stopped(int(stop), trainer.global_step)
+
+    def save(self, trainer):
+        trainer.save_checkpoint(self.path, weights_only=False)  # (said, or Lightning logs a line each time)
+        self.saved = time.monotonic()
+
+    def on_load_checkpoint(self, trainer, module, checkpoint):
+        settle(checkpoint["loops"]["fit_loop"])
+
+
+def epoch_is_over(loop: dict) -> bool:
+    """Whether the state of the fit loop in a checkpoint is that after an epoch's validation."""
+    epoch = loop["epoch_progress"]["current"]
+    return epoch["processed"] == epoch["ready"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
+
+
+def settle(loop: dict) -> None:
+    """Changes the state of the fit loop in a checkpoint so that Lightning goes on where it was saved.
+
+    By itself it leaves out the validation of an epoch that was saved before it, and the rest of one that max_steps cut short.
+    """
+    if epoch_is_over(loop):
+        return
+    for part in ("total", "current"):
+        epoch, batch = loop["epoch_progress"][part], loop["epoch_loop.batch_progress"][part]
+        epoch["processed"] = epoch["completed"] = epoch["ready"] - 1
+        if loop["epoch_loop.batch_progress"]["is_last_batch"]:
+            batch["completed"] = batch["ready"]
+            # as if it had been left in its validation's first batch
+            loop["epoch_loop.val_loop.batch_progress"][part].update(ready=1, started=1, processed=0, completed=0)
+
+
+class MemoryCheck(L.Callback):
+    """Runs the batches that need most memory forward and backward before the first update: what does not fit is said at once.
+
+    Weights, statistics, gradients, optimizer and random numbers stay as they are.
+    """
+
+    def on_train_start(self, trainer, module):
+        if isinstance(trainer.strategy, FSDPStrategy):
+            return  # which gathers weights in its own forward only
+        batches = trainer.datamodule.largest_batches()
+        reasons = [reason for batch in batches if (reason := self.reason(trainer, module, batch))]
+        if trainer.strategy.reduce_boolean_decision(bool(reasons), all=False):
+            raise UserError((reasons or ["the largest batch does not fit the memory of another rank; lower --batch_size or "
+                                         "--max_batch_seconds"])[0])
+
+    def reason(self, trainer, module, batch) -> str | None:
+        """Why the batch does not fit, None where it does."""
+        rows, frames, _ = batch.features.shape
+        buffers = [(buffer, buffer.clone()) for buffer in module.net.buffers()]
+        try:
+            self.run(trainer, module, batch)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is a CPU's
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
+            options = trainer.datamodule.options
+            name = "max_frame" if rows == 1 else "max_batch_seconds" if options.max_batch_seconds else "batch_size"
+            now = frames if rows == 1 else options.max_batch_seconds or options.batch_size or 16
+            return (f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does not fit the memory of "
+                    f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); lower --{name}, for example "
+                    f"to {now / 2:.0f}")
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def run(self, trainer, module, batch):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        # room for the optimizer's two moments, which the first update will make
+        moments = [torch.empty_like(p) for p in parameters for _ in range(0 if trainer.optimizers[0].state else 2)]
+        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+        with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+            with trainer.precision_plugin.forward_context():
+                loss = module.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"]
+            torch.autograd.grad(loss, parameters, allow_unused=True)  # gradients of its own: those of training stay unmade
+        del moments
