@@ -112,8 +112,13 @@ def draw_chunk(size: int, options: ModelOptions, generator: torch.Generator | No
 
 def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
     """(size, width) sine/cosine positions offset .. offset+size-1 (Vaswani et al. 2017, section 3.5)."""
-    rate = torch.exp(torch.arange(0, width, 2, device=device, dtype=torch.float32) * -(math.log(10000.0) / width))
-    angle = torch.arange(offset, offset + size, device=device, dtype=torch.float32)[:, None] * rate
+    return sinusoids_at(torch.arange(offset, offset + size, device=device, dtype=torch.float32), width)
+
+
+def sinusoids_at(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """The same for given positions (S,) float32 -> (S, width)."""
+    rate = torch.exp(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) * -(math.log(10000.0) / width))
+    angle = positions[:, None] * rate
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # (size, width/2, 2) -> (size, width) interleaved
 
 

@@ -28,12 +28,12 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from cli import UserError, build, make_parser, option, run
-from conformer import Encoder, receptive_field, reverse, subsampled_length
+from conformer import Encoder, receptive_field, reverse, sinusoids_at, subsampled_length
 from decode import ctc_greedy_search, ctc_prefix_beam_search
 from model import U2, load_checkpoint
 from stream import MAX_POSITION
-from tokenizer import BPE_SPACE, Tokenizer
-from transforms import Frontend, extract, feature_state, read_audio, stream_features
+from tokenizer import BPE_SPACE, Tokenizer, unit_lines
+from transforms import Frontend, extract, feature_state, log_mel_filters, read_audio, stream_features
 
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and later read it
 TOLERANCE = 1e-4  # of log-probabilities
@@ -123,9 +123,7 @@ class Chunk(nn.Module):
         An endless stream stays at MAX_POSITION, as in stream.py; what is in the cache before the first frame is masked.
         """
         index = torch.arange(before + size) - before + first.clamp(max=MAX_POSITION - size)
-        rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10000.0) / width))
-        angle = index.clamp(min=0).float()[:, None] * rate
-        return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[None]
+        return sinusoids_at(index.clamp(min=0).float(), width)[None]
 
 
 def newest(cache, size):
@@ -182,12 +180,10 @@ class LogMel(nn.Module):
     def __init__(self, frontend: Frontend):
         super().__init__()
         length, self.shift = frontend.window_samples, frontend.shift_samples
-        window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
-        bins = length // 2 + 1
+        window, mel = log_mel_filters(frontend)  # (window,), (bins,F)
+        bins = len(mel)
         turns = torch.arange(bins).outer(torch.arange(length)) % length * (2 * math.pi / length)  # reduced, so exact
-        waves = torch.cat((turns.double().cos(), turns.double().sin())) * window(length, periodic=False).double()
-        mel = torchaudio.functional.melscale_fbanks(
-            bins, 0.0, frontend.sample_rate / 2, frontend.num_mel_bins, frontend.sample_rate)  # (bins,F)
+        waves = torch.cat((turns.double().cos(), turns.double().sin())) * window.double()
         self.register_buffer("waves", waves.float()[:, None])  # (2 bins,1,window)
         self.register_buffer("mel", mel.T[..., None].contiguous())  # (F,bins,1); a convolution, which int8 leaves alone
 
@@ -389,9 +385,7 @@ def token_lines(tokenizer: Tokenizer) -> str:
     """tokens.txt: a line `token id` each. Raises UserError where tokens cannot be told apart in it."""
     tokens = [BPE_SPACE if token == tokenizer.space else token for token in tokenizer.tokens]
     tokens[tokenizer.blank_id] = BLANK
-    if len(set(tokens)) < len(tokens) or any(len(token.split()) != 1 for token in tokens):
-        raise UserError("its tokens cannot be lines of a tokens.txt: they hold spaces or are not distinct")
-    return "".join(f"{token} {i}\n" for i, token in enumerate(tokens))
+    return unit_lines(tokens, "tokens.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

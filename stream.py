@@ -1,8 +1,9 @@
 """Speech in pieces: the encoder as a stream, and on it recognition in two passes with endpoints.
 
-What comes out of the encoder equals the pass over the whole utterance under the same chunk mask. A stream is a function (feats, state) -> (out, state). The state is a value: the old one stays valid, the network keeps
-nothing. Per block it holds the keys and values of the visible left chunks and the last inputs of the causal convolution
-(U2, section 2.3); in front of the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
+What comes out of the encoder equals the pass over the whole utterance under the same chunk mask. A stream is a function
+(feats, state) -> (out, state). The state is a value: the old one stays valid, the network keeps nothing. Per block it holds
+the keys and values of the visible left chunks and the last inputs of the causal convolution (U2, section 2.3); in front of
+the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -91,20 +92,21 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
-    beam, memory, silent = decode.prefix_start(), [], 0
+    beam, memory, frames, silent = decode.prefix_start(), [], 0, 0
     for samples, last in with_last(pieces):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
         log_probs = model.ctc_log_probs(out)[0]  # (m,V)
-        beam = decode.prefix_advance(beam, log_probs, frames_of(memory), search.beam_size, model.net.blank_id)
+        beam = decode.prefix_advance(beam, log_probs, frames, search.beam_size, model.net.blank_id)
         memory.append(out)
+        frames += out.size(1)
         silent = trailing_blanks(log_probs[:, model.net.blank_id], silent)
-        heard, seconds = decode.prefix_result(beam), (first_frame + frames_of(memory)) * frame_ms(model) / 1000
-        if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames_of(memory)):
+        heard, seconds = decode.prefix_result(beam), (first_frame + frames) * frame_ms(model) / 1000
+        if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames):
             yield Heard(second_pass(model, heard, torch.cat(memory, dim=1), search), first_frame, seconds, True)
-            first_frame += frames_of(memory)
+            first_frame += frames
             state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
-            beam, memory, silent = decode.prefix_start(), [], 0
+            beam, memory, frames, silent = decode.prefix_start(), [], 0, 0
         elif out.size(1):
             yield Heard(heard, first_frame, seconds, False)
 
@@ -125,10 +127,6 @@ def cut(model, waveform: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, .
     """A recording (N,) in pieces of a chunk, as a microphone would give it; whole for chunk sizes below 1."""
     samples = chunk_size * frame_ms(model) * model.frontend.sample_rate // 1000
     return waveform.split(samples) if chunk_size > 0 else (waveform,)
-
-
-def frames_of(memory: list[torch.Tensor]) -> int:
-    return sum(out.size(1) for out in memory)
 
 
 def trailing_blanks(blank_log_probs: torch.Tensor, before: int) -> int:

@@ -188,6 +188,13 @@ def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:
                         "prepare.py --tokenizer")
 
 
+def unit_lines(tokens: list[str], file: str) -> str:
+    """Lines `token id` of WeNet's units.txt and sherpa-onnx's tokens.txt; UserError where they could not be read back."""
+    if len(set(tokens)) < len(tokens) or any(len(token.split()) != 1 for token in tokens):
+        raise UserError(f"its tokens cannot be lines of a {file}: they hold spaces or are not distinct")
+    return "".join(f"{token} {i}\n" for i, token in enumerate(tokens))
+
+
 def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Writes tokenizer.json, whole or not at all."""
     write_whole(path, json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=1).encode())

@@ -150,11 +150,17 @@ def check_source(path: str | None, source: dict | None, model_options: ModelOpti
     """UserError where the weights of --init_from would not fit, or would meet other features than they know."""
     free = {"dropout_rate", "attention_dropout_rate", "ctc_weight", "lsm_weight", "length_normalized_loss",
             "use_dynamic_chunk", "use_dynamic_left_chunk"}  # what shapes no weight
-    saved = {**source["model_options"], **source["frontend"]} if source else {}
-    asked = {**dataclasses.asdict(model_options), **dataclasses.asdict(frontend)}
-    for name in saved.keys() - free:
-        if saved[name] != asked[name]:
-            raise UserError(f"--{name} {asked[name]}: {path} was made with {saved[name]}; leave it out")
+    for name, (saved, asked) in differences(source, model_options, frontend).items() if source else ():
+        if name not in free:
+            raise UserError(f"--{name} {asked}: {path} was made with {saved}; leave it out")
+
+
+def differences(checkpoint: dict, model_options: ModelOptions, frontend: Frontend) -> dict[str, tuple]:
+    """{name: (the checkpoint's value, the one asked for)} of the model options and the frontend's that are not the same."""
+    asked = dataclasses.asdict(model_options) | dataclasses.asdict(frontend)
+    saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(Frontend())  # of options that are newer than it
+    saved |= checkpoint["model_options"] | checkpoint["frontend"]
+    return {name: (saved[name], value) for name, value in asked.items() if saved[name] != value}
 
 
 def prepare_weights(model: U2, source: dict | None, cmvn: str | None, data: SpeechDataModule) -> None:
@@ -196,10 +202,8 @@ def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tok
     """(batches of its epoch that the checkpoint has seen, its updates); UserError where it belongs to another model or
     frontend."""
     checkpoint = read_checkpoint(path)
-    asked = {**dataclasses.asdict(model_options), **dataclasses.asdict(frontend)}
-    saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(Frontend())  # of options that are newer than it
-    saved |= checkpoint["model_options"] | checkpoint["frontend"]
-    differ = [f"{name} {saved.get(name)}, not {value}" for name, value in asked.items() if saved.get(name) != value]
+    differ = [f"{name} {saved}, not {asked}" for name, (saved, asked) in
+              differences(checkpoint, model_options, frontend).items()]
     if differ:
         raise UserError(f"{path} was made with {'; '.join(differ)}; give the options that it was made with")
     if checkpoint["tokenizer"] != tokenizer.to_dict():

@@ -10,6 +10,7 @@ the seconds of audio that it took; a pause ends an utterance, which is then resc
 
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--mode has no effect with --stream, which is always attention_rescoring; leave one of them out")
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     model, _, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    hear = hear_stream if options.stream else hear_whole
+    hear = hear_stream if options.stream else partial(hear_whole, mode=options.mode)
     failed = False
     for path in given["files"]:
         try:
@@ -45,19 +46,19 @@ def main(argv: list[str]) -> None:
             failed = True
             print(f"transcribe.py: error: {path}: {' '.join(str(error).split())}", file=sys.stderr)
             continue
-        print(f"{path}\t{hear(model, waveform, options.mode, search)}", flush=True)
+        print(f"{path}\t{hear(model, waveform, search)}", flush=True)
     if failed:
         sys.exit(2)
 
 
-def hear_whole(model, waveform: torch.Tensor, mode: str, search: SearchOptions) -> str:
+def hear_whole(model, waveform: torch.Tensor, search: SearchOptions, mode: str) -> str:
     features = extract(model.frontend)(waveform)[None].to(model.device)  # (1,T,F)
     lengths = torch.tensor([features.shape[1]], device=model.device)
     hypothesis, = model.decode(features, lengths, mode, **asdict(search))
     return model.tokenizer.decode(hypothesis.tokens)
 
 
-def hear_stream(model, waveform: torch.Tensor, mode: str, search: SearchOptions) -> str:
+def hear_stream(model, waveform: torch.Tensor, search: SearchOptions) -> str:
     """The text of all utterances; of each, what is heard so far goes to stderr whenever it changes."""
     texts, shown = [], ""
     for heard in listen(model, cut(model, waveform, search.chunk_size), search):

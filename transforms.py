@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -176,31 +177,52 @@ def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
 # Waveform -> features
 
 
+def frames_of(waveform: torch.Tensor, frontend: Frontend) -> torch.Tensor:
+    """Windows (T, window) of a waveform (N,), a view; less than one window is padded with zeros to one, so that T >= 1."""
+    short = frontend.window_samples - len(waveform)
+    if short > 0:
+        waveform = torch.nn.functional.pad(waveform, (0, short))
+    return waveform.unfold(0, frontend.window_samples, frontend.shift_samples)
+
+
+def power_of(spectrum: torch.Tensor) -> torch.Tensor:
+    return spectrum.real * spectrum.real + spectrum.imag * spectrum.imag  # four times as fast as abs().square()
+
+
+@cache
+def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
+    """Window (window,) and mel filters (bins, F) of log_mel; not to be written to, as all callers share them."""
+    window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
+    mel = torchaudio.functional.melscale_fbanks(
+        frontend.window_samples // 2 + 1, 0.0, frontend.sample_rate / 2, frontend.num_mel_bins, frontend.sample_rate)
+    return window(frontend.window_samples, periodic=False), mel
+
+
 def log_mel(frontend: Frontend):
     """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once.
 
     No centring: frame t covers samples [t * shift, t * shift + window). Audio shorter than a window is padded with
     zeros to one frame, so that T >= 1. log1p keeps silence at 0, which is also what masks write.
     """
-    length, shift = frontend.window_samples, frontend.shift_samples
-    make_window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
-    window = make_window(length, periodic=False)
-    mel = torchaudio.functional.melscale_fbanks(
-        length // 2 + 1, 0.0, frontend.sample_rate / 2, frontend.num_mel_bins, frontend.sample_rate)  # (bins, F)
+    window, mel = log_mel_filters(frontend)
 
     def transform(example: dict, generator: torch.Generator | None) -> dict:
-        waveform = example["input_values"]
-        if len(waveform) < length:
-            waveform = torch.nn.functional.pad(waveform, (0, length - len(waveform)))
-        frames = waveform.unfold(0, length, shift) * window  # (T, window)
-        spectrum = torch.fft.rfft(frames)  # (T, bins) complex
-        power = spectrum.real * spectrum.real + spectrum.imag * spectrum.imag  # four times as fast as abs().square()
-        return {**example, "features": torch.log1p(power @ mel).T}
+        spectrum = torch.fft.rfft(frames_of(example["input_values"], frontend) * window)  # (T, bins) complex
+        return {**example, "features": torch.log1p(power_of(spectrum) @ mel).T}
 
     return transform
 
 
 BLOCK = 256  # frames that fbank works on at a time: what they need stays in the processor's cache
+
+
+@cache
+def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
+    """Window (window,) and mel filters (bins, F) of fbank; not to be written to. bins - 1 is half the FFT's length."""
+    padded = 1 << (frontend.window_samples - 1).bit_length()  # Kaldi's FFT takes powers of two
+    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, padded, frontend.sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
+    mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # the Nyquist bin has no weight
+    return torch.hann_window(frontend.window_samples, periodic=False).pow(0.85), mel  # povey
 
 
 def fbank(frontend: Frontend, dither: float = 0.0):
@@ -210,20 +232,14 @@ def fbank(frontend: Frontend, dither: float = 0.0):
     has no frame, for less than a window of samples, zeros are appended to make one. Dither, here on the samples rather
     than on each frame (2.5 times fewer draws), needs the generator and is left out without one.
     """
-    length, shift = frontend.window_samples, frontend.shift_samples
-    window = torch.hann_window(length, periodic=False).pow(0.85)  # povey
-    padded = 1 << (length - 1).bit_length()  # Kaldi's FFT takes powers of two
-    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, padded, frontend.sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
-    mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # (bins, F); the Nyquist bin has no weight
+    window, mel = fbank_filters(frontend)
     floor = torch.finfo(torch.float32).eps
 
     def transform(example: dict, generator: torch.Generator | None) -> dict:
         waveform = example["input_values"] * 32768
         if dither and generator is not None:
             waveform = waveform.add_(torch.randn(len(waveform), generator=generator), alpha=dither)
-        if len(waveform) < length:
-            waveform = torch.nn.functional.pad(waveform, (0, length - len(waveform)))
-        frames = waveform.unfold(0, length, shift)  # (T, window)
+        frames = frames_of(waveform, frontend)  # (T, window)
         features = torch.empty(len(frames), frontend.num_mel_bins)
         for start in range(0, len(frames), BLOCK):
             torch.mm(power(frames[start:start + BLOCK]), mel, out=features[start:start + BLOCK])
@@ -233,8 +249,7 @@ def fbank(frontend: Frontend, dither: float = 0.0):
         frames = frames - frames.mean(dim=1, keepdim=True)
         before = 0.97 * torch.cat((frames[:, :1], frames[:, :-1]), dim=1)  # the first sample has itself before it
         frames = (frames - before) * window  # rounded as Kaldi rounds: a fused step moves quiet bands by 0.03
-        spectrum = torch.fft.rfft(frames, n=padded)
-        return spectrum.real * spectrum.real + spectrum.imag * spectrum.imag
+        return power_of(torch.fft.rfft(frames, n=2 * (len(mel) - 1)))
 
     return transform
 

@@ -23,7 +23,7 @@ import yaml
 from cli import UserError, make_parser, run, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint
-from tokenizer import BPE_SPACE, Tokenizer
+from tokenizer import BPE_SPACE, Tokenizer, unit_lines
 from transforms import Frontend, read_cmvn
 
 # WeNet's options and defaults, section by section. First those that are options of ours:
@@ -441,10 +441,8 @@ def exported_files(model: U2) -> dict[str, bytes]:
     tokens = model.tokenizer.tokens
     if model.tokenizer.sentencepiece is None:
         tokens = [BPE_SPACE if token == model.tokenizer.space else token for token in tokens]
-    if len(set(tokens)) < len(tokens) or any(len(token.split()) != 1 for token in tokens):
-        raise UserError("its tokens cannot be lines of a units.txt: they hold spaces or are not distinct")
     files = {"train.yaml": yaml.safe_dump(wenet_config(model, has_cmvn), sort_keys=False, allow_unicode=True).encode(),
-             "units.txt": "".join(f"{token} {i}\n" for i, token in enumerate(tokens)).encode()}
+             "units.txt": unit_lines(tokens, "units.txt").encode()}
     if has_cmvn:
         files["global_cmvn"] = cmvn_json(mean, istd).encode()
     if model.tokenizer.sentencepiece:
