@@ -1,24 +1,28 @@
 """Searches: from CTC log-probabilities, and from attention decoders given as callables, to token sequences.
 
 Nothing here knows the model: CTC searches take log-probabilities, attention searches a function that scores tokens.
-Axes: B batch, T encoder frames, V vocabulary, N beam, U tokens of a hypothesis, L = U + 1 with the leading <sos>,
-M all hypotheses of all utterances. Scores are natural logarithms.
+Axes: B batch, T encoder frames, V vocabulary, N beam, K tokens that a frame offers, U tokens of a hypothesis, L = U + 1 with
+the leading <sos>, P nodes of a tree of hypotheses, M all hypotheses of all utterances. Scores are natural logarithms.
 
 Sources: CTC prefix beam search, Hannun et al. 2014 (arXiv:1408.2873), with the two prunings and the Viterbi times of
 WeNet; attention rescoring, U2 (arXiv:2012.05481, section 3.3) and its right-to-left half, U2++ (arXiv:2106.05642, 3.1).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchaudio
 
 from cli import UserError, option
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
+CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,6 @@ class Hypothesis(NamedTuple):
 
 def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[int]]) -> Hypothesis:
     return Hypothesis(nbest[0], scores[0], times[0], nbest, scores, times)
-
-
-def _log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b)), exact for -inf."""
-    if a < b:
-        a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
 
 
 # ---------------------------------------------------------------------------------------------------------------- CTC
@@ -109,113 +106,205 @@ def _align(tokens: list[int], log_probs: torch.Tensor, blank_id: int) -> list[in
     return _collapse(scores[0].tolist(), path[0].tolist(), blank_id).times
 
 
-class _Prefix:
-    """Scores of one prefix at one frame: all paths that end in blank, and all that end in the prefix's last token.
+# The rows of Beam.prefixes and Beam.scores.
+PREFIX, PARENT, LAST, STATE = range(4)  # the prefix, the prefix without its last token, its last token, the context's state
+# All paths; those that end in a blank, in the last token; of each the likeliest single one (Viterbi); the context's bonus.
+TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
 
-    The Viterbi halves follow the single best path, for the times only. Times are linked lists (earlier, frame), so that
-    an extension costs no copy.
+
+class Beam(NamedTuple):
+    """The N likeliest prefixes of each utterance, best first; a value: only `lists` grows, whatever is in it stays.
+
+    Prefixes and times are linked lists and known by numbers, equal lists by the same; 0 is the empty one. N is at most
+    beam_size; where an utterance has fewer prefixes, their number is -1 and their scores are nan. Viterbi is for times only.
     """
 
-    __slots__ = ("blank", "token", "viterbi_blank", "viterbi_token", "times_blank", "times_token")
-
-    def __init__(self, blank=-math.inf, viterbi=-math.inf):
-        self.blank, self.token = blank, -math.inf
-        self.viterbi_blank, self.viterbi_token = viterbi, viterbi
-        self.times_blank = self.times_token = None
-
-    def score(self) -> float:
-        return _log_add(self.blank, self.token)
-
-    def viterbi(self):
-        """(score, times) of the best single path; the path that ends in the token wins a tie, as in WeNet."""
-        if self.viterbi_blank > self.viterbi_token:
-            return self.viterbi_blank, self.times_blank
-        return self.viterbi_token, self.times_token
-
-    def extend(self, log_prob: float, viterbi: float, times, frame: int) -> None:
-        """Adds paths that emit the prefix's last token anew at `frame`."""
-        self.token = _log_add(self.token, log_prob)
-        if self.viterbi_token < viterbi:
-            self.viterbi_token, self.times_token = viterbi, (times, frame)
+    lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
+    context: object | None  # what favours phrases, see ctc_prefix_beam_search
+    frames: int  # how many there have been
+    prefixes: np.ndarray  # (4,B,N) int64
+    scores: np.ndarray  # (6,B,N) float64, log-probabilities
+    times: np.ndarray  # (3,B,N) int64, of Viterbi's path to a blank, to the last token, and of the latter without its last
 
 
-def ctc_prefix_beam_search(log_probs: torch.Tensor, lengths: torch.Tensor, beam_size: int,
-                           blank_id: int = 0) -> list[Hypothesis]:
+class _Offers(NamedTuple):
+    """What a frame offers, K tokens an utterance, best first."""
+
+    tokens: np.ndarray  # (B,K) int64
+    log_probs: np.ndarray  # (B,K) float64; nan for the blank
+    best: np.ndarray  # (B,1) highest of them, -inf where there is none
+    blank: np.ndarray  # (B,1) the blank's, -inf where it is not offered
+    blank_rank: np.ndarray  # (B,1) its place in tokens, K where it is not offered
+
+
+def ctc_prefix_beam_search(log_probs: torch.Tensor, lengths: torch.Tensor, beam_size: int, blank_id: int = 0,
+                           context=None) -> list[Hypothesis]:
     """The likeliest token sequences, each summed over its paths, kept to `beam_size` prefixes at every frame.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance with at most beam_size nbest. A frame offers
     only its beam_size likeliest tokens (first pruning). score is the log-probability of the sequence, exact when the
     beam holds every prefix; a token's time is the last frame of its run on the best single path.
+    context, a context.ContextGraph, adds a bonus to the score of sequences with its phrases, in the search and in the result.
+    The offers are found where log_probs are, the search is NumPy's on the CPU, in float64.
     """
-    return [prefix_result(prefix_advance(prefix_start(), row[:length], 0, beam_size, blank_id))
-            for row, length in zip(log_probs, lengths.tolist())]
+    return prefix_result(prefix_advance(prefix_start(len(log_probs), context), log_probs, beam_size, blank_id, lengths))
 
 
-# The same search in pieces, for a stream. A beam is a value: nothing changes it.
+# The same search in pieces, for a stream.
 
 
-def prefix_start() -> list:
-    """The beam before the first frame: the empty prefix. Items are (prefix, score, its halves)."""
-    return [((), 0.0, _Prefix(blank=0.0, viterbi=0.0))]
+def prefix_start(batch_size: int = 1, context=None) -> Beam:
+    """The beam before the first frame: the empty prefix."""
+    number, score = np.zeros((batch_size, 1), np.int64), np.zeros((batch_size, 1))
+    impossible, none = score - math.inf, number - 2  # -2: no prefix, no token
+    return Beam({-1: 0}, context, 0, np.stack((number, none, none, number)),
+                np.stack((score, score, impossible, score, impossible, score)), np.stack((number,) * 3))
 
 
-def prefix_advance(beam: list, log_probs: torch.Tensor, first_frame: int, beam_size: int, blank_id: int = 0) -> list:
-    """The beam after the frames log_probs (T,V), which are number first_frame and on of the utterance; T may be 0."""
-    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (T,N) each, best first
-    for frame, offers in enumerate(zip(tokens.tolist(), values.tolist()), first_frame):
-        scored = [(prefix, entry.score(), entry) for prefix, entry in _advance(beam, frame, offers, blank_id).items()]
-        beam = sorted(scored, key=lambda item: item[1], reverse=True)[:beam_size]
+def prefix_advance(beam: Beam, log_probs: torch.Tensor, beam_size: int, blank_id: int = 0,
+                   lengths: torch.Tensor | None = None) -> Beam:
+    """The beam after the next frames log_probs (B,T,V), of which lengths (B,) count (None: all); T may be 0."""
+    with np.errstate(invalid="ignore"):  # nan is what does not exist
+        for offers in _read_offers(log_probs, beam_size, blank_id, lengths):
+            beam = _advance_by_blank(beam, offers, beam_size) or _advance(beam, offers, beam_size)
     return beam
 
 
-def prefix_result(beam: list) -> Hypothesis:
-    """What the beam holds, best first."""
-    # A beam wider than the number of possible sequences also holds impossible ones (log-probability -inf).
-    beam = [item for item in beam if item[1] > -math.inf] or beam[:1]
-    return _from_nbest([list(prefix) for prefix, _, _ in beam], [score for _, score, _ in beam],
-                       [_unlink(entry.viterbi()[1]) for _, _, entry in beam])
+def prefix_result(beam: Beam) -> list[Hypothesis]:
+    """What the beam holds of each utterance, best first."""
+    prefixes, totals, (_, times) = beam.prefixes[PREFIX], beam.scores[TOTAL] + beam.scores[BONUS], _viterbi(beam)
+    if beam.context is not None:
+        totals = totals - beam.context.pending(beam.prefixes[STATE])
+        rows, order = np.arange(len(totals))[:, None], np.argsort(-totals, axis=1, kind="stable")
+        prefixes, totals, times = prefixes[rows, order], totals[rows, order], times[rows, order]
+    keys, results = list(beam.lists), []
+    for row_prefixes, scores, row_times in zip(prefixes.tolist(), totals.tolist(), times.tolist()):
+        # A beam wider than the number of possible sequences also holds impossible ones (log-probability -inf).
+        possible = sum(score > -math.inf for score in scores) or 1
+        results.append(_from_nbest([_unlink(keys, prefix) for prefix in row_prefixes[:possible]], scores[:possible],
+                                   [_unlink(keys, number) for number in row_times[:possible]]))
+    return results
 
 
-def _advance(beam: list, frame: int, offers: tuple[list[int], list[float]], blank_id: int) -> dict[tuple, _Prefix]:
-    """All prefixes reachable from `beam` by one of the frame's offered tokens."""
-    reached: dict[tuple, _Prefix] = {}
-    # In WeNet's order (token, then prefix), which decides ties. A prefix is entered by its first path.
-    sources = [(prefix, prefix[-1] if prefix else None, score, entry, *entry.viterbi())
-               for prefix, score, entry in beam]
-    for token, log_prob in zip(*offers):
-        for prefix, last, score, entry, viterbi, times in sources:
-            if token == blank_id:
-                target = reached.get(prefix) or reached.setdefault(prefix, _Prefix())
-                target.blank = _log_add(target.blank, score + log_prob)
-                target.viterbi_blank, target.times_blank = viterbi + log_prob, times
-                continue
-            if token == last:
-                target = reached.get(prefix) or reached.setdefault(prefix, _Prefix())
-                _stay(target, entry, log_prob, frame)
-                # Only a blank between them makes a second, equal token.
-                score, viterbi, times = entry.blank, entry.viterbi_blank, entry.times_blank
-            longer = prefix + (token,)
-            target = reached.get(longer) or reached.setdefault(longer, _Prefix())
-            target.extend(score + log_prob, viterbi + log_prob, times, frame)
-    return reached
+def _unlink(keys: list[int], number: int) -> list[int]:
+    items = []
+    while number > 0:
+        number, item = divmod(keys[number], 2**32)
+        items.append(item)
+    return items[::-1]
 
 
-def _stay(target: _Prefix, source: _Prefix, log_prob: float, frame: int) -> None:
-    """Adds the paths that repeat the prefix's last token: the sequence stays, the token's time moves on."""
-    target.token = _log_add(target.token, source.token + log_prob)
-    if target.viterbi_token < source.viterbi_token + log_prob:
-        target.viterbi_token = source.viterbi_token + log_prob
-        # WeNet keeps the times of a path that entered the prefix at this very frame, even if this one is likelier.
-        if target.times_token is None:
-            target.times_token = (source.times_token[0], frame)
+def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list[int]:
+    """Numbers of the lists that continue those numbered `earlier`."""
+    return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
 
 
-def _unlink(times) -> list[int]:
-    frames = []
-    while times is not None:
-        times, frame = times
-        frames.append(frame)
-    return frames[::-1]
+def _read_offers(log_probs: torch.Tensor, beam_size: int, blank_id: int,
+                 lengths: torch.Tensor | None) -> Iterator[_Offers]:
+    """Frame by frame. Behind its end an utterance is offered one certain blank, which changes nothing."""
+    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (B,T,K) each
+    both = torch.stack((tokens.double(), values.double()))  # (2,B,T,K)
+    if lengths is not None:
+        ended = torch.arange(values.shape[1], device=values.device) >= lengths.to(values.device)[:, None]  # (B,T)
+        silence = both.new_tensor([[-1.0] * values.shape[2], [-math.inf] * values.shape[2]])  # (2,K), no token's offer
+        silence[:, 0] = both.new_tensor([blank_id, 0.0])
+        both = torch.where(ended[..., None], silence[:, None, None], both)
+    tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each: one transfer
+    is_blank, rank = tokens == blank_id, np.arange(tokens.shape[2])
+    log_probs = np.where(is_blank | (tokens < 0), math.nan, values)
+    of_blank = np.where(is_blank, values, -math.inf).max(-1, keepdims=True)
+    best = np.fmax.reduce(log_probs, axis=-1, keepdims=True, initial=-math.inf)
+    blank_rank = np.where(is_blank, rank, len(rank)).min(-1, keepdims=True)
+    return map(_Offers._make, zip(tokens.astype(np.int64), log_probs, best, of_blank, blank_rank))
+
+
+def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
+    """(B,N) score and times of the best single path; the path that ends in the token wins a tie, as in WeNet."""
+    blank, token = beam.scores[[VITERBI_BLANK, VITERBI_TOKEN]]
+    by_blank = blank > token
+    return np.where(by_blank, blank, token), np.where(by_blank, beam.times[0], beam.times[1])
+
+
+def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | None:
+    """The beam after a frame where no utterance's offers but the blank can matter, as most frames are; else None.
+
+    No token repeats the last of a prefix, so none enters a prefix that is there already; and no new one can push out even
+    the least prefix: it scores at most what the best prefix and the best token give. All prefixes change by the same number,
+    which keeps their order.
+    """
+    score, last = beam.scores[TOTAL], beam.prefixes[LAST]
+    if (beam.context is not None or score.shape[1] < beam_size or (last[:, None] == offers.tokens[..., None]).any()
+            or not (score[:, -1:] + offers.blank > score[:, :1] + offers.best).all()):
+        return None
+    (viterbi, times), impossible = _viterbi(beam), np.full_like(score, -math.inf)
+    score = score + offers.blank
+    scores = np.stack((score, score, impossible, viterbi + offers.blank, impossible, beam.scores[BONUS]))
+    return beam._replace(frames=beam.frames + 1, scores=scores, times=np.stack((times, np.zeros_like(times), beam.times[2])))
+
+
+def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
+    """The beam after a frame: the best of the prefixes that stay and of those that an offered token extends."""
+    repeats = beam.prefixes[LAST][:, None] == offers.tokens[..., None]  # (B,K,N): the token is the prefix's last
+    longer, *longer_ids = _extend(beam, offers, repeats)
+    stay, stay_times, order = _stay(beam, offers, repeats, longer, longer_ids[0])
+    candidates = np.concatenate((stay, longer.reshape(*longer.shape[:2], -1)), axis=2)  # (6,B,N+K*N)
+    ids = np.concatenate(((stay_times, beam.prefixes[STATE]), np.reshape(longer_ids, (2, len(order), -1))), axis=2)
+    totals = candidates[TOTAL] + candidates[BONUS]
+    best = np.lexsort((order, -totals))[:, :beam_size]  # (B,N'), nan last
+    rows, (rank, source) = np.arange(len(best))[:, None], np.divmod(best, stay.shape[2])
+    scores, (earlier, state) = candidates[:, rows, best], ids[:, rows, best]
+    exists, extended = ~np.isnan(totals[rows, best]), rank > 0
+    number, parent, last, _ = beam.prefixes[:, rows, source]
+    parent, last = np.where(extended, number, parent), np.where(extended, offers.tokens[rows, rank - 1], last)
+    extended &= exists
+    number[extended] = _link(beam.lists, parent[extended], last[extended])
+    number[~exists], parent[~exists], scores[:, ~exists] = -1, -2, math.nan
+    times, entered = np.zeros_like(number), scores[VITERBI_TOKEN] > -math.inf
+    times[entered] = _link(beam.lists, earlier[entered], np.array(beam.frames))
+    return beam._replace(frames=beam.frames + 1, prefixes=np.stack((number, parent, last, state)), scores=scores,
+                         times=np.stack((_viterbi(beam)[1][rows, source], times, earlier)))
+
+
+def _extend(beam: Beam, offers: _Offers, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every prefix with every offered token behind it: scores (6,B,K,N), nan where the token is a blank, times before this
+    frame and states of the context (B,K,N) each. Only a blank between them makes a second, equal token."""
+    score, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
+    viterbi, times = _viterbi(beam)
+    state, gain = beam.prefixes[STATE][:, None], 0.0
+    if beam.context is not None:
+        state, gain = beam.context.step(state, offers.tokens[..., None])  # (B,K,N) each
+    scores = np.full((len(beam.scores), *repeats.shape), -math.inf)
+    scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, score) + offers.log_probs[..., None]
+    scores[VITERBI_TOKEN] = np.where(repeats, viterbi_blank, viterbi[:, None]) + offers.log_probs[..., None]
+    scores[BONUS] = bonus + gain
+    return scores, np.where(repeats, beam.times[0][:, None], times[:, None]), np.broadcast_to(state, repeats.shape)
+
+
+def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, longer: np.ndarray, longer_times: np.ndarray):
+    """The prefixes that stay, by a blank, by their last token or by the extension of another prefix, which is taken out of
+    `longer`: scores (6,B,N), nan where no offer is one of these; times before the last (B,N); and the order (B,N+K*N) in
+    which WeNet comes upon these and the longer ones, by token, then by prefix, which decides ties."""
+    number, parent, *_ = beam.prefixes
+    score, _, token, _, viterbi_token, bonus = beam.scores
+    (_, K, N), slots = repeats.shape, np.arange(repeats.shape[2])
+    rows, rank, offered = np.arange(len(repeats))[:, None], repeats.argmax(1), repeats.any(1)
+    is_parent = number[:, :, None] == parent[:, None]  # (B,N,N)
+    source, merges = is_parent.argmax(1), is_parent.any(1) & offered
+    own = np.where(offered, offers.log_probs[rows, rank], -math.inf)
+    entered = np.where(merges, longer[:, rows, rank, source], -math.inf)  # (6,B,N)
+    b, n = merges.nonzero()
+    longer[TOTAL, b, rank[b, n], source[b, n]] = math.nan
+    blank, token, viterbi_stays = score + offers.blank, np.logaddexp(token + own, entered[TOKEN]), viterbi_token + own
+    score = np.where(offered | (offers.blank_rank < K), np.logaddexp(blank, token), math.nan)
+    # WeNet keeps the times of a path that entered the prefix at this very frame, even if staying is likelier.
+    viterbi_enters = entered[VITERBI_TOKEN]
+    by_parent = (viterbi_enters > viterbi_stays) | (source < slots) & (viterbi_enters > -math.inf)
+    times = np.where(by_parent, longer_times[rows, rank, source], beam.times[2])
+    first = 2 * (np.minimum(offers.blank_rank, np.where(offered, rank, K)) * N + slots)
+    first = np.minimum(first, np.where(merges, 2 * (rank * N + source) + 1, first))
+    order = np.concatenate((first, np.broadcast_to(2 * np.arange(K * N) + 1, (len(first), K * N))), axis=1)
+    scores = np.stack((score, blank, token, _viterbi(beam)[0] + offers.blank, np.maximum(viterbi_enters, viterbi_stays), bonus))
+    return scores, times, order
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -273,38 +362,69 @@ def _rank(prefixes: torch.Tensor, scores: torch.Tensor, eos_id: int, length_pena
     return results
 
 
+class Tree(NamedTuple):
+    """The hypotheses of each utterance as a tree of P nodes: what they begin with in common is there once.
+
+    The first node is <sos>; those behind an utterance's last are <eos> and see themselves only.
+    """
+
+    tokens: torch.Tensor  # (B,P)
+    positions: torch.Tensor  # (B,P) of the token in its hypotheses, that of <sos> being 0
+    sees: torch.Tensor  # (B,P,P) bool: itself and what leads to it
+
+
 def attention_rescoring(hypotheses: list[Hypothesis], score, sos_id: int, eos_id: int, ctc_weight: float = 0.5,
                         reverse_weight: float = 0.3, device=None) -> list[Hypothesis]:
     """Sorts each utterance's CTC n-best anew by what the attention decoders think of them.
 
-    score(tokens_in (M,L), lengths (M,), rows (M,), reverse: bool) -> log-probabilities (M,L,V): teacher forcing, where
-    tokens_in is sos and the hypothesis (reversed for the right-to-left decoder), padded with eos_id behind its length;
-    rows says which utterance each belongs to. Called once per direction (once in all if reverse_weight is 0).
+    score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree: teacher forcing, with the
+    hypotheses reversed for the right-to-left decoder. Called once per direction (once in all if reverse_weight is 0).
     A score is (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC, each a sum of
     log-probabilities, the decoders' with eos. Times are those of the CTC search.
     """
-    nbest = [tokens for hypothesis in hypotheses for tokens in hypothesis.nbest]
-    counts = torch.tensor([len(hypothesis.nbest) for hypothesis in hypotheses])
-    rows = torch.repeat_interleave(torch.arange(len(hypotheses)), counts).to(device)
-    totals = _teacher_forced(nbest, rows, score, sos_id, eos_id, reverse=False)
+    nbests = [hypothesis.nbest for hypothesis in hypotheses]
+    totals = _teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)
     if reverse_weight > 0:
-        backward = _teacher_forced(nbest, rows, score, sos_id, eos_id, reverse=True)
+        nbests = [[tokens[::-1] for tokens in nbest] for nbest in nbests]
+        backward = _teacher_forced(nbests, partial(score, reverse=True), sos_id, eos_id, device)
         totals = (1 - reverse_weight) * totals + reverse_weight * backward
     return [_resort(hypothesis, row_totals.tolist(), ctc_weight)
-            for hypothesis, row_totals in zip(hypotheses, totals.split(counts.tolist()))]
+            for hypothesis, row_totals in zip(hypotheses, totals.split([len(nbest) for nbest in nbests]))]
 
 
-def _teacher_forced(nbest: list[list[int]], rows: torch.Tensor, score, sos_id: int, eos_id: int,
-                    reverse: bool) -> torch.Tensor:
-    """Sum of the decoder's log-probabilities of each sequence and its eos: (M,)."""
-    sequences = [torch.tensor([sos_id, *(tokens[::-1] if reverse else tokens), eos_id]) for tokens in nbest]
-    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=eos_id).to(rows.device)
-    lengths = torch.tensor([len(tokens) + 1 for tokens in nbest], device=rows.device)
-    # The input of a shorter sequence ends with its eos, which only padded positions see.
-    log_probs = score(padded[:, :-1], lengths, rows, reverse)  # (M,L,V)
-    picked = log_probs.gather(2, padded[:, 1:, None])[:, :, 0].double()  # (M,L)
-    valid = torch.arange(picked.shape[1], device=rows.device) < lengths[:, None]
-    return picked.masked_fill(~valid, 0.0).sum(dim=1)
+def _teacher_forced(nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device) -> torch.Tensor:
+    """Sum of the decoder's log-probabilities of each sequence and its eos: (M,) float64 on the CPU."""
+    tree, paths = _make_tree(nbests, sos_id, eos_id)
+    log_probs = score(Tree(*(part.to(device) for part in tree)))  # (B,P,V)
+    steps = [(row, node, token) for row, (nbest, row_paths) in enumerate(zip(nbests, paths))
+             for tokens, path in zip(nbest, row_paths) for node, token in zip(path, [*tokens, eos_id])]
+    picked = log_probs[tuple(torch.tensor(steps, device=device).T)].double().cpu()
+    return torch.stack([part.sum() for part in picked.split([len(path) for row_paths in paths for path in row_paths])])
+
+
+def _make_tree(nbests: list[list[list[int]]], sos_id: int, eos_id: int) -> tuple[Tree, list[list[list[int]]]]:
+    """The tree, and of each sequence of each utterance the nodes, from that of <sos> on."""
+    nodes, paths = zip(*map(_grow, nbests))
+    batch_size, size = len(nbests), 1 + max(map(len, nodes))
+    tokens, positions = np.full((batch_size, size), eos_id), np.zeros((batch_size, size), np.int64)
+    sees = np.eye(size, dtype=bool)[None].repeat(batch_size, axis=0)
+    for row, row_paths in enumerate(paths):
+        tokens[row, :1 + len(nodes[row])] = [sos_id, *(token for _, token in nodes[row])]
+        for path in row_paths:
+            positions[row, path] = np.arange(len(path))
+            sees[row][np.ix_(path, path)] = np.tri(len(path), dtype=bool)
+    return Tree(*map(torch.from_numpy, (tokens, positions, sees))), paths
+
+
+def _grow(nbest: list[list[int]]) -> tuple[dict[tuple[int, int], int], list[list[int]]]:
+    """({(node before, token): node}, the nodes of each sequence, from 0 for <sos> on)."""
+    nodes, paths = {}, []
+    for tokens in nbest:
+        path = [0]
+        for token in tokens:
+            path.append(nodes.setdefault((path[-1], token), len(nodes) + 1))
+        paths.append(path)
+    return nodes, paths
 
 
 def _resort(hypothesis: Hypothesis, totals: list[float], ctc_weight: float) -> Hypothesis:

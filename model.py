@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
+import hub
 import stream
 from cli import UserError, option
 from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
@@ -43,20 +44,23 @@ class OptimOptions:
     warmup_steps: int = option(500, "steps until the peak learning rate, at most 30 %% of a onecycle run")
     freeze_encoder_epochs: int = option(0, "with --init_from: epochs that leave the encoder as it came")
     max_skips: int = option(50, "stop after this many skipped updates in a row")
+    gradient_checkpointing: bool = option(False, "recompute the encoder's blocks in backward: less memory, more time")
+    compile: bool = option(False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)")
 
 
 class StepLog:
     """steps.jsonl: a line per attempted update, {"step", "loss", "rows"}, and "skipped" where it was thrown away.
 
-    `step` is the number of updates before it, `loss` the mean over its batches on all ranks (null where not finite), `rows`
-    their row numbers, rank by rank. `path` None: no log. Lines wait as tensors, because a GPU should not stop for a log.
+    `step` is the number of updates before it, `loss` the mean over its batches, each of all ranks' rows (null where not
+    finite), `rows` their row numbers, rank by rank. `path` None: no log. Lines wait as tensors, because a GPU should not stop
+    for a log.
     """
 
     def __init__(self, path: str | None):
         self.path, self.waiting = path, []
 
     def add(self, step: int, window, skipped: bool) -> None:
-        """`window`: (rows, row losses, loss) of each batch of this rank."""
+        """`window`: (rows, row losses, weighted loss) of each batch of this rank."""
         if self.path is None:
             return
         self.waiting.append((step, [rows for rows, *_ in window], [loss for *_, loss in window], skipped))
@@ -105,7 +109,7 @@ class U2(L.LightningModule):
         self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
         for suffix in VALIDATION_CHUNKS:
             self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = CharErrorRate(), WordErrorRate()
-        self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
+        self.window = []  # (rows, row losses, weighted loss) of the micro-batches since the last update
         self.steps = StepLog(step_log)
         self.update_skipped = False
         self.request = self.agreed = 0  # what to do after an update, of this rank and the largest of all; see recovery.py
@@ -155,6 +159,12 @@ class U2(L.LightningModule):
 
     # -------------------------------------------------------------------------------------------------------- training
 
+    def setup(self, stage):
+        self.net.encoder.gradient_checkpointing = self.optim.gradient_checkpointing
+        if self.optim.compile and stage == "fit":
+            for block in self.net.encoder.blocks:  # alike, so that they share their code
+                block.compile(dynamic=True)
+
     def on_train_batch_start(self, batch, batch_idx):
         # Dropout and chunk draws are a function of (seed, micro-batch, rank): nothing before them can move them.
         count = self.trainer.fit_loop.total_batch_idx
@@ -166,10 +176,29 @@ class U2(L.LightningModule):
         chunk_size, left_chunks = draw_chunk(size, self.options)
         losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths,
                                chunk_size, left_chunks)
-        self.window.append((batch.rows, losses.pop("row_losses"), losses["loss"].detach()))
+        row_losses, loss = losses.pop("row_losses"), self.weighted_loss(losses, batch)
+        self.window.append((batch.rows, row_losses, loss.detach()))
         self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch.rows))
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
-        return losses["loss"]
+        return loss
+
+    def weighted_loss(self, losses, batch):
+        """This rank's loss, times its share of the step's rows (per-label losses: labels) over an equal share.
+
+        DDP and FSDP take the mean of the ranks' gradients, as if all had equally many rows. So weighted, that mean is the
+        gradient of the mean over all rows of the step: what one process with the same rows computes.
+        """
+        ranks = self.trainer.world_size
+        if ranks == 1:
+            return losses["loss"]
+        labels = (batch.label_lengths + 1).sum()  # with eos
+        own = torch.stack((torch.full_like(labels, len(batch.rows)), labels))
+        total = own.clone()
+        dist.all_reduce(total)
+        rows, labels = ranks * own / total  # 1.0 where the ranks' batches are equal
+        o = self.options
+        return (o.ctc_weight * (rows * losses["loss_ctc"])
+                + (1 - o.ctc_weight) * ((labels if o.length_normalized_loss else rows) * losses["loss_att"]))
 
     def configure_optimizers(self):
         o = self.optim
@@ -284,36 +313,45 @@ class U2(L.LightningModule):
     # -------------------------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
-    def decode(self, feats, feat_lengths, mode: str, beam_size: int = 10, chunk_size: int = -1, left_chunks: int = -1,
-               ctc_weight: float = 0.5, reverse_weight: float = 0.3) -> list[decode.Hypothesis]:
-        """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
-
-        Raises UserError for a mode that is not one of decode.MODES.
-        """
+    def search(self, memory, lengths, mode: str, beam_size: int = 10, ctc_weight: float = 0.5, reverse_weight: float = 0.3,
+               context=None) -> list[decode.Hypothesis]:
+        """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are."""
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
+        if context is not None and mode not in decode.CONTEXT_MODES:
+            raise UserError(f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}")
         net = self.net
-        memory, lengths = net.encode(feats, feat_lengths, chunk_size, left_chunks)
         log_probs = net.ctc_log_probs(memory)
         if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
             found = self.attention_search(memory, lengths, beam_size)
             return [decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())]
         if mode == "ctc_greedy_search":
             return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
-        hypotheses = decode.ctc_prefix_beam_search(log_probs, lengths, beam_size, net.blank_id)
+        hypotheses = decode.ctc_prefix_beam_search(log_probs, lengths, beam_size, net.blank_id, context)
         if mode == "ctc_prefix_beam_search":
             return hypotheses
 
         return self.rescore(hypotheses, memory, lengths, ctc_weight, reverse_weight)
 
     @torch.no_grad()
+    def decode(self, feats, feat_lengths, mode: str, beam_size: int = 10, chunk_size: int = -1, left_chunks: int = -1,
+               ctc_weight: float = 0.5, reverse_weight: float = 0.3, context=None) -> list[decode.Hypothesis]:
+        """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
+
+        context: a context.ContextGraph of hotwords. Raises UserError for a mode that is not one of decode.MODES, or that
+        cannot favour hotwords.
+        """
+        memory, lengths = self.encode(feats, feat_lengths, chunk_size, left_chunks)
+        return self.search(memory, lengths, mode, beam_size, ctc_weight, reverse_weight, context)
+
+    @torch.no_grad()
     def rescore(self, hypotheses, memory, lengths, ctc_weight: float = 0.5, reverse_weight: float = 0.3):
         """The second pass over CTC n-best lists: memory (B,T',D) and lengths (B,) are the encoder's."""
         net = self.net
 
-        def score(tokens, _, rows, reverse):
+        def score(tree, reverse):
             decoder = net.right_decoder if reverse else net.decoder
-            return decoder(tokens, memory[rows], lengths[rows]).float().log_softmax(-1)
+            return decoder(tree.tokens, memory, lengths, tree.positions, tree.sees).float().log_softmax(-1)
 
         if net.right_decoder is None:
             reverse_weight = 0.0
@@ -349,7 +387,7 @@ class U2(L.LightningModule):
 
 
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
-    """(model in evaluation mode, tokenizer, frontend) of a .ckpt. Raises UserError for a file that is not ours."""
+    """(model in evaluation mode, tokenizer, frontend) of what read_checkpoint reads. Raises UserError for what is not ours."""
     checkpoint = read_checkpoint(path)
     try:
         tokenizer, frontend = Tokenizer.from_dict(checkpoint["tokenizer"]), Frontend(**checkpoint["frontend"])
@@ -361,14 +399,24 @@ def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
     return model.to(device).eval(), tokenizer, frontend
 
 
-def read_checkpoint(path: str) -> dict:
-    """The checkpoint's dict, tensors on the CPU; UserError where it is missing, unreadable or not ours."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt")
+def read_ckpt(path: str):
+    """What torch.save wrote, without running any code that is in it. Raises UserError where it is something else."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a checkpoint of lightning-U2, or damaged ({type(error).__name__})") from error
+
+
+def read_checkpoint(path: str) -> dict:
+    """The checkpoint's dict, tensors on the CPU, of a .ckpt, a folder for the hub or a hub repository org/name, which have no
+    state of training. Raises UserError where it is missing, unreadable or not ours."""
+    place = hub.locate(path)
+    if os.path.isdir(place):
+        checkpoint = hub.read_model(place)
+    elif not os.path.isfile(place):
+        raise UserError(f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt")
+    else:
+        checkpoint = read_ckpt(place)
     needed = ("state_dict", "model_options", "optim_options", "frontend", "tokenizer")
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:

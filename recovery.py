@@ -1,23 +1,30 @@
-"""What a pulled plug leaves behind, and what does not fit: checkpoints whole or not at all, signals, full disks, memory.
+"""What a pulled plug leaves behind, and what does not fit: checkpoints whole or not at all, signals, full disks, memory, and
+what a resumed run may change.
 
 Lightning's own ways lose something: its files do not wait for the disk, its signal handlers end a run without saving, and on
 resuming it leaves out the validation of an epoch that was saved before it.
 """
 
 import contextlib
+import copy
+import dataclasses
 import errno
 import io
 import json
 import signal
 import sys
 import time
+import zlib
+from typing import NamedTuple
 
+import numpy as np
 import pytorch_lightning as L
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.utilities import rank_zero_info
 
 from cli import UserError, write_whole
 
@@ -136,8 +143,66 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)  # (said, or Lightning logs a line each time)
         self.saved = time.monotonic()
 
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        checkpoint["plan"] = make_plan(trainer.datamodule, trainer.world_size, trainer.accumulate_grad_batches)
+
     def on_load_checkpoint(self, trainer, module, checkpoint):
         settle(checkpoint["loops"]["fit_loop"])
+
+
+class Place(NamedTuple):
+    """Where a checkpoint left its run."""
+
+    path: str | None = None
+    epoch: int = 0
+    batches: int = 0  # of each rank, in that epoch; 0 at an epoch's end
+    updates: int = 0
+    plan: dict | None = None  # of make_plan; older checkpoints have none
+
+
+def find_place(path: str, checkpoint: dict) -> Place:
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch = loop["epoch_progress"]["current"]["ready"] - 1
+    batches = 0 if epoch_is_over(loop) else loop["epoch_loop.batch_progress"]["current"]["ready"]
+    return Place(path, epoch, batches, checkpoint["global_step"], checkpoint.get("plan"))
+
+
+def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
+    """All that the order of rows depends on, by the names of its flags; `data` is a SpeechDataModule after setup('fit')."""
+    seconds, rows = data.options.max_batch_seconds, data.kept
+    checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
+    return {"seed": data.seed, "rows of train": f"{len(rows)} (checksum {checksum:08x})", "max_batch_seconds": seconds,
+            "batch_size": None if seconds else data.options.batch_size or 16, "group_by_length": data.options.group_by_length,
+            "accumulate_grad_batches": accumulate_grad_batches, "processes": world_size}
+
+
+def check_plan(place: Place, plan: dict, data) -> None:
+    """Whether a resumed run can go on by `plan`.
+
+    Within an epoch it can where the rest of the epoch stays the same: with the same plan, or with other processes and batches
+    that make the same batches of all processes together. Raises UserError else. At an epoch's end any plan will do.
+    """
+    differ = {name: (value, plan[name]) for name, value in (place.plan or plan).items() if value != plan[name]}
+    if not differ or place.batches and same_steps(place, plan, data, set(differ)):
+        return
+    said = "; ".join(f"{name} {before}, not {now}" for name, (before, now) in differ.items())
+    if place.batches:
+        raise UserError(f"{place.path} was saved within an epoch that is planned with {said}; give the same, or the same rows "
+                        "per update by --batch_size times all --devices, or resume from a checkpoint at an epoch's end")
+    rank_zero_info(f"note: {place.path} was planned with {said}; epochs from here on are planned anew, and the learning rate "
+                   "keeps to the schedule it began with")
+
+
+def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
+    """Whether both plans share the place's epoch out in the same batches of all processes together."""
+    sizes = ("batch_size", "max_batch_seconds")
+    if not differ <= {*sizes, "processes"}:
+        return False
+    before = copy.copy(data)
+    before.options = dataclasses.replace(data.options, **{name: place.plan[name] for name in sizes})
+    old, new = (side.sampler(0, options["processes"]).steps(place.epoch)
+                for side, options in ((before, place.plan), (data, plan)))
+    return len(old) == len(new) and all(map(np.array_equal, old, new))
 
 
 def epoch_is_over(loop: dict) -> bool:

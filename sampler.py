@@ -25,14 +25,13 @@ class LengthGroupedSampler(Sampler):
     lengths (n,) in any unit; `rows` (n,) are the row numbers to yield (default 0 .. n-1). A batch has `batch_size` rows or,
     with `max_batch`, as many as keep rows * longest within it (in the unit of lengths; a longer row goes alone).
     Every row comes once an epoch and every rank gets equally many batches, the ranks' batches of a step cut from the same
-    stretch of lengths. Raises UserError when there are fewer rows than ranks.
+    stretch of lengths. batch_size * world_size alone makes the steps, save that the last ones shift where fewer rows than
+    ranks are left over; with max_batch they depend on world_size. Raises UserError when there are fewer rows than ranks.
     """
 
     def __init__(self, *, lengths, batch_size: int | None = None, max_batch: float | None = None, rows=None,
                  group_by_length: bool = True, megabatch: int = 50, seed: int = 0, rank: int = 0, world_size: int = 1):
-        if len(lengths) < world_size:
-            raise UserError(f"{len(lengths)} rows cannot be spread over {world_size} processes; give more rows or lower "
-                            "--devices")
+        check_share(len(lengths), world_size)
         self.lengths = np.asarray(lengths)
         self.rows = np.arange(len(lengths)) if rows is None else np.asarray(rows)
         self.batch_size, self.max_batch, self.group_by_length = batch_size, max_batch, group_by_length
@@ -61,6 +60,10 @@ class LengthGroupedSampler(Sampler):
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of this rank in `epoch`, as row numbers."""
+        return [step[self.rank::self.world_size] for step in self.steps(epoch)]
+
+    def steps(self, epoch: int) -> list[np.ndarray]:
+        """The batches of all ranks together: the row numbers of each step, which the ranks take in turn."""
         for draw in range(DRAWS):
             order = self._order(epoch, draw)
             borders = self._borders(order)
@@ -75,7 +78,7 @@ class LengthGroupedSampler(Sampler):
         first = np.argmax(longest[sequence])
         sequence[[0, first]] = sequence[[first, 0]]  # the longest first: memory runs out at once or never
         rows = self.rows[order]
-        return [rows[borders[i]:borders[i + 1]][self.rank::self.world_size] for i in sequence]
+        return [rows[borders[i]:borders[i + 1]] for i in sequence]
 
     def _bands(self) -> np.ndarray:
         """(n,) uint8, the band of every row."""
@@ -131,13 +134,19 @@ class LengthGroupedSampler(Sampler):
         return borders
 
 
+def check_share(rows: int, world_size: int, split: str = "") -> None:
+    """UserError where a rank would have no row."""
+    if rows < world_size:
+        raise UserError(f"{rows} rows{split and f' of {split}'} cannot be spread over {world_size} processes; give more rows "
+                        "or lower --devices")
+
+
 def eval_batches(lengths, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[tuple[int, int]]]:
     """All rows once, sorted by falling length, equally many batches on every rank. Keys are (0, row).
 
     Lightning stops with a traceback where a rank has no batch. Raises UserError when there are fewer rows than ranks.
     """
-    if len(lengths) < world_size:
-        raise UserError(f"{len(lengths)} rows cannot be spread over {world_size} processes; give more rows or lower --devices")
+    check_share(len(lengths), world_size)
     order = np.argsort(-np.asarray(lengths), kind="stable")
     # a step is a stretch of rows alike in length that the ranks share; where rows do not divide, a batch may have one more
     steps = min(-(-len(order) // (batch_size * world_size)), len(order) // world_size)

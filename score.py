@@ -19,8 +19,9 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
 from cli import UserError, build, make_parser, option, run, write_whole
+from context import HotwordOptions, load_hotwords
 from datamodule import audio_lengths, get_concat_dataset, load_split
-from decode import MODES, SearchOptions
+from decode import CONTEXT_MODES, MODES, SearchOptions
 from model import load_checkpoint
 from stream import cut, listen
 from tokenizer import check_maker, normalize_text
@@ -51,22 +52,27 @@ class ScoreOptions:
 
 
 def main(argv: list[str]) -> None:
-    given = vars(make_parser(__doc__, ScoreOptions, SearchOptions).parse_args(argv))
-    options = build(ScoreOptions, given)
+    given = vars(make_parser(__doc__, ScoreOptions, SearchOptions, HotwordOptions).parse_args(argv))
+    options, words = build(ScoreOptions, given), build(HotwordOptions, given)
+    if words.hotwords and options.mode not in (*CONTEXT_MODES, "all"):
+        raise UserError(f"--mode {options.mode} cannot favour --hotwords; choose one of {', '.join(CONTEXT_MODES)}")
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    graph = load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
     dataset, references = load_data(tokenizer, options)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
+        context = graph if mode in CONTEXT_MODES else None
         if options.concatenate:
-            hypotheses, seconds = recognize_long(model, dataset, search)
+            hypotheses, seconds = recognize_long(model, dataset, search, context)
             references = [" ".join(filter(None, references))]
         elif options.stream:
-            hypotheses, seconds = recognize_stream(model, dataset, search)
+            hypotheses, seconds = recognize_stream(model, dataset, search, context)
         else:
-            hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search)
-        scores.append({"split": options.split, "mode": mode, "stream": options.stream, **asdict(search), "utterances": len(references),
+            hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search, context)
+        scores.append({"split": options.split, "mode": mode, "stream": options.stream, **asdict(search),
+                       **(asdict(words) if context else {}), "utterances": len(references),
                        "wer": float(word_error_rate(hypotheses, references)),
                        "cer": float(char_error_rate(hypotheses, references)),
                        "rtf": round(seconds / duration, 5)})
@@ -100,8 +106,8 @@ def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[
 
 
 def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOptions,
-              search: SearchOptions) -> tuple[list[str], float]:
-    """(what was heard, per row; seconds it took)."""
+              search: SearchOptions, context) -> tuple[list[str], float]:
+    """(what was heard, per row; seconds it took). context: a ContextGraph or None."""
     features_of, texts, seconds = extract(frontend), [""] * len(dataset), 0.0
     waveforms = dataset.select_columns(["input_values"]).with_format("numpy")
     order = np.argsort(-audio_lengths(dataset), kind="stable")  # longest first: memory runs out early or never
@@ -112,30 +118,31 @@ def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOpti
         features = [features_of(waveform) for waveform in batch]
         lengths = torch.tensor([len(frames) for frames in features])
         padded = pad_sequence(features, batch_first=True)  # (B,T,F)
-        found = model.decode(padded.to(model.device), lengths.to(model.device), mode, **asdict(search))
+        found = model.decode(padded.to(model.device), lengths.to(model.device), mode, **asdict(search), context=context)
         seconds += time.perf_counter() - began  # hypotheses are Python lists: the device has finished
         for row, hypothesis in zip(rows, found):
             texts[row] = tokenizer.decode(hypothesis.tokens)
     return texts, seconds
 
 
-def recognize_stream(model, dataset, search: SearchOptions) -> tuple[list[str], float]:
+def recognize_stream(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
     """The same, every row an utterance fed in pieces, from samples on."""
     texts, seconds = [], 0.0
     for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
         began = time.perf_counter()
-        *_, heard = listen(model, cut(model, waveform, search.chunk_size), search, endpoints=False)
+        *_, heard = listen(model, cut(model, waveform, search.chunk_size), search, endpoints=False, context=context)
         seconds += time.perf_counter() - began
         texts.append(model.tokenizer.decode(heard.hypothesis.tokens))
     return texts, seconds
 
 
-def recognize_long(model, dataset, search: SearchOptions) -> tuple[list[str], float]:
+def recognize_long(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
     """The same, all rows one behind the other: one text of all utterances that the endpoints make of them."""
     began = time.perf_counter()
     pieces = (piece for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
               for piece in cut(model, waveform, search.chunk_size))
-    texts = [model.tokenizer.decode(heard.hypothesis.tokens) for heard in listen(model, pieces, search) if heard.final]
+    texts = [model.tokenizer.decode(heard.hypothesis.tokens)
+             for heard in listen(model, pieces, search, context=context) if heard.final]
     return [" ".join(filter(None, texts))], time.perf_counter() - began
 
 

@@ -82,31 +82,35 @@ class Heard(NamedTuple):
     first_frame: int  # that frame's number since the stream began
     seconds: float  # how much of the stream has been heard
     final: bool  # after the second pass; False: CTC prefix search, what may yet change
+    memory: torch.Tensor | None = None  # (1,m,D), the encoder's output over the utterance, where final
 
 
-def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, endpoints: bool = True) -> Iterator[Heard]:
+def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, endpoints: bool = True,
+           context=None) -> Iterator[Heard]:
     """Recognises pieces of a waveform, each (n,) of any length n, as they come: two passes (U2, section 3.3).
 
     model: a model.U2. After every piece that completed a chunk comes what was heard so far, by CTC prefix search; at the
     end of an utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
+    context: a context.ContextGraph of hotwords.
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
-    beam, memory, frames, silent = decode.prefix_start(), [], 0, 0
+    beam, memory, frames, silent = decode.prefix_start(context=context), [], 0, 0
     for samples, last in with_last(pieces):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
-        log_probs = model.ctc_log_probs(out)[0]  # (m,V)
-        beam = decode.prefix_advance(beam, log_probs, frames, search.beam_size, model.net.blank_id)
+        log_probs = model.ctc_log_probs(out)  # (1,m,V)
+        beam = decode.prefix_advance(beam, log_probs, search.beam_size, model.net.blank_id)
         memory.append(out)
         frames += out.size(1)
-        silent = trailing_blanks(log_probs[:, model.net.blank_id], silent)
-        heard, seconds = decode.prefix_result(beam), (first_frame + frames) * frame_ms(model) / 1000
+        silent = trailing_blanks(log_probs[0, :, model.net.blank_id], silent)
+        (heard,), seconds = decode.prefix_result(beam), (first_frame + frames) * frame_ms(model) / 1000
         if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames):
-            yield Heard(second_pass(model, heard, torch.cat(memory, dim=1), search), first_frame, seconds, True)
+            memory = torch.cat(memory, dim=1)
+            yield Heard(second_pass(model, heard, memory, search), first_frame, seconds, True, memory)
             first_frame += frames
             state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
-            beam, memory, frames, silent = decode.prefix_start(), [], 0, 0
+            beam, memory, frames, silent = decode.prefix_start(context=context), [], 0, 0
         elif out.size(1):
             yield Heard(heard, first_frame, seconds, False)
 

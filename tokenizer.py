@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
+import hub
 from cli import UserError, write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
@@ -160,9 +161,12 @@ def from_vocab(vocabulary: dict) -> Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a tokenizer.json, a vocab.json or the tokenizer inside a .ckpt. Raises UserError if it is none of these."""
+    """Reads a tokenizer.json, a vocab.json, or the tokenizer inside a .ckpt, in a folder for the hub or in a hub repository
+    org/name. Raises UserError if it is none of these."""
+    path = hub.locate(str(path))
+    path = os.path.join(path, hub.TOKENIZER) if os.path.isdir(path) else path
     try:
-        if str(path).endswith(".ckpt"):
+        if path.endswith(".ckpt"):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
         else:
             with open(path, encoding="utf-8") as file:

@@ -26,7 +26,9 @@ from cli import UserError, build, make_parser, option, run, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
-from recovery import LastCheckpoint, MemoryCheck, WholeFiles, cut_log, epoch_is_over, one_line_endings
+from recovery import (LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log, find_place, make_plan,
+                      one_line_endings)
+from sampler import check_share
 from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
 
@@ -91,14 +93,16 @@ def main(argv):
     check_source(options.init_from, source, model_options, frontend)
     resume = check_output(options.output_dir, args.resume, args.overwrite)
     tokenizer = read_tokenizer(options.tokenizer, args.data_root[0])
-    seen, step = check_resume(resume, model_options, frontend, tokenizer) if resume else (0, 0)
+    place = check_resume(resume, model_options, frontend, tokenizer) if resume else Place()
 
     L.seed_everything(options.seed, workers=False, verbose=False)
     data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
                             options=build(DataOptions, given), input_layer=model_options.input_layer, seed=options.seed)
-    data.start_batch = seen
+    data.start_batch = place.batches
     data.setup("fit")  # before Lightning says anything: what is wrong with the data is one line
     trainer = make_trainer(options)
+    check_processes(trainer, data)
+    check_plan(place, make_plan(data, trainer.world_size, options.accumulate_grad_batches), data)
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size),
                skip_log=os.path.join(options.output_dir, "skipped.jsonl"),
@@ -106,7 +110,7 @@ def main(argv):
     if not resume:
         prepare_weights(model, source, options.cmvn, data)
     if trainer.is_global_zero:
-        clear_output(options.output_dir, args.overwrite, step)
+        clear_output(options.output_dir, args.overwrite, place.updates)
         record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
               f"{model.total_steps} updates planned")
@@ -190,7 +194,7 @@ def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None
     """The checkpoint to resume from, or None; an existing run is never touched without being told."""
     if resume is not None:
         return resume or os.path.join(folder, "last.ckpt")
-    if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK")):
+    if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")):
         return None  # the process of rank 0 has checked, and may have begun to write
     if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
@@ -198,9 +202,8 @@ def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None
     return None
 
 
-def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tokenizer) -> tuple[int, int]:
-    """(batches of its epoch that the checkpoint has seen, its updates); UserError where it belongs to another model or
-    frontend."""
+def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tokenizer) -> Place:
+    """Where the checkpoint left its run; UserError where it belongs to another model, frontend or tokenizer."""
     checkpoint = read_checkpoint(path)
     differ = [f"{name} {saved}, not {asked}" for name, (saved, asked) in
               differences(checkpoint, model_options, frontend).items()]
@@ -208,9 +211,9 @@ def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tok
         raise UserError(f"{path} was made with {'; '.join(differ)}; give the options that it was made with")
     if checkpoint["tokenizer"] != tokenizer.to_dict():
         raise UserError(f"{path} was made with another tokenizer than this data; resume on the data that it was made with")
-    loop = checkpoint["loops"]["fit_loop"]
-    seen = 0 if epoch_is_over(loop) else loop["epoch_loop.batch_progress"]["current"]["ready"]
-    return seen, checkpoint["global_step"]
+    if "loops" not in checkpoint:
+        raise UserError(f"{path} has no state of training to go on from; --init_from starts a new run from its weights")
+    return find_place(path, checkpoint)
 
 
 def clear_output(folder: str, overwrite: bool, step: int) -> None:
@@ -246,6 +249,16 @@ def make_trainer(options: RunOptions) -> L.Trainer:
             use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, enable_model_summary=False)
     except (MisconfigurationException, ValueError, ImportError, ModuleNotFoundError) as error:
         raise UserError(f"Lightning refuses these options: {str(error).splitlines()[0]}") from error
+
+
+def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
+    """UserError where torchrun has started other processes than Lightning is told of, or where one would have no rows."""
+    told, there = trainer.num_devices * trainer.num_nodes, os.environ.get("WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ and there != str(told):  # each would be a run of its own, or wait for others
+        raise UserError(f"torchrun has started {there} processes, but --devices {trainer.num_devices} times --num_nodes "
+                        f"{trainer.num_nodes} is {told}; give --devices NPROC_PER_NODE --num_nodes NNODES")
+    for split, rows in (("train", data.kept), ("dev", data.splits["dev"])):
+        check_share(len(rows), trainer.world_size, split)
 
 
 def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conformer import (PRESETS, SUBSAMPLING, Dropout, ModelOptions, Subsampling, U2Conformer, chunk_mask, draw_chunk,
+from conformer import (PRESETS, SUBSAMPLING, Dropout, ModelOptions, Subsampling, U2Conformer, attention, chunk_mask, draw_chunk,
                        label_smoothing_loss, receptive_field, reverse, sinusoids, subsampled_length, valid_mask)
 
 TINY = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5,
@@ -25,6 +25,38 @@ def test_predicted_length_is_the_length_that_the_convolutions_give(input_layer):
     assert subsampled_length(field - 1, input_layer) == 0 and subsampled_length(field + rate, input_layer) == 2
     lengths = torch.tensor([0, 1, field - 1, field, 100])
     assert subsampled_length(lengths, input_layer).tolist() == [subsampled_length(n, input_layer) for n in lengths.tolist()]
+
+
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+def test_the_faster_backward_of_the_subsampling_gives_autograds_gradients(input_layer):
+    torch.manual_seed(0)
+    subsampling = Subsampling(input_layer, 80, 6).double().to(memory_format=torch.channels_last)
+    x, weights = torch.randn(3, 67, 80, dtype=torch.float64), None
+    gradients = []
+    for training in (True, False):  # by hand; by autograd
+        y = subsampling.train(training)(x)
+        weights = torch.randn_like(y) if weights is None else weights
+        gradients.append(torch.autograd.grad((y * weights).sum(), list(subsampling.parameters())))
+    for by_hand, expected in zip(*gradients):
+        torch.testing.assert_close(by_hand, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["everything", "mask", "causal", "scale"])
+def test_attention_by_hand_is_scaled_dot_product_attention(kind):
+    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    more = {"everything": {}, "mask": dict(mask=chunk_mask(7, 3)), "causal": dict(is_causal=True), "scale": dict(scale=0.7)}[kind]
+    torch.testing.assert_close(attention(q, k, v, p=1e-9, **more), attention(q, k, v, **more))  # by hand, drops nothing
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    net, (feats, lengths) = network(dropout_rate=0.2).train(), (torch.randn(2, 60, 80), torch.tensor([60, 43]))
+    targets, target_lengths = torch.tensor([[4, 5, 6], [7, 8, 0]]), torch.tensor([3, 2])
+    gradients = []
+    for net.encoder.gradient_checkpointing in (False, True):
+        torch.manual_seed(1)
+        loss = net.loss(feats, lengths, targets, target_lengths)["loss"]
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
 
 @pytest.mark.parametrize("name, millions, vocab", [("base", 48.3, 4233), ("small", 4.6, 31)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import decode
+from conformer import PRESETS, ModelOptions, U2Conformer
 from decode import Hypothesis, attention_beam_search, attention_rescoring, ctc_greedy_search, ctc_prefix_beam_search
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
@@ -122,6 +123,92 @@ def test_padding_and_neighbours_change_nothing(search):
     assert together[2].tokens == [] and together[2].score == 0.0
 
 
+def log_add(a, b):
+    return max(a, b) if min(a, b) == -math.inf else max(a, b) + math.log1p(math.exp(-abs(a - b)))
+
+
+def search_by_prefixes(log_probs, beam_size, blank_id):
+    """One utterance (T,V), prefix by prefix and token by token in WeNet's order, in Python's floats."""
+    new = [-math.inf] * 4 + [None] * 2  # log-probability to a blank and to the last token; the same of Viterbi; its times
+    beam = [((), [0.0, -math.inf, 0.0, -math.inf, None, None])]
+    for frame, row in enumerate(log_probs):
+        reached = {}
+        for log_prob, token in zip(*(offers.tolist() for offers in row.topk(min(beam_size, len(row))))):
+            for prefix, (blank, ending, v_blank, v_ending, t_blank, t_ending) in beam:
+                total = log_add(blank, ending)
+                viterbi, times = (v_blank, t_blank) if v_blank > v_ending else (v_ending, t_ending)
+                if token == blank_id:
+                    entry = reached.setdefault(prefix, new[:])
+                    entry[0], entry[2], entry[4] = log_add(entry[0], total + log_prob), viterbi + log_prob, times
+                    continue
+                if prefix[-1:] == (token,):
+                    entry = reached.setdefault(prefix, new[:])
+                    entry[1] = log_add(entry[1], ending + log_prob)
+                    if entry[3] < v_ending + log_prob:
+                        entry[3] = v_ending + log_prob
+                        entry[5] = entry[5] or [*t_ending[:-1], frame]  # WeNet keeps the times of a path that entered just now
+                    total, viterbi, times = blank, v_blank, t_blank
+                entry = reached.setdefault((*prefix, token), new[:])
+                entry[1] = log_add(entry[1], total + log_prob)
+                if entry[3] < viterbi + log_prob:
+                    entry[3], entry[5] = viterbi + log_prob, [*(times or []), frame]
+        beam = sorted(reached.items(), key=lambda item: log_add(*item[1][:2]), reverse=True)[:beam_size]
+    beam = [item for item in beam if log_add(*item[1][:2]) > -math.inf] or beam[:1]
+    times = [entry[4] if entry[2] > entry[3] else entry[5] for _, entry in beam]
+    return [list(prefix) for prefix, _ in beam], [log_add(*entry[:2]) for _, entry in beam], [row or [] for row in times]
+
+
+def peaky_log_probs(*shape, blank_id, seed):
+    logits = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    logits[..., blank_id] += 9
+    logits[:, ::5, seed % shape[-1]] += 10
+    logits[:, 2::7, (seed + 1) % shape[-1]] += 8
+    return logits.log_softmax(-1)
+
+
+KINDS = {"flat": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed, sharpness=1.0),
+         "peaky": lambda shape, blank_id, seed: peaky_log_probs(*shape, blank_id=blank_id, seed=seed),
+         "tied": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed).round(),
+         "alike": lambda shape, blank_id, seed: torch.full(shape, -1.0),
+         "impossible": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed).where(
+             random_log_probs(*shape, seed=seed + 1) > -3, -math.inf)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_at_once_and_prefix_by_prefix_are_the_same_to_the_bit_ties_included(kind):
+    for seed in range(60):
+        vocabulary, frames, beam_size = 2 + seed % 11, seed % 23, 1 + seed % 12
+        blank_id = seed % 3 % vocabulary
+        log_probs = KINDS[kind]((3, frames, vocabulary), blank_id, seed)
+        lengths = torch.tensor([frames, frames // 2, max(frames - 1, 0)])
+        found = ctc_prefix_beam_search(log_probs, lengths, beam_size, blank_id)
+        for row, length, hypothesis in zip(log_probs, lengths, found, strict=True):
+            assert search_by_prefixes(row[:length], beam_size, blank_id) == hypothesis[3:]
+            assert hypothesis[:3] == tuple(part[0] for part in hypothesis[3:])
+
+
+def test_frames_of_blanks_take_the_short_way_to_the_same(monkeypatch):
+    log_probs, lengths = peaky_log_probs(2, 120, 60, blank_id=0, seed=5), torch.tensor([120, 90])
+    short, taken = decode._advance_by_blank, []
+    monkeypatch.setattr(decode, "_advance_by_blank", lambda *args: taken.append(short(*args)) or taken[-1])
+    found = ctc_prefix_beam_search(log_probs, lengths, 6)
+    assert len(taken) == 120 and sum(beam is not None for beam in taken) > 30
+    for row, length, hypothesis in zip(log_probs, lengths, found):
+        assert search_by_prefixes(row[:length], 6, 0) == hypothesis[3:]
+
+
+def test_a_beam_is_a_value_that_goes_on_in_pieces_of_any_length():
+    log_probs = random_log_probs(2, 30, 6, seed=12)
+    whole, = {str(ctc_prefix_beam_search(log_probs, torch.tensor([30, 30]), beam_size=4))}
+    beam = decode.prefix_start(2)
+    for piece in log_probs.split([7, 0, 1, 22], dim=1):
+        before, beam = beam, decode.prefix_advance(beam, piece, beam_size=4)
+        decode.prefix_advance(before, -piece, beam_size=4)  # another future of the same past changes nothing
+        again = decode.prefix_advance(before, piece, beam_size=4)
+        assert str(decode.prefix_result(again)) == str(decode.prefix_result(beam))
+    assert str(decode.prefix_result(beam)) == whole
+
+
 def test_a_beam_wider_than_the_vocabulary_and_impossible_tokens_are_fine():
     log_probs = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]).log()
     found, = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=50)
@@ -201,14 +288,20 @@ def test_attention_length_penalty_favours_longer_hypotheses():
 
 
 def make_scorer(vocabulary, calls):
-    """Teacher forcing of next_token_log_probs, another one per direction and utterance; NaN behind each length."""
-    def score(tokens_in, lengths, rows, reverse):
+    """Teacher forcing of next_token_log_probs, another one per direction and utterance, by what each node sees."""
+    def score(tree, reverse):
         calls.append(reverse)
-        log_probs = torch.full((*tokens_in.shape, vocabulary), math.nan)
-        for m, (tokens, length, row) in enumerate(zip(tokens_in.tolist(), lengths.tolist(), rows.tolist())):
-            assert tokens[0] == SOS and set(tokens[length:]) <= {EOS}
-            for i in range(length):
-                log_probs[m, i] = next_token_log_probs(tokens[1:i + 1], vocabulary, salt=10 * row + reverse)
+        log_probs = torch.empty(*tree.tokens.shape, vocabulary)
+        for row, (tokens, positions, sees) in enumerate(zip(*tree)):
+            assert tokens[0] == SOS
+            for node in range(len(tokens)):
+                before = sorted(sees[node].nonzero()[:, 0].tolist(), key=positions.tolist().__getitem__)
+                if before[0] == 0:  # else the node is padding
+                    assert positions[before].tolist() == list(range(len(before))) and before[-1] == node
+                    log_probs[row, node] = next_token_log_probs(tokens[before[1:]].tolist(), vocabulary, 10 * row + reverse)
+                else:
+                    assert before == [node] and tokens[node] == EOS
+                    log_probs[row, node] = math.nan
         return log_probs
     return score
 
@@ -235,6 +328,32 @@ def test_attention_rescoring_is_the_weighted_sum_over_both_directions(ctc_weight
         assert (after.tokens, after.score, after.times) == (after.nbest[0], after.nbest_scores[0],
                                                             after.nbest_times[0])
         assert after.times == before.nbest_times[before.nbest.index(after.tokens)]
+
+
+def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
+    torch.manual_seed(0)
+    net = U2Conformer(ModelOptions(**PRESETS["tiny"]), 80, 12, 0, 10, 11).double().eval()
+    memory, lengths = torch.randn(3, 7, 64, dtype=torch.float64), torch.tensor([7, 4, 0])
+    nbests = [[[2, 3, 4, 5], [2, 3, 5], [3, 4, 5], [2, 3, 4, 5, 5]], [[]], [[6, 7], [7]]]
+    hypotheses = [Hypothesis(nbest[0], 0.0, [], nbest, [0.0] * len(nbest), [[]] * len(nbest)) for nbest in nbests]
+    sizes = []
+
+    def score(tree, reverse):
+        sizes.append(tree.tokens.shape[1])
+        decoder = net.right_decoder if reverse else net.decoder
+        return decoder(tree.tokens, memory, lengths, tree.positions, tree.sees).log_softmax(-1)
+
+    with torch.no_grad():
+        found = attention_rescoring(hypotheses, score, 10, 11, reverse_weight=0.3)
+        for row, hypothesis in enumerate(found):
+            for tokens, total in zip(hypothesis.nbest, hypothesis.nbest_scores):
+                expected = 0.0
+                for decoder, weight, said in ((net.decoder, 0.7, tokens), (net.right_decoder, 0.3, tokens[::-1])):
+                    logits = decoder(torch.tensor([[10, *said]]), memory[row:row + 1], lengths[row:row + 1])
+                    targets = torch.tensor([*said, 11])[:, None]
+                    expected += weight * logits[0].log_softmax(-1).gather(1, targets).sum().item()
+                assert total == pytest.approx(expected, abs=1e-9)
+    assert sizes == [1 + 9, 1 + 10]  # <sos> and 15 tokens, less those that two hypotheses begin (end) with
 
 
 # -------------------------------------------------------------------------------------------------------------- golden

@@ -92,6 +92,16 @@ def test_batches_of_a_step_are_alike_in_length_over_ranks(size):
     assert all(max(map(len, step)) - min(map(len, step)) <= 1 for step in zip(*ranks))
 
 
+@pytest.mark.parametrize("group", [True, False], ids=["grouped", "shuffled"])
+def test_rows_of_all_ranks_together_make_the_steps_whatever_the_number_of_ranks(group):
+    for rows in (8, 20, 64, 100, 1004, 3007):  # of the last step at least one row for each of four ranks
+        for epoch in (0, 3):
+            one, two, four = (LengthGroupedSampler(lengths=random_lengths(rows), batch_size=8 // world_size, megabatch=5,
+                                                   world_size=world_size, group_by_length=group).steps(epoch)
+                              for world_size in (1, 2, 4))
+            assert as_lists(one) == as_lists(two) == as_lists(four)
+
+
 def waste(lengths, batches):
     """The share of a batch that is padding."""
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import recovery
 import train
 from cli import UserError
@@ -27,17 +28,20 @@ SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 
          "--warmup_steps 2 --accelerator cpu").split()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eight training rows (four batches) and two dev rows of noise."""
-    root = tmp_path_factory.mktemp("data")
+def make_data(root, train=8, dev=2, longer=700):
     rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("dev", 2)):
-        rows = [rng.standard_normal(8000 + 700 * i).astype(np.float32) for i in range(count)]
-        labels = [{"input_ids": rng.integers(4, 12, 3).astype(np.int32)} for _ in rows]
+    for split, count in (("train", train), ("dev", dev)):
+        rows = [rng.standard_normal(8000 + longer * i).astype(np.float32) for i in range(count)]
+        labels = [{"input_ids": rng.integers(4, 12, 1 + i % 3).astype(np.int32)} for i in range(count)]
         datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(str(root / split / "0"))
     save_tokenizer(train_char(["abcdefgh"]), str(root / "tokenizer.json"))
     return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight training rows (four batches) and two dev rows of noise."""
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def run(data, output, *words):
@@ -215,25 +219,28 @@ def test_a_signal_saves_between_two_updates_and_ends_with_its_status(data, tmp_p
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
 
 
-def ranks(data, output, *words, interrupt=None):
-    """Exit statuses of two processes that train together, started as torchrun does; `interrupt`: rank, signal, hook, batch."""
+def ranks(data, output, *words, interrupt=None, count=2):
+    """Exit statuses of processes that train together, started as torchrun does; `interrupt`: rank, signal, hook, batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def body(rank):
-        os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2",
-                          LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0")
+        os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count),
+                          LOCAL_WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0")
         if interrupt and interrupt[0] == rank:
             setattr(train.U2, interrupt[2], signalled(*interrupt[1:]))
-        run(data, output, "--devices", 2, "--strategy", "ddp", *words)
+        cli.run(lambda _: run(data, output, "--devices", count, "--strategy", "ddp", *words))
 
-    processes = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in (0, 1)]
+    processes = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    assert not any(process.is_alive() for process in processes)
+    waiting = [process for process in processes if process.is_alive()]
+    for process in waiting:
+        process.kill()
+    assert not waiting
     return [process.exitcode for process in processes]
 
 

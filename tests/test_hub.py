@@ -1,0 +1,208 @@
+"""To the hub and back: a folder of tensors and JSON is the checkpoint that it was made from, in every command."""
+
+import json
+import os
+import pickletools
+
+import huggingface_hub
+import pytest
+import soundfile
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from test_export import SOUND, network, save
+
+import export
+import hub
+import prepare
+import train
+import transcribe
+from cli import UserError
+from compare import read_scores
+from model import load_checkpoint, read_checkpoint
+from tokenizer import load_tokenizer
+
+PARTS = ("model_options", "optim_options", "frontend", "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(best.ckpt, the folder that export.py --hub_dir makes of it)."""
+    folder = tmp_path_factory.mktemp("run")
+    save(network(), folder / "best.ckpt")
+    write(folder / "best.ckpt", folder / "hub")
+    return folder / "best.ckpt", folder / "hub"
+
+
+def write(checkpoint, folder, *more):
+    export.main(["--checkpoint", str(checkpoint), "--hub_dir", str(folder), "--max_int8_cer", "1", "--chunk_size", "4",
+                 "--left_chunks", "2", *more])
+
+
+def refused(argv, main=export.main):
+    with pytest.raises(UserError) as error:
+        main(list(map(str, argv)))
+    return str(error.value)
+
+
+def test_the_folder_is_the_checkpoint_to_the_bit(made):
+    before, after = (read_checkpoint(str(path)) for path in made)
+    assert {part: before[part] for part in PARTS} == {part: after[part] for part in PARTS}
+    assert before["state_dict"].keys() == after["state_dict"].keys()
+    for name, value in before["state_dict"].items():
+        assert value.dtype == after["state_dict"][name].dtype and torch.equal(value, after["state_dict"][name]), name
+    models = [load_checkpoint(str(path))[0] for path in made]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models)))
+
+
+def test_it_holds_tensors_and_json_and_nothing_that_runs(made):
+    files = {os.path.relpath(os.path.join(place, name), made[1]) for place, _, names in os.walk(made[1]) for name in names}
+    assert files - {f"onnx/{name}" for name in export.ONNX_FILES} == {*hub.FILES, "README.md"}
+    assert {"onnx/model.onnx", "onnx/model.int8.onnx", "onnx/model-streaming.onnx", "onnx/tokens.txt"} <= files
+    for name in files:
+        content = (made[1] / name).read_bytes()
+        assert content[:2] != b"PK"  # torch.save's archives
+        with pytest.raises(ValueError):
+            pickletools.dis(content, out=open(os.devnull, "w"))
+    for name in ("config.json", "tokenizer.json"):
+        assert isinstance(json.loads((made[1] / name).read_text()), dict)
+
+
+def test_it_transcribes_like_the_checkpoint(made, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", SOUND.numpy(), 16000)
+    heard = []
+    for checkpoint in made:
+        transcribe.main(["--checkpoint", str(checkpoint), str(tmp_path / "a.wav")])
+        heard.append(capsys.readouterr().out)
+    assert heard[0] == heard[1] and len(heard[0].split("\t")[1]) > 5
+
+
+def snapshot(monkeypatch, result):
+    """huggingface_hub.snapshot_download that gives, or raises, `result`. -> the arguments of its calls."""
+    calls = []
+
+    def download(name, **options):
+        calls.append((name, options))
+        if isinstance(result, Exception):
+            raise result
+        return str(result)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return calls
+
+
+def test_a_name_on_the_hub_stands_for_a_checkpoint(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = snapshot(monkeypatch, made[1])
+    assert torch.equal(read_checkpoint("org/a-model.v2")["state_dict"]["net.ctc.weight"],
+                       read_checkpoint(str(made[0]))["state_dict"]["net.ctc.weight"])
+    assert load_tokenizer("org/a-model.v2").to_dict() == load_tokenizer(made[1]).to_dict() == load_tokenizer(made[0]).to_dict()
+    assert calls == [("org/a-model.v2", {"allow_patterns": list(hub.FILES)})] * 2  # no code, no ONNX
+
+
+def test_the_copy_in_the_cache_serves_without_a_network(made, tmp_path, monkeypatch):
+    """huggingface_hub itself, on a cache laid out as it lays them out."""
+    place = tmp_path / "models--org--name"
+    (place / "snapshots").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots" / ("0" * 40)).symlink_to(made[1])
+    original = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **options: original(name, cache_dir=tmp_path, local_files_only=True, **options))
+    assert read_checkpoint("org/name")["tokenizer"] == read_checkpoint(str(made[0]))["tokenizer"]
+    with pytest.raises(UserError, match="org/other: no such file or folder, and nothing comes from the hub"):
+        read_checkpoint("org/other")
+
+
+@pytest.mark.parametrize("name", ["nowhere.ckpt", "runs/nowhere.ckpt", "/nowhere/model", "a/b/c", "./a", "../a", "name"])
+def test_what_is_no_name_on_the_hub_is_not_looked_up(name, monkeypatch):
+    calls = snapshot(monkeypatch, AssertionError())
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(name)
+    with pytest.raises(UserError, match="cannot read a tokenizer"):
+        load_tokenizer("data/nowhere.json")
+    assert not calls
+
+
+def test_a_file_or_folder_goes_before_the_hub(made, monkeypatch):
+    monkeypatch.chdir(made[1].parent.parent)
+    calls = snapshot(monkeypatch, AssertionError())
+    read_checkpoint(f"{made[1].parent.name}/hub")
+    assert not calls
+
+
+@pytest.mark.parametrize("error", [
+    LocalEntryNotFoundError("Check your internet connection.\nMore lines."),
+    RepositoryNotFoundError.__new__(RepositoryNotFoundError, "401 Client Error.\nMore."), OSError(28, "No space left")])
+def test_what_the_hub_does_not_give_is_one_line(error, monkeypatch):
+    snapshot(monkeypatch, error)
+    for main, flag in ((transcribe.main, "--checkpoint"), (export.main, "--checkpoint"), (train.main, "--init_from")):
+        said = refused([flag, "org/name", *(["a.wav"] if main is transcribe.main else [])], main)
+        assert said.startswith("org/name: no such file or folder, and nothing comes from the hub (") and "\n" not in said
+
+
+def test_fine_tuning_and_preparing_take_the_folder(made, tmp_path):
+    """As far as to what they ask next."""
+    asked = refused(["--init_from", made[1], "--data_root", tmp_path / "none", "--output_dir", tmp_path / "run"], train.main)
+    assert asked.startswith(f"{tmp_path}/none: no such data root")
+    source = tmp_path / "source"
+    (source / "train").mkdir(parents=True)
+    soundfile.write(source / "train" / "a.wav", SOUND.numpy(), 16000)
+    (source / "train" / "metadata.csv").write_text("file_name,transcription\na.wav,the fox\n")
+    prepare.main(["--source", str(source), "--data_root", str(tmp_path / "data"), "--tokenizer", str(made[1])])
+    assert load_tokenizer(tmp_path / "data" / "tokenizer.json").to_dict() == load_tokenizer(made[0]).to_dict()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", None, "a folder without config.json"), ("model.safetensors", None, "a folder without model.safetensors"),
+    ("config.json", b"{", "damaged"), ("config.json", b"[]", "config.json holds no JSON object"),
+    ("config.json", b'{"model_type": "whisper"}', "no model_options, optim_options, frontend in it"),
+    ("tokenizer.json", b"\xff", "damaged"), ("model.safetensors", b"\x80\x04" + bytes(90), "damaged")])
+def test_a_folder_that_is_not_ours_or_damaged_is_one_line(made, tmp_path, name, content, message):
+    for file in hub.FILES:
+        (tmp_path / file).write_bytes((made[1] / file).read_bytes())
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tmp_path):
+    card = (made[1] / "README.md").read_text()
+    assert "None yet. `python score.py" in card and "| wer" not in card
+    data = huggingface_hub.ModelCard(card).data.to_dict()  # the hub's own reader of the header
+    assert data["pipeline_tag"] == "automatic-speech-recognition" and data["library_name"] == "lightning-u2"
+    assert {"conformer", "onnx"} <= set(data["tags"]) and not {"language", "license"} & set(data)
+    filled = huggingface_hub.ModelCard(card.replace("# language: en", "language: en")).data.to_dict()
+    assert filled["language"] == "en"
+    save(network(), tmp_path / "best.ckpt")
+    score = {"split": "dev", "mode": "attention", "stream": False, "chunk_size": 16, "left_chunks": -1, "utterances": 98,
+             "wer": 0.5, "cer": 0.25, "rtf": 0.1}
+    (tmp_path / "scores.jsonl").write_text(f"said   the fox\n{json.dumps(score)}\n")
+    assert len(read_scores(str(tmp_path))) == 1
+    row = "| dev | attention | no | 16 | -1 | 98 | 0.5000 | 0.2500 | 0.1000 |"
+    assert row in export.numbers(str(tmp_path / "best.ckpt"))
+    assert "None yet" in export.numbers(str(tmp_path / "last.ckpt"))  # they are not its scores
+    os.utime(tmp_path / "scores.jsonl", (1, 1))
+    assert "None yet" in export.numbers(str(tmp_path / "best.ckpt"))  # nor those of what was trained since
+
+
+def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
+    assert "hub exists; name another folder, or add --overwrite" in refused(["--checkpoint", made[0], "--hub_dir", made[1]])
+    folder = tmp_path / "hub"
+    write(made[0], folder)
+    write(made[0], folder, "--overwrite")
+    (folder / ".git").mkdir()
+    assert "more than an export (.git)" in refused(["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"])
+    monkeypatch.setattr(export, "check", lambda *args: (_ for _ in ()).throw(UserError("unlike")))
+    assert "unlike" in refused(["--checkpoint", made[0], "--hub_dir", tmp_path / "new"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
+    assert "leave one of them out" in refused(["--checkpoint", made[0], "--hub_dir", folder, "--out", tmp_path / "out"])
+
+
+def test_a_model_that_onnx_has_no_place_for_goes_without(tmp_path, capsys):
+    save(network(causal=False), tmp_path / "best.ckpt")
+    write(tmp_path / "best.ckpt", tmp_path / "hub")
+    assert "without ONNX files: its encoder is a conformer that is not causal" in capsys.readouterr().out
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert not (tmp_path / "hub" / "onnx").exists() and "No ONNX files: its encoder is" in card and "- onnx" not in card
+    assert load_checkpoint(str(tmp_path / "hub"))[0].options.causal is False
