@@ -56,6 +56,9 @@ transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.
 export: .venv/installed  ## OUTPUT_DIR/best.ckpt as ONNX in OUTPUT_DIR/export: make export ARGS="--audio a.wav b.flac"
 	$(PY) export.py --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite $(ARGS)
 
+parity: .venv/installed  ## AN4 as torch, onnxruntime and sherpa-onnx hear it: make parity ARGS="--checkpoint runs/mine/best.ckpt"
+	$(PY) parity.py $(ARGS)
+
 compare: .venv/installed  ## table of the runs in runs/
 	$(PY) compare.py $(ARGS)
 
@@ -99,4 +102,4 @@ an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, withi
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
-.PHONY: help setup data train score transcribe export compare test smoke bench torture clean an4 an4_long
+.PHONY: help setup data train score transcribe export parity compare test smoke bench torture clean an4 an4_long

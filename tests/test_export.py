@@ -3,20 +3,22 @@
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import onnxruntime
 import pytest
 import soundfile
 import torch
-import torchaudio.compliance.kaldi as kaldi
 from conftest import ROOT
 
 import export
+import parity
 from cli import UserError
 from conformer import ModelOptions, subsampled_length
-from decode import ctc_greedy_search
-from export import BLANK, Chunk, ExportOptions, export as export_model, main, synthetic_sound, token_lines
+from export import BLANK, ExportOptions, export as export_model, main, token_lines
 from model import U2, OptimOptions
+from onnx_checks import call, given_of, greedy, network_stream, network_whole, synthetic_sound
+from onnx_graphs import Chunk, ChunkOptions, cache_inputs
 from stream import MAX_POSITION
 from tokenizer import Tokenizer, train_char
 from transforms import Frontend, extract
@@ -25,6 +27,7 @@ from wenet_import import load_wenet
 TINY = dict(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5, decoder_num_blocks=1,
             r_num_blocks=1, decoder_linear_units=32)
 CHUNK, LEFT = 4, 2
+CHUNKS = ChunkOptions(CHUNK, LEFT)
 CACHE = CHUNK * LEFT
 SOUND = synthetic_sound(16000, 2.13)  # 52 encoder frames and a bit; 13 chunks
 AN4 = ROOT.parent / "shared" / "speech" / "an4" / "dev"
@@ -44,9 +47,8 @@ def network(frontend="fbank", seed=0, **changes):
     return model
 
 
-def write(model, folder, **options):
-    options = {"out": str(folder / "out"), "chunk_size": CHUNK, "left_chunks": LEFT, "max_int8_cer": 1.0, **options}
-    lines = export_model(model, ExportOptions(**options))
+def write(model, folder, chunks=CHUNKS, **options):
+    lines = export_model(model, ExportOptions(**{"out": str(folder / "out"), "max_int8_cer": 1.0, **options}), chunks)
     return folder / "out", lines
 
 
@@ -60,6 +62,12 @@ def fbank(tmp_path_factory):
 def log_mel(tmp_path_factory):
     model = network("log_mel")
     return model, *write(model, tmp_path_factory.mktemp("log_mel"))
+
+
+def save(model, path):
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
 
 
 def session_of(folder, name):
@@ -160,27 +168,62 @@ def test_an_endless_stream_is_that_of_stream_py(fbank, offset):
     np.testing.assert_allclose(heard, expected.numpy(), atol=1e-4)
 
 
+class WenetRuntime:
+    """What onnx_asr_model.cc does with encoder.onnx, ctc.onnx and decoder.onnx, from their metadata alone."""
+
+    def __init__(self, folder):
+        self.encoder, self.ctc, self.decoder = (session_of(folder, f"{name}.onnx") for name in ("encoder", "ctc", "decoder"))
+        self.read = {name: int(value) for name, value in self.encoder.get_modelmeta().custom_metadata_map.items()
+                     if value.isdigit()}
+        self.outs = []
+
+    def forward(self, feats):
+        """(1,T,F) -> log-probabilities (T',V); the encoder's output is kept."""
+        m = self.read
+        chunk, left, rate, context = m["chunk_size"], m["left_chunks"], m["subsampling_rate"], m["right_context"]
+        size, offset, log_probs = chunk * left, chunk * left, []
+        att = np.zeros((m["num_blocks"], m["head"], size, m["output_size"] // m["head"] * 2), np.float32)
+        cnn = np.zeros((m["num_blocks"], 1, m["output_size"], m["cnn_module_kernel"] - 1), np.float32)
+        for start in range(0, feats.shape[1] - context, chunk * rate):
+            mask, index = np.ones((1, 1, size + chunk), bool), offset // chunk - left
+            mask[..., :max(left - index, 0) * chunk] = False
+            window = feats[:, start:start + (chunk - 1) * rate + context + 1]
+            out, att, cnn = self.encoder.run(None, {
+                "chunk": window, "offset": np.array(offset), "required_cache_size": np.array(size), "att_cache": att,
+                "cnn_cache": cnn, "att_mask": mask})
+            offset += out.shape[1]
+            self.outs.append(out)
+            log_probs.append(self.ctc.run(None, {"hidden": out})[0][0])
+        return np.concatenate(log_probs)
+
+    def rescore(self, hyps, reverse_weight):
+        """The attention decoders' scores of hypotheses, which it pads with 0."""
+        lengths = np.array([len(hyp) + 1 for hyp in hyps])
+        padded = np.zeros((len(hyps), lengths.max()), np.int64)
+        for row, hyp in zip(padded, hyps):
+            row[:len(hyp) + 1] = [self.read["sos_symbol"], *hyp]
+        names = [node.name for node in self.decoder.get_inputs()]  # it gives them in this order
+        ways = self.decoder.run(None, dict(zip(names, (padded, lengths, np.concatenate(self.outs, axis=1)))))
+        left, right = ([sum(of_hyp[i, token] for i, token in enumerate([*tokens, self.read["eos_symbol"]]))
+                        for of_hyp, tokens in zip(way, said)] for way, said in zip(ways, (hyps, [h[::-1] for h in hyps])))
+        return [(1 - reverse_weight) * a + reverse_weight * b for a, b in zip(left, right)]
+
+
 @torch.no_grad()
-def test_the_second_pass_is_that_of_the_model(fbank):
-    """Scores summed up as WeNet's runtime does, which pads with 0."""
+@pytest.mark.parametrize("samples", [9000, len(SOUND)])
+def test_two_passes_as_in_wenet_s_runtime_are_those_of_the_model(fbank, samples):
+    """WeNet's C++ itself is not run here."""
     model, folder, _ = fbank
-    feats = extract(model.frontend)(SOUND)[None]
+    runtime, feats = WenetRuntime(folder), given_of(model, SOUND[:samples])
+    log_probs = runtime.forward(feats.numpy())
     memory, lengths = model.encode(feats, torch.tensor([feats.size(1)]), CHUNK, LEFT)
-    found = model.decode(feats, torch.tensor([feats.size(1)]), "ctc_prefix_beam_search", beam_size=4)[0]
+    np.testing.assert_allclose(log_probs, model.ctc_log_probs(memory)[0], atol=1e-4)
+    found = model.decode(feats, torch.tensor([feats.size(1)]), "ctc_prefix_beam_search", 4, CHUNK, LEFT)[0]
     found = found._replace(nbest=found.nbest[:3] + [[]], nbest_scores=[0.0] * 4, nbest_times=[[]] * 4)
     expected = model.rescore([found], memory, lengths, 0.0, 0.3)[0]
-    hyps = np.zeros((4, max(map(len, found.nbest)) + 1), np.int64)
-    hyps[:, 0] = 2
-    for row, tokens in zip(hyps, found.nbest):
-        row[1:len(tokens) + 1] = tokens
-    hyps_lens = np.array([len(tokens) + 1 for tokens in found.nbest])
-    inputs = {"hyps": hyps, "hyps_lens": hyps_lens, "encoder_out": memory.numpy()}
-    left, right = session_of(folder, "decoder.onnx").run(None, inputs)
-    for row, tokens in enumerate(found.nbest):
-        scores = [sum(part[row, i, token] for i, token in enumerate([*way, 3]))
-                  for part, way in ((left, tokens), (right, tokens[::-1]))]
-        place = expected.nbest.index(tokens)
-        assert 0.7 * scores[0] + 0.3 * scores[1] == pytest.approx(expected.nbest_scores[place], abs=1e-3)
+    scores = dict(zip(map(tuple, found.nbest), runtime.rescore(found.nbest, 0.3)))
+    assert [scores[tuple(tokens)] for tokens in expected.nbest] == pytest.approx(expected.nbest_scores, abs=1e-3)
+    assert max(scores.values()) - min(scores.values()) > 1  # they do tell hypotheses apart
 
 
 @torch.no_grad()
@@ -198,17 +241,12 @@ def test_a_waveform_goes_in_where_features_are_log_mel(log_mel, samples):
 def test_hear_py_hears_what_the_network_hears(log_mel):
     model, folder, _ = log_mel
     soundfile.write(folder / "sound.wav", SOUND.numpy(), 16000, subtype="FLOAT")
-    options = ExportOptions(chunk_size=CHUNK, left_chunks=LEFT)
-    for name, log_probs in (("model.onnx", export.network_whole(model, SOUND)),
-                            ("model-streaming.onnx", model.ctc_log_probs(export.network_stream(model, options, SOUND)))):
-        expected = greedy(log_probs)
+    for name, log_probs in (("model.onnx", network_whole(model, SOUND)),
+                            ("model-streaming.onnx", model.ctc_log_probs(network_stream(model, CHUNKS, SOUND)))):
+        expected = greedy(model, log_probs)
         done = subprocess.run([sys.executable, "hear.py", name, "sound.wav"], cwd=folder, capture_output=True, text=True)
         assert done.stdout == "".join(token_of(model, i) for i in expected) + "\n", done.stderr
     assert not list(folder.glob("encoder.onnx"))
-
-
-def greedy(log_probs):
-    return ctc_greedy_search(log_probs[None], torch.tensor([len(log_probs)]))[0].tokens
 
 
 def token_of(model, i):
@@ -219,7 +257,7 @@ def test_other_sizes_and_kinds(tmp_path):
     """A U2 of every option that is allowed to differ, also as a command."""
     model = network(cnn_module_norm="batch_norm", input_layer="conv2d6", activation_type="relu", cnn_module_kernel=4,
                     reverse_weight=0.0, decoder_attention_heads=4, features=dict(num_mel_bins=40, sample_rate=8000))
-    folder, lines = write(model, tmp_path, chunk_size=3, left_chunks=1)
+    folder, lines = write(model, tmp_path, ChunkOptions(3, 1))
     assert lines[-1].startswith("decoder.onnx: log-probabilities within")
     decoder = session_of(folder, "decoder.onnx")
     assert decoder.get_modelmeta().custom_metadata_map["is_bidirectional_decoder"] == "0"
@@ -231,51 +269,33 @@ def test_other_sizes_and_kinds(tmp_path):
 # ------------------------------------------------------------------------------------------------------- sherpa-onnx
 
 
-def sherpa_features(sound):
-    """Kaldi's with edges mirrored and no mel filter above 7,600 Hz, which Python cannot change."""
-    return kaldi.fbank(sound[None] * 32768, num_mel_bins=80, high_freq=-400.0, snip_edges=False, dither=0.0)[None]
-
-
 def sounds():
     files = sorted(AN4.glob("*.flac"))[:3]
-    found = [torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in files]
-    return [torch.cat((sound, torch.zeros(8000))) for sound in [SOUND, *found]]
+    return [SOUND, *(torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in files)]
 
 
-@torch.no_grad()
-def test_sherpa_onnx_streams_the_same_tokens(fbank):
-    sherpa_onnx = pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is not installed")
-    model, folder, _ = fbank
-    recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
-        tokens=str(folder / "tokens.txt"), model=str(folder / "model-streaming.onnx"), chunk_size=CHUNK,
-        num_left_chunks=LEFT, num_threads=1)
-    for sound in sounds():
-        stream = recognizer.create_stream()
-        stream.accept_waveform(16000, sound.numpy())
-        stream.input_finished()
-        while recognizer.is_ready(stream):
-            recognizer.decode_stream(stream)
-        feats, window = sherpa_features(sound), (CHUNK - 1) * 4 + 7
-        chunks = -(-(feats.size(1) - window) // (CHUNK * 4))  # it waits for a frame more than the chunk needs
-        out, _ = model.stream(feats[:, :(chunks - 1) * CHUNK * 4 + window], model.stream_state(CHUNK, LEFT))
-        expected = greedy(model.ctc_log_probs(out)[0])
-        assert len(expected) > 5 and recognizer.tokens(stream) == [token_of(model, i) for i in expected]
+@pytest.fixture(scope="module")
+def rows(fbank):
+    return parity.hear(fbank[0], CHUNKS, sounds())
 
 
-@torch.no_grad()
-def test_sherpa_onnx_hears_the_same_tokens(fbank):
-    sherpa_onnx = pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is not installed")
-    model, folder, _ = fbank
-    recognizer = sherpa_onnx.OfflineRecognizer.from_wenet_ctc(
-        tokens=str(folder / "tokens.txt"), model=str(folder / "model.onnx"))
-    for sound in sounds():
-        sound = sound * 1000  # it adds noise of one step of 16-bit samples, which this drowns
-        stream = recognizer.create_stream()
-        stream.accept_waveform(16000, sound[:-8000].numpy())
-        recognizer.decode_stream(stream)
-        feats = sherpa_features(sound[:-8000])
-        expected = greedy(model.ctc_log_probs(model.encode(feats, torch.tensor([feats.size(1)]))[0])[0])
-        assert len(expected) > 5 and stream.result.tokens == [token_of(model, i) for i in expected]
+@pytest.mark.parametrize("features", [parity.OWN, parity.SHERPA])
+@pytest.mark.parametrize("context", ["full", "chunk"])
+def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context, features):
+    """torch, onnxruntime and sherpa-onnx, whose dither of whole recordings is drowned."""
+    alike = [row for row in rows if row[:2] == (context, features) and row.weights == "float32"
+             and (context, row.program) != ("full", "sherpa-onnx")]
+    assert [row.program for row in alike] == ["torch", "onnxruntime", "sherpa-onnx, louder"] if context == "full" else [
+        "torch, masked", "torch", "onnxruntime", "sherpa-onnx"]
+    assert all(len(tokens) > 5 for tokens in alike[0].tokens)
+    assert [row.tokens for row in alike] == [alike[0].tokens] * len(alike)
+
+
+def test_other_features_are_heard_otherwise(rows):
+    """Else the test before would show nothing."""
+    for context in ("full", "chunk"):
+        own, theirs = (next(row for row in rows if row[:3] == (context, kind, "torch")) for kind in (parity.OWN, parity.SHERPA))
+        assert parity.otherwise(own, theirs) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -299,6 +319,30 @@ def test_int8_that_hears_otherwise_is_an_error(tmp_path):
     assert "model.int8.onnx" in refused(network("log_mel"), tmp_path, max_int8_cer=-1.0)
 
 
+def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows, monkeypatch):
+    model, folder, _ = fbank
+    monkeypatch.chdir(folder)
+    code = "\n".join(line[4:] for line in (folder / "README.md").read_text().split("features that it was trained with:")[1]
+                     .split("\n\n")[1].splitlines())
+    scope = {"sherpa_onnx": parity.sherpa_onnx}
+    exec(code, scope)
+    heard = [parity.sherpa_stream(model, scope["recognizer"], parity.to_chunks(model, CHUNKS, sound)) for sound in sounds()]
+    assert heard == next(row.tokens for row in rows if row[:3] == ("chunk", parity.OWN, "torch"))
+
+
+def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
+    model, path = log_mel[0], tmp_path / "model.ckpt"
+    save(model, path)
+    columns = {"input_values": [SOUND.tolist()] * 2, "length": [len(SOUND)] * 2, "labels": [[4]] * 2, "text": ["the fox"] * 2}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "data" / "dev" / "0"))
+    parity.main(["--checkpoint", str(path), "--data_root", str(tmp_path / "data"), "--chunk_size", "4", "--left_chunks", "2"])
+    said = capsys.readouterr().out
+    assert "2 recordings; chunks of 4, 2 to the left" in said and "no rows of sherpa-onnx: it does not compute log_mel" in said
+    assert sum(line[:1].isdigit() for line in said.splitlines()) == 8
+    for line in ("full; the model's: 2 rows", "chunk; the model's, so far: 3 rows"):
+        assert f"{line}, no tokens heard otherwise" in said
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(encoder="transformer"), "its encoder is a transformer"), (dict(causal=False), "not causal"),
     (dict(pos_enc_layer_type="abs_pos"), "abs_pos"), (dict(selfattention_layer_type="selfattn"), "selfattn"),
@@ -320,7 +364,7 @@ def test_sounds_that_are_missing_or_too_short_are_refused(tmp_path):
 def test_options_are_checked():
     for wrong in (dict(chunk_size=0), dict(left_chunks=0)):
         with pytest.raises(UserError, match=f"--{next(iter(wrong))} 0"):
-            ExportOptions(**wrong)
+            ChunkOptions(**wrong)
 
 
 def test_tokens_are_lines(fbank):
@@ -335,26 +379,22 @@ def test_tokens_are_lines(fbank):
 
 def test_the_command_keeps_what_is_there(tmp_path):
     model, path = network(), tmp_path / "model.ckpt"
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
+    save(model, path)
     (tmp_path / "out").mkdir()
     command = ["--checkpoint", str(path), "--out", str(tmp_path / "out"), "--max_int8_cer", "1", "--audio"]
-    with pytest.raises(UserError, match="out exists; name another, or add --overwrite"):
+    with pytest.raises(UserError, match="out exists; name another folder, or add --overwrite"):
         main(command[:-1])
     with pytest.raises(UserError, match="model.ckpt: --audio nowhere.wav: file missing"):
         main([*command, "nowhere.wav", "--overwrite"])
     (tmp_path / "out" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds no export, so --overwrite does not replace it"):
+    with pytest.raises(UserError, match="more than an export .thesis.txt., so --overwrite does not replace it"):
         main([*command[:-1], "--overwrite"])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_the_command_says_who_runs_it(tmp_path, capsys):
     model, path = network("log_mel"), tmp_path / "model.ckpt"
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
+    save(model, path)
     soundfile.write(tmp_path / "sound.wav", SOUND.numpy(), 16000)
     (tmp_path / "out").mkdir()
     main(["--checkpoint", str(path), "--out", str(tmp_path / "out"), "--overwrite", "--max_int8_cer", "1",
@@ -368,16 +408,17 @@ def test_the_graphs_of_a_wenet_model_give_what_wenet_gives(golden, tmp_path):
     """Its own output: log-probabilities of padded batches, and the encoder chunk by chunk."""
     expected = golden[1]
     model, _, _ = load_wenet(str(ROOT.parent / "shared" / "golden" / "u2pp_conformer"))
-    folder, _ = write(model, tmp_path, chunk_size=8, left_chunks=1)
+    chunks = ChunkOptions(8, 1)
+    folder, _ = write(model, tmp_path, chunks)
     feats, lengths = expected["feats"], expected["feat_lengths"]
     log_probs, frames = session_of(folder, "model.onnx").run(None, {"x": feats.numpy(), "x_lens": lengths.numpy()})
     for heard, meant, count in zip(log_probs, expected["ctc_log_probs_full"], frames):
         np.testing.assert_allclose(heard[:count], meant[:count].numpy(), atol=1e-4)
-    options, outs = ExportOptions(chunk_size=8, left_chunks=1), []
-    _, _, *caches, _ = export.cache_inputs(model, options, 0).values()
+    outs = []
+    _, _, *caches, _ = cache_inputs(model, chunks, 0).values()
     for index, start in enumerate(range(0, int(frames[0]), 8)):
-        offset, size, _, _, mask = export.cache_inputs(model, options, index).values()
+        offset, size, _, _, mask = cache_inputs(model, chunks, index).values()
         window = feats[:1, start * 4:min(start * 4 + 35, int(lengths[0]))]
-        out, *caches = export.call(session_of(folder, "encoder.onnx"), window, offset[0], size[0], *caches, mask)
+        out, *caches = call(session_of(folder, "encoder.onnx"), window, offset[0], size[0], *caches, mask)
         outs.append(out)
     np.testing.assert_allclose(torch.cat(outs, dim=1), expected["stream_out_chunk8_left1"], atol=1e-4)
