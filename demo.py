@@ -7,6 +7,7 @@ the demo only). It shows that everything works; its error rates say nothing abou
 import ctypes
 import os
 import random
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -120,23 +121,47 @@ def plan(split: str, count: int | None = None) -> list[Utterance]:
     raise UserError(f"the demo corpus has no split {split}; it has {', '.join(UTTERANCES)}")
 
 
+class SpokenWord(NamedTuple):
+    """What espeak-ng spoke as one word: a word of the transcript, or two that it runs together ("in the")."""
+
+    text: str
+    start: float  # seconds
+    end: float  # where the pause behind it begins
+
+
+class _Event(ctypes.Structure):  # espeak_EVENT
+    _fields_ = [("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("position", ctypes.c_int), ("length", ctypes.c_int),
+                ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p),
+                ("phoneme", ctypes.c_char * 8)]
+
+
+WORD_EVENT, PHONEME_EVENT = 1, 7
+
+
 def speak(utterance: Utterance) -> np.ndarray:
     """Waveform (N,) float32 in [-1, 1) at RATE Hz, a function of the utterance alone.
 
     espeak-ng keeps state from sentence to sentence (phases, flutter), so every sentence gets a freshly loaded library.
     Raises UserError when the library or a voice is missing.
     """
-    library, data_path = _load()
-    text, blocks = _markup(utterance.spoken), []
+    return speak_with_words(utterance)[0]
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples, count, _):
+
+def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]]:
+    """The waveform of `speak`, and when each word is spoken, by espeak-ng's own account."""
+    library, data_path = _load()
+    text, blocks, events = _markup(utterance.spoken), [], []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+    def collect(samples, count, reported):
         if samples and count > 0:
             blocks.append(ctypes.string_at(samples, 2 * count))
+        for event in takewhile(lambda event: event.type, reported):  # an event of type 0 ends the list
+            events.append((event.type, event.position, event.sample, event.phoneme))
         return 0
 
     try:
-        if library.espeak_Initialize(2, 0, data_path, 0x8000) != RATE:  # 2: synthesise synchronously, no sound card
+        if library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE:  # 2: synthesise synchronously, 1: phoneme events
             raise UserError("espeak-ng did not start; reinstall the wheel espeakng-loader")
         if library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode()) != 0:
             raise UserError(f"espeak-ng has no voice {utterance.voice}; reinstall the wheel espeakng-loader")
@@ -148,7 +173,25 @@ def speak(utterance: Utterance) -> np.ndarray:
         library.espeak_Terminate()
     finally:
         _unload(library)
-    return np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / 32768
+    waveform = np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / 32768
+    return waveform, _spoken_words(utterance, events, len(waveform))
+
+
+def _spoken_words(utterance: Utterance, events: list[tuple], num_samples: int) -> list[SpokenWord]:
+    """events: (type, position in the markup from 1, sample, phoneme), in order. Phonemes of pauses begin with "_"."""
+    starts = [i for i, event in enumerate(events) if event[0] == WORD_EVENT]
+    spans = []
+    for first, behind in zip(starts, [*starts[1:], len(events)]):
+        pauses = [sample for kind, _, sample, phoneme in events[first:behind] if kind == PHONEME_EVENT and phoneme[:1] == b"_"]
+        limit = events[behind][2] if behind < len(events) else num_samples
+        spans.append((events[first][2] / RATE, min([*pauses, limit]) / RATE))
+    # A word belongs to the last event that is not behind it; where espeak-ng ran two together, only the first has one.
+    texts, end = [[] for _ in starts], 0
+    for word, marked in zip(utterance.text.split(), _markup(utterance.spoken)[:-1].split()):
+        end += len(marked)
+        texts[sum(events[i][1] <= end for i in starts) - 1].append(word)
+        end += 1
+    return [SpokenWord(" ".join(words), *span) for words, span in zip(texts, spans)]
 
 
 def _markup(spoken: str) -> bytes:

@@ -1,0 +1,111 @@
+"""How far word times are off: python align.py --checkpoint runs/demo/best.ckpt
+
+Sentences of the demo corpus, spoken by espeak-ng in voices of a held-out split; espeak-ng says when it speaks each word. A
+word starts with its event and ends where the pause behind it begins; two words that are run together count as one. Prints
+the mean absolute error of starts and ends, and by how much they are late on average (early: negative), in milliseconds:
+for the true text, aligned, and for what was heard, where that is right. The last line of stdout is JSON; its `delay` is what
+to give transcribe.py --delay so that the true text is neither late nor early on average. It is the checkpoint's, and
+synthetic speech only estimates it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import demo
+from cli import UserError, build, make_parser, option, run
+from decode import MODES, SearchOptions
+from model import load_checkpoint
+from transforms import extract, resample
+from words import Word, align_words, frame_times
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
+    split: str = option("eval_clean", "whose sentences and voices", choices=("dev", "eval_clean"))
+    sentences: int = option(100, "how many")
+    mode: str = option("attention_rescoring", "search", choices=MODES)
+    delay: float = option(0.0, "seconds to take off all times, as in transcribe.py")
+
+    def __post_init__(self):
+        if not 1 <= self.sentences <= demo.UTTERANCES[self.split]:
+            raise UserError(f"--sentences {self.sentences}: {self.split} has 1 to {demo.UTTERANCES[self.split]}")
+
+
+def main(argv: list[str]) -> None:
+    given = vars(make_parser(__doc__, AlignOptions, SearchOptions).parse_args(argv))
+    options, search = build(AlignOptions, given), build(SearchOptions, given)
+    model, *_ = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    errors = {"true_text": [], "heard": []}  # (start, end) in seconds, found minus true
+    for utterance in tqdm(demo.plan(options.split, options.sentences), unit=" sentences", disable=None):
+        waveform, spoken = demo.speak_with_words(utterance)
+        samples = torch.from_numpy(resample(waveform, demo.RATE, model.frontend.sample_rate))
+        text = spelled_as(model.tokenizer, utterance.text)
+        for name, found in zip(errors, find_words(model, samples, text, options, search)):
+            errors[name] += differences(match(text.split(), found), spoken)
+    result = {name: summary(of_name) for name, of_name in errors.items()}
+    print(f"{'':10} {'words':>6} {'start off':>10} {'late':>7} {'end off':>10} {'late':>7}")
+    for name, numbers in result.items():
+        print(f"{name:10} {numbers['words']:6} {numbers['start_error_ms']:7.1f} ms {numbers['start_late_ms']:7.1f} "
+              f"{numbers['end_error_ms']:7.1f} ms {numbers['end_late_ms']:7.1f}")
+    late = (result["true_text"]["start_late_ms"] + result["true_text"]["end_late_ms"]) / 2
+    print(json.dumps({**asdict(options), **asdict(search), **result, "delay": round(options.delay + late / 1000, 3)}))
+
+
+def spelled_as(tokenizer, text: str) -> str:
+    """The text in the case that the tokenizer knows. Raises UserError where it knows neither."""
+    for spelling in (text, text.upper()):
+        if tokenizer.unk_id not in tokenizer.encode(spelling):
+            return spelling
+    raise UserError(f"the checkpoint's tokenizer cannot spell {text!r}; align.py measures models of English")
+
+
+@torch.no_grad()
+def find_words(model, samples: torch.Tensor, text: str, options: AlignOptions, search: SearchOptions) -> Iterator[list[Word]]:
+    """The words of the true text, then those of what is heard."""
+    features = extract(model.frontend)(samples)[None].to(model.device)  # (1,T,F)
+    lengths = torch.tensor([features.shape[1]], device=model.device)
+    memory, lengths = model.encode(features, lengths, search.chunk_size, search.left_chunks)
+    hypothesis, = model.search(memory, lengths, options.mode, search.beam_size, search.ctc_weight, search.reverse_weight)
+    log_probs = model.ctc_log_probs(memory)[0].cpu()
+    for tokens in (model.tokenizer.encode(text), hypothesis.tokens):
+        yield align_words(tokens, log_probs, model.tokenizer, frame_times(model.options.input_layer, model.frontend),
+                          delay=options.delay)
+
+
+def match(said: list[str], found: list[Word]) -> list[Word | None]:
+    """For each word that was said, what was found, where that is right."""
+    matched = [None] * len(said)
+    for block in SequenceMatcher(None, said, [word.text for word in found], autojunk=False).get_matching_blocks():
+        matched[block.a:block.a + block.size] = found[block.b:block.b + block.size]
+    return matched
+
+
+def differences(matched: list[Word | None], spoken: list[demo.SpokenWord]) -> list[tuple[float, float]]:
+    """(start, end) of what was found minus those of what was spoken, where all its words were found."""
+    result, place = [], 0
+    for true in spoken:
+        words = matched[place:place + len(true.text.split())]
+        place += len(words)
+        if all(words):
+            result.append((words[0].start - true.start, words[-1].end - true.end))
+    return result
+
+
+def summary(errors: list[tuple[float, float]]) -> dict:
+    if not errors:
+        raise UserError("no word was heard right, so there is nothing to measure; train for longer")
+    ms = 1000 * np.array(errors)
+    (start, end), (start_late, end_late) = np.abs(ms).mean(axis=0).round(1), ms.mean(axis=0).round(1)
+    return {"words": len(errors), "start_error_ms": start, "start_late_ms": start_late,
+            "end_error_ms": end, "end_late_ms": end_late}
+
+
+if __name__ == "__main__":
+    run(main)

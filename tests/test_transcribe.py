@@ -1,0 +1,433 @@
+"""transcribe.py with segments.py and words.py: what people give it, what they get, and when each word was said."""
+
+import io
+import json
+import os
+import struct
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
+
+import align
+import demo
+import segments
+import transcribe
+import words
+from cli import UserError
+from decode import MODES
+from tokenizer import from_vocab, train_bpe, train_char
+from transforms import Frontend, resample
+from words import Word
+
+RATE = 16000
+
+
+def hear(capsys, world, *argv):
+    return call(capsys, transcribe, "--checkpoint", world / "best.ckpt", "--beam_size", 3, *argv)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Recordings of several lengths in folders, and what is none."""
+    root = tmp_path / "in"
+    files = {"b.wav": [0], "a.flac": [3, 4, 0, 3, 1], "deep/er/c.ogg": [4], "deep/d.WAV": [1], "deep/.d.wav": [1]}
+    for name, rows in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.concatenate([waveform(row) for row in rows]), RATE)
+    (root / "notes.txt").write_text("not audio")
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------- what goes in
+
+
+def write_audio_files(folder):
+    good = [folder / name for name in ("mono.wav", "stereo.flac", "slow rate.ogg", "short.wav")]
+    soundfile.write(good[0], waveform(0), RATE, subtype="FLOAT")
+    soundfile.write(good[1], np.stack([waveform(0)] * 2, axis=1), 44100)
+    soundfile.write(good[2], waveform(3), 8000)
+    soundfile.write(good[3], waveform(2), RATE)
+    bad = {"missing.wav": "file missing", "broken.wav": "cannot be decoded", "empty.wav": "no samples", "nan.wav": "not finite",
+           "nothing": "folder without audio", "*.mp9": "file missing"}
+    (folder / "broken.wav").write_bytes(b"RIFF, but no more")
+    soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), RATE)
+    soundfile.write(folder / "nan.wav", np.full(20000, np.nan, np.float32), RATE, subtype="FLOAT")
+    (folder / "nothing").mkdir()
+    return good, {folder / name: reason for name, reason in bad.items()}
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_line_per_file_in_their_order_and_one_on_stderr_for_a_bad_one(world, capsys, tmp_path, stream):
+    good, bad = write_audio_files(tmp_path)
+    status, out, err = hear(capsys, world, *stream, *[path for pair in zip([*good, good[0], good[0]], bad) for path in pair])
+    errors = [line for line in err if "error" in line]
+    assert status == 2 and len(errors) == len(bad)
+    assert [line.split("\t")[0] for line in out] == list(map(str, [*good, good[0], good[0]]))
+    assert all(line.count("\t") == 1 for line in out)
+    for line, (path, reason) in zip(errors, bad.items()):
+        assert f"transcribe.py: error: {path}: " in line and reason in line
+    assert hear(capsys, world, *stream, *good)[:2] == (0, out[:len(good)])
+    assert stream or hear(capsys, world, *good)[2] == []
+
+
+def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
+    found = [str(folder / name) for name in ("a.flac", "b.wav", "deep/d.WAV", "deep/er/c.ogg")]
+    paths = lambda *argv: [line.split("\t")[0] for line in hear(capsys, world, *argv)[1]]  # noqa: E731
+    assert paths(folder) == found
+    assert paths(folder / "**" / "*.[ow][ga][gv]", folder / "?.flac") == [found[1], found[3], found[0]]
+    os.rename(folder / "b.wav", folder / "b[1].wav")  # a name is a name before it is a pattern
+    assert paths(folder / "b[1].wav") == [str(folder / "b[1].wav")]
+
+
+def test_a_file_that_breaks_off_with_an_error_leaves_no_half_transcript(world, capsys, folder, monkeypatch):
+    real = segments.read_blocks
+
+    def breaking(path, *rest):
+        for number, block in enumerate(real(path, *rest)):
+            if number == 20 and path.endswith("a.flac"):
+                raise UserError("lost")
+            yield block
+
+    monkeypatch.setattr(transcribe, "read_blocks", breaking)
+    status, out, err = hear(capsys, world, "--max_seconds", 1, "--batch_seconds", 1, folder)
+    assert status == 2 and len(out) == 3 and err == [f"transcribe.py: error: {folder / 'a.flac'}: lost"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
+    files = [tmp_path / f"{row}.wav" for row in range(len(TEXTS))]
+    for row, path in enumerate(files):
+        soundfile.write(path, waveform(row), RATE, subtype="FLOAT")
+    score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", tmp_path / "details")  # one batch, as here
+    expected = [json.loads(line)["hypothesis"] for line in (tmp_path / "details").read_text().splitlines()]
+    _, out, _ = hear(capsys, world, "--mode", mode, *files)
+    assert out == [f"{path}\t{text}" for path, text in zip(files, expected, strict=True)]
+
+
+def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, folder):
+    texts = []
+    for seconds in (1, 3, 200):
+        _, out, _ = hear(capsys, world, "--max_seconds", 1, "--batch_seconds", seconds, "--format", "json", folder)
+        texts.append([json.loads(line)["text"] for line in out])
+    assert texts[0] == texts[1] == texts[2] and any(texts[0])
+    lengths = np.random.default_rng(0).integers(1, 100, 200).tolist()
+    batches = list(transcribe.batches(lengths, 300))
+    assert sorted(row for batch in batches for row in batch) == list(range(200))
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches) and len(batches) < 60
+
+
+def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
+    rows = [json.loads(line) for line in hear(capsys, world, "--max_seconds", 2, "--format", "json", folder / "a.flac")[1]]
+    samples = soundfile.read(folder / "a.flac", dtype="float32")[0]
+    pieces, offset, texts, found = list(segments.cut_at_pauses(iter([samples]), RATE, 2)), 0, [], []
+    assert len(pieces) > 2
+    for piece in pieces:
+        path = folder / "piece.wav"
+        soundfile.write(path, piece, RATE, subtype="FLOAT")
+        heard = json.loads(hear(capsys, world, "--format", "json", path)[1][0])
+        texts.append(heard["text"])
+        found += [(word["word"], word["start"] + offset / RATE, word["end"] + offset / RATE) for word in heard["words"]]
+        offset += len(piece)
+    assert rows[0]["text"] == " ".join(filter(None, texts))
+    assert rows[0]["duration"] == pytest.approx(len(samples) / RATE, abs=1e-3)
+    assert len(found) == len(rows[0]["words"]) > 3
+    for word, (text, start, end) in zip(rows[0]["words"], found):
+        assert word["word"] == text and 0 < word["confidence"] <= 1
+        assert (word["start"], word["end"]) == pytest.approx((start, end), abs=2e-3)
+
+
+# --------------------------------------------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("format", ["txt", "json", "srt", "vtt", "ctm"])
+def test_a_file_per_recording_named_as_below_the_path_and_never_over_another(world, capsys, folder, tmp_path, format):
+    out = tmp_path / "out"
+    argv = ("--format", format, "--output_dir", out, folder / "deep", folder / "*.wav", folder / "a.flac")
+    assert hear(capsys, world, *argv) == (0, [], [])
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert names == {f"{name}.{format}" for name in ("d", "er/c", "b", "a")}
+    (out / f"b.{format}").write_text("mine")
+    status, _, err = hear(capsys, world, *argv)
+    assert status == 2 and len(err) == 1 and "exists" in err[0] and (out / f"b.{format}").read_text() == "mine"
+    assert hear(capsys, world, "--overwrite", *argv)[0] == 0 and (out / f"b.{format}").read_text() != "mine"
+
+
+def test_formats_say_the_same(world, capsys, folder):
+    text, = hear(capsys, world, folder / "a.flac")[1]
+    line, = hear(capsys, world, "--format", "json", folder / "a.flac")[1]
+    ctm = [line.split() for line in hear(capsys, world, "--format", "ctm", folder / "a.flac")[1]]
+    heard = json.loads(line)
+    assert list(heard) == ["file", "text", "duration", "words"] and text == f"{heard['file']}\t{heard['text']}"
+    assert " ".join(word["word"] for word in heard["words"]) == " ".join(row[4] for row in ctm) == heard["text"]
+    assert [float(row[2]) for row in ctm] == [word["start"] for word in heard["words"]]
+    srt = hear(capsys, world, "--format", "srt", folder / "a.flac")[1]
+    assert " ".join(line for line in srt if line and "-->" not in line and not line.isdigit()) == heard["text"]
+    assert all(0 <= word["start"] < word["end"] <= heard["duration"] for word in heard["words"])
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["{}/b.wav", "{}/deep/../b.wav", "--output_dir", "out"], "both"), (["{}", "--format", "srt"], "--output_dir"),
+    (["{}/b.wav", "--overwrite"], "--output_dir"),
+    (["{}/b.wav", "--stream", "--mode", "attention"], "--mode has no effect with --stream"),
+    (["{}/b.wav", "--stream", "--max_seconds", "9"], "--max_seconds"), (["{}/b.wav", "--max_seconds", "0"], "--max_seconds"),
+    (["{}/b.wav", "--batch_seconds", "nan"], "--batch_seconds"), (["{}/b.wav", "--delay", "1"], "--delay"),
+    (["{}/b.wav", "--raw"], "--raw"), (["{}/b.wav", "--output_dir", "{}/notes.txt"], "notes.txt"),
+    (["{}/b.wav", "--checkpoint", "{}/notes.txt"], "notes.txt")])
+def test_what_cannot_be_done_is_said_in_one_line(world, capsys, folder, argv, said):
+    status, out, err = hear(capsys, world, *[word.format(folder) for word in argv])
+    assert status == 2 and out == [] and len(err) == 1 and said in err[0]
+
+
+# -------------------------------------------------------------------------------------------------- streams and pipes
+
+
+@pytest.fixture
+def pipe():
+    """A function that makes bytes the standard input, as a pipe."""
+    saved = os.dup(0)
+
+    def feed(content):
+        out, into = os.pipe()
+        assert os.write(into, content) == len(content)  # fits the pipe's buffer
+        os.close(into)
+        os.dup2(out, 0)
+        os.close(out)
+
+    yield feed
+    os.dup2(saved, 0)
+    os.close(saved)
+
+
+def ffmpeg_wav(samples, rate):
+    """What `ffmpeg -f wav -` writes: it cannot know the length, nor go back to write it."""
+    extra = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
+    unknown, fmt = struct.pack("<I", 2**32 - 1), struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)
+    return b"RIFF" + unknown + b"WAVEfmt " + fmt + extra + b"data" + unknown + samples.tobytes()
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
+def test_a_pipe_is_heard_as_the_file(world, capsys, tmp_path, pipe, stream):
+    samples = (waveform(0)[:14000] * 32767).astype("<i2")
+    soundfile.write(tmp_path / "file.wav", samples, RATE)
+    soundfile.write(tmp_path / "slow.wav", samples, 8000)
+    expected, slow = (hear(capsys, world, *stream, tmp_path / name)[1][0].split("\t")[1] for name in ("file.wav", "slow.wav"))
+    assert expected and slow and expected != slow
+    for content, argv, text in ((ffmpeg_wav(samples, RATE), [], expected), (samples.tobytes(), ["--raw"], expected),
+                                (ffmpeg_wav(samples, 8000), [], slow)):
+        pipe(content)
+        assert hear(capsys, world, *stream, *argv, "-")[:2] == (0, [f"-\t{text}"])
+    pipe(b"")
+    status, out, err = hear(capsys, world, *stream, "-")
+    assert status == 2 and out == [] and "error: -: cannot be decoded" in err[-1]
+
+
+def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, capsys, tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
+    status, out, err = hear(capsys, world, "--beam_size", 10, "--stream", "--chunk_size", 4, path)
+    times = [float(line.split()[0]) for line in err]
+    assert status == 0 and len(err) > 2 and times == sorted(times) and times[-1] == pytest.approx(3.6, abs=0.1)
+    finals = [line.split("=", 1)[1].strip() for line in err if "s =" in line]
+    assert out == [f"{path}\t{' '.join(finals)}"] and finals
+
+
+def test_a_stream_times_its_words_as_the_whole_does(world, capsys, tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
+    text, = hear(capsys, world, "--beam_size", 10, "--stream", path)[1]
+    line, = hear(capsys, world, "--beam_size", 10, "--stream", "--format", "json", path)[1]
+    heard = json.loads(line)
+    assert text == f"{path}\t{heard['text']}" and heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
+    starts = [word["start"] for word in heard["words"]]
+    assert starts == sorted(starts) and starts[-1] < heard["duration"]
+    assert all(word["confidence"] > 0 for word in heard["words"])
+
+
+def test_on_a_terminal_one_line_rewrites_itself(world, capsys, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setenv("COLUMNS", "40")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        transcribe.main(["--checkpoint", str(world / "best.ckpt"), "--stream", "--chunk_size", "4", str(tmp_path / "a.wav")])
+    shown = terminal.getvalue().split("\r\033[K")[1:]
+    assert len(shown) > 3 and shown[-1].endswith("\n") and "s = " in shown[-1]
+    partial = [line for line in shown if "s =" not in line]
+    assert all(len(line) < 40 and "\n" not in line for line in partial) and any("..." in line for line in partial)
+
+
+def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
+    def interrupted(path, rate, raw):
+        yield from [waveform(0), waveform(3)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transcribe, "read_blocks", interrupted)
+    status, out, _ = hear(capsys, world, "--stream", "-")
+    assert status == 0 and out[0].startswith("-\t") and len(out[0]) > 4
+    assert hear(capsys, world, "--stream", folder / "b.wav")[:2] == (130, [])
+
+
+# ------------------------------------------------------------------------------------------------------------ segments
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22254, 44100, 48000])
+def test_resampling_in_blocks_is_resampling_the_whole(rate):
+    samples = np.random.default_rng(0).normal(0, 0.1, int(rate * 1.037)).astype(np.float32)
+    blocks = np.array_split(samples, [1, 50, 51, rate // 3, rate // 2])
+    expected = resample(samples, rate)
+    found = np.concatenate(list(segments.resampled(iter(blocks), rate, RATE)))
+    assert len(found) == len(expected) and np.abs(found - expected).max() < 1e-5
+
+
+def test_cutting_loses_no_sample_reads_no_further_than_it_must_and_finds_the_pauses():
+    rng = np.random.default_rng(0)
+    loud = [rng.normal(0, 0.1, int(seconds * RATE)) for seconds in (3.1, 3.4, 2.8, 3.3, 1.0)]
+    samples = np.concatenate([part for piece in loud for part in (piece, rng.normal(0.3, 0.001, RATE // 4))]).astype(np.float32)
+    consumed = 0
+
+    def blocks():
+        nonlocal consumed
+        for block in np.array_split(samples, 100):
+            consumed += len(block)
+            yield block
+
+    pieces = []
+    for piece in segments.cut_at_pauses(blocks(), RATE, 4.0):
+        pieces.append(piece)
+        assert len(piece) <= 4 * RATE and consumed <= sum(map(len, pieces)) + 4 * RATE + len(samples) // 50
+    assert np.array_equal(np.concatenate(pieces), samples)
+    pauses = np.cumsum([len(part) + RATE // 4 for part in loud]) - RATE // 8  # their middles
+    cuts = np.cumsum([len(piece) for piece in pieces])[:-1]
+    assert len(cuts) == 4 and np.abs(cuts - pauses[:4]).max() < RATE // 20
+    assert np.array_equal(np.concatenate(list(segments.regroup(iter(pieces), 999))), samples)
+    assert {len(block) for block in segments.regroup(iter(pieces), 999)} == {999, len(samples) % 999}
+    assert [len(block) for block in segments.regroup(iter(pieces), 0)] == [len(samples)]
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+TOKENIZERS = {"characters": train_char(["the cat sat at home"]), "pieces": train_bpe(["the cat sat at home at the sea"], 24),
+              "vocab": from_vocab({"<pad>": 0, "|": 1, **{letter: i for i, letter in enumerate("abcehimost", 2)}})}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_words_are_those_of_the_text_and_own_all_tokens_that_are_no_space(name):
+    tokenizer = TOKENIZERS[name]
+    tokens = tokenizer.encode(" the  cat at home ")
+    spelled = words.spell(tokens, tokenizer)
+    assert [text for text, _ in spelled] == tokenizer.decode(tokens).split() == "the cat at home".split()
+    places = [place for _, of_word in spelled for place in of_word]
+    assert places == sorted(places) and all(len(text) == len(of_word) for text, of_word in spelled)
+    assert words.spell([tokenizer.unk_id, tokenizer.eos_id], tokenizer) == [("\u2047", [0])]
+
+
+def test_a_chinese_character_is_a_word_and_has_no_space_before_the_next():
+    tokenizer = train_char(["今天 ab好c"])
+    spelled = words.spell(tokenizer.encode("今天 ab好c"), tokenizer)
+    assert [text for text, _ in spelled] == ["今", "天", "ab", "好", "c"]
+    assert words.join(text for text, _ in spelled) == "今天 ab 好 c"
+    assert words.join(["", "你好", "吗", ""]) == "你好吗"
+
+
+def log_probs_of(path, tokenizer, probability):
+    """CTC that is as sure of each frame's token as `probability` says, and spreads the rest."""
+    probs = torch.full((len(path), tokenizer.vocab_size), 0.0)
+    for frame, (token, sure) in enumerate(zip(path, probability)):
+        probs[frame] = (1 - sure) / (tokenizer.vocab_size - 1)
+        probs[frame, token] = sure
+    return probs.log()
+
+
+def test_words_have_the_times_and_the_least_probability_of_their_tokens():
+    tokenizer = TOKENIZERS["characters"]
+    a, t, space = tokenizer.encode("a") + tokenizer.encode("t") + tokenizer.encode("a t")[1:2]
+    log_probs = log_probs_of([0, a, a, t, 0, space, 0, t, 0], tokenizer, [0.9, 0.7, 0.8, 0.95, 0.9, 0.6, 0.9, 0.75, 0.9])
+    times = words.frame_times("conv2d", Frontend())
+    assert times == pytest.approx((0.04, 0.085))
+    first, second = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0)
+    assert (first.text, second.text) == ("at", "t")
+    assert first[1:] == pytest.approx((10.08, 10.12 + 0.0625, 0.8))  # from where `a` is likeliest, though it began before
+    assert second[1:] == pytest.approx((10.28, 10.28 + 0.0625, 0.75))
+    early, _ = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0, delay=0.1)
+    assert early[1:3] == pytest.approx((10.0, 10.0825))  # not before the piece
+
+
+def test_words_never_overlap():
+    tokenizer = train_char(["今天"])
+    tokens = tokenizer.encode("今天")
+    log_probs = log_probs_of(tokens, tokenizer, [0.9, 0.9])
+    one, other = words.align_words(tokens, log_probs, tokenizer, words.FrameTimes(0.04, 0.085))
+    assert one[1:3] == pytest.approx((0.0, 0.04)) and other[1:3] == pytest.approx((0.04, 0.1025))
+
+
+def test_words_that_fit_no_ctc_path_are_still_there_without_confidence():
+    tokenizer = TOKENIZERS["characters"]
+    log_probs = torch.zeros(3, tokenizer.vocab_size)
+    found = words.align_words(tokenizer.encode("at at"), log_probs, tokenizer, words.FrameTimes(0.04, 0.085), 1.0)
+    assert found == [("at", 1.0, 1.12, 0.0)] * 2
+
+
+def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
+    rng = np.random.default_rng(0)
+    for alphabet, longest in (("abc<&>", 11), ("今天好", 1)):
+        said, now = [], 0.0
+        for _ in range(300):
+            start = now + rng.exponential(0.15)
+            now = start + rng.uniform(0.02, 0.6)
+            said.append(Word("".join(rng.choice(list(alphabet), rng.integers(1, longest + 1))), start, now, 0.5))
+        cues = words.cues(said)
+        for start, end, text in cues:
+            lines = text.split("\n")
+            assert len(lines) <= 2 and max(len(line) + sum(c > "\u3000" for c in line) for line in lines) <= 42
+            assert 0 < end - start <= 7.0
+        assert all(one[1] <= other[0] for one, other in zip(cues, cues[1:])) and len(cues) > 20
+        assert "".join("".join(text.split()) for *_, text in cues) == "".join(word.text for word in said)
+
+
+def test_formats_are_spelled_as_their_players_want_them():
+    transcript = words.Transcript("a b.wav", "so <it> goes", 3725.5, [
+        Word("so", 0.5, 0.75, 0.9), Word("<it>", 0.8, 1.0, 0.25), Word("goes", 3723.9996, 3725.0, 1.0)])
+    assert words.as_ctm(transcript).splitlines()[1] == "a_b.wav 1 0.800 0.200 <it> 0.2500"
+    assert words.as_srt(transcript) == ("1\n00:00:00,500 --> 00:00:01,500\nso <it>\n\n"
+                                        "2\n01:02:04,000 --> 01:02:05,000\ngoes\n\n")
+    assert words.as_vtt(transcript).startswith("WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nso &lt;it&gt;\n\n01:02:04.000")
+    assert json.loads(words.as_json(transcript))["words"][1] == {"word": "<it>", "start": 0.8, "end": 1.0, "confidence": 0.25}
+
+
+# --------------------------------------------------------------------------------------------------------------- align
+
+
+def test_espeak_says_when_it_speaks_each_word():
+    pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
+    for utterance in [*demo.plan("dev", 10), demo.Utterance("the code of the A is A B nine", "m7", 150, 50)]:
+        samples, spoken = demo.speak_with_words(utterance)
+        assert " ".join(word.text for word in spoken) == utterance.text and np.array_equal(samples, demo.speak(utterance))
+        assert all(one.start < one.end <= other.start < other.end for one, other in zip(spoken, spoken[1:]))
+        loudness = lambda start, end: np.abs(samples[int(start * demo.RATE):int(end * demo.RATE)]).mean()  # noqa: E731
+        gaps = [loudness(one.end, other.start) for one, other in zip(spoken, spoken[1:])]
+        assert np.mean(gaps) < 0.2 * np.mean([loudness(word.start, word.end) for word in spoken])
+    assert "of the" in [word.text for word in spoken]  # which it speaks as one
+
+
+def test_align_measures_by_how_much_words_are_off():
+    spoken = [demo.SpokenWord("in the", 1.0, 1.5), demo.SpokenWord("big", 1.6, 2.0), demo.SpokenWord("hall", 2.1, 2.5)]
+    found = [Word("in", 1.1, 1.2, 1.0), Word("the", 1.2, 1.4, 1.0), Word("pig", 1.6, 1.9, 1.0), Word("hall", 2.0, 2.7, 1.0)]
+    matched = align.match("in the big hall".split(), found)
+    assert matched == [found[0], found[1], None, found[3]]
+    errors = align.differences(matched, spoken)
+    assert errors == [pytest.approx((0.1, -0.1)), pytest.approx((-0.1, 0.2))]
+    assert align.summary(errors) == {"words": 2, "start_error_ms": 100.0, "start_late_ms": 0.0,
+                                     "end_error_ms": 150.0, "end_late_ms": 50.0}
+
+
+def test_align_refuses_a_tokenizer_that_cannot_spell_its_sentences(world, capsys):
+    pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
+    status, out, err = call(capsys, align, "--checkpoint", world / "best.ckpt", "--sentences", 30)
+    assert status == 2 and out == [] and "cannot spell" in err[-1]
