@@ -1,4 +1,4 @@
-"""Measures what this project costs on this machine: python bench.py {data,train,decode,stream} [--preset base] [--json]
+"""Measures what this project costs here: python bench.py {data,train,decode,stream,growth} [--preset base] [--json]
 
 Every figure is a median after a warm-up; times are wall-clock, so let nothing else run. With --json the last line of stdout is
 one JSON object.
@@ -10,10 +10,14 @@ data    a corpus of --rows rows, made where --data_root has none (10 ms of noise
 train   forward and backward on 8 x 600 frames, 15 labels, vocabulary 4,233, float32, on the GPU where there is one.
         share = what WeNet's code must compute for it (357 GFLOP, preset base) per second, over the rate of a 2048 x 2048
         float32 matrix product; peak_mb = the most memory over what the process had before.
-decode  ms per utterance of 10 s with one thread, V = 5,000: searches over made-up CTC output, 40 spikes among blanks, and the
-        second pass over its n-best; rtf = features, encoder, prefix beam search and second pass, 16 utterances at once.
+decode  ms per utterance of 10 s with one thread, V = 5,000: searches over made-up CTC output, 40 spikes among blanks or
+        (flat) any token as likely as another, and the second pass over the n-best of the spikes; rtf = features, encoder, prefix
+        beam search and second pass, 16 utterances at once.
 stream  encoder ms per chunk "size/left" (in encoder frames and chunks) with one thread, left chunks full; rtf = features,
         encoder and prefix beam search of the first pass.
+growth  how that grows, and a picture of it in --png: seconds and memory of a training step over the length of an utterance
+        and over the batch; ms per chunk over an hour of streaming with 4 left chunks and over ten minutes with all of them;
+        seconds of setup over the rows of a corpus.
 """
 
 import json
@@ -35,11 +39,11 @@ import torchaudio
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, keep_freed_memory, make_parser, option, run
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field
 from sampler import LengthGroupedSampler
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
-from transforms import Augment, Frontend, extract, make_generator, spec_sub, spec_trim, speed_length
+from transforms import Augment, Frontend, extract, make_generator, spec_sub, spec_trim
 
 # Lightning and datasets are imported where they are used: `train` runs without them.
 
@@ -75,18 +79,25 @@ class DataOptions:
             raise UserError(f"--rows {self.rows}: make it at least 100")
 
 
+@dataclass(frozen=True)
+class GrowthOptions:
+    """What only `growth` takes."""
+
+    png: str = option("growth.png", "where the picture goes")
+    hours: float = option(1.0, "how much sound is streamed")
+
+
 def main(argv: list[str]) -> None:
-    parser = make_parser(__doc__, BenchOptions, DataOptions)
+    parser = make_parser(__doc__, BenchOptions, DataOptions, GrowthOptions)
     parser.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     given = vars(parser.parse_args(argv))
-    options, what = build(BenchOptions, given), given["what"]
-    if what == "data":
-        results = bench_data(options, build(DataOptions, given))
-    else:
-        for name in DataOptions.__dataclass_fields__:
-            if name in given:
-                raise UserError(f"--{name} is for `data`; leave it out")
-        results = COMMANDS[what](options)
+    command, *takes = COMMANDS[given["what"]]
+    for kind in (DataOptions, GrowthOptions):
+        for name in kind.__dataclass_fields__:
+            if name in given and kind not in takes:
+                raise UserError(f"--{name} is not for `{given['what']}`; leave it out")
+    options = build(BenchOptions, given)
+    results = command(options, *(build(kind, given) for kind in takes))
     print(json.dumps(results) if options.json else as_table(results))
 
 
@@ -197,8 +208,7 @@ def bench_data(options: BenchOptions, data: DataOptions) -> dict:
     root = Path(data.data_root)
     if not root.exists():
         make_corpus(root, data.rows)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        results = fresh.submit(measure_setup, str(root), options).result()
+    results = in_fresh_process(measure_setup, str(root), options)
     if results["rows"] != data.rows:
         raise UserError(f"{root} has {results['rows']} rows, not {data.rows}; give --rows {results['rows']} or another "
                         "--data_root")
@@ -298,7 +308,7 @@ class Original:
         waveform = torch.FloatTensor(item["input_values"])
         speed = AUGMENT.speeds[int(torch.randint(len(AUGMENT.speeds), (), generator=generator))]
         if speed != 1:
-            waveform = torchaudio.functional.resample(waveform, 100, speed_length(100, speed))
+            waveform = torchaudio.functional.resample(waveform, round(10 * speed), 10)
         waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var() + 1e-7)
         mel = torchaudio.transforms.MelSpectrogram(sample_rate=RATE, n_fft=400, win_length=400, hop_length=160, n_mels=80,
                                                    window_fn=torch.hamming_window)
@@ -324,13 +334,13 @@ def bench_train(options: BenchOptions) -> dict:
     return {"gemm_gflops": gflops, "step_s": step_s, "share": share, "peak_mb": peak_mb}
 
 
-def training_step(options: BenchOptions, device):
+def training_step(options: BenchOptions, device, rows: int = ROWS, frames: int = FRAMES):
     """A function that does the reference work once."""
     torch.manual_seed(0)
     net = U2Conformer(ModelOptions(**PRESETS[options.preset]), 80, VOCABULARY, 0, VOCABULARY - 1, VOCABULARY - 1).to(device)
-    features, lengths = torch.randn(ROWS, FRAMES, 80, device=device), torch.full((ROWS,), FRAMES, device=device)
-    labels = torch.randint(1, VOCABULARY - 1, (ROWS, LABELS), device=device)
-    label_lengths = torch.full((ROWS,), LABELS, device=device)
+    features, lengths = torch.randn(rows, frames, 80, device=device), torch.full((rows,), frames, device=device)
+    labels = torch.randint(1, VOCABULARY - 1, (rows, frames * LABELS // FRAMES), device=device)
+    label_lengths = torch.full((rows,), labels.size(1), device=device)
 
     def step():
         net.zero_grad(set_to_none=True)
@@ -363,9 +373,15 @@ def peaky_log_probs() -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
+def flat_log_probs() -> torch.Tensor:
+    """(B,T,V): what tells nothing, so that every frame brings new prefixes."""
+    logits = torch.randn(UTTERANCES, ENCODER_FRAMES, PIECES, generator=torch.Generator().manual_seed(0))
+    return logits.log_softmax(-1)
+
+
 def bench_decode(options: BenchOptions) -> dict:
     import decode
-    model, log_probs = make_model(options), peaky_log_probs()
+    model, log_probs, flat = make_model(options), peaky_log_probs(), flat_log_probs()
     lengths = torch.full((UTTERANCES,), ENCODER_FRAMES)
     memory = torch.randn(UTTERANCES, ENCODER_FRAMES, model.options.output_size)
     waveforms = torch.randn(UTTERANCES, SAMPLES) * 0.1
@@ -384,6 +400,8 @@ def bench_decode(options: BenchOptions) -> dict:
 
     return {"prefix_beam_ms_batch16": ms(lambda: beam(log_probs, lengths)),
             "prefix_beam_ms_single": ms(lambda: beam(log_probs[:1], lengths[:1]), 1),
+            "prefix_beam_flat_ms_batch16": ms(lambda: beam(flat, lengths)),
+            "prefix_beam_flat_ms_single": ms(lambda: beam(flat[:1], lengths[:1]), 1),
             "greedy_ms": ms(lambda: decode.ctc_greedy_search(log_probs, lengths)),
             "rescoring_ms": ms(lambda: model.rescore(hypotheses, memory, lengths)),
             "rtf": ms(recognise) / 1000 / (SAMPLES / RATE)}
@@ -410,7 +428,88 @@ def bench_stream(options: BenchOptions) -> dict:
     return {"chunk_ms": {f"{size}/{left}": chunk_ms(size, left) for size, left in CHUNKS}, "rtf": seconds / (SAMPLES / RATE)}
 
 
-COMMANDS = {"data": bench_data, "train": bench_train, "decode": bench_decode, "stream": bench_stream}
+# ---------------------------------------------------------------------------------------------------------------- growth
+
+
+def bench_growth(options: BenchOptions, data: DataOptions, growth: GrowthOptions) -> dict:
+    if not Path(data.data_root).exists():
+        make_corpus(Path(data.data_root), data.rows)
+    lengths, batches = [(ROWS, frames) for frames in (100, 200, 400, 800, 1600)], [(rows, FRAMES) for rows in (1, 2, 4, 8, 16)]
+    results = {"length": in_fresh_process(measure_steps, lengths, options),
+               "batch": in_fresh_process(measure_steps, batches, options),
+               "stream 4 left": in_fresh_process(measure_stream, 4, growth.hours, options),
+               "stream all left": in_fresh_process(measure_stream, -1, growth.hours / 6, options),
+               "setup": {rows: in_fresh_process(time_setup, data.data_root, rows) for rows in row_counts(data.rows)}}
+    draw(results, growth.png, options.preset)
+    return results
+
+
+def in_fresh_process(work, *arguments):
+    """work(*arguments) where nothing has been allocated before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as fresh:
+        return fresh.submit(work, *arguments).result()
+
+
+def row_counts(rows: int) -> list[int]:
+    return [rows // 16, rows // 8, rows // 4, rows // 2, rows]
+
+
+def measure_steps(sizes, options: BenchOptions) -> dict:
+    """"rows x frames" -> [seconds, MB]; sizes (rows, frames) in rising order, because a process keeps its highest memory."""
+    before, results = memory_mb("VmRSS"), {}
+    for rows, frames in sizes:
+        seconds = median_seconds(training_step(options, torch.device("cpu"), rows, frames), options, torch.get_num_threads())
+        results[f"{rows} x {frames}"] = [seconds, memory_mb("VmHWM") - before]
+    return results
+
+
+def measure_stream(left: int, hours: float, options: BenchOptions) -> dict:
+    """Minute -> median encoder ms per chunk since the one before, one utterance without end."""
+    torch.set_num_threads(1)
+    model, size = make_model(options), CHUNKS[-1][0]
+    frames = size * receptive_field(model.options.input_layer)[1]  # of 10 ms
+    state, times = model.stream_state(size, left), []
+    for _ in range(int(hours * 3600 * 100 / frames)):
+        chunk, began = torch.randn(1, frames, 80), time.perf_counter()
+        _, state = model.stream(chunk, state)
+        times.append(1000 * (time.perf_counter() - began))
+    points = np.array_split(np.array(times), 12)
+    return {round(hours * 60 * (i + 1) / 12, 1): float(np.median(point)) for i, point in enumerate(points)}
+
+
+def time_setup(root: str, rows: int) -> float:
+    data, began = data_module(root, limit_rows=rows), time.perf_counter()
+    data.setup("fit")
+    data.sampler(0, 1)
+    return time.perf_counter() - began
+
+
+def draw(results: dict, path: str, preset: str) -> None:
+    import matplotlib
+    matplotlib.use("agg")  # files only, wherever this runs
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axis, name, title in ((axes[0, 0], "length", f"training step, {ROWS} utterances (preset {preset})"),
+                              (axes[0, 1], "batch", f"training step, utterances of {FRAMES} frames")):
+        x = [int(key.split(" x ")[name == "length"]) for key in results[name]]
+        seconds, megabytes = zip(*results[name].values())
+        axis.plot(x, seconds, "o-", label="seconds")
+        axis.set(title=title, xlabel={"length": "frames", "batch": "utterances"}[name], ylabel="seconds", xlim=0, ylim=0)
+        right = axis.twinx()
+        right.plot(x, megabytes, "s--", color="tab:orange", label="MB")
+        right.set(ylabel="MB (dashed)", ylim=0)
+    for name in ("stream 4 left", "stream all left"):
+        axes[1, 0].plot(results[name].keys(), results[name].values(), "o-", label=name.removeprefix("stream ") + " chunks")
+    axes[1, 0].set(title=f"streaming, chunk {CHUNKS[-1][0]}", xlabel="minutes of sound", ylabel="ms per chunk", ylim=0)
+    axes[1, 0].legend()
+    axes[1, 1].plot(results["setup"].keys(), results["setup"].values(), "o-")
+    axes[1, 1].set(title="setup", xlabel="rows", ylabel="seconds", xlim=0, ylim=0)
+    figure.savefig(path, dpi=80)
+
+
+# What to measure: the function, and the options that it takes besides BenchOptions.
+COMMANDS = {"data": (bench_data, DataOptions), "train": (bench_train,), "decode": (bench_decode,), "stream": (bench_stream,),
+            "growth": (bench_growth, DataOptions, GrowthOptions)}
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ TINY = ["--preset", "tiny", "--seconds", "0", "--json"]
 
 def numbers(entry):
     for value in entry.values():
-        yield from numbers(value) if isinstance(value, dict) else [value]
+        yield from numbers(value) if isinstance(value, dict) else value if isinstance(value, list) else [value]
 
 
 def last_line(capsys, *argv):
-    bench.main([*argv, *TINY])
+    bench.main([*map(str, argv), *TINY])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert all(math.isfinite(value) and value >= 0 for value in numbers(found))
     return found
@@ -56,8 +56,8 @@ def test_train_runs_without_datasets():
 
 
 def test_decode(capsys, small):
-    assert set(last_line(capsys, "decode")) == {"prefix_beam_ms_batch16", "prefix_beam_ms_single", "greedy_ms", "rescoring_ms",
-                                                "rtf"}
+    assert set(last_line(capsys, "decode")) == {"prefix_beam_ms_batch16", "prefix_beam_ms_single", "prefix_beam_flat_ms_batch16",
+                                                "prefix_beam_flat_ms_single", "greedy_ms", "rescoring_ms", "rtf"}
 
 
 def test_stream(capsys, small):
@@ -65,9 +65,19 @@ def test_stream(capsys, small):
     assert set(found) == {"chunk_ms", "rtf"} and set(found["chunk_ms"]) == {"4/4", "8/4", "16/4"}
 
 
-def test_flags_of_data_are_refused_elsewhere():
-    with pytest.raises(UserError, match="--rows is for `data`"):
-        bench.main(["train", "--rows", "200"])
+def test_growth_measures_rising_sizes_and_draws_them(tmp_path, capsys, small, monkeypatch):
+    monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))  # nine imports of torch less
+    png, corpus = tmp_path / "growth.png", tmp_path / "corpus"
+    found = last_line(capsys, "growth", "--png", png, "--data_root", corpus, "--rows", "1600", "--hours", "0.02")
+    assert list(found["setup"]) == ["100", "200", "400", "800", "1600"] and len(found["stream 4 left"]) == 12
+    assert list(found["length"]) == ["8 x 100", "8 x 200", "8 x 400", "8 x 800", "8 x 1600"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("what, flag", [("train", "--rows"), ("stream", "--data_root"), ("data", "--png")])
+def test_flags_of_one_measurement_are_refused_at_others(what, flag):
+    with pytest.raises(UserError, match=f"{flag} is not for `{what}`"):
+        bench.main([what, flag, "200"])
 
 
 def test_the_table_shows_what_json_has():
