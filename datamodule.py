@@ -6,6 +6,7 @@ Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
 
 import json
+import math
 import os
 import signal
 import threading
@@ -23,14 +24,14 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cli import UserError, option
 from conformer import subsampled_length
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
-from transforms import Augment, Compose, Frontend, eval_transform, make_generator, num_frames, shortest_frames, train_transform
-
+from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
+                        train_transform)
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
@@ -48,6 +49,7 @@ class DataOptions:
     min_frame: int = option(10, "fewest feature frames of a training row")
     max_frame: int = option(10240, "most feature frames of a training row")
     limit_rows: int | None = option(None, "use only the first rows of every split")
+    features_on_device: bool = option(False, "features and masks on the training device, not in the loader: the same numbers")
 
     def __post_init__(self):
         if self.batch_size is not None and self.max_batch_seconds is not None:
@@ -65,6 +67,14 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,U) token ids, zero padded
     label_lengths: torch.Tensor  # (B,)
     rows: torch.Tensor  # (B,) row numbers
+
+    def __reduce__(self):
+        """What is small travels from the loader inside the message: a shared file costs both processes 0.2 ms a tensor."""
+        return unpack_batch, (self.features, *(tensor.numpy() for tensor in self[1:]))
+
+
+def unpack_batch(features, *small) -> Batch:
+    return Batch(features, *map(torch.from_numpy, small))
 
 
 # ---------------------------------------------------------------------------------------------------------------- shards
@@ -93,7 +103,8 @@ def check_tokenizers(data_roots) -> None:
     try:
         contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
     except ValueError as error:
-        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON ({error}); prepare it again") from error
+        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON ({error}); prepare it "
+                        "again") from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
@@ -144,8 +155,6 @@ def check_schema(shard: datasets.Dataset, path: Path) -> None:
     for name in ("input_values", "labels"):
         if name not in schema.names:
             raise UserError(f"{path}: no column {name} (there: {', '.join(schema.names)})")
-        if shard.data.column(name).null_count:
-            raise UserError(f"{path}: column {name} has rows without a value; leave them out")
     labels = schema.field("labels").type
     if pa.types.is_struct(labels):
         labels = labels.field("input_ids").type if labels.get_field_index("input_ids") >= 0 else None
@@ -154,6 +163,10 @@ def check_schema(shard: datasets.Dataset, path: Path) -> None:
         if not is_list(kind) or not is_value(kind.value_type):
             wanted = "a list of floats" if name == "input_values" else "a list of ints, or a dict with input_ids"
             raise UserError(f"{path}: column {name} is {schema.field(name).type}, not {wanted}")
+    for name, column in (("input_values", shard.data.column("input_values")), ("labels", label_column(shard))):
+        if column.null_count:
+            row = np.flatnonzero(column.is_null().to_numpy())[0]
+            raise UserError(f"{path}: column {name} has no value in row {row} of the shard; leave such rows out")
     if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
         raise UserError(f"{path}: column length is {schema.field('length').type}, not a whole number of samples; leave it "
                         "out, and it is computed")
@@ -210,11 +223,12 @@ def label_values(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_token_ids(dataset: datasets.Dataset, tokenizer: Tokenizer, where: str) -> None:
-    """Raises UserError, naming the first such row, for ids outside the vocabulary and for blanks within a label."""
+    """Raises UserError, naming the first such row, for ids outside the vocabulary or missing, and for blanks within a label."""
     first = 0
     for chunk in label_column(dataset).chunks:
         values, lengths = label_values(chunk)
-        bad = np.flatnonzero((values < 0) | (values >= tokenizer.vocab_size) | (values == tokenizer.blank_id))
+        good = (values >= 0) & (values < tokenizer.vocab_size) & (values != tokenizer.blank_id)
+        bad = np.flatnonzero(~good)  # a missing one is NaN, which compares as false
         if len(bad):
             row, token = first + np.searchsorted(np.cumsum(lengths), bad[0], side="right"), values[bad[0]]
             reason = ("is the CTC blank, which no label may hold" if token == tokenizer.blank_id else
@@ -253,8 +267,7 @@ class SpeechDataset(Dataset):
     """Keys (epoch, row) to examples: features (T,F), labels (U,), row. A function of (seed, epoch, row), nothing else."""
 
     def __init__(self, dataset: datasets.Dataset, make_transform: Callable[[], Compose], seed: int):
-        self.dataset = dataset.select_columns(["input_values", "labels"]).with_format("numpy")
-        self.make_transform, self.seed = make_transform, seed
+        self.dataset, self.make_transform, self.seed = dataset.select_columns(["input_values", "labels"]), make_transform, seed
 
     @cached_property
     def transform(self) -> Compose:
@@ -265,17 +278,37 @@ class SpeechDataset(Dataset):
         return collate([self.example(epoch, row) for epoch, row in keys])
 
     def example(self, epoch: int, row: int):
-        item = self.dataset[row]
-        labels = item["labels"]["input_ids"] if isinstance(item["labels"], dict) else item["labels"]
-        waveform = torch.from_numpy(np.array(item["input_values"], np.float32))
+        waveform = torch.from_numpy(row_values(self.dataset, "input_values", row).astype(np.float32))
         example = self.transform({"input_values": waveform}, make_generator(self.seed, epoch, row))
-        return example["features"], torch.from_numpy(np.array(labels, np.int64)), row
+        return example["features"], torch.from_numpy(row_values(self.dataset, "labels", row).astype(np.int64)), row
+
+
+def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
+    """A row's list, a view of the Arrow table: datasets' own NumPy format takes eight times as long."""
+    if dataset._indices is not None:
+        row = dataset._indices.column(0)[row].as_py()
+    value = dataset.data.column(column)[row]
+    if pa.types.is_struct(value.type):
+        value = value["input_ids"]
+    return value.values.to_numpy(zero_copy_only=False)
 
 
 def collate(examples) -> Batch:
     features, labels, rows = zip(*examples)
-    return Batch(pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features]),
-                 pad_sequence(labels, batch_first=True), torch.tensor([len(y) for y in labels]), torch.tensor(rows))
+    lengths = [len(f) for f in features]
+    padded = empty_shared(len(features), max(lengths), features[0].size(1))
+    for place, frames in zip(padded, features):
+        place[:len(frames)] = frames
+        place[len(frames):] = 0
+    return Batch(padded, torch.tensor(lengths), pad_sequence(labels, batch_first=True),
+                 torch.tensor([len(y) for y in labels]), torch.tensor(rows))
+
+
+def empty_shared(*shape: int) -> torch.Tensor:
+    """(shape) float32; in a worker in shared memory, which spares a copy on the way out, as torch's own collate does it."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)
 
 
 def start_worker(_) -> None:
@@ -323,7 +356,20 @@ def load_split(data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | N
 def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Every row of a split once, longest first, features without augmentation."""
     batches = eval_batches(audio_lengths(dataset), options.batch_size or 16, rank, world_size)
-    return make_loader(dataset, batches, partial(eval_transform, frontend), 0, options)
+    return make_loader(dataset, batches, in_loader(partial(eval_transform, frontend), options), 0, options)
+
+
+def in_loader(make_transform: Callable[[], Compose], options: DataOptions) -> Callable[[], Compose]:
+    """What is left of a transform for the loader: with features_on_device nothing."""
+    return partial(Compose, [as_it_is]) if options.features_on_device else make_transform
+
+
+def with_features(batch: Batch, transform: Compose, seed: int, epoch: int) -> Batch:
+    """A batch of waveforms (B,N,1), as features_on_device makes them, to one of features, on the same device."""
+    features = [transform({"input_values": samples[:length, 0]}, make_generator(seed, epoch, row))["features"]
+                for samples, length, row in zip(batch.features, batch.feature_lengths.tolist(), batch.rows.tolist())]
+    lengths = torch.tensor([len(f) for f in features], device=batch.features.device)
+    return batch._replace(features=pad_sequence(features, batch_first=True), feature_lengths=lengths)
 
 
 class SpeechDataModule(L.LightningDataModule):
@@ -335,6 +381,7 @@ class SpeechDataModule(L.LightningDataModule):
         self.data_roots, self.tokenizer, self.frontend = list(data_roots), tokenizer, frontend
         self.augment, self.options, self.input_layer, self.seed = augment, options, input_layer, seed
         self.splits: dict[str, datasets.Dataset] = {}
+        self.make_train_transform = partial(train_transform, frontend, augment)
         self.kept = None  # row numbers of train that the filter kept
         self.start_batch = 0  # batches of the first epoch that a resumed run has seen
 
@@ -363,8 +410,8 @@ class SpeechDataModule(L.LightningDataModule):
         dropped = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
         rank_zero_info(f"train: {len(self.kept)} of {len(train)} rows kept" + (f", dropped: {dropped}" if dropped else ""))
         if not len(self.kept):
-            raise UserError(f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); see "
-                            "--min_frame, --max_frame, --output_len_prob")
+            raise UserError(f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); "
+                            "see --min_frame, --max_frame, --output_len_prob")
 
     def cmvn(self, most_rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, 1 / standard deviation), each (F,), of the training split's features without augmentation.
@@ -377,6 +424,7 @@ class SpeechDataModule(L.LightningDataModule):
         frames, total, squares = 0, 0.0, 0.0
         for batch in loader:
             features = batch.features[0].double()  # (T,F)
+            features = features[features.isfinite().all(dim=1)]
             frames, total, squares = frames + len(features), total + features.sum(0), squares + features.square().sum(0)
         mean = total / frames
         return mean.float(), (squares / frames - mean.square()).clamp(min=1e-20).rsqrt().float()
@@ -406,15 +454,25 @@ class SpeechDataModule(L.LightningDataModule):
         plan = self.sampler(*self.ranks()).plan(epoch)
         largest = [max(range(len(plan)), key=lambda i: len(plan[i]) * lengths[plan[i]].max())
                    for lengths in (self.lengths, self.label_lengths)]
-        dataset = SpeechDataset(self.splits["train"], partial(train_transform, self.frontend, self.augment), self.seed)
+        dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
         return [dataset[[(epoch, int(row)) for row in plan[i]]] for i in dict.fromkeys(largest)]
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
         sampler.set_epoch(self.next_epoch())
         sampler.start_batch = self.start_batch
-        return make_loader(self.splits["train"], sampler, partial(train_transform, self.frontend, self.augment), self.seed,
+        return make_loader(self.splits["train"], sampler, in_loader(self.make_train_transform, self.options), self.seed,
                            self.options)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if not self.options.features_on_device:
+            return batch
+        return with_features(batch, self.transforms[self.trainer.training], self.seed, self.trainer.current_epoch)
+
+    @cached_property
+    def transforms(self) -> dict[bool, Compose]:
+        """Of features_on_device: in training, and else."""
+        return {True: self.make_train_transform(), False: eval_transform(self.frontend)}
 
     def val_dataloader(self) -> DataLoader:
         return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())

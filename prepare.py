@@ -10,6 +10,7 @@ import contextlib
 import csv
 import functools
 import glob
+import io
 import itertools
 import logging
 import os
@@ -35,6 +36,7 @@ SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.ot
                "train.100": "train", "train.360": "train", "train.500": "train", "train": "train",
                "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev",
                "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean"}
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
 
@@ -62,6 +64,7 @@ class Row(NamedTuple):
     audio: Any  # a path, the bytes of a file, or a function that returns (waveform (N,), rate)
     text: str
     speaker: str  # "" when not known
+    reason: str = ""  # why it cannot be used, where its source can tell
 
 
 class Split(NamedTuple):
@@ -100,32 +103,71 @@ def folder_source(source: str, options: PrepareOptions) -> dict[str, list[Split]
     for path in sorted(glob.glob(os.path.join(glob.escape(source), "*", "metadata.csv"))):
         folder = os.path.dirname(path)
         records = read_metadata(path)
-        text = choose_column(list(records[0]), options.text_column, TEXT_COLUMNS, path)
+        text = choose_column([c for c in records[0] if c], options.text_column, TEXT_COLUMNS, path)
         speaker = next((c for c in SPEAKER_COLUMNS if c in records[0]), None)
-        rows = functools.partial(folder_rows, folder, records, text, speaker)
+        rows = functools.partial(folder_rows, source, folder, records, text, speaker)
         texts = functools.partial(lambda records, text: (r[text] or "" for r in records), records, text)
         splits[os.path.basename(folder)] = [Split(len(records), speaker is not None, texts, rows)]
     return select_splits(splits, options, source, {})
 
 
 def read_metadata(path: str) -> list[dict]:
-    """The lines of a metadata.csv. Raises UserError when it is no CSV with a column file_name, or has no rows."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            records = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}; it must be a CSV file in UTF-8") from None
+    """The rows of a metadata.csv. Raises UserError when it is no CSV in UTF-8 with a column file_name, or has no rows."""
+    records, line = [], 1
+    try:  # `line` is where the next row begins
+        with open(path, "rb") as file:
+            reader = csv.DictReader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), strict=True)
+        columns, line = list(reader.fieldnames or ()), reader.line_num + 1
+        for record in reader:
+            records.append(record)
+            line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not in UTF-8: line {line} has the byte 0x{error.object[error.start]:02x}; save it in UTF-8 "
+                        "(iconv -f LATIN1 -t UTF-8, if it is in Latin-1)") from None
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV file from line {line} on: {error}; is a quotation mark left open, or not doubled "
+                        "within quotation marks?") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not records:
         raise UserError(f"{path} has no rows; fill it or take the folder away")
-    if "file_name" not in records[0]:
-        raise UserError(f"{path} has no column file_name; its columns are {', '.join(map(str, records[0]))}")
+    twice = [column for column in columns if column and columns.count(column) > 1]
+    if twice or "file_name" not in columns:
+        raise UserError(f"{path} has {f'two columns {twice[0]}' if twice else 'no column file_name'}; its columns are "
+                        f"{', '.join(columns)}")
     return records
 
 
-def folder_rows(folder: str, records: list[dict], text: str, speaker: str | None):
-    for record in records:
-        name = record["file_name"] or ""
-        yield Row(name, os.path.join(folder, name), record[text] or "", (speaker and record[speaker]) or "")
+def folder_rows(source: str, folder: str, records: list[dict], text: str, speaker: str | None):
+    """A file that several rows name is used once; where their texts differ none can be trusted, and it is not used."""
+    rows = [folder_row(source, folder, record, text, speaker) for record in records]
+    texts, seen = collections.defaultdict(set), set()
+    for row in rows:
+        if not row.reason and row.text.strip():
+            texts[row.audio].add(tk.normalize_text(row.text))
+    for row in rows:
+        if not row.reason and len(texts[row.audio]) > 1:
+            row = row._replace(reason="several rows with different texts name this file")
+        elif not row.reason and row.text.strip():
+            row = row._replace(reason="an earlier row with the same text names this file" if row.audio in seen else "")
+            seen.add(row.audio)
+        yield row
+
+
+def folder_row(source: str, folder: str, record: dict, text: str, speaker: str | None) -> Row:
+    name = record["file_name"] or ""
+    path = os.path.normpath(os.path.join(folder, name))
+    reason = outside(source, path) if name.strip() else "no file name"
+    if None in record:  # where DictReader puts what has no column
+        reason = "more fields than columns; put a text with commas between quotation marks"
+    return Row(name, path, record[text] or "", (speaker and record[speaker]) or "", reason)
+
+
+def outside(source: str, path: str) -> str:
+    """Why `path` may not be read, or "": its name must not lead out of `source`; links that lie in there may, and do."""
+    inside = os.path.abspath(path).startswith(os.path.join(os.path.abspath(source), ""))
+    return "" if inside else f"lies outside {source}; move it there, or put a link to it there"
 
 
 def hub_source(source: str, options: PrepareOptions) -> dict[str, list[Split]]:
@@ -146,7 +188,7 @@ def hub_source(source: str, options: PrepareOptions) -> dict[str, list[Split]]:
         speaker = next((c for c in SPEAKER_COLUMNS if c in columns), None)
         texts = functools.partial(lambda d, text, place: (string(r[text]) for r in records(d, place)),
                                   data.select_columns([text]), text, place)
-        rows = functools.partial(hub_rows, data, place, audio, text, speaker)
+        rows = functools.partial(hub_rows, data, place, audio, text, speaker, source if local else None)
         splits[name] = [Split(None if local else len(data), speaker is not None, texts, rows)]
     return select_splits(splits, options, source, SPLIT_NAMES)
 
@@ -156,18 +198,25 @@ def records(data, place: str):
     try:
         yield from data
     except Exception as error:  # pyarrow's, fsspec's and datasets' own have no common base
-        raise UserError(f"cannot read {place} to its end: {error}; get its files anew") from None
+        raise UserError(f"cannot read {place} to its end: {error}; get its files anew, or name the column of the audio with "
+                        "--audio_column") from None
 
 
-def hub_rows(data, place: str, audio: str, text: str, speaker: str | None):
+def hub_rows(data, place: str, audio: str, text: str, speaker: str | None, folder: str | None):
+    """Rows of a dataset, whose paths are relative to `folder`, where it is one, and must not lead out of it."""
     for i, record in enumerate(records(data, place)):
-        sound = record[audio] or {}
-        content = sound.get("bytes") if sound.get("bytes") is not None else sound.get("path")
-        yield Row(sound.get("path") or f"row {i}", content, string(record[text]), string(speaker and record[speaker]))
+        sound, reason = record[audio] or {}, ""
+        content, name = sound.get("bytes"), sound.get("path")
+        if content is None and name:
+            content = os.path.join(folder or "", name)
+            reason = outside(folder, content) if folder else ""
+        yield Row(name or f"row {i}", content, string(record[text]), string(speaker and record[speaker]), reason)
 
 
 def string(value) -> str:
-    """A cell as text; speakers are often numbers, and nothing is an empty text."""
+    """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError for bytes, lists and dicts."""
+    if isinstance(value, (bytes, list, dict)):
+        raise UserError(f"a {type(value).__name__} is neither text nor speaker; name the column of the text with --text_column")
     return "" if value is None else str(value)
 
 
@@ -233,10 +282,16 @@ def clean_text(text: str, options: PrepareOptions) -> str:
 
 def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> dict:
     """The row as it is written. Raises BadRow."""
+    if row.reason:
+        raise BadRow(row.reason)
     text = clean_text(row.text, options)
     if not text:
         raise BadRow("empty text")
+    if found := CONTROL.search(text):
+        raise BadRow(f"the text holds the control character U+{ord(found[0]):04X}")
     samples = waveform_of(row.audio)
+    if not samples.any():
+        raise BadRow("silent: all samples are 0")
     return {"input_values": samples, "labels": {"input_ids": tokenizer.encode(text)}, "length": len(samples),
             "text": text, "speaker": row.speaker}
 
@@ -271,6 +326,9 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
     return writer.rows
 
 
+BATCH_ROWS, BATCH_SAMPLES = 100, 2**25  # written at a time: an hour of speech waits in memory, however long the rows are
+
+
 class ShardWriter:
     """Streams rows into datasets of at most `shard_rows` rows; a shard's audio passes through a file, not memory."""
 
@@ -280,14 +338,18 @@ class ShardWriter:
                    "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
                    "length": datasets.Value("int64"), "text": datasets.Value("string")}
         self._features = datasets.Features(columns | ({"speaker": datasets.Value("string")} if speakers else {}))
-        self.rows = self.shards = 0
+        self.rows = self.shards = self._waiting = 0
         self._writer, self._stream = None, f"{folder}.arrow"
         os.makedirs(folder)
 
     def write(self, example: dict) -> None:
         if self._writer is None:
-            self._writer = ArrowWriter(path=self._stream, features=self._features, writer_batch_size=100)
+            self._writer = ArrowWriter(path=self._stream, features=self._features, writer_batch_size=BATCH_ROWS)
         self._writer.write({name: example[name] for name in self._features})
+        self._waiting += example["length"]
+        if self._waiting > BATCH_SAMPLES:
+            self._writer.write_examples_on_file()
+            self._waiting = 0
         self.rows += 1
         if self.rows % self.shard_rows == 0:
             self.close()
@@ -310,6 +372,7 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
         raise UserError(f"no split train to train a tokenizer on, only {', '.join(splits)}; give --tokenizer PATH, the "
                         "tokenizer.json or .ckpt of the model this data is for")
     texts = (clean_text(text, options) for part in splits["train"] for text in part.texts())
+    texts = (text for text in texts if not CONTROL.search(text))
     return tk.train_char(texts) if options.tokenizer == "char" else tk.train_bpe(texts, options.vocab_size or 500)
 
 

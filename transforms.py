@@ -9,7 +9,9 @@ Axes: N samples, T frames, F mel bins.
 import dataclasses
 import io
 import json
+import math
 import os
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -41,6 +43,11 @@ class Frontend:
         for name in ("sample_rate", "num_mel_bins", "frame_length", "frame_shift"):
             if getattr(self, name) < 1:
                 raise UserError(f"frontend: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.window_samples < 2 or self.shift_samples < 1:
+            raise UserError(f"frontend: frame_length {self.frame_length} or frame_shift {self.frame_shift} ms is too short "
+                            f"at {self.sample_rate} samples per second; raise it")
+        if self.frontend == "fbank" and self.num_mel_bins < 4:
+            raise UserError(f"frontend: num_mel_bins is {self.num_mel_bins}; fbank needs at least 4")
         if self.window not in ("hamming", "hann"):
             raise UserError(f"frontend: window is {self.window!r}; choose hamming or hann")
         if self.frontend not in ("log_mel", "fbank"):
@@ -159,7 +166,7 @@ def _resampler(orig: int, new: int):
 
     def resampler(waveform: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(waveform, (width, width + periods * orig))
-        return (padded.unfold(0, len(matrix), periods * orig) @ matrix).flatten()
+        return (padded.unfold(0, len(matrix), periods * orig) @ matrix.to(waveform.device)).flatten()
 
     return resampler
 
@@ -171,7 +178,7 @@ def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
         return example
     centred = waveform - waveform.mean()
     variance = torch.dot(centred, centred) / len(centred)  # six times as fast as torch.var
-    return {**example, "input_values": centred * torch.rsqrt(variance + 1e-7)}
+    return {**example, "input_values": centred.mul_(torch.rsqrt(variance + 1e-7))}
 
 
 # Waveform -> features
@@ -186,12 +193,42 @@ def frames_of(waveform: torch.Tensor, frontend: Frontend) -> torch.Tensor:
 
 
 def power_of(spectrum: torch.Tensor) -> torch.Tensor:
-    return spectrum.real * spectrum.real + spectrum.imag * spectrum.imag  # four times as fast as abs().square()
+    squares = torch.view_as_real(spectrum).square()  # eight times as fast as abs().square()
+    return squares[..., 0] + squares[..., 1]
+
+
+BLOCK = 512  # frames to work on at a time: what they need stays in the processor's cache
+BAND = 16  # mel filters to multiply with at a time: most weights are zeros, and so most of them are left out
+
+
+def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> torch.Tensor:
+    """(T,F) mel power of a waveform (N,): `filters` is log_mel_filters or fbank_filters, `spectrum` a function of frames and
+    window. Works on the waveform's device."""
+    window, bands = filters_on(waveform.device, filters, frontend)
+    frames = frames_of(waveform, frontend)  # (T, window)
+    made = frames.new_empty(len(frames), frontend.num_mel_bins)
+    for some, out in zip(frames.split(BLOCK), made.split(BLOCK)):
+        power = power_of(spectrum(some, window))  # (BLOCK, bins)
+        for bins, columns, weights in bands:
+            torch.mm(power[:, bins], weights, out=out[:, columns])
+    return made
 
 
 @cache
+def filters_on(device: torch.device, make, frontend: Frontend):
+    """What make(frontend) gives, on `device`: window (window,), and the mel filters in bands: their bins, columns, weights."""
+    window, mel = make(frontend)
+    bands = []
+    for first in range(0, mel.shape[1], BAND):
+        columns = slice(first, first + BAND)
+        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [0]  # narrow filters may meet no bin at all
+        bins = slice(used[0], used[-1] + 1)
+        bands.append((bins, columns, mel[bins, columns].contiguous().to(device)))
+    return window.to(device), bands
+
+
 def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
-    """Window (window,) and mel filters (bins, F) of log_mel; not to be written to, as all callers share them."""
+    """Window (window,) and mel filters (bins, F) of log_mel."""
     window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
     mel = torchaudio.functional.melscale_fbanks(
         frontend.window_samples // 2 + 1, 0.0, frontend.sample_rate / 2, frontend.num_mel_bins, frontend.sample_rate)
@@ -199,28 +236,30 @@ def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_mel(frontend: Frontend):
-    """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once.
+    """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once per device.
 
     No centring: frame t covers samples [t * shift, t * shift + window). Audio shorter than a window is padded with
     zeros to one frame, so that T >= 1. log1p keeps silence at 0, which is also what masks write.
     """
-    window, mel = log_mel_filters(frontend)
 
     def transform(example: dict, generator: torch.Generator | None) -> dict:
-        spectrum = torch.fft.rfft(frames_of(example["input_values"], frontend) * window)  # (T, bins) complex
-        return {**example, "features": torch.log1p(power_of(spectrum) @ mel).T}
+        power = mel_power(example["input_values"], frontend, log_mel_filters, spectrum)
+        return {**example, "features": power.log1p_().T}
+
+    def spectrum(frames, window):  # (T, window) -> (T, bins)
+        return torch.fft.rfft(frames * window)
 
     return transform
 
 
-BLOCK = 256  # frames that fbank works on at a time: what they need stays in the processor's cache
+def fbank_fft(frontend: Frontend) -> int:
+    return 1 << (frontend.window_samples - 1).bit_length()  # Kaldi's FFT takes powers of two
 
 
-@cache
 def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
-    """Window (window,) and mel filters (bins, F) of fbank; not to be written to. bins - 1 is half the FFT's length."""
-    padded = 1 << (frontend.window_samples - 1).bit_length()  # Kaldi's FFT takes powers of two
-    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, padded, frontend.sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
+    """Window (window,) and mel filters (bins, F) of fbank."""
+    size = fbank_fft(frontend)
+    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, size, frontend.sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
     mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # the Nyquist bin has no weight
     return torch.hann_window(frontend.window_samples, periodic=False).pow(0.85), mel  # povey
 
@@ -232,24 +271,21 @@ def fbank(frontend: Frontend, dither: float = 0.0):
     has no frame, for less than a window of samples, zeros are appended to make one. Dither, here on the samples rather
     than on each frame (2.5 times fewer draws), needs the generator and is left out without one.
     """
-    window, mel = fbank_filters(frontend)
     floor = torch.finfo(torch.float32).eps
 
     def transform(example: dict, generator: torch.Generator | None) -> dict:
         waveform = example["input_values"] * 32768
         if dither and generator is not None:
-            waveform = waveform.add_(torch.randn(len(waveform), generator=generator), alpha=dither)
-        frames = frames_of(waveform, frontend)  # (T, window)
-        features = torch.empty(len(frames), frontend.num_mel_bins)
-        for start in range(0, len(frames), BLOCK):
-            torch.mm(power(frames[start:start + BLOCK]), mel, out=features[start:start + BLOCK])
-        return {**example, "features": features.clamp_(min=floor).log_().T}
+            noise = torch.randn(len(waveform), generator=generator)  # on the CPU wherever the waveform is: the same noise
+            waveform = waveform.add_(noise.to(waveform.device), alpha=dither)
+        power = mel_power(waveform, frontend, fbank_filters, spectrum)
+        return {**example, "features": power.clamp_(min=floor).log_().T}
 
-    def power(frames):  # (T, window) -> (T, bins)
+    def spectrum(frames, window):  # (T, window) -> (T, bins)
         frames = frames - frames.mean(dim=1, keepdim=True)
         before = 0.97 * torch.cat((frames[:, :1], frames[:, :-1]), dim=1)  # the first sample has itself before it
         frames = (frames - before) * window  # rounded as Kaldi rounds: a fused step moves quiet bands by 0.03
-        return power_of(torch.fft.rfft(frames, n=2 * (len(mel) - 1)))
+        return torch.fft.rfft(frames, n=fbank_fft(frontend))
 
     return transform
 
@@ -348,6 +384,11 @@ class Compose:
         return example
 
 
+def as_it_is(example: dict, generator: torch.Generator | None) -> dict:
+    """The waveform (N,) as "features" (N,1), which a batch can hold."""
+    return {**example, "features": example["input_values"][:, None]}
+
+
 def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
     """Waveform to features, as the frontend says."""
     if frontend.frontend == "fbank":
@@ -419,29 +460,87 @@ def stream_features(frontend: Frontend):
 # Files -> waveforms
 
 
+SECONDS = 60  # seconds of audio to read or resample at a time: what that takes is several times as large
+RATES = (4000, 384_000)  # sample rates of recordings; the resampling filter of others may take gigabytes
+LOUDEST = 2.0**31  # float files may hold the steps of integers; more than 32 bits hold is no sound, and its squares overflow
+# Of libsndfile's log: how many bytes of samples the header of a wav, aiff, au or caf promises, and how many there are
+PROMISED = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+UNKNOWN = 0x7FFFF000  # bytes that programs promise that write to a pipe: this or more
+
+
 def read_audio(audio, sample_rate: int = 16000) -> np.ndarray:
     """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes, in any format soundfile decodes.
 
-    Raises UserError with the reason alone (no file name) for what is missing, undecodable, empty or not finite.
+    Raises UserError with the reason alone (no file name) for what is missing, undecodable, cut short, empty, not finite or
+    louder than any sound, and for rates beyond RATES.
     """
-    try:
-        samples, rate = soundfile.read(io.BytesIO(audio) if isinstance(audio, bytes) else audio, dtype="float32")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors are RuntimeErrors
-        if isinstance(audio, (str, os.PathLike)) and not os.path.isfile(audio):
-            raise UserError("file missing") from None
-        raise UserError(f"cannot be decoded: {error}") from None
+    samples, rate = decode_audio(audio)
     if len(samples) == 0:
         raise UserError("no samples")
-    if samples.ndim == 2:  # (N, channels)
-        samples = samples.mean(axis=1)
-    if not np.isfinite(samples).all():
+    loudest = max(samples.max(), -samples.min())
+    if not np.isfinite(loudest):
         raise UserError("samples are not finite")
+    if loudest > LOUDEST:
+        raise UserError(f"samples as large as {loudest:.0e}; full scale is 1")
     return resample(samples, rate, sample_rate)
 
 
+def decode_audio(audio) -> tuple[np.ndarray, int]:
+    """(samples (N,) float32, mono; their rate) of a path or of a file's bytes."""
+    if not isinstance(audio, bytes) and not os.path.isfile(audio):
+        raise UserError("file missing")
+    if not (len(audio) if isinstance(audio, bytes) else os.path.getsize(audio)):
+        raise UserError("cannot be decoded: it has 0 bytes")
+    try:
+        with soundfile.SoundFile(Bytes(audio) if isinstance(audio, bytes) else audio) as file:
+            samples, rate, promised = read_mono(file), file.samplerate, promised_frames(file)
+    except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # soundfile's errors are RuntimeErrors
+        raise UserError(f"cannot be decoded: {getattr(error, 'error_string', error)}") from None
+    if promised == math.inf:
+        raise UserError("cut short: its Ogg stream has no end mark")
+    if promised - len(samples) > rate / 10:  # less than that: some encoders miscount by a frame
+        raise UserError(f"cut short: {len(samples) / rate:.1f} s of {promised / rate:.1f} s")
+    return samples, rate
+
+
+class Bytes(io.BytesIO):
+    """Of a damaged file libsndfile seeks places before its start. BytesIO raises there, and a traceback would be printed."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(offset if whence else max(offset, 0), whence)
+
+
+def read_mono(file: soundfile.SoundFile) -> np.ndarray:
+    """The channels' mean (N,), read piece by piece: many channels take no more memory than one."""
+    mono, count = np.empty(file.frames, np.float32), 0
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at what comes out
+        while len(piece := file.read(min(SECONDS * file.samplerate, len(mono) - count), dtype="float32", always_2d=True)):
+            mono[count:count + len(piece)] = piece.mean(axis=1)
+            count += len(piece)
+    return mono[:count]
+
+
+def promised_frames(file: soundfile.SoundFile) -> float:
+    """Frames that a file says it has, infinity for an Ogg stream without its end; libsndfile just decodes what is there."""
+    if re.search("^Ogg ?: (?:Last page lacks|Junk after|File ended)", file.extra_info, re.MULTILINE):
+        return math.inf
+    sizes = PROMISED.search(file.extra_info)
+    promised, there = map(int, sizes.groups()) if sizes else (0, 0)
+    return file.frames * promised / there if there and promised < UNKNOWN else file.frames
+
+
 def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
-    """(N,) float32 at `rate` Hz to `sample_rate`."""
+    """(N,) float32 at `rate` Hz to `sample_rate`, SECONDS at a time. Raises UserError for a rate beyond RATES."""
     if rate == sample_rate:
         return samples
-    rate = max(25, round(rate / 25) * 25)  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
-    return torchaudio.functional.resample(torch.from_numpy(samples), rate, sample_rate).numpy()
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UserError(f"sample rate {rate}: it must be {RATES[0]} to {RATES[1]}")
+    rate = round(rate / 25) * 25  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
+    pieces = []
+    for start in range(0, len(samples), SECONDS * rate):
+        first = max(start - rate, 0)  # a second on either side is more than the filter sees
+        piece = torch.from_numpy(samples[first:start + (SECONDS + 1) * rate])
+        piece = torchaudio.functional.resample(piece, rate, sample_rate)
+        skip = (start - first) // rate * sample_rate
+        pieces.append(piece[skip:skip + SECONDS * sample_rate].numpy())
+    return np.concatenate(pieces)

@@ -1,5 +1,6 @@
 """From shards to batches: order, schema, lengths, filter, and examples that depend on (seed, epoch, row) alone."""
 
+import copy
 import json
 import os
 import pickle
@@ -9,12 +10,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import pytorch_lightning as L
 import torch
 
 from cli import UserError
 from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
 from datamodule import (DataOptions, SpeechDataModule, SpeechDataset, audio_lengths, eval_loader,
-                        filter_conformer_len_prob, get_concat_dataset, label_statistics, load_split)
+                        filter_conformer_len_prob, get_concat_dataset, label_statistics, load_split, row_values)
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform
 
@@ -349,9 +351,55 @@ def test_a_loader_works_with_workers_that_are_not_forked(root):
         assert torch.equal(made.features, dataset[[(1, 2)]].features)
 
 
-def test_rows_are_read_as_numpy(root):
-    item = SpeechDataset(get_concat_dataset([root], "train"), None, 0).dataset[5]
-    assert isinstance(item["input_values"], np.ndarray) and item["input_values"].dtype == np.float32
+def test_rows_are_read_from_the_table_itself_picked_ones_too(root):
+    dataset = get_concat_dataset([root], "train")
+    for column in ("input_values", "labels"):
+        values = row_values(dataset, column, 5)
+        assert isinstance(values, np.ndarray) and not values.flags.owndata  # no copy, no Python list
+    assert np.array_equal(row_values(dataset.select([6, 5]), "input_values", 1), audio(8000, 8000))
+
+
+@pytest.mark.parametrize("frontend", [FRONTEND, Frontend(frontend="fbank")], ids=lambda frontend: frontend.frontend)
+def test_features_on_the_device_are_those_of_the_loader(root, frontend):
+    def seen(on_device):
+        data = SpeechDataModule(data_roots=[root], tokenizer=TOKENIZER, frontend=frontend, augment=Augment(max_trim=50), seed=5,
+                                options=DataOptions(num_workers=0, batch_size=3, features_on_device=on_device))
+        model = Seer()
+        L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  enable_model_summary=False, num_sanity_val_steps=0).fit(model, datamodule=data)
+        return model.seen
+
+    pairs = list(zip(seen(False), seen(True), strict=True))
+    assert len(pairs) == 2 * (3 + 1)  # epochs of batches in training, in validation
+    for one, other in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
+        torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
+
+
+class Seer(L.LightningModule):
+    """Learns nothing and keeps the batches it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch)
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_batch_is_the_same_behind_a_pipe(root):
+    data = module(root)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    for made in (pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch)):
+        assert type(made) is type(batch) and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(made, batch))
 
 
 def test_test_splits_are_eval_clean_and_where_present_eval_other(root):

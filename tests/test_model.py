@@ -1,20 +1,26 @@
 """The guard of optimizer_step, validation, decoding and checkpoints, on a network that trains in a blink."""
 
+import ast
 import json
+import pickle
+import re
+import shutil
 from typing import NamedTuple
 
 import pytest
 import pytorch_lightning as L
 import torch
 from pytorch_lightning.plugins import MixedPrecision
-from conftest import distance
+from conftest import ROOT, distance
 from torch.utils.data import DataLoader
 
-from cli import UserError
+import score
+import wenet_import
+from cli import UserError, run
 from conformer import ModelOptions
 from decode import MODES
-from model import U2, OptimOptions, load_checkpoint
-from tokenizer import train_char
+from model import U2, OptimOptions, load_checkpoint, read_checkpoint
+from tokenizer import load_tokenizer, train_char
 from transforms import Frontend
 
 OPTIONS = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
@@ -229,3 +235,55 @@ def test_validation_counts_errors_over_the_whole_set_at_full_context_and_chunk_1
             errors += distance(TOKENIZER.decode(labels.tolist()), TOKENIZER.decode(hypothesis.tokens))
             letters += len(TOKENIZER.decode(labels.tolist()))
     assert metrics["val_cer"] == pytest.approx(errors / letters)
+
+
+class Trap:
+    """Pickled, it is a call that makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+TRAPS = {
+    "as a zip file": lambda trap, parts, path: torch.save(trap, path),
+    "in the state_dict": lambda trap, parts, path: torch.save({**parts, "state_dict": parts["state_dict"] | {"x": trap}}, path),
+    "in a legacy file": lambda trap, parts, path: torch.save({**parts, "x": trap}, path, _use_new_zipfile_serialization=False),
+    "as a plain pickle": lambda trap, parts, path: path.write_bytes(pickle.dumps({**parts, "tokenizer": trap}, protocol=2)),
+}
+
+
+@pytest.mark.parametrize("hide", TRAPS.values(), ids=TRAPS)
+def test_a_checkpoint_with_code_in_it_runs_none_of_it_and_is_refused_in_one_line(hide, tmp_path, monkeypatch, capsys):
+    sprung, path = tmp_path / "sprung", tmp_path / "final.pt"
+    checkpoint = {"state_dict": make().state_dict(), "model_options": {}, "optim_options": {}, "frontend": {}, "tokenizer": {}}
+    hide(Trap(sprung), checkpoint, path)
+    shutil.copy(path, tmp_path / "x.ckpt")
+    for load in (read_checkpoint, load_checkpoint, load_tokenizer):
+        with pytest.raises(UserError, match=r"x\.ckpt"):
+            load(str(tmp_path / "x.ckpt"))
+    (tmp_path / "train.yaml").write_text("encoder: conformer")
+    for command, argv in ((score, ["--checkpoint", str(tmp_path / "x.ckpt")]),
+                          (wenet_import, [str(tmp_path), "--out", str(tmp_path / "y.ckpt")])):
+        monkeypatch.setattr("sys.argv", [command.__name__, *argv])
+        with pytest.raises(SystemExit) as exit:
+            run(command.main)
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and out == "" and err.count("\n") == 1 and "(UnpicklingError)" in err
+    assert not sprung.exists()
+    pickle.loads(path.read_bytes()) if hide is TRAPS["as a plain pickle"] else torch.load(path, weights_only=False)
+    assert sprung.exists()  # the trap was set
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_nothing_unpickles(path):
+    """torch.load and Lightning's ckpt_path read weights only; pickle, yaml and NumPy read nothing that could be code."""
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        name, given = ast.unparse(call.func), {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name == "torch.load" or "ckpt_path" in given:
+            assert given.get("weights_only") == "True", f"{path.name}:{call.lineno}"
+        assert given.get("allow_pickle", "False") == "False", f"{path.name}:{call.lineno}"
+        unsafe = r"(pickle|marshal|shelve|yaml|torch\.hub|torch\.jit)\.(?!safe_)\w*(load|open)\w*|.*\.load_from_checkpoint|exec"
+        assert not re.fullmatch(unsafe, name), f"{path.name}:{call.lineno}: {name}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ import soundfile
 
 import prepare
 import tokenizer as tk
+import transforms
 from cli import UserError
 
 PREPARE = Path(prepare.__file__)
@@ -119,6 +121,212 @@ def test_bad_rows_are_rejected_by_name_and_the_rest_goes_on(source, tmp_path):
     assert reasons["none.wav"] == "no samples" and reasons["nan.wav"] == "samples are not finite"
     assert all(reasons[name].startswith("cannot be decoded") for name in ("empty.wav", "noise.wav"))
     assert {row["split"] for row in rejected.values()} == {"train"}
+
+
+# Odd files
+
+
+def encoded(samples, rate=16000, format="WAV", subtype=None):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
+    return file.getvalue()
+
+
+def spoiled(value, at=50):
+    samples = tone()
+    samples[at] = value
+    return encoded(samples, subtype="FLOAT")
+
+
+MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(500)
+STREAMED = encoded(tone())[:40] + b"\xff\xff\xff\xff" + encoded(tone())[44:]  # written to a pipe: the size was not known
+UNENDING = encoded(tone(), format="FLAC")[:21] + b"\xff" * 5 + encoded(tone(), format="FLAC")[26:]  # says: 2^36 - 1 samples
+ODD = {  # name: (content, samples kept or reason)
+    "8 bit.wav": (encoded(tone(), subtype="PCM_U8"), 8000),
+    "24 bit.wav": (encoded(tone(), subtype="PCM_24"), 8000),
+    "32 bit.wav": (encoded(tone(), subtype="PCM_32"), 8000),
+    "float.wav": (encoded(tone(), subtype="FLOAT"), 8000),
+    "double.wav": (encoded(tone(), subtype="DOUBLE"), 8000),
+    "telephone.wav": (encoded(tone(rate=8000), 8000, subtype="ULAW"), 8000),
+    "96 kHz.flac": (encoded(tone(rate=96000), 96000, "FLAC", "PCM_24"), 8000),
+    "8 channels.wav": (encoded(np.stack([tone()] * 8, axis=1)), 8000),
+    "mp3 in truth.wav": (encoded(tone(), format="MP3"), 8000),
+    "streamed.wav": (STREAMED, 8000),
+    "scaled as 16 bit.wav": (encoded(32768 * tone(), subtype="FLOAT"), 8000),
+    "one sample.wav": (encoded(tone()[50:51]), 1),
+    "no byte.wav": (b"", "cannot be decoded: it has 0 bytes"),
+    "text.wav": (b"hello\n" * 20, "cannot be decoded: Format not recognised."),
+    "film.mp4": (MP4, "cannot be decoded: Format not recognised."),
+    "film.wav": (MP4, "cannot be decoded: Format not recognised."),
+    "no sample.wav": (encoded(tone(0)), "no samples"),
+    "silence.wav": (encoded(0 * tone()), "silent: all samples are 0"),
+    "nan.wav": (spoiled(np.nan), "samples are not finite"),
+    "inf.wav": (spoiled(-np.inf), "samples are not finite"),
+    "both infs.wav": (encoded(np.array([[np.inf, -np.inf]] * 9), subtype="FLOAT"), "samples are not finite"),
+    "loud.wav": (spoiled(3e38), "samples as large as 3e+38; full scale is 1"),
+    "loud 48 kHz.wav": (encoded(np.full(999, -3.4e38), 48000, subtype="FLOAT"), "samples as large as 3e+38; full scale is 1"),
+    "1 Hz.wav": (encoded(tone(), 1), "sample rate 1: it must be 4000 to 384000"),
+    "500 MHz.wav": (encoded(tone(), 500_000_000), "sample rate 500000000: it must be 4000 to 384000"),
+    "unending.flac": (UNENDING, "cannot be decoded: Unable to allocate 256. GiB"),
+    "gone.wav": (None, "file missing"),
+    "folder.wav": ("a folder", "file missing"),
+}
+
+
+def rejections(root):
+    with open(Path(root) / "rejected.csv", newline="") as file:
+        return [(row["file_name"], row["reason"]) for row in csv.DictReader(file)]
+
+
+def test_odd_files_are_used_or_rejected_with_their_reason(tmp_path):
+    folder = tmp_path / "src/train"
+    folder.mkdir(parents=True)
+    for name, (content, _) in ODD.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        elif content:
+            (folder / name).mkdir()
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},{name}\n" for name in ODD))
+    kept, rejected = run(tmp_path / "src", tmp_path / "root")
+    lengths = {row["text"]: row["length"] for row in rows_of(tmp_path / "root")}
+    reasons = dict(rejections(tmp_path / "root"))
+    assert kept + rejected == len(lengths) + len(reasons) == len(ODD)
+    for name, (_, expected) in ODD.items():
+        got = lengths.get(name, reasons.get(name))
+        assert got == expected if isinstance(expected, int) else got.startswith(expected), (name, got)
+
+
+@pytest.mark.parametrize("format, subtype", [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAVEX", "PCM_16"), ("AIFF", "PCM_24"),
+                                             ("AU", "ULAW"), ("FLAC", "PCM_16"), ("MP3", None), ("OGG", "VORBIS"),
+                                             ("OGG", "OPUS")])
+def test_a_file_that_is_cut_short_is_refused_and_the_whole_one_is_not(format, subtype):
+    content = encoded(tone(2.0), 16000, format, subtype)
+    assert len(prepare.read_audio(content)) == 32000
+    for share in (0.8, 0.5, 0.1, 0.01):
+        with pytest.raises(UserError, match="^(cut short|cannot be decoded): "):
+            prepare.read_audio(content[:int(share * len(content))])
+
+
+def test_many_channels_take_no_more_memory_than_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, "SECONDS", 1)
+    samples = np.stack([tone(60.0)] * 8, axis=1)
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="PCM_16")
+    tracemalloc.start()
+    try:
+        waveform = prepare.read_audio(str(tmp_path / "a.wav"))
+        assert tracemalloc.get_traced_memory()[1] < 2 * waveform.nbytes < samples.nbytes / 3
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(waveform, samples[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [8000, 22254, 44100, 96000])
+def test_a_long_recording_resampled_in_pieces_has_no_seams(rate, monkeypatch):
+    samples = np.random.default_rng(0).normal(0, 0.1, int(7.3 * rate)).astype(np.float32)
+    whole = prepare.resample(samples, rate)
+    monkeypatch.setattr(transforms, "SECONDS", 2)
+    np.testing.assert_allclose(prepare.resample(samples, rate), whole, atol=1e-6)
+
+
+def test_long_rows_are_written_before_they_fill_the_memory(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_SAMPLES", 15000)  # the fixture's rows have 8000
+    waiting = []
+    write = prepare.ShardWriter.write
+    monkeypatch.setattr(prepare.ShardWriter, "write", lambda self, example: (
+        write(self, example), self._writer and waiting.append(len(self._writer.current_examples))))
+    run(source, tmp_path / "root")
+    assert waiting == [1, 0, 1, 0, 1, 0, 1]
+    assert [r["text"] for r in rows_of(tmp_path / "root")] == [f"hello book {c}" for c in "abcde"]
+
+
+# Odd metadata
+
+
+METADATA = "file_name,transcription,speaker\n0.wav,hello,s\n1.wav,\"book, two\nlines \"\"quoted\"\"\",s\n"
+
+
+@pytest.mark.parametrize("content", [
+    METADATA.encode("utf-8-sig"), METADATA.replace("\n", "\r\n").encode(), METADATA.replace("\n", "\n\n").encode(),
+    METADATA.replace("file_name,transcription", "file_name,notes,transcription").replace(".wav", ".wav,-").encode()])
+def test_bom_crlf_blank_lines_quotes_and_more_columns_make_no_difference(content, source, tmp_path):
+    (source / "train/metadata.csv").write_bytes(content)
+    assert run(source, tmp_path / "root") == (4, 0)
+    assert [r["text"] for r in rows_of(tmp_path / "root")] == ["hello", 'book, two lines "quoted"']
+
+
+def test_a_row_that_does_not_fit_its_header_is_rejected(source, tmp_path):
+    (source / "train/metadata.csv").write_text("file_name,text,speaker\n0.wav,hello\n1.wav,well, well,s\n2.wav\n,hi,s\n")
+    assert run(source, tmp_path / "root") == (3, 3)
+    assert rejections(tmp_path / "root") == [
+        ("1.wav", "more fields than columns; put a text with commas between quotation marks"), ("2.wav", "empty text"),
+        ("", "no file name")]
+
+
+def test_a_name_may_not_lead_out_of_the_source_but_a_link_may(source, tmp_path):
+    (tmp_path / "other").mkdir()
+    for place in (tmp_path / "other/0.wav", tmp_path / "src-2.wav"):
+        place.write_bytes(encoded(tone()))
+    (source / "train/linked").symlink_to(tmp_path / "other")
+    bad = ["../../other/0.wav", "/etc/passwd", str(tmp_path / "other/0.wav"), "linked/../../../other/0.wav", "../../src-2.wav",
+           "..", "../../../../../../../../etc/passwd"]
+    good = ["linked/0.wav", "../dev/1.wav", str(source / "dev/0.wav"), "nowhere/../0.wav"]
+    (source / "train/metadata.csv").write_text("file_name,text\n" + "".join(f"{name},hello\n" for name in good + bad))
+    assert run(source, tmp_path / "root") == (len(good) + 2, len(bad))
+    assert [name for name, _ in rejections(tmp_path / "root")] == bad
+    reasons = {reason for _, reason in rejections(tmp_path / "root")}
+    assert reasons == {f"lies outside {source}; move it there, or put a link to it there"}
+
+
+def test_a_file_named_twice_is_used_once_and_not_at_all_where_the_texts_differ(source, tmp_path):
+    rows = [("0.wav", "hello"), ("1.wav", "one"), ("./0.wav", " hello "), ("1.wav", "two"), ("2.wav", ""), ("2.wav", "book")]
+    (source / "train/metadata.csv").write_text("file_name,text\n" + "".join(f"{name},{text}\n" for name, text in rows))
+    assert run(source, tmp_path / "root") == (4, 4)
+    assert [r["text"] for r in rows_of(tmp_path / "root")] == ["hello", "book"]
+    differ, same = "several rows with different texts name this file", "an earlier row with the same text names this file"
+    assert rejections(tmp_path / "root") == [("1.wav", differ), ("./0.wav", same), ("1.wav", differ), ("2.wav", "empty text")]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "has no rows"),
+    (b"\xef\xbb\xbf", "has no rows"),
+    (b"file_name,text\n0.wav,ok\n1.wav,caf\xe9\n", r"metadata.csv is not in UTF-8: line 3 has the byte 0xe9; save it"),
+    ("file_name,text\n0.wav,hi\n".encode("utf-16"), "not in UTF-8: line 1 has the byte 0xff"),
+    (b'file_name,text\n0.wav,hi\n1.wav,"hello\n2.wav,you\n', "from line 3 on: .* is a quotation mark left open"),
+    (b'file_name,text\n0.wav,"hi" he said\n', "from line 2 on"),
+    (b"file_name,text\n0.wav," + b"x" * 200_000 + b"\n", "from line 2 on: field larger"),
+    (b"file_name,text,text\n0.wav,a,b\n", "two columns text"),
+    (b"file_name;text\n0.wav;a\n", "no column file_name; its columns are file_name;text"),
+    (b"file_name,words\n0.wav,a\n", "no column transcription or text .*--text_column"),
+])
+def test_metadata_that_cannot_be_read_is_one_line_that_says_where(content, message, source, tmp_path):
+    (source / "train/metadata.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run(source, tmp_path / "root")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+@pytest.mark.parametrize("columns, expected", [
+    ({"audio": ["a.wav", "gone.wav", "/etc/passwd", "../a.wav", None]}, ["file missing", "lies out", "lies out", "no audio"]),
+    ({"audio": [encoded(tone()), b"junk", b"", None]}, ["cannot be decoded: Format", "cannot be decoded: it has", "no audio"]),
+    ({"audio": [1, 2]}, "--audio_column"),
+    ({"audio": [[0.1], [0.2]]}, "--audio_column"),
+    ({"audio": [encoded(tone())], "text": [["hello"]]}, "a list is neither text"),
+    ({"audio": [encoded(tone())], "text": [b"hello"]}, "a bytes is neither text"),
+])
+def test_odd_parquet_columns_are_rejected_row_by_row_or_refused_in_one_line(columns, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.wav").write_bytes(encoded(tone()))
+    table = pyarrow.table({"text": ["hello"] * len(columns["audio"]), **columns})
+    pyarrow.parquet.write_table(table, tmp_path / "src/train-00000-of-00001.parquet")
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            run(tmp_path / "src", tmp_path / "root")
+        return
+    assert run(tmp_path / "src", tmp_path / "root")[0] == 1
+    reasons = [reason for _, reason in rejections(tmp_path / "root")]
+    assert sorted(reason[:4] for reason in reasons) == sorted(
+        e[:4] for e in expected + ["lies out"] * (len(columns["audio"]) - 1 - len(expected)))
 
 
 def test_text_is_nfc_and_changes_only_where_flags_say(tmp_path):
@@ -233,25 +441,28 @@ def test_data_is_replaced_only_when_asked_and_foreign_folders_never(source, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, tmp_path):
-    os.mkfifo(source / "dev/stuck.wav")  # reading it blocks: the run is stopped when train is written and dev is not
-    with open(source / "dev/metadata.csv", "a") as file:
-        file.write("stuck.wav,hello,s\n")
-    command = [sys.executable, PREPARE, "--source", source, "--data_root", tmp_path / "root"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+STUCK = """
+import time, cli, prepare
+decode = prepare.waveform_of
+prepare.waveform_of = lambda audio: time.sleep(600) if audio.endswith("stuck.wav") else decode(audio)
+cli.run(prepare.main)
+"""
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, status, source, tmp_path):
+    with open(source / "train/metadata.csv", "a") as file:
+        file.write("stuck.wav,hello,s\n")  # the run is stopped when dev is written and train is not
+    command = [sys.executable, "-c", STUCK, "--source", source, "--data_root", tmp_path / "root"]
+    process = subprocess.Popen(command, cwd=PREPARE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.time() + 60
-    while not (tmp_path / ".root.partial/dev").exists():
+    while not (tmp_path / ".root.partial/train.arrow").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.send_signal(how)
-    if how == signal.SIGINT:  # a blocking open is retried by libsndfile: let it through
-        time.sleep(0.2)
-    assert not (tmp_path / "root").exists()
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "root").exists()
-    os.remove(source / "dev/stuck.wav")
+    process.communicate(timeout=60)
+    assert process.returncode == status and not (tmp_path / "root").exists()
+    assert (tmp_path / ".root.partial").exists() == (how == signal.SIGKILL)
     assert run(source, tmp_path / "root") == (7, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 

@@ -10,18 +10,21 @@ import soundfile
 import torch
 import torchaudio.compliance.kaldi as kaldi
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cli import UserError
-from transforms import (Augment, Compose, Frontend, eval_transform, extract, fbank, log_mel, make_generator, mean_var_norm,
-                        num_frames, read_audio, read_cmvn, resample, shortest_frames, spec_aug, spec_sub, spec_trim, speed_length,
-                        speed_perturb, train_transform, transpose)
+from transforms import (Augment, Compose, Frontend, eval_transform, extract, fbank, log_mel, log_mel_filters, make_generator,
+                        mean_var_norm, mel_power, num_frames, read_audio, read_cmvn, resample, shortest_frames, spec_aug,
+                        spec_sub, spec_trim, speed_length, speed_perturb, train_transform, transpose)
 
 FRONTEND, FBANK, AUGMENT = Frontend(), Frontend(frontend="fbank"), Augment(max_trim=50)
 OFF = Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0)
 LENGTHS = [0, 1, 159, 160, 399, 400, 401, 559, 560, 561, 1000, 4401, 16000, 16001, 47999, 160007]
 TRANSFORMS = {"speed_perturb": speed_perturb(AUGMENT.speeds), "mean_var_norm": mean_var_norm, "log_mel": log_mel(FRONTEND),
               "spec_aug": spec_aug(AUGMENT), "spec_sub": spec_sub(AUGMENT), "spec_trim": spec_trim(AUGMENT),
-              "fbank": fbank(FBANK, dither=1.0), "transpose": transpose, "train_fbank": train_transform(FBANK, AUGMENT), "train": train_transform(FRONTEND, AUGMENT), "eval": eval_transform(FRONTEND)}
+              "fbank": fbank(FBANK, dither=1.0), "transpose": transpose, "train_fbank": train_transform(FBANK, AUGMENT),
+              "train": train_transform(FRONTEND, AUGMENT), "eval": eval_transform(FRONTEND)}
 
 
 def noise(samples, seed=0):
@@ -64,7 +67,8 @@ def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
         assert made(*other).shape != made(1, 2, 3).shape or not torch.equal(made(*other), made(1, 2, 3))
 
 
-@pytest.mark.parametrize("frontend", [FRONTEND, FBANK, Frontend(frame_length=32, frame_shift=12), Frontend(sample_rate=8000, num_mel_bins=40)])
+@pytest.mark.parametrize("frontend", [FRONTEND, FBANK, Frontend(frame_length=32, frame_shift=12),
+                                      Frontend(sample_rate=8000, num_mel_bins=40)])
 def test_predicted_frames_are_the_real_ones(frontend):
     extractor = extract(frontend)
     for samples in [*LENGTHS, *range(380, 420), *range(1980, 2020)]:
@@ -126,6 +130,35 @@ def test_log_mel_is_what_torchaudio_computes():
     waveform = noise(12345)
     ours = log_mel(FRONTEND)({"input_values": waveform}, None)["features"]
     torch.testing.assert_close(ours, torch.log1p(reference(waveform)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bins", [1, 15, 16, 17, 40, 80, 200])
+def test_mel_power_in_bands_and_blocks_is_the_whole_product(bins):
+    frontend, waveform = Frontend(num_mel_bins=bins), noise(160 * 1100)
+    window, mel = log_mel_filters(frontend)
+    expected = torch.fft.rfft(waveform.unfold(0, 400, 160) * window).abs().square() @ mel
+    made = mel_power(waveform, frontend, log_mel_filters, lambda frames, window: torch.fft.rfft(frames * window))
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frontend", [FRONTEND, FBANK], ids=lambda frontend: frontend.frontend)
+def test_every_transform_works_where_the_waveform_is(frontend):
+    """Tried on the device "meta", which computes shapes alone; randomness stays on the CPU."""
+    transform = train_transform(frontend, AUGMENT)
+    for row in range(6):
+        here = transform({"input_values": noise(16000)}, make_generator(0, 0, row))["features"]
+        with OneDevice():
+            there = transform({"input_values": torch.empty(16000, device="meta")}, make_generator(0, 0, row))["features"]
+        assert there.device.type == "meta" and there.shape == here.shape
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails, as a GPU does, where an operation other than a copy is given tensors of two devices."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        assert len({tensor.device for tensor in tensors}) < 2 or "copy" in operation.name(), operation
+        return operation(*args, **(kwargs or {}))
 
 
 def test_silence_is_zero_which_is_what_masks_write():
@@ -225,7 +258,8 @@ def test_the_frontend_travels_as_plain_data():
 
 
 @pytest.mark.parametrize("cls, options", [
-    (Frontend, {"num_mel_bins": 0}), (Frontend, {"window": "boxcar"}), (Frontend, {"frame_shift": 0}),
+    (Frontend, {"num_mel_bins": 0}), (Frontend, {"num_mel_bins": 3, "frontend": "fbank"}),
+    (Frontend, {"frame_length": 1, "sample_rate": 900}), (Frontend, {"window": "boxcar"}), (Frontend, {"frame_shift": 0}),
     (Augment, {"speeds": (1.0, 0.0)}), (Augment, {"num_subs": -1}), (Augment, {"max_time_mask": 0}),
     (Augment, {"max_trim": -1})])
 def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):
