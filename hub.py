@@ -7,9 +7,11 @@ model card and the ONNX files beside them. What a resumed training would need be
 import json
 import os
 import re
+import warnings
 
 import huggingface_hub
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from cli import UserError
@@ -30,6 +32,17 @@ def locate(name: str) -> str:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: no such file or folder, and nothing comes from the hub ({reason[:200]}); "
                         "check the name and the network") from error
+
+
+def read_weights_only(path: str, mmap: bool = False):
+    """What torch.save wrote, tensors on the CPU, without running any code that is in it. Raises UserError, with the reason alone,
+    where it is something else."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a TorchScript archive, which is refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # what is damaged makes torch.load raise nearly anything
+        reason = getattr(error, "strerror", None) or f"damaged, or something else ({type(error).__name__})"
+        raise UserError(reason) from error
 
 
 def write_model(checkpoint: dict, folder: str) -> None:

@@ -6,7 +6,6 @@ The network is conformer.py's; this file adds training, decoding and the checkpo
 import json
 import math
 import os
-import pickle
 from dataclasses import asdict, dataclass
 
 import pytorch_lightning as L
@@ -399,14 +398,6 @@ def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
     return model.to(device).eval(), tokenizer, frontend
 
 
-def read_ckpt(path: str):
-    """What torch.save wrote, without running any code that is in it. Raises UserError where it is something else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a checkpoint of lightning-U2, or damaged ({type(error).__name__})") from error
-
-
 def read_checkpoint(path: str) -> dict:
     """The checkpoint's dict, tensors on the CPU, of a .ckpt, a folder for the hub or a hub repository org/name, which have no
     state of training. Raises UserError where it is missing, unreadable or not ours."""
@@ -416,7 +407,10 @@ def read_checkpoint(path: str) -> dict:
     elif not os.path.isfile(place):
         raise UserError(f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt")
     else:
-        checkpoint = read_ckpt(place)
+        try:
+            checkpoint = hub.read_weights_only(place)
+        except UserError as error:
+            raise UserError(f"{path}: not a checkpoint of lightning-U2: {error}") from error
     needed = ("state_dict", "model_options", "optim_options", "frontend", "tokenizer")
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:

@@ -12,6 +12,7 @@ import torch
 import torchaudio
 
 from cli import UserError
+from transforms import usable_rate
 
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {"aif", "aifc", "oga", "opus", "sph"}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
@@ -23,7 +24,8 @@ def read_blocks(path: str, sample_rate: int, raw: bool = False) -> Iterator[np.n
 
     Any format that soundfile decodes; on a pipe wav, whose header need not know the length, flac and others that need no
     seeking. raw: no header, 16-bit little-endian mono at `sample_rate`. Raises UserError with the reason alone (no file
-    name), at the start or after some blocks, for what is missing, undecodable, empty or not finite.
+    name), at the start or after some blocks, for what is missing, undecodable, empty or not finite, and for
+    rates beyond transforms.RATES.
     """
     if path != "-" and not os.path.isfile(path):
         raise UserError("a folder without audio files" if os.path.isdir(path) else "file missing")
@@ -52,7 +54,7 @@ def resampled(blocks: Iterator[np.ndarray], rate: int, sample_rate: int) -> Iter
     if rate == sample_rate:
         yield from blocks
         return
-    rate = max(25, round(rate / 25) * 25)  # as transforms.resample does
+    rate = round(usable_rate(rate) / 25) * 25  # as transforms.resample does
     margin, step = rate // 25, rate // 5  # whole numbers of samples at either rate: nothing drifts
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
     waiting = np.zeros(margin, np.float32)

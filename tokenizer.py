@@ -8,12 +8,10 @@ every checkpoint.
 import base64
 import json
 import os
-import pickle
 import re
 import unicodedata
 
 import tokenizers
-import torch
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
@@ -167,12 +165,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     path = os.path.join(path, hub.TOKENIZER) if os.path.isdir(path) else path
     try:
         if path.endswith(".ckpt"):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+            data = hub.read_weights_only(path, mmap=True)["tokenizer"]
         else:
             with open(path, encoding="utf-8") as file:
                 data = json.load(file)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a tokenizer.json, vocab.json or checkpoint"
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
+        reason = reason or "not a tokenizer.json, vocab.json or checkpoint"
         raise UserError(f"cannot read a tokenizer from {path}: {reason}; give the path of one of these") from None
     try:
         if isinstance(data, dict) and "tokens" in data:

@@ -529,13 +529,18 @@ def promised_frames(file: soundfile.SoundFile) -> float:
     return file.frames * promised / there if there and promised < UNKNOWN else file.frames
 
 
+def usable_rate(rate: int) -> int:
+    """`rate` itself. Raises UserError for a rate beyond RATES."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UserError(f"sample rate {rate}: it must be {RATES[0]} to {RATES[1]}")
+    return rate
+
+
 def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
     """(N,) float32 at `rate` Hz to `sample_rate`, SECONDS at a time. Raises UserError for a rate beyond RATES."""
     if rate == sample_rate:
         return samples
-    if not RATES[0] <= rate <= RATES[1]:
-        raise UserError(f"sample rate {rate}: it must be {RATES[0]} to {RATES[1]}")
-    rate = round(rate / 25) * 25  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
+    rate = round(usable_rate(rate) / 25) * 25  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
     pieces = []
     for start in range(0, len(samples), SECONDS * rate):
         first = max(start - rate, 0)  # a second on either side is more than the filter sees

@@ -14,12 +14,12 @@ import glob
 import io
 import json
 import os
-import pickle
 import re
 
 import torch
 import yaml
 
+import hub
 from cli import UserError, make_parser, run, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint
@@ -123,10 +123,9 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise UserError("no final.pt in it")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError) as error:
-        raise UserError(f"final.pt: no weights that torch.load reads, or damaged ({type(error).__name__})") from error
+        weights = hub.read_weights_only(path)
+    except UserError as error:
+        raise UserError(f"final.pt: {error}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cli import UserError
 from conformer import SUBSAMPLING
-from datamodule import DataOptions, SpeechDataModule, filter_conformer_len_prob, label_statistics, load_split
+from datamodule import DataOptions, SpeechDataModule, filter_conformer_len_prob, label_statistics
 from sampler import LengthGroupedSampler, eval_batches
 from test_model import fit, make, skipped
 from tokenizer import train_char

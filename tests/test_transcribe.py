@@ -276,6 +276,12 @@ def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ segments
 
 
+@pytest.mark.parametrize("rate", [1, 3999, 400_000])
+def test_a_rate_whose_filter_would_take_gigabytes_is_refused(rate):
+    with pytest.raises(UserError, match=f"sample rate {rate}: it must be 4000 to 384000"):
+        next(segments.resampled(iter([np.zeros(10, np.float32)]), rate, RATE))
+
+
 @pytest.mark.parametrize("rate", [8000, 11025, 22254, 44100, 48000])
 def test_resampling_in_blocks_is_resampling_the_whole(rate):
     samples = np.random.default_rng(0).normal(0, 0.1, int(rate * 1.037)).astype(np.float32)

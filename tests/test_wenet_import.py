@@ -374,8 +374,8 @@ def test_what_is_not_supported_is_named(tmp_path, config, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("final.pt", None, "no final.pt"), ("final.pt", b"", "final.pt: no weights"),
-    ("final.pt", b"PK junk", "final.pt: no weights"),
+    ("final.pt", None, "no final.pt"), ("final.pt", b"", "final.pt: damaged"),
+    ("final.pt", b"PK junk", "final.pt: damaged"),
     ("train.yaml", None, "train.yaml: No such file"), ("train.yaml", b"a: [", "no YAML, or damaged"),
     ("train.yaml", b"\xff\xfe\x00", "no YAML, or damaged"), ("train.yaml", b"", "holds no options"),
     ("units.txt", None, "no units.txt"), ("units.txt", b"a\n", "a token and its id"),
