@@ -28,7 +28,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,7 +39,7 @@ import torchaudio
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
-from cli import UserError, build, keep_freed_memory, make_parser, option, run
+from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field
 from sampler import LengthGroupedSampler
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
@@ -52,6 +52,7 @@ GEMM = 2048
 FRAMES, LABELS, ROWS, VOCABULARY = 600, 15, 8, 4233  # of `train`
 UTTERANCES, SAMPLES, ENCODER_FRAMES, PIECES, SPIKES = 16, 160_720, 250, 5000, 40  # of `decode`: 10 s at 16 kHz
 CHUNKS = ((4, 4), (8, 4), (16, 4))  # of `stream`: encoder frames of 40 ms, left chunks
+WARM_UP, ROUNDS = 4, 15  # steps of `train`; an allocator takes a few to settle
 BATCH = 16  # rows, of `data`
 SHARD_ROWS, LOADER_ROWS, SHORT = 2000, 320, 160  # prepare.py's shards; rows with whole audio; samples of all other rows
 LABELS_A_SECOND = 14  # characters of read English
@@ -80,6 +81,18 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class TrainOptions:
+    """What only `train` takes."""
+
+    frames: int = option(FRAMES, "feature frames of an utterance; share is for the default alone")
+    gradient_checkpointing: bool = option(False, "as train.py has it")
+
+    def __post_init__(self):
+        if self.frames < 50:
+            raise UserError(f"--frames {self.frames}: make it at least 50")
+
+
+@dataclass(frozen=True)
 class GrowthOptions:
     """What only `growth` takes."""
 
@@ -88,11 +101,11 @@ class GrowthOptions:
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser(__doc__, BenchOptions, DataOptions, GrowthOptions)
+    parser = make_parser(__doc__, BenchOptions, DataOptions, TrainOptions, GrowthOptions)
     parser.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     given = vars(parser.parse_args(argv))
     command, *takes = COMMANDS[given["what"]]
-    for kind in (DataOptions, GrowthOptions):
+    for kind in (DataOptions, TrainOptions, GrowthOptions):
         for name in kind.__dataclass_fields__:
             if name in given and kind not in takes:
                 raise UserError(f"--{name} is not for `{given['what']}`; leave it out")
@@ -324,20 +337,31 @@ class Original:
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def bench_train(options: BenchOptions) -> dict:
+def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = memory_mb("VmRSS")
-    step_s = median_seconds(training_step(options, device), options, torch.get_num_threads())
+    step = training_step(options, device, ROWS, work.frames, work.gradient_checkpointing)
+    for _ in range(WARM_UP):
+        step()
     peak_mb = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory_mb("VmHWM") - before
-    gflops = gemm_gflops(device, options)
-    share = REFERENCE_GFLOP / step_s / gflops if options.preset == "base" else None  # other presets do other work
+    # In turn, as a machine's rate changes while one measures: every step against the matrix products right behind it.
+    brief = replace(options, seconds=options.seconds / ROUNDS)
+    threads = torch.get_num_threads()
+    timer = Timer("work()", globals={"work": step}, num_threads=threads)
+    rounds = [(timer.timeit(1).median, gemm_gflops(device, brief)) for _ in range(ROUNDS)]
+    step_s, gflops = map(statistics.median, zip(*rounds))
+    asked = options.preset == "base" and work.frames == FRAMES  # what REFERENCE_GFLOP is for
+    share = REFERENCE_GFLOP / step_s / gflops if asked else None
     return {"gemm_gflops": gflops, "step_s": step_s, "share": share, "peak_mb": peak_mb}
 
 
-def training_step(options: BenchOptions, device, rows: int = ROWS, frames: int = FRAMES):
-    """A function that does the reference work once."""
+def training_step(options: BenchOptions, device, rows: int, frames: int, gradient_checkpointing: bool = False):
+    """A function that does the reference work once, or as much as that for other sizes."""
+    if gradient_checkpointing:
+        keep_freed_memory(SPARING)
     torch.manual_seed(0)
     net = U2Conformer(ModelOptions(**PRESETS[options.preset]), 80, VOCABULARY, 0, VOCABULARY - 1, VOCABULARY - 1).to(device)
+    net.encoder.gradient_checkpointing = gradient_checkpointing
     features, lengths = torch.randn(rows, frames, 80, device=device), torch.full((rows,), frames, device=device)
     labels = torch.randint(1, VOCABULARY - 1, (rows, frames * LABELS // FRAMES), device=device)
     label_lengths = torch.full((rows,), labels.size(1), device=device)
@@ -508,7 +532,7 @@ def draw(results: dict, path: str, preset: str) -> None:
 
 
 # What to measure: the function, and the options that it takes besides BenchOptions.
-COMMANDS = {"data": (bench_data, DataOptions), "train": (bench_train,), "decode": (bench_decode,), "stream": (bench_stream,),
+COMMANDS = {"data": (bench_data, DataOptions), "train": (bench_train, TrainOptions), "decode": (bench_decode,), "stream": (bench_stream,),
             "growth": (bench_growth, DataOptions, GrowthOptions)}
 
 

@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cli import UserError, build, make_parser, option, run, write_whole
+from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
@@ -95,6 +95,8 @@ def main(argv):
     tokenizer = read_tokenizer(options.tokenizer, args.data_root[0])
     place = check_resume(resume, model_options, frontend, tokenizer) if resume else Place()
 
+    if optim.gradient_checkpointing:
+        keep_freed_memory(SPARING)
     L.seed_everything(options.seed, workers=False, verbose=False)
     data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
                             options=build(DataOptions, given), input_layer=model_options.input_layer, seed=options.seed)
