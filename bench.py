@@ -458,7 +458,8 @@ def bench_stream(options: BenchOptions) -> dict:
 def bench_growth(options: BenchOptions, data: DataOptions, growth: GrowthOptions) -> dict:
     if not Path(data.data_root).exists():
         make_corpus(Path(data.data_root), data.rows)
-    lengths, batches = [(ROWS, frames) for frames in (100, 200, 400, 800, 1600)], [(rows, FRAMES) for rows in (1, 2, 4, 8, 16)]
+    lengths = [(ROWS, FRAMES * times // 6) for times in (1, 2, 4, 8, 16)]
+    batches = [(rows, FRAMES) for rows in (1, 2, 4, 8, 16)]
     results = {"length": in_fresh_process(measure_steps, lengths, options),
                "batch": in_fresh_process(measure_steps, batches, options),
                "stream 4 left": in_fresh_process(measure_stream, 4, growth.hours, options),

@@ -32,17 +32,17 @@ def last_line(capsys, *argv):
 def small(monkeypatch):
     """Less of everything that a test need not wait for."""
     for name, value in {"GEMM": 64, "UTTERANCES": 2, "SAMPLES": 16_720, "ENCODER_FRAMES": 25, "PIECES": 50, "SPIKES": 4,
-                        "LOADER_ROWS": 40, "WARM_UP": 1, "ROUNDS": 2}.items():
+                        "LOADER_ROWS": 20, "WARM_UP": 1, "ROUNDS": 2, "FRAMES": 120, "ROWS": 2, "VOCABULARY": 50}.items():
         monkeypatch.setattr(bench, name, value)
 
 
 def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small):
-    argv = ["data", "--data_root", str(tmp_path / "corpus"), "--rows", "2100"]
+    argv = ["data", "--data_root", str(tmp_path / "corpus"), "--rows", "2010"]
     found = last_line(capsys, *argv)
     assert set(found) == {"rows", "setup_s", "setup_anon_mb", "plan_s", "padding_waste", "hf_padding_waste", "megabatch",
                           "loader_x_realtime", "original_x_realtime"}
-    assert found["rows"] == 2100 and found["megabatch"] <= 100 and sorted(tmp_path.iterdir()) == [tmp_path / "corpus"]
-    with pytest.raises(UserError, match="has 2100 rows, not 2000"):
+    assert found["rows"] == 2010 and found["megabatch"] <= 100 and sorted(tmp_path.iterdir()) == [tmp_path / "corpus"]
+    with pytest.raises(UserError, match="has 2010 rows, not 2000"):
         bench.main([*argv[:-1], "2000", *TINY])
 
 
@@ -78,7 +78,7 @@ def test_growth_measures_rising_sizes_and_draws_them(tmp_path, capsys, small, mo
     png, corpus = tmp_path / "growth.png", tmp_path / "corpus"
     found = last_line(capsys, "growth", "--png", png, "--data_root", corpus, "--rows", "1600", "--hours", "0.02")
     assert list(found["setup"]) == ["100", "200", "400", "800", "1600"] and len(found["stream 4 left"]) == 12
-    assert list(found["length"]) == ["8 x 100", "8 x 200", "8 x 400", "8 x 800", "8 x 1600"]
+    assert list(found["length"]) == ["2 x 20", "2 x 40", "2 x 80", "2 x 160", "2 x 320"]
     assert png.read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickletools
+import shutil
 
 import huggingface_hub
 import pytest
@@ -189,7 +190,7 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
 def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
     assert "hub exists; name another folder, or add --overwrite" in refused(["--checkpoint", made[0], "--hub_dir", made[1]])
     folder = tmp_path / "hub"
-    write(made[0], folder)
+    shutil.copytree(made[1], folder)
     write(made[0], folder, "--overwrite")
     (folder / ".git").mkdir()
     assert "more than an export (.git)" in refused(["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"])

@@ -388,15 +388,17 @@ def test_dev_rows_too_short_for_their_labels_leave_val_loss_finite(data, tmp_pat
     assert np.isfinite(metrics["val_loss"]) and np.isfinite(metrics["val_cer"])
 
 
-def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path):
+def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path, monkeypatch, capfd):
     shutil.copytree(data, tmp_path / "data")
     shard = next((tmp_path / "data" / "train").rglob("*.arrow"))
     os.truncate(shard, shard.stat().st_size // 2)
-    command = [sys.executable, train.__file__, "--data_root", tmp_path / "data", "--output_dir", tmp_path / "run", *SMALL]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("train.py: error: ") and str(shard.parent) in result.stderr
+    command = ["train.py", "--data_root", tmp_path / "data", "--output_dir", tmp_path / "run", *SMALL]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    errors = capfd.readouterr().err
+    assert stopped.value.code == 2 and len(errors.splitlines()) == 1, errors
+    assert errors.startswith("train.py: error: ") and str(shard.parent) in errors
     assert not (tmp_path / "run").exists()
 
 
