@@ -533,8 +533,8 @@ def draw(results: dict, path: str, preset: str) -> None:
 
 
 # What to measure: the function, and the options that it takes besides BenchOptions.
-COMMANDS = {"data": (bench_data, DataOptions), "train": (bench_train, TrainOptions), "decode": (bench_decode,), "stream": (bench_stream,),
-            "growth": (bench_growth, DataOptions, GrowthOptions)}
+COMMANDS = {"data": (bench_data, DataOptions), "train": (bench_train, TrainOptions), "decode": (bench_decode,),
+            "stream": (bench_stream,), "growth": (bench_growth, DataOptions, GrowthOptions)}
 
 
 if __name__ == "__main__":

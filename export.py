@@ -65,7 +65,7 @@ def check_supported(model: U2) -> None:
 SHERPA_README = """# A speech recognition model in ONNX
 
 Made by export.py of lightning-U2. The files ending in `.int8.onnx` are smaller and can take the place of those without.
-The first two programs come with `pip install sherpa-onnx-bin`, the third is WeNet's onnxruntime runtime. FILE.wav is mono.
+These programs come with `pip install sherpa-onnx-bin`. FILE.wav is mono.
 
     # whole recordings
     sherpa-onnx-offline --tokens=tokens.txt --wenet-ctc-model=model.onnx {flags} FILE.wav
@@ -74,20 +74,23 @@ The first two programs come with `pip install sherpa-onnx-bin`, the third is WeN
     sherpa-onnx --tokens=tokens.txt --wenet-ctc-model=model-streaming.onnx \\
       --wenet-ctc-chunk-size={chunk_size} --wenet-ctc-num-left-chunks={left_chunks} {flags} FILE.wav
 
-    # the same with a second pass by encoder.onnx, ctc.onnx and decoder.onnx
-    decoder_main --onnx_dir . --unit_path tokens.txt --chunk_size {chunk_size} --num_left_chunks {left_chunks} \\
-      --blank_id {blank_id} --reverse_weight {reverse_weight} --num_bins {bins} --sample_rate {rate} --wav_path FILE.wav
-
-`--high-freq=0` gives the model the mel filters that it was trained with. In Python, where sherpa-onnx mirrors the sound at
+`--high-freq={high_freq:g}` gives the model the mel filters that it was trained with. In Python, where sherpa-onnx mirrors the sound at
 its edges besides, these lines give it all of the features that it was trained with:
 
     recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
         tokens="tokens.txt", model="model-streaming.onnx", chunk_size={chunk_size}, num_left_chunks={left_chunks},
         sample_rate={rate}, feature_dim={bins})
-    recognizer.config.feat_config.high_freq, recognizer.config.feat_config.snip_edges = 0, True
+    recognizer.config.feat_config.high_freq, recognizer.config.feat_config.snip_edges = {high_freq:g}, True
     recognizer.recognizer = type(recognizer.recognizer)(recognizer.config)
 
 A stream is heard to its end when about {tail:.1f} s of silence follow. Whole recordings are heard with dither, which is random.
+"""
+
+WENET_README = """
+WeNet's onnxruntime runtime hears streams with a second pass, by encoder.onnx, ctc.onnx and decoder.onnx:
+
+    decoder_main --onnx_dir . --unit_path tokens.txt --chunk_size {chunk_size} --num_left_chunks {left_chunks} \\
+      --blank_id {blank_id} --reverse_weight {reverse_weight} --num_bins {bins} --sample_rate {rate} --wav_path FILE.wav
 """
 
 WAVEFORM_README = """# A speech recognition model in ONNX
@@ -147,13 +150,13 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
         model.frontend, piece_samples(model, chunks.chunk_size), piece_samples(model, 1))
     _, _, attn_cache, conv_cache, _ = cache_inputs(model, chunks, 0).values()
     flags = [f"--sample-rate={frontend.sample_rate}"] * (frontend.sample_rate != 16000)
-    flags += [f"--feat-dim={frontend.num_mel_bins}"] * (frontend.num_mel_bins != 80) + ["--high-freq=0"]
+    flags += [f"--feat-dim={frontend.num_mel_bins}"] * (frontend.num_mel_bins != 80) + [f"--high-freq={frontend.high_freq:g}"]
     values = dict(
-        flags=" ".join(flags), bins=frontend.num_mel_bins, rate=frontend.sample_rate, blank_id=model.net.blank_id,
+        flags=" ".join(flags), bins=frontend.num_mel_bins, rate=frontend.sample_rate, high_freq=frontend.high_freq, blank_id=model.net.blank_id,
         reverse_weight=model.options.reverse_weight, chunk_size=chunks.chunk_size, left_chunks=chunks.left_chunks,
         cache_size=chunks.cache_size, first=first, later=later, first_least=first_least, later_least=later_least,
         tail=first / frontend.sample_rate, attn_shape=tuple(attn_cache.shape), conv_shape=tuple(conv_cache.shape))
-    templates = {"README.md": SHERPA_README}
+    templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
     if frontend.frontend == "log_mel":
         templates = {"README.md": WAVEFORM_README, "hear.py": HEAR_PY}
     return {"tokens.txt": token_lines(model.tokenizer)} | {
@@ -175,8 +178,8 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
     for name, text in texts(model, chunks).items():
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
-    inside = model.frontend.frontend == "log_mel"
-    for graph in waveform_graphs(model, chunks) if inside else sherpa_graphs(model, chunks) + wenet_graphs(model, chunks):
+    graphs = waveform_graphs if model.frontend.frontend == "log_mel" else sherpa_graphs
+    for graph in graphs(model, chunks) + (wenet_graphs(model, chunks) if model.frontend.is_wenets else []):
         write_graph(graph, folder)
 
 
@@ -321,7 +324,9 @@ def main(argv: list[str]) -> None:
         print(f"{options.hub_dir}: fill in its README.md, then: hf upload ORG/NAME {options.hub_dir}")
         return
     programs = ("onnxruntime alone: sherpa-onnx and WeNet's runtime do not compute log_mel" if frontend.frontend == "log_mel"
-                else "sherpa-onnx (model*.onnx) and WeNet's onnxruntime runtime (encoder.onnx, ctc.onnx, decoder.onnx)")
+                else "sherpa-onnx (model*.onnx)")
+    if frontend.is_wenets:
+        programs += " and WeNet's onnxruntime runtime (encoder.onnx, ctc.onnx, decoder.onnx)"
     print(f"{options.out}: runs in {programs}; its README.md has the commands")
 
 

@@ -159,7 +159,7 @@ def check(model: U2, chunks: ChunkOptions, folder: str, sounds: list[torch.Tenso
             theirs = [hear(session, x) for x in given]
             lines.append(compare_tokens(model, name, theirs, ours, max_int8_cer) if "int8" in name
                          else compare(name, theirs, ours))
-    if model.frontend.frontend == "fbank":
+    if model.frontend.is_wenets:
         lines += check_second_pass(model, chunks, folder, given, streams)
     return lines
 

@@ -107,7 +107,7 @@ def recognizer(kind, model: U2, folder: str, file: str, features: str, **sizes):
     made = kind.from_wenet_ctc(tokens=f"{folder}/tokens.txt", model=f"{folder}/{file}", num_threads=1,
                                sample_rate=model.frontend.sample_rate, feature_dim=model.frontend.num_mel_bins, **sizes)
     if features == OWN:
-        made.config.feat_config.high_freq, made.config.feat_config.snip_edges = 0.0, True
+        made.config.feat_config.high_freq, made.config.feat_config.snip_edges = model.frontend.high_freq, True
         made.recognizer = type(made.recognizer)(made.config)
     return made
 

@@ -144,7 +144,7 @@ def check(options: RunOptions, model_options: ModelOptions) -> None:
 def check_unused(given: dict, frontend: Frontend) -> None:
     """Refuses flags that would have no effect beside the others."""
     without = {"freeze_encoder_epochs"} if "init_from" not in given else {"preset"}
-    for names, reason in ((("window", "mean_var_norm") if frontend.frontend == "fbank" else ("dither", "cmvn"),
+    for names, reason in ((("window", "mean_var_norm") if frontend.frontend == "fbank" else ("dither", "cmvn", "high_freq"),
                            f"with --frontend {frontend.frontend}"),
                           (without, "with --init_from" if "init_from" in given else "without --init_from")):
         for name in names:
@@ -153,9 +153,9 @@ def check_unused(given: dict, frontend: Frontend) -> None:
 
 
 def check_source(path: str | None, source: dict | None, model_options: ModelOptions, frontend: Frontend) -> None:
-    """UserError where the weights of --init_from would not fit, or would meet other features than they know."""
+    """UserError where the weights of --init_from would not fit, or would meet features that are all others."""
     free = {"dropout_rate", "attention_dropout_rate", "ctc_weight", "lsm_weight", "length_normalized_loss",
-            "use_dynamic_chunk", "use_dynamic_left_chunk"}  # what shapes no weight
+            "use_dynamic_chunk", "use_dynamic_left_chunk", "high_freq"}  # what shapes no weight, or can be learnt anew
     for name, (saved, asked) in differences(source, model_options, frontend).items() if source else ():
         if name not in free:
             raise UserError(f"--{name} {asked}: {path} was made with {saved}; leave it out")

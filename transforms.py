@@ -26,6 +26,9 @@ import torchaudio.compliance.kaldi as kaldi
 from cli import UserError, option
 
 
+LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
+
+
 @dataclass(frozen=True)
 class Frontend:
     """How samples become features; travels in the checkpoint. Raises UserError for values that make no frame."""
@@ -38,6 +41,8 @@ class Frontend:
     frame_shift: int = option(10, "distance between frames in ms")
     window: str = option("hamming", "window function of log_mel (fbank's is povey)", choices=("hamming", "hann"))
     mean_var_norm: bool = option(True, "give every waveform zero mean and unit variance; log_mel only")
+    high_freq: float = option(0.0, "upper end of fbank's filters in Hz, or, 0 or less, how far from half the sample rate; "
+                                   "WeNet's is 0, sherpa-onnx's own -400")
 
     def __post_init__(self):
         for name in ("sample_rate", "num_mel_bins", "frame_length", "frame_shift"):
@@ -48,10 +53,19 @@ class Frontend:
                             f"at {self.sample_rate} samples per second; raise it")
         if self.frontend == "fbank" and self.num_mel_bins < 4:
             raise UserError(f"frontend: num_mel_bins is {self.num_mel_bins}; fbank needs at least 4")
+        half = self.sample_rate / 2
+        if not LOW_FREQ < self.high_freq + (self.high_freq <= 0) * half <= half:
+            raise UserError(f"frontend: high_freq is {self.high_freq:g}; it must be within {LOW_FREQ:g} and {half:g} Hz, or at most "
+                            "0 to count from there")
         if self.window not in ("hamming", "hann"):
             raise UserError(f"frontend: window is {self.window!r}; choose hamming or hann")
         if self.frontend not in ("log_mel", "fbank"):
             raise UserError(f"frontend: it is {self.frontend!r}; choose log_mel or fbank")
+
+    @property
+    def is_wenets(self) -> bool:
+        """Whether WeNet and its runtime compute these features too."""
+        return self.frontend == "fbank" and self.high_freq == 0
 
     @property
     def window_samples(self) -> int:
@@ -259,7 +273,8 @@ def fbank_fft(frontend: Frontend) -> int:
 def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
     """Window (window,) and mel filters (bins, F) of fbank."""
     size = fbank_fft(frontend)
-    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, size, frontend.sample_rate, 20.0, 0.0, 100.0, -500.0, 1.0)
+    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, size, frontend.sample_rate, LOW_FREQ, frontend.high_freq,
+                                 vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)
     mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # the Nyquist bin has no weight
     return torch.hann_window(frontend.window_samples, periodic=False).pow(0.85), mel  # povey
 

@@ -415,8 +415,10 @@ def dataset_conf(frontend: Frontend) -> dict:
 
 
 def check_exportable(model: U2) -> None:
-    if model.frontend.frontend != "fbank":
-        raise UserError("its features are log_mel, which WeNet does not have; train with --frontend fbank to export")
+    if not model.frontend.is_wenets:
+        kind = model.frontend.frontend
+        raise UserError(f"its features are {kind}{' with a high_freq' * (kind == 'fbank')}, which WeNet does not have; train with "
+                        "--frontend fbank to export")
     if model.tokenizer.merges is not None:
         raise UserError("its tokenizer is of byte pairs, which WeNet does not have; train with one of characters to export")
     if model.options.encoder == "transformer" and model.options.selfattention_layer_type != "selfattn":

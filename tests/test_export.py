@@ -269,6 +269,18 @@ def test_other_sizes_and_kinds(tmp_path):
 # ------------------------------------------------------------------------------------------------------- sherpa-onnx
 
 
+def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tmp_path):
+    model = network(features=dict(high_freq=-400.0))
+    theirs, ours = parity.sherpa_features(model, SOUND)[0], extract(model.frontend)(SOUND[40:])  # its frames begin 7.5 ms before 0
+    torch.testing.assert_close(theirs[1:1 + len(ours)], ours, rtol=0, atol=1e-3)
+    assert len(theirs) - len(ours) == 2
+
+    folder, lines = write(model, tmp_path)  # not for WeNet, which has other filters
+    assert lines[-1].startswith("model-streaming.int8.onnx") and not list(folder.glob("*coder.onnx"))
+    said = (folder / "README.md").read_text()
+    assert "--high-freq=-400 " in said and "snip_edges = -400, True" in said and "decoder_main" not in said
+
+
 def sounds():
     files = sorted(AN4.glob("*.flac"))[:3]
     return [SOUND, *(torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in files)]

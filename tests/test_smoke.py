@@ -71,9 +71,9 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
 
 
 @pytest.mark.parametrize("program, words", [
-    ("train", ["--data_root", "none", "--output_dir", "run"]), ("train", ["--data_rot", "."]), ("score", ["--checkpoint", "none.ckpt"]),
-    ("transcribe", ["--checkpoint", "none.ckpt", "a.wav"]), ("prepare", ["--source", "./none", "--data_root", "data"]),
-    ("compare", ["none"])])
+    ("train", ["--data_root", "none", "--output_dir", "run"]), ("train", ["--data_rot", "."]),
+    ("score", ["--checkpoint", "none.ckpt"]), ("transcribe", ["--checkpoint", "none.ckpt", "a.wav"]),
+    ("prepare", ["--source", "./none", "--data_root", "data"]), ("compare", ["none"])])
 def test_a_mistake_gives_one_line_and_status_2(program, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words])

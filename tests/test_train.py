@@ -447,7 +447,7 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
 
 @pytest.mark.parametrize("words, name", [
     (("--frontend", "fbank", "--window", "hann"), "--window"), (("--dither", "0.5"), "--dither"),
-    (("--cmvn", "file"), "--cmvn"), (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs")], ids=str)
+    (("--cmvn", "file"), "--cmvn"), (("--high_freq", -400), "--high_freq"), (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs")], ids=str)
 def test_a_flag_without_effect_is_refused(data, tmp_path, words, name):
     with pytest.raises(UserError, match=f"{name} has no effect"):
         run(data, tmp_path / "run", *words)
@@ -490,6 +490,11 @@ def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(pretra
             for old, new in pairs:
                 torch.testing.assert_close(changed[new], value[old], rtol=0, atol=1e-6)
     assert after.frontend == before.frontend and after.options == before.options
+
+
+def test_fine_tuning_may_move_the_end_of_the_filters(pretrained, data, tmp_path):
+    fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 1, "--high_freq", -400)
+    assert load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].frontend.high_freq == -400
 
 
 def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data, tmp_path):

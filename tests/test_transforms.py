@@ -322,6 +322,20 @@ def test_fbank_is_kaldis_on_real_recordings():
         assert (extractor(waveform) - kaldis(waveform)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("high_freq", [-400.0, 7000.0])
+def test_fbank_ends_where_kaldis_does(high_freq):
+    waveform = speechlike()
+    expected = kaldi.fbank(waveform[None] * 32768, num_mel_bins=80, dither=0.0, high_freq=high_freq, sample_frequency=16000)
+    assert (extract(dataclasses.replace(FBANK, high_freq=high_freq))(waveform) - expected).abs().max() < 1e-3
+    assert (kaldis(waveform) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("high_freq", [8001.0, 20.0, -7980.0, float("nan")])
+def test_filters_that_end_nowhere_are_refused(high_freq):
+    with pytest.raises(UserError, match="frontend: high_freq is "):
+        dataclasses.replace(FBANK, high_freq=high_freq)
+
+
 def test_dither_is_for_training_only_and_of_the_size_asked_for():
     silence = {"input_values": torch.zeros(160000)}
     plain, dithered = fbank(FBANK), fbank(FBANK, dither=1.0)

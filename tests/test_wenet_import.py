@@ -202,6 +202,9 @@ def test_what_wenet_cannot_hold_is_not_exported(tmp_path):
     save(tmp_path / "a.ckpt", Frontend(), train_char(["ab c"]))
     with pytest.raises(UserError, match="a.ckpt: its features are log_mel"):
         main(["--export", str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "exp")])
+    save(tmp_path / "c.ckpt", Frontend(frontend="fbank", high_freq=-400.0), train_char(["ab c"]))
+    with pytest.raises(UserError, match="c.ckpt: its features are fbank with a high_freq"):
+        main(["--export", str(tmp_path / "c.ckpt"), "--out", str(tmp_path / "exp")])
     save(tmp_path / "b.ckpt", Frontend(frontend="fbank"), train_char(["ab c"]), encoder="transformer")
     with pytest.raises(UserError, match="rel_selfattn"):
         main(["--export", str(tmp_path / "b.ckpt"), "--out", str(tmp_path / "exp")])
