@@ -4,7 +4,7 @@ Everything is an iterator of blocks (n,) float32, mono, in [-1, 1]. An hour of a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import soundfile
@@ -19,33 +19,43 @@ BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
 QUIET = 0.2  # seconds over which loudness is measured to find a pause
 
 
-def read_blocks(path: str, sample_rate: int, raw: bool = False) -> Iterator[np.ndarray]:
+def read_blocks(path: str, sample_rate: int, raw: bool = False,
+                damaged: Callable[[str], None] | None = None) -> Iterator[np.ndarray]:
     """The samples of an audio file, of standard input where path is "-", at `sample_rate`.
 
-    Any format that soundfile decodes; on a pipe wav, whose header need not know the length, flac and others that need no
-    seeking. raw: no header, 16-bit little-endian mono at `sample_rate`. Raises UserError with the reason alone (no file
-    name), at the start or after some blocks, for what is missing, undecodable, empty or not finite, and for
-    rates beyond transforms.RATES.
+    Any format that soundfile decodes; on a pipe wav, whose header need not know the length, and others that need no
+    seeking (flac and mp3 do). raw: no header, 16-bit little-endian mono at `sample_rate`. damaged: told why, where a file that
+    has begun cannot be read on; its sound ends there. Raises UserError with the reason alone (no file name), at the start or
+    after some blocks, for what is missing, undecodable, empty or not finite, and for rates beyond transforms.RATES.
     """
     if path != "-" and not os.path.isfile(path):
         raise UserError("a folder without audio files" if os.path.isdir(path) else "file missing")
     how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate, "channels": 1} if raw else {}
     try:
         with soundfile.SoundFile(0 if path == "-" else path, closefd=False, **how) as file:
-            yield from resampled(mono(file), file.samplerate, sample_rate)
+            yield from resampled(mono(file, damaged), file.samplerate, sample_rate)
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's errors are RuntimeErrors
-        raise UserError(f"cannot be decoded: {error}") from None
+        advice = "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it" if path == "-" else ""
+        raise UserError(f"cannot be decoded: {error}{advice}") from None
 
 
-def mono(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+def mono(file: soundfile.SoundFile, damaged: Callable[[str], None] | None = None) -> Iterator[np.ndarray]:
     """Blocks of BLOCK seconds, the last one shorter; the channels' mean."""
-    empty = True
-    while len(samples := file.read(max(int(BLOCK * file.samplerate), 1), dtype="float32", always_2d=True)):  # (n, channels)
+    size, count = max(int(BLOCK * file.samplerate), 1), 0
+    while True:
+        try:
+            samples = file.read(size, dtype="float32", always_2d=True)  # (n, channels)
+        except soundfile.LibsndfileError as error:
+            if not count or damaged is None:
+                raise
+            return damaged(f"{count / file.samplerate:.1f} s: {error}")
+        if not len(samples):
+            break
         if not np.isfinite(samples).all():
             raise UserError("samples are not finite")
-        empty = False
+        count += len(samples)
         yield samples.mean(axis=1)
-    if empty:
+    if not count:
         raise UserError("no samples")
 
 

@@ -217,10 +217,20 @@ def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: i
     """What can be read of all recordings, one after the other."""
     for number, recording in enumerate(recordings):
         offset = 0
-        blocks = cut_at_pauses(read_blocks(recording.path, rate, options.raw), rate, options.max_seconds)
+        blocks = cut_at_pauses(blocks_of(recording, options, rate), rate, options.max_seconds)
         for samples in readable(blocks, number, recording, failed):
             yield Piece(number, offset / rate, samples)
             offset += len(samples)
+
+
+def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> Iterator[np.ndarray]:
+    """The recording's samples; where it is damaged, those before, and a line on stderr."""
+    return read_blocks(recording.path, rate, options.raw, lambda reason: tell("note", recording, f"damaged after {reason}"))
+
+
+def tell(kind: str, recording: Recording, what: str) -> None:
+    with tqdm.external_write_mode(file=sys.stderr):
+        print(f"transcribe.py: {kind}: {recording.path}: {' '.join(what.split())}", file=sys.stderr)
 
 
 def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording, failed: set[int]) -> Iterator[np.ndarray]:
@@ -232,8 +242,7 @@ def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording, fa
             raise
     except UserError as error:
         failed.add(number)
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(f"transcribe.py: error: {recording.path}: {' '.join(str(error).split())}", file=sys.stderr)
+        tell("error", recording, str(error))
 
 
 def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
@@ -303,7 +312,7 @@ def streamed(model, recordings: list[Recording], options: TranscribeOptions, sea
     size = max(search.options.chunk_size, 0) * frame_ms(model) * rate // 1000
     for number, recording in enumerate(recordings):
         texts, words, shown, seconds = [], [], "", 0.0
-        blocks = readable(regroup(read_blocks(recording.path, rate, options.raw), size), number, recording, failed)
+        blocks = readable(regroup(blocks_of(recording, options, rate), size), number, recording, failed)
         for heard in listen(model, map(torch.from_numpy, blocks), search.options, context=search.context):
             text, seconds = model.tokenizer.decode(heard.hypothesis.tokens), heard.seconds
             if heard.final:

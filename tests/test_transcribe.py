@@ -226,6 +226,20 @@ def test_a_pipe_is_heard_as_the_file(world, capsys, tmp_path, pipe, stream):
     assert status == 2 and out == [] and "error: -: cannot be decoded" in err[-1]
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_takes(world, capsys, tmp_path, pipe, stream):
+    whole, cut = tmp_path / "whole.flac", tmp_path / "cut.flac"
+    soundfile.write(whole, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE)
+    cut.write_bytes(whole.read_bytes()[:-whole.stat().st_size // 4])
+    status, (line,), err = hear(capsys, world, *stream, "--format", "json", cut)
+    heard = json.loads(line)
+    assert status == 0 and f"note: {cut}: damaged after 2." in "\n".join(err)
+    assert heard["text"] and 2 < heard["duration"] < 3 < soundfile.info(whole).duration
+    pipe(whole.read_bytes()[:60_000])
+    status, out, err = hear(capsys, world, *stream, "-")
+    assert status == 2 and out == [] and "error: -: cannot be decoded" in err[-1] and "pipe wav" in err[-1]
+
+
 def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, capsys, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
@@ -263,7 +277,7 @@ def test_on_a_terminal_one_line_rewrites_itself(world, capsys, tmp_path, monkeyp
 
 
 def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
-    def interrupted(path, rate, raw):
+    def interrupted(path, *rest):
         yield from [waveform(0), waveform(3)]
         raise KeyboardInterrupt
 
