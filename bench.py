@@ -167,6 +167,14 @@ def highest_anon_mb():
 # ------------------------------------------------------------------------------------------------------ data: the corpus
 
 
+def corpus(data: DataOptions) -> Path:
+    """Where it is, made if it is not there."""
+    root = Path(data.data_root)
+    if not root.exists():
+        make_corpus(root, data.rows)
+    return root
+
+
 def make_corpus(root: Path, rows: int) -> None:
     """Writes root/train and root/dev with short audio, root/loader with whole audio, all or nothing."""
     partial_root = root.with_name(root.name + ".partial")
@@ -177,12 +185,16 @@ def make_corpus(root: Path, rows: int) -> None:
     os.replace(partial_root, root)
 
 
+def shard_count(rows: int) -> int:
+    return -(-rows // SHARD_ROWS)
+
+
 def write_shards(root: Path, tokenizer: Tokenizer, splits: dict[str, int], short: bool) -> None:
     import datasets
     datasets.disable_progress_bars()
     rng = np.random.default_rng(0)
     for split, rows in splits.items():
-        for shard in range(-(-rows // SHARD_ROWS)):
+        for shard in range(shard_count(rows)):
             table = make_table(rng, min(SHARD_ROWS, rows - shard * SHARD_ROWS), tokenizer, short)
             datasets.Dataset(table).save_to_disk(root / split / str(shard))
     save_tokenizer(tokenizer, str(root / "tokenizer.json"))
@@ -219,9 +231,7 @@ def offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def bench_data(options: BenchOptions, data: DataOptions) -> dict:
-    root = Path(data.data_root)
-    if not root.exists():
-        make_corpus(root, data.rows)
+    root = corpus(data)
     results = in_fresh_process(measure_setup, str(root), options)
     if results["rows"] != data.rows:
         raise UserError(f"{root} has {results['rows']} rows, not {data.rows}; give --rows {results['rows']} or another "
@@ -238,13 +248,10 @@ def data_module(root: str, **options):
 
 
 def measure_setup(root: str, options: BenchOptions) -> dict:
-    """In a process of its own: what a training does before its first batch."""
+    """In a process of its own: timed_setup, and the batches of its sampler."""
     data = data_module(root)
     with highest_anon_mb() as grown:
-        began = time.perf_counter()
-        data.setup("fit")
-        sampler = data.sampler(0, 1)
-        setup_s = time.perf_counter() - began
+        sampler, setup_s = timed_setup(data)
     lengths = sampler.lengths  # of the rows that are kept
     plan = LengthGroupedSampler(lengths=lengths, batch_size=BATCH).plan(0)
     return {"rows": len(data.splits["train"]), "setup_s": setup_s, "setup_anon_mb": grown[0],
@@ -252,6 +259,13 @@ def measure_setup(root: str, options: BenchOptions) -> dict:
             "padding_waste": padding_waste(lengths, plan),
             "hf_padding_waste": padding_waste(lengths, hf_plan(lengths)),
             "megabatch": sampler.megarows // BATCH}
+
+
+def timed_setup(data):
+    """What a training does before its first batch: the sampler, and the seconds until it is there."""
+    began = time.perf_counter()
+    data.setup("fit")
+    return data.sampler(0, 1), time.perf_counter() - began
 
 
 def padding_waste(lengths: np.ndarray, plan) -> float:
@@ -457,15 +471,16 @@ def bench_stream(options: BenchOptions) -> dict:
 
 
 def bench_growth(options: BenchOptions, data: DataOptions, growth: GrowthOptions) -> dict:
-    if not Path(data.data_root).exists():
-        make_corpus(Path(data.data_root), data.rows)
+    root = corpus(data)
+    if not (root / "train" / str(shard_count(data.rows) - 1)).exists():
+        raise UserError(f"{root} has fewer than {data.rows} rows; give --rows for what it has, or another --data_root")
     lengths = [(ROWS, FRAMES * times // 6) for times in (1, 2, 4, 8, 16)]
     batches = [(rows, FRAMES) for rows in (1, 2, 4, 8, 16)]
     results = {"length": in_fresh_process(measure_steps, lengths, options),
                "batch": in_fresh_process(measure_steps, batches, options),
                "stream 4 left": in_fresh_process(measure_stream, 4, growth.hours, options),
                "stream all left": in_fresh_process(measure_stream, -1, growth.hours / 6, options),
-               "setup": {rows: in_fresh_process(time_setup, data.data_root, rows) for rows in row_counts(data.rows)}}
+               "setup": {rows: in_fresh_process(time_setup, root, rows) for rows in row_counts(data.rows)}}
     draw(results, growth.png, options.preset)
     return results
 
@@ -503,17 +518,14 @@ def measure_stream(left: int, hours: float, options: BenchOptions) -> dict:
     return {round(hours * 60 * (i + 1) / 12, 1): float(np.median(point)) for i, point in enumerate(points)}
 
 
-def time_setup(root: str, rows: int) -> float:
+def time_setup(root: Path, rows: int) -> float:
     """Of a corpus that has only the first shards, as many as hold `rows`."""
     with tempfile.TemporaryDirectory() as folder:
-        part, whole = Path(folder), Path(root).resolve()
+        part = Path(folder)
         (part / "train").mkdir()
-        for name in ("tokenizer.json", "dev", *(f"train/{shard}" for shard in range(-(-rows // SHARD_ROWS)))):
-            (part / name).symlink_to(whole / name)
-        data, began = data_module(folder, limit_rows=rows), time.perf_counter()
-        data.setup("fit")
-        data.sampler(0, 1)
-        return time.perf_counter() - began
+        for name in ("tokenizer.json", "dev", *(f"train/{shard}" for shard in range(shard_count(rows)))):
+            (part / name).symlink_to(root.resolve() / name)
+        return timed_setup(data_module(folder, limit_rows=rows))[1]
 
 
 def draw(results: dict, path: str, preset: str) -> None:

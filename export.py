@@ -74,8 +74,8 @@ These programs come with `pip install sherpa-onnx-bin`. FILE.wav is mono.
     sherpa-onnx --tokens=tokens.txt --wenet-ctc-model=model-streaming.onnx \\
       --wenet-ctc-chunk-size={chunk_size} --wenet-ctc-num-left-chunks={left_chunks} {flags} FILE.wav
 
-`--high-freq={high_freq:g}` gives the model the mel filters that it was trained with. In Python, where sherpa-onnx mirrors the sound at
-its edges besides, these lines give it all of the features that it was trained with:
+`--high-freq={high_freq:g}` gives the model the mel filters that it was trained with. In Python, where sherpa-onnx mirrors the
+sound at its edges besides, these lines give it all of the features that it was trained with:
 
     recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
         tokens="tokens.txt", model="model-streaming.onnx", chunk_size={chunk_size}, num_left_chunks={left_chunks},
@@ -152,9 +152,9 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
     flags = [f"--sample-rate={frontend.sample_rate}"] * (frontend.sample_rate != 16000)
     flags += [f"--feat-dim={frontend.num_mel_bins}"] * (frontend.num_mel_bins != 80) + [f"--high-freq={frontend.high_freq:g}"]
     values = dict(
-        flags=" ".join(flags), bins=frontend.num_mel_bins, rate=frontend.sample_rate, high_freq=frontend.high_freq, blank_id=model.net.blank_id,
-        reverse_weight=model.options.reverse_weight, chunk_size=chunks.chunk_size, left_chunks=chunks.left_chunks,
-        cache_size=chunks.cache_size, first=first, later=later, first_least=first_least, later_least=later_least,
+        flags=" ".join(flags), bins=frontend.num_mel_bins, rate=frontend.sample_rate, high_freq=frontend.high_freq,
+        blank_id=model.net.blank_id, reverse_weight=model.options.reverse_weight, chunk_size=chunks.chunk_size,
+        left_chunks=chunks.left_chunks, cache_size=chunks.cache_size, first=first, later=later, first_least=first_least, later_least=later_least,
         tail=first / frontend.sample_rate, attn_shape=tuple(attn_cache.shape), conv_shape=tuple(conv_cache.shape))
     templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
     if frontend.frontend == "log_mel":

@@ -48,7 +48,8 @@ def mono(file: soundfile.SoundFile, damaged: Callable[[str], None] | None = None
         except soundfile.LibsndfileError as error:
             if not count or damaged is None:
                 raise
-            return damaged(f"{count / file.samplerate:.1f} s: {error}")
+            damaged(f"{count / file.samplerate:.1f} s: {error}")
+            return
         if not len(samples):
             break
         if not np.isfinite(samples).all():

@@ -80,6 +80,8 @@ def test_growth_measures_rising_sizes_and_draws_them(tmp_path, capsys, small, mo
     assert list(found["setup"]) == ["100", "200", "400", "800", "1600"] and len(found["stream 4 left"]) == 12
     assert list(found["length"]) == ["2 x 20", "2 x 40", "2 x 80", "2 x 160", "2 x 320"]
     assert png.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="corpus has fewer than 2001 rows"):
+        last_line(capsys, "growth", "--data_root", corpus, "--rows", "2001")
 
 
 @pytest.mark.parametrize("what, flag", [("train", "--rows"), ("stream", "--data_root"), ("data", "--png")])
