@@ -9,7 +9,8 @@ data    a corpus of --rows rows, made where --data_root has none (10 ms of noise
         loader process with one thread and all augmentation on whole utterances, beside the original lightning-U2's way.
 train   forward and backward on 8 x 600 frames, 15 labels, vocabulary 4,233, float32, on the GPU where there is one.
         share = what WeNet's code must compute for it (357 GFLOP, preset base) per second, over the rate of a 2048 x 2048
-        float32 matrix product; peak_mb = the most memory over what the process had before.
+        float32 matrix product, torch's, gemm_gflops; the network's own may be faster (linear_gflops), and the share above 1.
+        audio_hours = those that an hour of such steps reads; peak_mb = the most memory over what the process had before.
 decode  ms per utterance of 10 s with one thread, V = 5,000: searches over made-up CTC output, 40 spikes among blanks or
         (flat) any token as likely as another, and the second pass over the n-best of the spikes; rtf = features, encoder, prefix
         beam search and second pass, 16 utterances at once.
@@ -41,7 +42,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run
-from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field
+from conformer import PRESETS, Linear, ModelOptions, U2Conformer, for_few_rows, receptive_field
 from sampler import LengthGroupedSampler
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
 from transforms import Augment, Frontend, extract, make_generator, spec_sub, spec_trim
@@ -57,7 +58,7 @@ WARM_UP, ROUNDS = 4, 15  # steps of `train`; an allocator takes a few to settle
 BATCH = 16  # rows, of `data`
 SHARD_ROWS, LOADER_ROWS, SHORT = 2000, 320, 160  # prepare.py's shards; rows with whole audio; samples of all other rows
 LABELS_A_SECOND = 14  # characters of read English
-RATE = 16000
+RATE, FRAMES_A_SECOND = 16000, 100
 AUGMENT = Augment(max_trim=50)  # all of it
 
 
@@ -86,7 +87,9 @@ class TrainOptions:
     """What only `train` takes."""
 
     frames: int = option(FRAMES, "feature frames of an utterance; share is for the default alone")
+    precision: str = option("32", "numbers of the matrix products; share is for 32 alone", choices=("32", "bf16-mixed"))
     gradient_checkpointing: bool = option(False, "as train.py has it")
+    compile: bool = option(False, "as train.py has it")
 
     def __post_init__(self):
         if self.frames < 50:
@@ -134,6 +137,13 @@ def gemm_gflops(device, options: BenchOptions) -> float:
     """The machine's rate of float32 matrix products: 10^9 operations per second."""
     a, b = torch.rand(2, GEMM, GEMM, device=device)
     return 2 * GEMM**3 / median_seconds(lambda: a @ b, options, torch.get_num_threads()) / 1e9
+
+
+@torch.no_grad()
+def linear_gflops(device, options: BenchOptions) -> float:
+    """That of the network's linear layers, of the same size."""
+    x, layer = torch.rand(GEMM, GEMM, device=device), Linear(GEMM, GEMM, bias=False, device=device)
+    return 2 * GEMM**3 / median_seconds(lambda: layer(x), options, torch.get_num_threads()) / 1e9
 
 
 def memory_mb(field: str) -> float:
@@ -355,7 +365,7 @@ class Original:
 def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = memory_mb("VmRSS")
-    step = training_step(options, device, ROWS, work.frames, work.gradient_checkpointing)
+    step = training_step(options, device, ROWS, work)
     for _ in range(WARM_UP):
         step()
     peak_mb = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory_mb("VmHWM") - before
@@ -363,27 +373,32 @@ def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
     brief = replace(options, seconds=options.seconds / ROUNDS)
     threads = torch.get_num_threads()
     timer = Timer("work()", globals={"work": step}, num_threads=threads)
-    rounds = [(timer.timeit(1).median, gemm_gflops(device, brief)) for _ in range(ROUNDS)]
-    step_s, gflops = map(statistics.median, zip(*rounds))
-    asked = options.preset == "base" and work.frames == FRAMES  # what REFERENCE_GFLOP is for
+    rounds = [(timer.timeit(1).median, gemm_gflops(device, brief), linear_gflops(device, brief)) for _ in range(ROUNDS)]
+    step_s, gflops, linear = map(statistics.median, zip(*rounds))
+    asked = options.preset == "base" and work.frames == FRAMES and work.precision == "32"  # what REFERENCE_GFLOP is for
     share = REFERENCE_GFLOP / step_s / gflops if asked else None
-    return {"gemm_gflops": gflops, "step_s": step_s, "share": share, "peak_mb": peak_mb}
+    return {"gemm_gflops": gflops, "linear_gflops": linear, "step_s": step_s, "share": share,
+            "audio_hours": ROWS * work.frames / FRAMES_A_SECOND / step_s, "peak_mb": peak_mb}
 
 
-def training_step(options: BenchOptions, device, rows: int, frames: int, gradient_checkpointing: bool = False):
+def training_step(options: BenchOptions, device, rows: int, work: TrainOptions):
     """A function that does the reference work once, or as much as that for other sizes."""
-    if gradient_checkpointing:
+    if work.gradient_checkpointing:
         keep_freed_memory(SPARING)
     torch.manual_seed(0)
     net = U2Conformer(ModelOptions(**PRESETS[options.preset]), 80, VOCABULARY, 0, VOCABULARY - 1, VOCABULARY - 1).to(device)
-    net.encoder.gradient_checkpointing = gradient_checkpointing
-    features, lengths = torch.randn(rows, frames, 80, device=device), torch.full((rows,), frames, device=device)
-    labels = torch.randint(1, VOCABULARY - 1, (rows, frames * LABELS // FRAMES), device=device)
+    net.encoder.gradient_checkpointing = work.gradient_checkpointing
+    if work.compile:
+        net.encoder.compile_blocks()
+    features, lengths = torch.randn(rows, work.frames, 80, device=device), torch.full((rows,), work.frames, device=device)
+    labels = torch.randint(1, VOCABULARY - 1, (rows, work.frames * LABELS // FRAMES), device=device)
     label_lengths = torch.full((rows,), labels.size(1), device=device)
 
     def step():
         net.zero_grad(set_to_none=True)
-        net.loss(features, lengths, labels, label_lengths)["loss"].backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=work.precision != "32"):
+            loss = net.loss(features, lengths, labels, label_lengths)["loss"]
+        loss.backward()
 
     return step
 
@@ -397,8 +412,8 @@ def make_model(options: BenchOptions):
     torch.manual_seed(0)
     tokens = [*SPECIALS, *map(str, range(PIECES - len(SPECIALS)))]
     tokenizer = Tokenizer(tokens=tokens, blank_id=0, unk_id=1, sos_id=2, eos_id=3)
-    return U2(options=ModelOptions(**PRESETS[options.preset]), optim=OptimOptions(), frontend=Frontend(),
-              tokenizer=tokenizer).eval()
+    return for_few_rows(U2(options=ModelOptions(**PRESETS[options.preset]), optim=OptimOptions(), frontend=Frontend(),
+                           tokenizer=tokenizer)).eval()
 
 
 def peaky_log_probs() -> torch.Tensor:
@@ -499,7 +514,8 @@ def measure_steps(sizes, options: BenchOptions) -> dict:
     """"rows x frames" -> [seconds, MB]; sizes (rows, frames) in rising order, because a process keeps its highest memory."""
     before, results = memory_mb("VmRSS"), {}
     for rows, frames in sizes:
-        seconds = median_seconds(training_step(options, torch.device("cpu"), rows, frames), options, torch.get_num_threads())
+        step = training_step(options, torch.device("cpu"), rows, TrainOptions(frames=frames))
+        seconds = median_seconds(step, options, torch.get_num_threads())
         results[f"{rows} x {frames}"] = [seconds, memory_mb("VmHWM") - before]
     return results
 

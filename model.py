@@ -19,7 +19,7 @@ import decode
 import hub
 import stream
 from cli import UserError, option
-from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
+from conformer import ModelOptions, U2Conformer, draw_chunk, for_few_rows, subsampled_length
 from tokenizer import Tokenizer
 from transforms import Frontend
 
@@ -161,8 +161,7 @@ class U2(L.LightningModule):
     def setup(self, stage):
         self.net.encoder.gradient_checkpointing = self.optim.gradient_checkpointing
         if self.optim.compile and stage == "fit":
-            for block in self.net.encoder.blocks:  # alike, so that they share their code
-                block.compile(dynamic=True)
+            self.net.encoder.compile_blocks()
 
     def on_train_batch_start(self, batch, batch_idx):
         # Dropout and chunk draws are a function of (seed, micro-batch, rank): nothing before them can move them.
@@ -395,7 +394,7 @@ def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
         model.load_state_dict(checkpoint["state_dict"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 ({error})"[:300]) from error
-    return model.to(device).eval(), tokenizer, frontend
+    return for_few_rows(model).to(device).eval(), tokenizer, frontend
 
 
 def read_checkpoint(path: str) -> dict:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import bench
 from cli import UserError
@@ -32,7 +33,7 @@ def last_line(capsys, *argv):
 def small(monkeypatch):
     """Less of everything that a test need not wait for."""
     for name, value in {"GEMM": 64, "UTTERANCES": 2, "SAMPLES": 16_720, "ENCODER_FRAMES": 25, "PIECES": 50, "SPIKES": 4,
-                        "LOADER_ROWS": 20, "WARM_UP": 1, "ROUNDS": 2, "FRAMES": 120, "ROWS": 2, "VOCABULARY": 50}.items():
+                        "LOADER_ROWS": 20, "WARM_UP": 1, "ROUNDS": 2, "FRAMES": 300, "ROWS": 2, "VOCABULARY": 50}.items():
         monkeypatch.setattr(bench, name, value)
 
 
@@ -52,13 +53,18 @@ def test_train_runs_without_datasets():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"gemm_gflops", "step_s", "share", "peak_mb"}
+    assert set(found) == {"gemm_gflops", "linear_gflops", "step_s", "share", "audio_hours", "peak_mb"}
     assert found.pop("share") is None and all(value > 0 for value in found.values())  # the work of `share` is base's
 
 
-def test_train_takes_other_lengths_and_gradient_checkpointing(capsys, small):
-    found = last_line(capsys, "train", "--frames", "60", "--gradient_checkpointing")
-    assert set(found) == {"gemm_gflops", "step_s", "share", "peak_mb"}
+def test_train_takes_other_lengths_precisions_and_ways_to_run_the_encoder(capsys, small, monkeypatch):
+    ways = []
+    monkeypatch.setattr(bench.U2Conformer, "loss", lambda net, *_: ways.append(
+        (net.encoder.gradient_checkpointing, torch.is_autocast_enabled("cpu"))) or {"loss": torch.zeros((), requires_grad=True)})
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: ways.append(dynamic))
+    found = last_line(capsys, "train", "--frames", "60", "--gradient_checkpointing", "--compile", "--precision", "bf16-mixed")
+    assert ways[:2] == [True, True] and set(ways[4:]) == {(True, True)}
+    assert found["audio_hours"] == pytest.approx(bench.ROWS * 0.6 / found["step_s"])
     with pytest.raises(UserError, match="--frames 49: make it at least 50"):
         last_line(capsys, "train", "--frames", "49")
 
@@ -78,7 +84,7 @@ def test_growth_measures_rising_sizes_and_draws_them(tmp_path, capsys, small, mo
     png, corpus = tmp_path / "growth.png", tmp_path / "corpus"
     found = last_line(capsys, "growth", "--png", png, "--data_root", corpus, "--rows", "1600", "--hours", "0.02")
     assert list(found["setup"]) == ["100", "200", "400", "800", "1600"] and len(found["stream 4 left"]) == 12
-    assert list(found["length"]) == ["2 x 20", "2 x 40", "2 x 80", "2 x 160", "2 x 320"]
+    assert list(found["length"]) == ["2 x 50", "2 x 100", "2 x 200", "2 x 400", "2 x 800"]
     assert png.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="corpus has fewer than 2001 rows"):
         last_line(capsys, "growth", "--data_root", corpus, "--rows", "2001")

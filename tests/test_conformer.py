@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conformer import (PRESETS, SUBSAMPLING, Dropout, ModelOptions, Subsampling, U2Conformer, attention, chunk_mask, draw_chunk,
-                       label_smoothing_loss, receptive_field, reverse, sinusoids, subsampled_length, valid_mask)
+import conformer
+from conformer import (PRESETS, SUBSAMPLING, Dropout, Linear, ModelOptions, Subsampling, U2Conformer, attention, chunk_mask,
+                       draw_chunk, for_few_rows, label_smoothing_loss, receptive_field, reverse, sinusoids, subsampled_length,
+                       valid_mask)
 
 TINY = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5,
                     decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
@@ -133,6 +135,24 @@ def test_dropout_keeps_its_share_and_its_mean_and_is_reproducible():
     torch.manual_seed(1)
     assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
     assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is without oneDNN")
+@pytest.mark.parametrize("rows, size, width, bias", [((3, 7), 5, 9, True), ((4,), 9, 5, False), ((0, 7), 5, 5, True)])
+def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients(monkeypatch, rows, size, width, bias):
+    torch.manual_seed(0)
+    layer, x = Linear(size, width, bias), torch.randn(*rows, size, requires_grad=True)
+    weights = torch.randn(*rows, width)
+    found = []
+    for onednn in (True, False):
+        monkeypatch.setattr(conformer, "ONEDNN", onednn)
+        y, inputs = layer(x), [x, *layer.parameters()]
+        found.append([y, *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True),
+                      *torch.autograd.grad(y.sum(), inputs)])  # whose gradient of y is one number, seen many times
+        with torch.no_grad():
+            found[-1] += [layer(x), for_few_rows(layer)(x)]
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
