@@ -64,7 +64,7 @@ def build(cls, given: dict, **defaults):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-SPARING = 2**20  # of keep_freed_memory, where memory counts more than time
+SPARING = 2**24  # of keep_freed_memory, where memory counts more than time
 
 
 def keep_freed_memory(size: int = 2**30) -> None:
