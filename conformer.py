@@ -186,7 +186,7 @@ def for_few_rows(module: nn.Module) -> nn.Module:
 
 def dropout(x, p: float):
     """F.dropout; on the CPU, where it would spend an eighth of a training step on drawing doubles, from 16-bit draws."""
-    if p == 0 or x.device.type != "cpu":
+    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # four draws in each
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
@@ -203,7 +203,7 @@ class Dropout(nn.Dropout):
 
 def attention(q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None):
     """scaled_dot_product_attention with dropout p; by hand where that has no fused kernel and dear random numbers."""
-    if p == 0 or q.device.type != "cpu":
+    if p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, scale=scale)
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
@@ -275,7 +275,7 @@ class RelativeAttention(Attention):
         k, v = present = join(past, self.keys_values(x))  # (B,H,S,D/H)
         p = self.split(self.linear_pos(positions))  # (1,H,S,D/H)
         bias = (k * self.pos_bias_u[:, None]).sum(-1, keepdim=True) + (p * self.pos_bias_v[:, None]).sum(-1, keepdim=True)
-        q = torch.cat((q, q.new_ones(()).expand_as(q[..., :1])), dim=-1)  # (B,H,T,D/H+1)
+        q = F.pad(q, (0, 1), value=1.0)  # (B,H,T,D/H+1)
         k = torch.cat((k + p, bias.to(k.dtype)), dim=-1)
         width = v.size(-1)
         y = attention(q, k, F.pad(v, (0, 1)),  # values as wide as keys keep the fused kernel
@@ -376,12 +376,12 @@ class ConformerBlock(nn.Module):
 
         `past` is that of the S-T frames before x: (keys and values, the convolution's last inputs).
         """
-        x = x.add(self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x))), alpha=0.5)
+        x = torch.add(x, self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x))), alpha=0.5)
         y, keys_values = self.self_attn(self.norm_mha(x), positions, mask, past[0])
         x = x + self.dropout(y)
         y, last_inputs = self.conv_module(self.norm_conv(x), valid, past[1])
         x = x + self.dropout(y)
-        x = x.add(self.dropout(self.feed_forward(self.norm_ff(x))), alpha=0.5)
+        x = torch.add(x, self.dropout(self.feed_forward(self.norm_ff(x))), alpha=0.5)
         return self.norm_final(x), (keys_values, last_inputs)
 
 
@@ -490,9 +490,10 @@ class Encoder(nn.Module):
         return self.after_norm(x), lengths
 
     def compile_blocks(self):
-        """They are alike, so they share their code, and one code serves all lengths."""
+        """They are alike, so they share their code, and one code serves all lengths (on CPUs not with the convolution's layout
+        for all tensors, whose strides inductor takes for constant)."""
         for block in self.blocks:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, options={"layout_optimization": False})
 
     def subsample(self, feats, offset: int = 0):
         """(B,T,F) -> (B,T',D), scaled as what positions are meant for (Vaswani et al. 2017, section 3.4); with abs_pos

@@ -155,6 +155,31 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
+    original = torch.nn.Module.compile
+    # Traced and differentiated as for a GPU, but run by torch's own kernels, so that nobody waits for a C++ compiler.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic, options: original(block, backend="aot_eager", dynamic=dynamic))
+
+    def gradients(net, rows, frames):
+        torch.manual_seed(frames)
+        feats, lengths = torch.randn(rows, frames, 80), torch.arange(rows) + frames - rows + 1
+        loss = net.loss(feats, lengths, torch.full((rows, 3), 5), torch.full((rows,), 3), chunk_size=4)["loss"]
+        return [loss, *torch.autograd.grad(loss, list(net.parameters()))]
+
+    for dropout, sizes in ((0.1, [(3, 90)]), (0.0, [(3, 90), (4, 150), (5, 70)])):
+        net, compiled = (network(dropout_rate=dropout, attention_dropout_rate=dropout).train() for _ in range(2))
+        compiled.encoder.compile_blocks()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for size in sizes:
+            found = gradients(compiled, *size)
+            if not dropout:  # else the random numbers come in another order
+                for ours, theirs in zip(found, gradients(net, *size)):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        counters = torch._dynamo.utils.counters
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
     logits, targets = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
