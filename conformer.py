@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cli import option
@@ -128,8 +129,8 @@ def sinusoids_at(positions: torch.Tensor, width: int) -> torch.Tensor:
 
 ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
 
-# On AMD's CPUs with AVX-512, MKL, by which torch multiplies float32, reaches less than half of oneDNN's rate. On CPUs with
-# AVX2 alone both are equally fast.
+# On AMD's CPUs with AVX-512, MKL, by which torch multiplies float32, reaches less than half of oneDNN's rate (`bench.py train`
+# prints both). On those with AVX2 alone both are equally fast; Intel's were not measured.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -154,6 +155,7 @@ class Product(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()  # oneDNN is slow where one number stands for many, as behind a sum
@@ -266,14 +268,13 @@ class RelativeAttention(Attention):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def forward(self, x, positions, mask=None, past=None):
-        """x (B,T,D) -> (B,T,D), and the keys and values to hand on, each (B,H,S,D/H).
+        """x (B,T,D) -> (B,T,D), and what to hand on: keys and values, each (B,H,S,D/H), and projected positions (1,H,S,D/H).
 
-        `past` holds the keys and values of the S-T frames before x (None: S = T), positions (1,S,D) are those of all S keys,
-        mask is bool and broadcastable to (B,1,T,S).
+        `past` is that of the S-T frames before x (None: S = T); of the projected positions it may lack the last. `positions`
+        (1,N,D) are those of the N keys that it lacks. mask is bool and broadcastable to (B,1,T,S).
         """
         q = self.split(self.linear_q(x))  # (B,H,T,D/H)
-        k, v = present = join(past, self.keys_values(x))  # (B,H,S,D/H)
-        p = self.split(self.linear_pos(positions))  # (1,H,S,D/H)
+        k, v, p = present = join(past, (*self.keys_values(x), self.split(self.linear_pos(positions))))
         bias = (k * self.pos_bias_u[:, None]).sum(-1, keepdim=True) + (p * self.pos_bias_v[:, None]).sum(-1, keepdim=True)
         q = F.pad(q, (0, 1), value=1.0)  # (B,H,T,D/H+1)
         k = torch.cat((k + p, bias.to(k.dtype)), dim=-1)
@@ -284,7 +285,7 @@ class RelativeAttention(Attention):
 
 
 def join(past, present):
-    """Keys and values (B,H,T,D/H) behind those of earlier frames, if there are any."""
+    """Keys, values and the like, (B,H,T,D/H) each, behind those of earlier frames, if there are any."""
     return present if past is None else tuple(torch.cat(pair, dim=2) for pair in zip(past, present))
 
 
@@ -372,9 +373,9 @@ class ConformerBlock(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, past=(None, None)):
-        """x (B,T,D), positions (1,S,D), mask (B,1,T,S), valid (B,T,1) -> (B,T,D), and what the next frames need of these.
+        """x (B,T,D), positions (1,N,D), mask (B,1,T,S), valid (B,T,1) -> (B,T,D), and what the next frames need of these.
 
-        `past` is that of the S-T frames before x: (keys and values, the convolution's last inputs).
+        `past` is that of the S-T frames before x: (the attention's, see RelativeAttention; the convolution's last inputs).
         """
         x = torch.add(x, self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x))), alpha=0.5)
         y, keys_values = self.self_attn(self.norm_mha(x), positions, mask, past[0])
@@ -416,6 +417,7 @@ class ConvRelu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, y = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grad.contiguous(memory_format=torch.channels_last), y, 0)  # of the ReLU
@@ -509,8 +511,9 @@ class Encoder(nn.Module):
         x = self.subsample(feats, offset)
         valid = x.new_ones(1, x.size(1), 1)
         presents = []
-        before = 0 if pasts[0][0] is None else pasts[0][0][0].size(2)  # frames that are seen again, alike in all blocks
-        positions = sinusoids(before + x.size(1), x.size(2), offset - before, x.device).to(x.dtype)[None]
+        keys_values = pasts[0][0]  # alike in all blocks; its last part may lack positions, which are projected once
+        lacking = 0 if keys_values is None else keys_values[0].size(2) - keys_values[-1].size(2)
+        positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device).to(x.dtype)[None]  # (1,N,D)
         for block, past in zip(self.blocks, pasts):
             x, present = block(x, positions, None, valid, past)
             presents.append(present)

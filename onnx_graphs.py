@@ -88,9 +88,10 @@ class Chunk(nn.Module):
         att_caches, conv_caches = [], []
         for i, block in enumerate(encoder.blocks):
             silence = block.conv_module.silence(x)  # what lies before the first frame, for which the caches have zero
-            past = attn_cache[i:i + 1].chunk(2, dim=-1), conv_cache[i] + silence
-            x, (keys_values, last_inputs) = block(x, positions, mask, valid, past)
-            att_caches.append(newest(torch.cat(keys_values, dim=-1), required_cache_size))
+            keys, values = attn_cache[i:i + 1].chunk(2, dim=-1)
+            past = (keys, values, keys[:, :, :0]), conv_cache[i] + silence  # without projected positions
+            x, ((keys, values, *_), last_inputs) = block(x, positions, mask, valid, past)
+            att_caches.append(newest(torch.cat((keys, values), dim=-1), required_cache_size))
             conv_caches.append(last_inputs - silence)
         return encoder.after_norm(x), torch.cat(att_caches), torch.stack(conv_caches)
 

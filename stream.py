@@ -2,8 +2,8 @@
 
 What comes out of the encoder equals the pass over the whole utterance under the same chunk mask. A stream is a function
 (feats, state) -> (out, state). The state is a value: the old one stays valid, the network keeps nothing. Per block it holds
-the keys and values of the visible left chunks and the last inputs of the causal convolution (U2, section 2.3); in front of
-the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
+the keys, values and projected positions of the visible left chunks and the last inputs of the causal convolution (U2,
+section 2.3); in front of the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ class StreamState(NamedTuple):
     max_position: int  # the largest position, see stream_state
     feats: torch.Tensor  # (1,n,F) frames that later encoder frames still need
     offset: int  # encoder frames that have come out
-    blocks: tuple  # per block ((keys, values), last inputs of the convolution), (None, None) at the beginning
+    blocks: tuple  # per block ((keys, values, positions), last inputs of the convolution), (None, None) at the beginning
 
 
 def stream_state(encoder: Encoder, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION) -> StreamState:
@@ -55,7 +55,8 @@ def stream(encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool
     while ready and (last or 0 < state.chunk_size <= ready):
         size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
         position = min(state.offset, max(state.max_position - size, 0))
-        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], position, state.blocks)
+        pasts = state.blocks if position == state.offset else map(without_positions, state.blocks)
+        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], position, tuple(pasts))
         out.append(x)
         feats, ready = feats[:, size * rate:], ready - size
         keep = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
@@ -64,8 +65,14 @@ def stream(encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool
     return torch.cat(out, dim=1), state
 
 
+def without_positions(block):
+    """The block's cache for a chunk that has not moved on: what it sees of the past moves back."""
+    seen, last_inputs = block
+    return seen and (*seen[:2], seen[0][:, :, :0]), last_inputs
+
+
 def trim(block, keep: int):
-    """The block's cache with the newest `keep` keys and values; all of them where keep is negative."""
+    """The block's cache with the newest `keep` keys, values and positions; all of them where keep is negative."""
     keys_values, last_inputs = block
     if keep >= 0:  # (B,H,S,D/H); cloned, because a view would keep the whole past alive
         keys_values = tuple(past[:, :, past.size(2) - min(keep, past.size(2)):].clone() for past in keys_values)
