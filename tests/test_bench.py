@@ -61,7 +61,7 @@ def test_train_takes_other_lengths_precisions_and_ways_to_run_the_encoder(capsys
     ways = []
     monkeypatch.setattr(bench.U2Conformer, "loss", lambda net, *_: ways.append(
         (net.encoder.gradient_checkpointing, torch.is_autocast_enabled("cpu"))) or {"loss": torch.zeros((), requires_grad=True)})
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: ways.append(dynamic))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic, options: ways.append(dynamic))
     found = last_line(capsys, "train", "--frames", "60", "--gradient_checkpointing", "--compile", "--precision", "bf16-mixed")
     assert ways[:2] == [True, True] and set(ways[4:]) == {(True, True)}
     assert found["audio_hours"] == pytest.approx(bench.ROWS * 0.6 / found["step_s"])
