@@ -37,12 +37,13 @@ def small(monkeypatch):
         monkeypatch.setattr(bench, name, value)
 
 
-def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small):
+def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small, monkeypatch):
     argv = ["data", "--data_root", str(tmp_path / "corpus"), "--rows", "2010"]
     found = last_line(capsys, *argv)
     assert set(found) == {"rows", "setup_s", "setup_anon_mb", "plan_s", "padding_waste", "hf_padding_waste", "megabatch",
                           "loader_x_realtime", "original_x_realtime"}
     assert found["rows"] == 2010 and found["megabatch"] <= 100 and sorted(tmp_path.iterdir()) == [tmp_path / "corpus"]
+    monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))  # one has been seen to work
     with pytest.raises(UserError, match="has 2010 rows, not 2000"):
         bench.main([*argv[:-1], "2000", *TINY])
 
