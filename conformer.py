@@ -205,14 +205,22 @@ class Dropout(nn.Dropout):
 
 def attention(q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None):
     """scaled_dot_product_attention with dropout p; by hand where that has no fused kernel and dear random numbers."""
+    scale = scale or 1 / math.sqrt(q.size(-1))
+    if q.is_cuda and q.size(-1) % 8:
+        return attention(*map(in_eights, (q, k, v)), mask, p, is_causal, scale)[..., :v.size(-1)]
     if p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, scale=scale)
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    scores = q * (scale or 1 / math.sqrt(q.size(-1))) @ k.transpose(2, 3)  # (B,H,U,T)
+    scores = q * scale @ k.transpose(2, 3)  # (B,H,U,T)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return dropout(scores.softmax(-1), p) @ v
+
+
+def in_eights(x):
+    """x (B,H,T,d), with zeros up to a d that CUDA's fused kernels take with a mask: whole eights. Attention stays as it is."""
+    return F.pad(x, (0, -x.size(-1) % 8))
 
 
 class Attention(nn.Module):

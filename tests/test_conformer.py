@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import conformer
 from conformer import (PRESETS, SUBSAMPLING, Dropout, Linear, ModelOptions, Subsampling, U2Conformer, attention, chunk_mask,
-                       draw_chunk, for_few_rows, label_smoothing_loss, receptive_field, reverse, sinusoids, subsampled_length,
-                       valid_mask)
+                       draw_chunk, for_few_rows, in_eights, label_smoothing_loss, receptive_field, reverse, sinusoids,
+                       subsampled_length, valid_mask)
 
 TINY = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5,
                     decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
@@ -124,6 +124,15 @@ def test_relative_attention_is_the_textbook_formula():
     weights = ((content + position) / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
     expected = attention.linear_out((weights @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, positions, mask)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [8, 9, 17])
+def test_zeros_up_to_whole_eights_change_no_attention(width):
+    q, k, v = torch.randn(3, 2, 4, 5, width, dtype=torch.float64)
+    y = attention(*map(in_eights, (q, k, v)), scale=width**-0.5)
+    assert y.size(-1) % 8 == 0
+    torch.testing.assert_close(y[..., :width], attention(q, k, v))
+    assert not y[..., width:].any()
 
 
 def test_dropout_keeps_its_share_and_its_mean_and_is_reproducible():
