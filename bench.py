@@ -121,7 +121,12 @@ def main(argv: list[str]) -> None:
 def as_table(results: dict) -> str:
     flat = {f"{name} {key}".strip(): value for name, entry in results.items()
             for key, value in (entry if isinstance(entry, dict) else {"": entry}).items()}
-    return "\n".join(f"{name:24}{'-' if value is None else format(value, ',.10g'):>14}" for name, value in flat.items())
+    return "\n".join(f"{name:24}" + "".join(map(as_number, value if isinstance(value, list) else [value]))
+                     for name, value in flat.items())
+
+
+def as_number(value) -> str:
+    return format("-" if value is None else format(value, ",.10g"), ">14")
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring

@@ -181,7 +181,7 @@ def for_few_rows(module: nn.Module) -> nn.Module:
     by them in half the time. Their shapes and numbers stay."""
     if ONEDNN:
         for layer in module.modules():
-            if isinstance(layer, Linear):
+            if isinstance(layer, Linear) and layer.weight.is_cpu:
                 layer.weight.data = layer.weight.data.T.contiguous().T
     return module
 

@@ -394,7 +394,7 @@ def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
         model.load_state_dict(checkpoint["state_dict"])
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 ({error})"[:300]) from error
-    return for_few_rows(model).to(device).eval(), tokenizer, frontend
+    return for_few_rows(model.to(device).eval()), tokenizer, frontend
 
 
 def read_checkpoint(path: str) -> dict:

@@ -98,8 +98,9 @@ def test_flags_of_one_measurement_are_refused_at_others(what, flag):
 
 
 def test_the_table_shows_what_json_has():
-    table = bench.as_table({"rows": 620_000, "share": None, "chunk_ms": {"16/4": 1.5}})
-    assert [line.split() for line in table.splitlines()] == [["rows", "620,000"], ["share", "-"], ["chunk_ms", "16/4", "1.5"]]
+    table = bench.as_table({"rows": 620_000, "share": None, "chunk_ms": {"16/4": 1.5}, "batch": {"1 x 600": [0.5, 160]}})
+    assert [line.split() for line in table.splitlines()] == [
+        ["rows", "620,000"], ["share", "-"], ["chunk_ms", "16/4", "1.5"], ["batch", "1", "x", "600", "0.5", "160"]]
 
 
 @pytest.mark.parametrize("seed", range(3))
