@@ -238,17 +238,18 @@ def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | Non
         return None
     (viterbi, times), impossible = _viterbi(beam), np.full_like(score, -math.inf)
     score = score + offers.blank
-    scores = np.stack((score, score, impossible, viterbi + offers.blank, impossible, beam.scores[BONUS]))
-    return beam._replace(frames=beam.frames + 1, scores=scores, times=np.stack((times, np.zeros_like(times), beam.times[2])))
+    scores = np.array((score, score, impossible, viterbi + offers.blank, impossible, beam.scores[BONUS]))
+    return beam._replace(frames=beam.frames + 1, scores=scores, times=np.array((times, np.zeros_like(times), beam.times[2])))
 
 
 def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
     """The beam after a frame: the best of the prefixes that stay and of those that an offered token extends."""
     repeats = beam.prefixes[LAST][:, None] == offers.tokens[..., None]  # (B,K,N): the token is the prefix's last
-    longer, *longer_ids = _extend(beam, offers, repeats)
-    stay, stay_times, order = _stay(beam, offers, repeats, longer, longer_ids[0])
-    candidates = np.concatenate((stay, longer.reshape(*longer.shape[:2], -1)), axis=2)  # (6,B,N+K*N)
-    ids = np.concatenate(((stay_times, beam.prefixes[STATE]), np.reshape(longer_ids, (2, len(order), -1))), axis=2)
+    viterbi, viterbi_times = _viterbi(beam)
+    longer, longer_ids = _extend(beam, offers, repeats, viterbi, viterbi_times)
+    stay, stay_ids, order = _stay(beam, offers, repeats, viterbi, longer, longer_ids[0])
+    candidates, ids = (np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (6,B,N+K*N), (2,B,N+K*N)
+                       for few, many in ((stay, longer), (stay_ids, longer_ids)))
     totals = candidates[TOTAL] + candidates[BONUS]
     best = np.lexsort((order, -totals))[:, :beam_size]  # (B,N'), nan last
     rows, (rank, source) = np.arange(len(best))[:, None], np.divmod(best, stay.shape[2])
@@ -261,15 +262,15 @@ def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
     number[~exists], parent[~exists], scores[:, ~exists] = -1, -2, math.nan
     times, entered = np.zeros_like(number), scores[VITERBI_TOKEN] > -math.inf
     times[entered] = _link(beam.lists, earlier[entered], np.array(beam.frames))
-    return beam._replace(frames=beam.frames + 1, prefixes=np.stack((number, parent, last, state)), scores=scores,
-                         times=np.stack((_viterbi(beam)[1][rows, source], times, earlier)))
+    return beam._replace(frames=beam.frames + 1, prefixes=np.array((number, parent, last, state)), scores=scores,
+                         times=np.array((viterbi_times[rows, source], times, earlier)))
 
 
-def _extend(beam: Beam, offers: _Offers, repeats: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every prefix with every offered token behind it: scores (6,B,K,N), nan where the token is a blank, times before this
-    frame and states of the context (B,K,N) each. Only a blank between them makes a second, equal token."""
+def _extend(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray,
+            viterbi_times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every prefix with every offered token behind it: scores (6,B,K,N), nan where the token is a blank, and (2,B,K,N), times
+    before this frame and states of the context. Only a blank between them makes a second, equal token."""
     score, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
-    viterbi, times = _viterbi(beam)
     state, gain = beam.prefixes[STATE][:, None], 0.0
     if beam.context is not None:
         state, gain = beam.context.step(state, offers.tokens[..., None])  # (B,K,N) each
@@ -277,13 +278,15 @@ def _extend(beam: Beam, offers: _Offers, repeats: np.ndarray) -> tuple[np.ndarra
     scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, score) + offers.log_probs[..., None]
     scores[VITERBI_TOKEN] = np.where(repeats, viterbi_blank, viterbi[:, None]) + offers.log_probs[..., None]
     scores[BONUS] = bonus + gain
-    return scores, np.where(repeats, beam.times[0][:, None], times[:, None]), np.broadcast_to(state, repeats.shape)
+    ids = np.empty((2, *repeats.shape), np.int64)
+    ids[0], ids[1] = np.where(repeats, beam.times[0][:, None], viterbi_times[:, None]), state
+    return scores, ids
 
 
-def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, longer: np.ndarray, longer_times: np.ndarray):
+def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray, longer: np.ndarray, longer_times: np.ndarray):
     """The prefixes that stay, by a blank, by their last token or by the extension of another prefix, which is taken out of
-    `longer`: scores (6,B,N), nan where no offer is one of these; times before the last (B,N); and the order (B,N+K*N) in
-    which WeNet comes upon these and the longer ones, by token, then by prefix, which decides ties."""
+    `longer`: scores (6,B,N), nan where no offer is one of these; (2,B,N), times before the last and states of the context; and
+    the order (B,N+K*N) in which WeNet comes upon these and the longer ones, by token, then by prefix, which decides ties."""
     number, parent, *_ = beam.prefixes
     score, _, token, _, viterbi_token, bonus = beam.scores
     (_, K, N), slots = repeats.shape, np.arange(repeats.shape[2])
@@ -299,12 +302,13 @@ def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, longer: np.ndarray, 
     # WeNet keeps the times of a path that entered the prefix at this very frame, even if staying is likelier.
     viterbi_enters = entered[VITERBI_TOKEN]
     by_parent = (viterbi_enters > viterbi_stays) | (source < slots) & (viterbi_enters > -math.inf)
-    times = np.where(by_parent, longer_times[rows, rank, source], beam.times[2])
+    ids = np.array((np.where(by_parent, longer_times[rows, rank, source], beam.times[2]), beam.prefixes[STATE]))
     first = 2 * (np.minimum(offers.blank_rank, np.where(offered, rank, K)) * N + slots)
-    first = np.minimum(first, np.where(merges, 2 * (rank * N + source) + 1, first))
-    order = np.concatenate((first, np.broadcast_to(2 * np.arange(K * N) + 1, (len(first), K * N))), axis=1)
-    scores = np.stack((score, blank, token, _viterbi(beam)[0] + offers.blank, np.maximum(viterbi_enters, viterbi_stays), bonus))
-    return scores, times, order
+    order = np.empty((len(first), N + K * N), np.int64)
+    order[:, :N] = np.minimum(first, np.where(merges, 2 * (rank * N + source) + 1, first))
+    order[:, N:] = np.arange(1, 2 * K * N, 2)
+    scores = np.array((score, blank, token, viterbi + offers.blank, np.maximum(viterbi_enters, viterbi_stays), bonus))
+    return scores, ids, order
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
