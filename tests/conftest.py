@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # some tests fork, and what another thread holds at that moment stays locked in the child
 
 
 @pytest.fixture(scope="session")
