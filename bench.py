@@ -138,17 +138,9 @@ def median_seconds(work, options: BenchOptions, threads: int = 1) -> float:
     return timer.blocked_autorange(min_run_time=options.seconds).median
 
 
-def gemm_gflops(device, options: BenchOptions) -> float:
-    """The machine's rate of float32 matrix products: 10^9 operations per second."""
-    a, b = torch.rand(2, GEMM, GEMM, device=device)
-    return 2 * GEMM**3 / median_seconds(lambda: a @ b, options, torch.get_num_threads()) / 1e9
-
-
-@torch.no_grad()
-def linear_gflops(device, options: BenchOptions) -> float:
-    """That of the network's linear layers, of the same size."""
-    x, layer = torch.rand(GEMM, GEMM, device=device), Linear(GEMM, GEMM, bias=False, device=device)
-    return 2 * GEMM**3 / median_seconds(lambda: layer(x), options, torch.get_num_threads()) / 1e9
+def gflops(product, options: BenchOptions) -> float:
+    """The rate of a product of two float32 matrices, GEMM x GEMM each: 10^9 operations per second."""
+    return 2 * GEMM**3 / median_seconds(product, options, torch.get_num_threads()) / 1e9
 
 
 def memory_mb(field: str) -> float:
@@ -378,11 +370,13 @@ def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
     brief = replace(options, seconds=options.seconds / ROUNDS)
     threads = torch.get_num_threads()
     timer = Timer("work()", globals={"work": step}, num_threads=threads)
-    rounds = [(timer.timeit(1).median, gemm_gflops(device, brief), linear_gflops(device, brief)) for _ in range(ROUNDS)]
-    step_s, gflops, linear = map(statistics.median, zip(*rounds))
+    a, b = torch.rand(2, GEMM, GEMM, device=device)
+    layer = Linear(GEMM, GEMM, bias=False, device=device).requires_grad_(False)
+    rounds = [(timer.timeit(1).median, gflops(lambda: a @ b, brief), gflops(lambda: layer(a), brief)) for _ in range(ROUNDS)]
+    step_s, gemm, linear = map(statistics.median, zip(*rounds))
     asked = options.preset == "base" and work.frames == FRAMES and work.precision == "32"  # what REFERENCE_GFLOP is for
-    share = REFERENCE_GFLOP / step_s / gflops if asked else None
-    return {"gemm_gflops": gflops, "linear_gflops": linear, "step_s": step_s, "share": share,
+    share = REFERENCE_GFLOP / step_s / gemm if asked else None
+    return {"gemm_gflops": gemm, "linear_gflops": linear, "step_s": step_s, "share": share,
             "audio_hours": ROWS * work.frames / FRAMES_A_SECOND / step_s, "peak_mb": peak_mb}
 
 
@@ -531,7 +525,7 @@ def measure_stream(left: int, hours: float, options: BenchOptions) -> dict:
     model, size = make_model(options), CHUNKS[-1][0]
     frames = size * receptive_field(model.options.input_layer)[1]  # of 10 ms
     state, times = model.stream_state(size, left), []
-    for _ in range(int(hours * 3600 * 100 / frames)):
+    for _ in range(int(hours * 3600 * FRAMES_A_SECOND / frames)):
         chunk, began = torch.randn(1, frames, 80), time.perf_counter()
         _, state = model.stream(chunk, state)
         times.append(1000 * (time.perf_counter() - began))

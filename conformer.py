@@ -134,6 +134,11 @@ ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def by_onednn(x, weight) -> bool:
+    """Whether it is oneDNN's to multiply them."""
+    return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
+
+
 def product(x, weight, bias=None):
     """F.linear by oneDNN, without a gradient: x (...,M), weight (N,M), bias (N,) -> (...,N), all float32."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -141,7 +146,7 @@ def product(x, weight, bias=None):
 
 def outer_product(a, b):
     """a (R,N), b (R,M) -> a.T @ b (N,M), without a gradient."""
-    if not (ONEDNN and a.is_cpu and a.dtype == b.dtype == torch.float32 and len(a)):
+    if not (by_onednn(a, b) and len(a)):
         return a.T @ b
     return product(a.T, b.T) if a.size(1) <= b.size(1) else product(b.T, a.T).T  # what comes first is copied, transposed
 
@@ -169,9 +174,8 @@ class Linear(nn.Linear):
     """nn.Linear by the faster library."""
 
     def forward(self, x):
-        by_onednn = (ONEDNN and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
-                     and not (torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling()))
-        if not by_onednn:
+        if (not by_onednn(x, self.weight) or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+                or torch.compiler.is_compiling()):
             return F.linear(x, self.weight, self.bias)
         return (Product.apply if torch.is_grad_enabled() else product)(x, self.weight, self.bias)
 
@@ -186,9 +190,14 @@ def for_few_rows(module: nn.Module) -> nn.Module:
     return module
 
 
+def random_numbers_are_cheap(x, p: float) -> bool:
+    """Whether torch's own dropout p of x costs little: none, a GPU's, or one that is compiled."""
+    return p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 def dropout(x, p: float):
     """F.dropout; on the CPU, where it would spend an eighth of a training step on drawing doubles, from 16-bit draws."""
-    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if random_numbers_are_cheap(x, p):
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # four draws in each
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
@@ -208,7 +217,7 @@ def attention(q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale
     scale = scale or 1 / math.sqrt(q.size(-1))
     if q.is_cuda and q.size(-1) % 8:
         return attention(*map(in_eights, (q, k, v)), mask, p, is_causal, scale)[..., :v.size(-1)]
-    if p == 0 or q.device.type != "cpu" or torch.compiler.is_compiling():
+    if random_numbers_are_cheap(q, p):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, scale=scale)
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
@@ -386,12 +395,12 @@ class ConformerBlock(nn.Module):
         `past` is that of the S-T frames before x: (the attention's, see RelativeAttention; the convolution's last inputs).
         """
         x = torch.add(x, self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x))), alpha=0.5)
-        y, keys_values = self.self_attn(self.norm_mha(x), positions, mask, past[0])
+        y, seen = self.self_attn(self.norm_mha(x), positions, mask, past[0])
         x = x + self.dropout(y)
         y, last_inputs = self.conv_module(self.norm_conv(x), valid, past[1])
         x = x + self.dropout(y)
         x = torch.add(x, self.dropout(self.feed_forward(self.norm_ff(x))), alpha=0.5)
-        return self.norm_final(x), (keys_values, last_inputs)
+        return self.norm_final(x), (seen, last_inputs)
 
 
 class TransformerBlock(nn.Module):
@@ -405,9 +414,9 @@ class TransformerBlock(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, past=(None, None)):
-        y, keys_values = self.self_attn(self.norm1(x), positions, mask, past[0])
+        y, seen = self.self_attn(self.norm1(x), positions, mask, past[0])
         x = x + self.dropout(y)
-        return x + self.dropout(self.feed_forward(self.norm2(x))), (keys_values, None)
+        return x + self.dropout(self.feed_forward(self.norm2(x))), (seen, None)
 
 
 class ConvRelu(torch.autograd.Function):
@@ -519,8 +528,8 @@ class Encoder(nn.Module):
         x = self.subsample(feats, offset)
         valid = x.new_ones(1, x.size(1), 1)
         presents = []
-        keys_values = pasts[0][0]  # alike in all blocks; its last part may lack positions, which are projected once
-        lacking = 0 if keys_values is None else keys_values[0].size(2) - keys_values[-1].size(2)
+        seen = pasts[0][0]  # as long in all blocks; its last part may lack positions, which are projected once
+        lacking = 0 if seen is None else seen[0].size(2) - seen[-1].size(2)
         positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device).to(x.dtype)[None]  # (1,N,D)
         for block, past in zip(self.blocks, pasts):
             x, present = block(x, positions, None, valid, past)

@@ -154,7 +154,8 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
     values = dict(
         flags=" ".join(flags), bins=frontend.num_mel_bins, rate=frontend.sample_rate, high_freq=frontend.high_freq,
         blank_id=model.net.blank_id, reverse_weight=model.options.reverse_weight, chunk_size=chunks.chunk_size,
-        left_chunks=chunks.left_chunks, cache_size=chunks.cache_size, first=first, later=later, first_least=first_least, later_least=later_least,
+        left_chunks=chunks.left_chunks, cache_size=chunks.cache_size, first=first, later=later, first_least=first_least,
+        later_least=later_least,
         tail=first / frontend.sample_rate, attn_shape=tuple(attn_cache.shape), conv_shape=tuple(conv_cache.shape))
     templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
     if frontend.frontend == "log_mel":

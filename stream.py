@@ -55,8 +55,8 @@ def stream(encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool
     while ready and (last or 0 < state.chunk_size <= ready):
         size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
         position = min(state.offset, max(state.max_position - size, 0))
-        pasts = state.blocks if position == state.offset else map(without_positions, state.blocks)
-        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], position, tuple(pasts))
+        pasts = state.blocks if position == state.offset else tuple(map(without_positions, state.blocks))
+        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], position, pasts)
         out.append(x)
         feats, ready = feats[:, size * rate:], ready - size
         keep = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
@@ -73,10 +73,10 @@ def without_positions(block):
 
 def trim(block, keep: int):
     """The block's cache with the newest `keep` keys, values and positions; all of them where keep is negative."""
-    keys_values, last_inputs = block
+    seen, last_inputs = block
     if keep >= 0:  # (B,H,S,D/H); cloned, because a view would keep the whole past alive
-        keys_values = tuple(past[:, :, past.size(2) - min(keep, past.size(2)):].clone() for past in keys_values)
-    return keys_values, last_inputs
+        seen = tuple(past[:, :, past.size(2) - min(keep, past.size(2)):].clone() for past in seen)
+    return seen, last_inputs
 
 
 # ------------------------------------------------------------------------------------------------------- recognition

@@ -29,6 +29,10 @@ def last_line(capsys, *argv):
     return found
 
 
+def in_this_process(work, *arguments):
+    return work(*arguments)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Less of everything that a test need not wait for."""
@@ -43,7 +47,7 @@ def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small, monke
     assert set(found) == {"rows", "setup_s", "setup_anon_mb", "plan_s", "padding_waste", "hf_padding_waste", "megabatch",
                           "loader_x_realtime", "original_x_realtime"}
     assert found["rows"] == 2010 and found["megabatch"] <= 100 and sorted(tmp_path.iterdir()) == [tmp_path / "corpus"]
-    monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))  # one has been seen to work
+    monkeypatch.setattr(bench, "in_fresh_process", in_this_process)  # a fresh one has been seen to work
     with pytest.raises(UserError, match="has 2010 rows, not 2000"):
         bench.main([*argv[:-1], "2000", *TINY])
 
@@ -81,7 +85,7 @@ def test_stream(capsys, small):
 
 
 def test_growth_measures_rising_sizes_and_draws_them(tmp_path, capsys, small, monkeypatch):
-    monkeypatch.setattr(bench, "in_fresh_process", lambda work, *arguments: work(*arguments))  # nine imports of torch less
+    monkeypatch.setattr(bench, "in_fresh_process", in_this_process)  # nine imports of torch less
     png, corpus = tmp_path / "growth.png", tmp_path / "corpus"
     found = last_line(capsys, "growth", "--png", png, "--data_root", corpus, "--rows", "1600", "--hours", "0.02")
     assert list(found["setup"]) == ["100", "200", "400", "800", "1600"] and len(found["stream 4 left"]) == 12

@@ -167,7 +167,8 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
 def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
     original = torch.nn.Module.compile
     # Traced and differentiated as for a GPU, but run by torch's own kernels, so that nobody waits for a C++ compiler.
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic, options: original(block, backend="aot_eager", dynamic=dynamic))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda block, dynamic, options: original(block, backend="aot_eager", dynamic=dynamic))
 
     def gradients(net, rows, frames):
         torch.manual_seed(frames)
