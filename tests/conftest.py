@@ -1,3 +1,5 @@
+import gc
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # some tests fork, and what another thread holds at that moment stays locked in the child
+# Nor must a child collect what other tests left behind: onnxruntime waits there for ever for threads that only the parent has.
+os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 
 @pytest.fixture(scope="session")

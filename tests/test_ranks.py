@@ -3,7 +3,10 @@
 They are forked, have torchrun's environment and talk by gloo.
 """
 
+import gc
 import json
+import multiprocessing
+import os
 import signal
 
 import pytest
@@ -46,6 +49,22 @@ def assert_same(output, other, words=()):
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
     left = [torch.load(path / "last.ckpt", weights_only=True)["state_dict"] for path in (output, other)]
     torch.testing.assert_close(left[0], left[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_forked_process_leaves_the_garbage_of_its_parent_alone():
+    class Garbage:
+        def __del__(self):
+            os.getpid() == parent or os._exit(1)  # (onnxruntime's would not end at all)
+
+    parent, garbage = os.getpid(), Garbage()
+    garbage.itself = garbage
+    gc.disable()
+    del garbage
+    process = multiprocessing.get_context("fork").Process(target=gc.collect)
+    process.start()
+    gc.enable()
+    process.join()
+    assert process.exitcode == 0 and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("words", [(), ("--length_normalized_loss",), ("--accumulate_grad_batches", 2)],
