@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import fcntl
 import os
 import sys
 import types
@@ -110,3 +112,43 @@ def write_whole(path: str, content) -> None:
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def alone(path: str, what: str):
+    """Within it no other process on this machine, nor on others that share a file system with POSIX locks, holds the file `path`.
+
+    The lock ends with the process, however that ends, and children do not inherit it. The file is gone afterwards. Raises
+    UserError, naming `what`, where another process holds it or it cannot be made.
+    """
+    try:
+        file = _lock(path)
+    except BlockingIOError:
+        raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        file.close()
+
+
+def _lock(path: str):
+    """The open file, locked. Raises BlockingIOError where another process holds it."""
+    while True:
+        file = open(path, "a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except PermissionError:  # EACCES, which POSIX allows for EAGAIN
+            file.close()
+            raise BlockingIOError from None
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                return file
+            file.close()
+            raise
+        file.close()  # who held it has removed it meanwhile: lock the file that is there now
