@@ -680,10 +680,11 @@ class U2Conformer(nn.Module):
         logits = self.ctc(encoder_out)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1):
+    def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1, sizes=None):
         """{"loss", "loss_ctc", "loss_att"} per utterance (U2++, equations 1 and 2), and "row_losses" (B,), detached.
 
-        targets (B,U) may be padded with anything; a row without a CTC path adds zero to the CTC loss, as in WeNet.
+        targets (B,U) may be padded with anything; a row without a CTC path adds zero to the CTC loss, as in WeNet. `sizes` are
+        the rows and the labels, with eos, that the sums are divided by: those of the batch unless given.
         """
         o = self.options
         encoder_out, lengths = self.encode(feats, feat_lengths, chunk_size, left_chunks)
@@ -694,8 +695,9 @@ class U2Conformer(nn.Module):
         if o.reverse_weight > 0:
             att = att + o.reverse_weight * self.attention_losses(
                 self.right_decoder, encoder_out, lengths, reverse(targets, target_lengths), target_lengths)
-        loss_ctc = ctc.mean()
-        loss_att = att.sum() / ((target_lengths + 1).sum() if o.length_normalized_loss else len(att))
+        rows, labels = sizes or (len(ctc), (target_lengths + 1).sum())
+        loss_ctc = ctc.sum() / rows
+        loss_att = att.sum() / (labels if o.length_normalized_loss else rows)
         return {"loss": o.ctc_weight * loss_ctc + (1 - o.ctc_weight) * loss_att, "loss_ctc": loss_ctc,
                 "loss_att": loss_att, "row_losses": (ctc + att).detach()}
 

@@ -33,6 +33,7 @@ from tokenizer import Tokenizer
 from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
                         train_transform)
 
+EVAL_SECONDS = 200.0  # of audio in a batch that is only heard, padding included: less than a GB of memory with preset base
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
 
@@ -354,9 +355,16 @@ def load_split(data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | N
     return dataset
 
 
+def eval_plan(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1):
+    """Batches of every row of a split, longest first, within --max_batch_seconds, else within EVAL_SECONDS and --batch_size."""
+    seconds = options.max_batch_seconds
+    rows = math.inf if seconds else options.batch_size or 16
+    return eval_batches(audio_lengths(dataset), rows, rank, world_size, (seconds or EVAL_SECONDS) * frontend.sample_rate)
+
+
 def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Every row of a split once, longest first, features without augmentation."""
-    batches = eval_batches(audio_lengths(dataset), options.batch_size or 16, rank, world_size)
+    """The batches of eval_plan, features without augmentation."""
+    batches = eval_plan(dataset, frontend, options, rank, world_size)
     return make_loader(dataset, batches, in_loader(partial(eval_transform, frontend), options), 0, options)
 
 
@@ -457,6 +465,11 @@ class SpeechDataModule(L.LightningDataModule):
                    for lengths in (self.lengths, self.label_lengths)]
         dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
         return [dataset[[(epoch, int(row)) for row in plan[i]]] for i in dict.fromkeys(largest)]
+
+    def longest_dev_batch(self) -> Batch:
+        """Of this rank; the one that needs most memory."""
+        batches = eval_plan(self.splits["dev"], self.frontend, self.options, *self.ranks())
+        return SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)[batches[0]]
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())

@@ -6,12 +6,14 @@ The network is conformer.py's; this file adds training, decoding and the checkpo
 import json
 import math
 import os
+import warnings
 from dataclasses import asdict, dataclass
 
 import pytorch_lightning as L
 import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
@@ -46,6 +48,11 @@ class OptimOptions:
     gradient_checkpointing: bool = option(False, "recompute the encoder's blocks in backward: less memory, more time")
     compile: bool = option(False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)")
 
+    def __post_init__(self):
+        for name, least in (("lr", 0), ("weight_decay", 0), ("warmup_steps", 0), ("freeze_encoder_epochs", 0), ("max_skips", 1)):
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be a number from {least} on")
+
 
 class StepLog:
     """steps.jsonl: a line per attempted update, {"step", "loss", "rows"}, and "skipped" where it was thrown away.
@@ -59,7 +66,7 @@ class StepLog:
         self.path, self.waiting = path, []
 
     def add(self, step: int, window, skipped: bool) -> None:
-        """`window`: (rows, row losses, weighted loss) of each batch of this rank."""
+        """`window`: (rows, row losses, loss) of each batch of this rank."""
         if self.path is None:
             return
         self.waiting.append((step, [rows for rows, *_ in window], [loss for *_, loss in window], skipped))
@@ -93,6 +100,17 @@ def gather(value) -> list:
     return values
 
 
+def blame(features, row_losses):
+    """Row losses (B,), finite but for the rows to be blamed where one is not: those with features (B,T,F) that are not finite,
+    or, if all features are, those whose own loss is not.
+
+    A loss alone could blame a neighbour: where a product has an odd length, CPUs with AMX multiply what lies behind a row,
+    the next row's first number, by zero, and not-a-number stays what it is.
+    """
+    sound = features.isfinite().flatten(1).all(1)
+    return torch.where(sound.all(), row_losses, torch.where(sound, 0.0, torch.nan))
+
+
 class U2(L.LightningModule):
     """U2/U2++ with its training. `total_steps` (optimizer steps of the run) is what OneCycleLR needs; `skip_log` and
     `step_log` are the paths of skipped.jsonl and steps.jsonl, None for no log. Feature lengths are in frames; chunk sizes
@@ -108,12 +126,13 @@ class U2(L.LightningModule):
         self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
         for suffix in VALIDATION_CHUNKS:
             self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = CharErrorRate(), WordErrorRate()
-        self.window = []  # (rows, row losses, weighted loss) of the micro-batches since the last update
+        self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
         self.steps = StepLog(step_log)
         self.update_skipped = False
         self.request = self.agreed = 0  # what to do after an update, of this rank and the largest of all; see recovery.py
         self.skips_in_a_row = self.skips_in_all = 0
         self.validated_step = -1  # global_step at the last validation
+        self.lr_steps = None  # how often the learning rate had moved where a resumed run was left
 
     def set_cmvn(self, mean, istd):
         """Global CMVN of the features, each (F,): the encoder sees (feats - mean) * istd."""
@@ -168,35 +187,49 @@ class U2(L.LightningModule):
         count = self.trainer.fit_loop.total_batch_idx
         mixed = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)) + self.global_rank)
+        for module in self.net.encoder.modules():  # a frozen encoder's batch norm learns no statistics either
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.train(not self.encoder_is_frozen)
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        return self.current_epoch < self.optim.freeze_encoder_epochs
 
     def training_step(self, batch, batch_idx):
         size = subsampled_length(batch.features.size(1), self.options.input_layer)
         chunk_size, left_chunks = draw_chunk(size, self.options)
+        if not self.window:
+            self.buffers_before = self.keep_buffers()
         losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths,
-                               chunk_size, left_chunks)
-        row_losses, loss = losses.pop("row_losses"), self.weighted_loss(losses, batch)
-        self.window.append((batch.rows, row_losses, loss.detach()))
+                               chunk_size, left_chunks, self.sizes(batch))
+        row_losses, loss = losses.pop("row_losses"), losses["loss"]
+        self.window.append((batch.rows, blame(batch.features, row_losses), loss.detach()))
         self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch.rows))
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
         return loss
 
-    def weighted_loss(self, losses, batch):
-        """This rank's loss, times its share of the step's rows (per-label losses: labels) over an equal share.
+    def sizes(self, batch):
+        """What this rank's losses are divided by, rows and labels with eos: those of all ranks over the number of ranks.
 
-        DDP and FSDP take the mean of the ranks' gradients, as if all had equally many rows. So weighted, that mean is the
+        DDP and FSDP take the mean of the ranks' gradients, as if all had equally many rows. So divided, that mean is the
         gradient of the mean over all rows of the step: what one process with the same rows computes.
         """
         ranks = self.trainer.world_size
         if ranks == 1:
-            return losses["loss"]
-        labels = (batch.label_lengths + 1).sum()  # with eos
-        own = torch.stack((torch.full_like(labels, len(batch.rows)), labels))
-        total = own.clone()
+            return None
+        labels = (batch.label_lengths + 1).sum()
+        total = torch.stack((torch.full_like(labels, len(batch.rows)), labels))
         dist.all_reduce(total)
-        rows, labels = ranks * own / total  # 1.0 where the ranks' batches are equal
-        o = self.options
-        return (o.ctc_weight * (rows * losses["loss_ctc"])
-                + (1 - o.ctc_weight) * ((labels if o.length_normalized_loss else rows) * losses["loss_att"]))
+        return (total / ranks).unbind()
+
+    def keep_buffers(self) -> list:
+        """The network's buffers, batch norm's statistics among them, each with a copy for `restore_buffers`."""
+        return [(buffer, buffer.clone()) for buffer in self.net.buffers()]
+
+    @torch.no_grad()
+    def restore_buffers(self, kept: list) -> None:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
     def configure_optimizers(self):
         o = self.optim
@@ -213,6 +246,19 @@ class U2(L.LightningModule):
                 optimizer, lambda step: warm**0.5 * min((step + 1) ** -0.5, (step + 1) * warm**-1.5))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self):
+        """A resumed run's optimizer and schedule are those of its options, over all of its updates, at the place reached."""
+        if self.lr_steps is None:
+            return
+        [optimizer], [config], fresh = self.trainer.optimizers, self.trainer.lr_scheduler_configs, self.configure_optimizers()
+        for group, new in zip(optimizer.param_groups, fresh["optimizer"].param_groups):
+            group.update({name: value for name, value in new.items() if name != "params"})
+        scheduler = config.scheduler
+        if place := min(self.lr_steps, getattr(scheduler, "total_steps", math.inf) - 1):
+            scheduler.last_epoch, scheduler._step_count = place - 1, place
+            with warnings.catch_warnings(action="ignore"):  # of a scheduler that moves before its optimizer
+                scheduler.step()
+
     def lr_scheduler_step(self, scheduler, metric):
         ended = getattr(scheduler, "total_steps", math.inf) <= scheduler.last_epoch + 1
         if not self.update_skipped and not ended:  # a run longer than planned goes on at the last learning rate
@@ -226,7 +272,7 @@ class U2(L.LightningModule):
         Optimizers leave a parameter without gradient alone, its state and step count included. One fused check and one
         device sync; on several ranks all agree, and in the same breath on what any of them requests.
         """
-        if self.current_epoch < self.optim.freeze_encoder_epochs:  # (dropped here, so that DDP finds every gradient it awaits)
+        if self.encoder_is_frozen:  # (dropped here, so that DDP finds every gradient it awaits)
             for parameter in self.net.encoder.parameters():
                 parameter.grad = None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -239,6 +285,7 @@ class U2(L.LightningModule):
         self.update_skipped, self.agreed = not finite, int(-request)
         if self.update_skipped:
             optimizer.zero_grad(set_to_none=True)
+            self.restore_buffers(self.buffers_before)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         """By norm, here, because Lightning refuses to clip for a fused optimizer even where no scaler is in its way."""
@@ -302,11 +349,14 @@ class U2(L.LightningModule):
         values["val_cer_mean"] = sum(values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS) / len(VALIDATION_CHUNKS)
         self.log_dict(values, sync_dist=True)  # alike on all ranks already; Lightning wants to hear it
         self.validated_step = self.global_step
-        for metric in self.val_metrics.values():
-            metric.reset()
+        self.reset_metrics()
         shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
         rank_zero_info(f"epoch {self.current_epoch + 1}, step {self.global_step}: "
                        + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown))
+
+    def reset_metrics(self):
+        for metric in self.val_metrics.values():
+            metric.reset()
 
     # -------------------------------------------------------------------------------------------------------- decoding
 
@@ -380,6 +430,8 @@ class U2(L.LightningModule):
                           skips={"in_a_row": self.skips_in_a_row, "in_all": self.skips_in_all})
 
     def on_load_checkpoint(self, checkpoint):
+        # The learning rate is a function of the options and of how often it has moved: nothing else is taken over.
+        self.lr_steps, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"][0]["last_epoch"], []
         skips = checkpoint.get("skips", {"in_a_row": 0, "in_all": 0})  # older checkpoints have none
         self.skips_in_a_row, self.skips_in_all = skips["in_a_row"], skips["in_all"]
 
@@ -414,4 +466,14 @@ def read_checkpoint(path: str) -> dict:
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
+    check_finite(checkpoint, path)
     return checkpoint
+
+
+def check_finite(checkpoint: dict, path: str) -> None:
+    """UserError where weights, statistics, an average or the optimizer's moments are not all finite: such a model hears nothing,
+    and training it goes nowhere."""
+    for part in ("state_dict", "current_model_state", "optimizer_states"):
+        for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise UserError(f"{path}: damaged by training: {part}{keystr(names)} is not finite; use a checkpoint from before")

@@ -1,5 +1,5 @@
 """What a pulled plug leaves behind, and what does not fit: checkpoints whole or not at all, signals, full disks, memory, and
-what a resumed run may change.
+what a resumed run may change, its folder included.
 
 Lightning's own ways lose something: its files do not wait for the disk, its signal handlers end a run without saving, and on
 resuming it leaves out the validation of an epoch that was saved before it.
@@ -11,7 +11,10 @@ import dataclasses
 import errno
 import io
 import json
+import math
+import os
 import signal
+import stat
 import sys
 import time
 import zlib
@@ -25,7 +28,9 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import hub
 from cli import UserError, write_whole
 
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
@@ -90,8 +95,9 @@ class LastCheckpoint(Checkpoint):
     U2.request travels with the guard's vote.
     """
 
-    def __init__(self, path: str, steps: int | None, minutes: float | None):
-        self.path, self.steps, self.minutes = path, steps, minutes
+    def __init__(self, path: str, steps: int | None, minutes: float | None, options: dict):
+        """`options`: what the run was given, for the run that goes on."""
+        self.path, self.steps, self.minutes, self.options = path, steps, minutes, options
         self.stop = 0  # STOP + signal
 
     def on_train_start(self, trainer, module):
@@ -102,14 +108,20 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer, module):
         self.listen(module)
+        if trainer.state.fn == "fit":
+            self.save(trainer)  # what a validation may run out of is no reason to lose the epoch before it
 
     def listen(self, module):
-        """Takes the signals over from Lightning, whose handlers end a run without saving or hang on several ranks."""
+        """Takes the signals over from Lightning, whose handlers end a run without saving or hang on several ranks. Those that
+        the run was started to ignore, as under nohup or in a script's background, stay ignored."""
         def note(number, _):
             self.stop = module.request = STOP + number
             signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-        for number in (signal.SIGTERM, signal.SIGINT) if not self.stop else ():
-            signal.signal(number, note)
+            if number == signal.SIGHUP:
+                leave_terminal()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if not self.stop else ():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, note)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         due = self.minutes is not None and time.monotonic() - self.saved >= 60 * self.minutes
@@ -145,9 +157,64 @@ class LastCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
         checkpoint["plan"] = make_plan(trainer.datamodule, trainer.world_size, trainer.accumulate_grad_batches)
+        checkpoint["run_options"] = self.options
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         settle(checkpoint["loops"]["fit_loop"])
+
+
+def leave_terminal() -> None:
+    """Sends what is printed to a terminal that has hung up nowhere: there it would raise an error before the run is saved."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+class BestCheckpoint(Checkpoint):
+    """best.ckpt: the model with the lowest val_cer_mean.
+
+    (Lightning's ModelCheckpoint keeps the score under the file's absolute path, and forgets it where the folder was moved.)
+    """
+
+    def __init__(self, path: str):
+        self.path, self.score = path, math.inf
+
+    def on_load_checkpoint(self, trainer, module, checkpoint):
+        self.score = best_score(self.path)
+
+    def on_validation_end(self, trainer, module):
+        score = float(trainer.callback_metrics["val_cer_mean"])
+        if score < self.score:
+            self.score = score
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        checkpoint["best_score"] = self.score
+
+
+def best_score(path: str) -> float:
+    """The val_cer_mean of the best.ckpt at `path`; infinite where there is none that can be read."""
+    try:
+        checkpoint = hub.read_weights_only(path, mmap=True)
+        if "best_score" in checkpoint:
+            return float(checkpoint["best_score"])
+        states = checkpoint["callbacks"].values()  # of a version that left the score to Lightning
+        return next(float(state["best_model_score"]) for state in states if "best_model_score" in state)
+    except (UserError, LookupError, TypeError, AttributeError, StopIteration):
+        return math.inf
+
+
+class Average(WeightAveraging):
+    """An exponential average of the weights, which takes no account of updates that the guard skipped."""
+
+    def __init__(self, decay: float):
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # all tensors at once
+
+    def on_train_batch_end(self, trainer, module, *arguments):
+        if not module.update_skipped:
+            super().on_train_batch_end(trainer, module, *arguments)
 
 
 class Place(NamedTuple):
@@ -155,6 +222,7 @@ class Place(NamedTuple):
 
     path: str | None = None
     epoch: int = 0
+    epochs: int = 0  # that are over
     batches: int = 0  # of each rank, in that epoch; 0 at an epoch's end
     updates: int = 0
     plan: dict | None = None  # of make_plan; older checkpoints have none
@@ -163,8 +231,9 @@ class Place(NamedTuple):
 def find_place(path: str, checkpoint: dict) -> Place:
     loop = checkpoint["loops"]["fit_loop"]
     epoch = loop["epoch_progress"]["current"]["ready"] - 1
-    batches = 0 if epoch_is_over(loop) else loop["epoch_loop.batch_progress"]["current"]["ready"]
-    return Place(path, epoch, batches, checkpoint["global_step"], checkpoint.get("plan"))
+    over = epoch_is_over(loop)
+    batches = 0 if over else loop["epoch_loop.batch_progress"]["current"]["ready"]
+    return Place(path, epoch, epoch + over, batches, checkpoint["global_step"], checkpoint.get("plan"))
 
 
 def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
@@ -189,8 +258,7 @@ def check_plan(place: Place, plan: dict, data) -> None:
     if place.batches:
         raise UserError(f"{place.path} was saved within an epoch that is planned with {said}; give the same, or the same rows "
                         "per update by --batch_size times all --devices, or resume from a checkpoint at an epoch's end")
-    rank_zero_info(f"note: {place.path} was planned with {said}; epochs from here on are planned anew, and the learning rate "
-                   "keeps to the schedule it began with")
+    rank_zero_info(f"note: {place.path} was planned with {said}; epochs from here on are planned anew")
 
 
 def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
@@ -228,7 +296,8 @@ def settle(loop: dict) -> None:
 
 
 class MemoryCheck(L.Callback):
-    """Runs the batches that need most memory forward and backward before the first update: what does not fit is said at once.
+    """Runs the batches that need most memory before the first update, those of train forward and backward, that of dev as
+    validation does: what does not fit is said at once.
 
     Weights, statistics, gradients, optimizer and random numbers stay as they are.
     """
@@ -236,38 +305,51 @@ class MemoryCheck(L.Callback):
     def on_train_start(self, trainer, module):
         if isinstance(trainer.strategy, FSDPStrategy):
             return  # which gathers weights in its own forward only
-        batches = trainer.datamodule.largest_batches()
-        reasons = [reason for batch in batches if (reason := self.reason(trainer, module, batch))]
+        data = trainer.datamodule
+        checks = [(self.learn, batch, self.advice(data.options, batch)) for batch in data.largest_batches()]
+        batch = data.longest_dev_batch()
+        checks.append((self.validate, batch, f"cut row {int(batch.rows[0])} of dev, or leave it out" if len(batch.rows) == 1
+                       else self.advice(data.options, batch)))
+        reasons = [reason for check in checks if (reason := self.reason(trainer, module, *check))]
         if trainer.strategy.reduce_boolean_decision(bool(reasons), all=False):
             raise UserError((reasons or ["the largest batch does not fit the memory of another rank; lower --batch_size or "
                                          "--max_batch_seconds"])[0])
 
-    def reason(self, trainer, module, batch) -> str | None:
+    @staticmethod
+    def advice(options, batch) -> str:
+        rows, frames, _ = batch.features.shape
+        name = "max_frame" if rows == 1 else "max_batch_seconds" if options.max_batch_seconds else "batch_size"
+        now = frames if rows == 1 else options.max_batch_seconds or options.batch_size or 16
+        return f"lower --{name}, for example to {now / 2:.0f}"
+
+    def reason(self, trainer, module, run, batch, advice) -> str | None:
         """Why the batch does not fit, None where it does."""
         rows, frames, _ = batch.features.shape
-        buffers = [(buffer, buffer.clone()) for buffer in module.net.buffers()]
+        buffers = module.keep_buffers()
         try:
-            self.run(trainer, module, batch)
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+                run(trainer, module, batch)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is a CPU's
             if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
                 raise
-            options = trainer.datamodule.options
-            name = "max_frame" if rows == 1 else "max_batch_seconds" if options.max_batch_seconds else "batch_size"
-            now = frames if rows == 1 else options.max_batch_seconds or options.batch_size or 16
             return (f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does not fit the memory of "
-                    f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); lower --{name}, for example "
-                    f"to {now / 2:.0f}")
+                    f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); {advice}")
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            module.restore_buffers(buffers)
 
-    def run(self, trainer, module, batch):
+    def validate(self, trainer, module, batch):
+        module.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            module.validation_step(batch, 0)
+        module.reset_metrics()
+        module.train()
+
+    def learn(self, trainer, module, batch):
         parameters = [p for p in module.parameters() if p.requires_grad]
         # room for the optimizer's two moments, which the first update will make
         moments = [torch.empty_like(p) for p in parameters for _ in range(0 if trainer.optimizers[0].state else 2)]
-        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-        with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
-            with trainer.precision_plugin.forward_context():
-                loss = module.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"]
-            torch.autograd.grad(loss, parameters, allow_unused=True)  # gradients of its own: those of training stay unmade
+        with trainer.precision_plugin.forward_context():
+            loss = module.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"]
+        torch.autograd.grad(loss, parameters, allow_unused=True)  # gradients of its own: those of training stay unmade
         del moments

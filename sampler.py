@@ -4,6 +4,8 @@ Both plans yield lists of keys (epoch, row): the epoch travels with the row, so 
 draw this epoch's augmentation. Use them as DataLoader(dataset, sampler=plan, batch_size=None).
 """
 
+import math
+
 import numpy as np
 from torch.utils.data import Sampler
 
@@ -101,25 +103,8 @@ class LengthGroupedSampler(Sampler):
         if self.batch_size:
             borders = list(range(0, size, self.batch_size * world))
         else:
-            borders = self._borders_by_duration(self.lengths[order])
-        if len(borders) > 1 and size - borders[-1] < world:  # too few left for all ranks: take some from the batch before
-            borders[-1] = size - world
-            if borders[-1] - borders[-2] < world:
-                borders.pop()
-        return borders + [size]
-
-    def _borders_by_duration(self, lengths) -> list[int]:
-        """As many rows as keep rows * longest of every rank within max_batch; no batch crosses megabatches."""
-        world = self.world_size
-        longest_of_step = np.maximum.reduceat(lengths, np.arange(0, len(lengths), world))  # a step: one row for every rank
-        borders, rows, longest = [0], 0, 0
-        for step, length in enumerate(longest_of_step.tolist()):
-            longest = max(longest, length)
-            if rows and ((rows + 1) * longest > self.max_batch or step * world % self.megarows == 0):
-                borders.append(step * world)
-                rows, longest = 0, length
-            rows += 1
-        return borders
+            borders = borders_by_duration(self.lengths[order], world, self.max_batch, megarows=self.megarows)
+        return end_of_borders(borders, size, world)
 
     def _split(self, borders: list[int]) -> np.ndarray:
         """Halves the batches with most rows until there are `count` of them, or none can be halved."""
@@ -134,6 +119,30 @@ class LengthGroupedSampler(Sampler):
         return borders
 
 
+def borders_by_duration(lengths, world_size: int, max_batch: float, batch_size: float = math.inf,
+                        megarows: float = math.inf) -> list[int]:
+    """Where batches of all ranks together begin: as many rows as keep rows * longest of every rank within max_batch, and rows
+    within batch_size. No batch crosses `megarows`."""
+    longest_of_step = np.maximum.reduceat(lengths, np.arange(0, len(lengths), world_size))  # a step: one row for every rank
+    borders, rows, longest = [0], 0, 0
+    for step, length in enumerate(longest_of_step.tolist()):
+        longest = max(longest, length)
+        if rows and ((rows + 1) * longest > max_batch or rows == batch_size or step * world_size % megarows == 0):
+            borders.append(step * world_size)
+            rows, longest = 0, length
+        rows += 1
+    return borders
+
+
+def end_of_borders(borders: list[int], size: int, world_size: int) -> list[int]:
+    """With the end behind them, and so that the last batch too has at least one row for every rank."""
+    if len(borders) > 1 and size - borders[-1] < world_size:  # too few left for all ranks: take some from the batch before
+        borders[-1] = size - world_size
+        if borders[-1] - borders[-2] < world_size:
+            borders.pop()
+    return borders + [size]
+
+
 def check_share(rows: int, world_size: int, split: str = "") -> None:
     """UserError where a rank would have no row."""
     if rows < world_size:
@@ -141,13 +150,16 @@ def check_share(rows: int, world_size: int, split: str = "") -> None:
                         "or lower --devices")
 
 
-def eval_batches(lengths, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[tuple[int, int]]]:
+def eval_batches(lengths, batch_size: float, rank: int = 0, world_size: int = 1,
+                 max_batch: float = math.inf) -> list[list[tuple[int, int]]]:
     """All rows once, sorted by falling length, equally many batches on every rank. Keys are (0, row).
 
-    Lightning stops with a traceback where a rank has no batch. Raises UserError when there are fewer rows than ranks.
+    A batch has at most `batch_size` rows and, unless it is one row, at most max_batch of rows * longest (in the unit of
+    lengths); where rows do not divide, one more. Lightning stops with a traceback where a rank has no batch. Raises UserError
+    when there are fewer rows than ranks.
     """
     check_share(len(lengths), world_size)
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    # a step is a stretch of rows alike in length that the ranks share; where rows do not divide, a batch may have one more
-    steps = min(-(-len(order) // (batch_size * world_size)), len(order) // world_size)
-    return [[(0, int(row)) for row in step[rank::world_size]] for step in np.array_split(order, steps)]
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    borders = end_of_borders(borders_by_duration(lengths[order], world_size, max_batch, batch_size), len(order), world_size)
+    return [[(0, int(row)) for row in order[start:end][rank::world_size]] for start, end in zip(borders, borders[1:])]

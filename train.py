@@ -4,6 +4,8 @@ Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was 
 rows of every update), skipped.jsonl (updates that the guard skipped) and TensorBoard logs.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,17 +19,16 @@ from dataclasses import dataclass
 import pytorch_lightning as L
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run, write_whole
+from cli import SPARING, UserError, alone, build, keep_freed_memory, make_parser, option, run, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule
 from model import U2, OptimOptions, read_checkpoint
-from recovery import (LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log, find_place, make_plan,
-                      one_line_endings)
+from recovery import (Average, BestCheckpoint, LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log,
+                      find_place, make_plan, one_line_endings)
 from sampler import check_share
 from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
@@ -72,55 +73,100 @@ class RunOptions:
             raise UserError(f"--max_epochs {self.max_epochs} --max_steps {self.max_steps}: a run needs an end, and a step")
 
 
+OPTIONS = RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend
+# What a run that goes on elsewhere does not take over.
+OF_THE_MACHINE = "output_dir", "accelerator", "devices", "num_nodes", "strategy", "num_workers"
+
+
 def parse(argv):
-    parser = make_parser(__doc__, RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend)
-    parser.add_argument("--data_root", nargs="+", default=["data/demo"], help="data roots that prepare.py made")
+    parser = make_parser(__doc__, *OPTIONS)
+    parser.add_argument("--data_root", nargs="+", default=argparse.SUPPRESS,
+                        help="data roots that prepare.py made (default: data/demo)")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", nargs="?", const="", metavar="CKPT", help="go on, from OUTPUT_DIR/last.ckpt unless named")
+    again.add_argument("--resume", nargs="?", const="", metavar="CKPT", default=argparse.SUPPRESS,
+                       help="go on, from OUTPUT_DIR/last.ckpt unless named; what is not given is as the run had it")
     again.add_argument("--overwrite", action="store_true", help="replace an existing run")
-    return parser.parse_args(argv)
+    return vars(parser.parse_args(argv))
 
 
 def main(argv):
-    args = parse(argv)
-    given = vars(args)
-    options = build(RunOptions, given)
-    source = read_checkpoint(options.init_from) if options.init_from else None
-    model_options = build(ModelOptions, given, **(source["model_options"] if source else PRESETS[options.preset]))
-    optim, frontend = build(OptimOptions, given), build(Frontend, given, **(source["frontend"] if source else {}))
+    given = parse(argv)
+    folder, resume = find_run(given)
+    checkpoint = read_resumable(resume) if resume else {}
+    before = options_of(checkpoint) if resume else {}
+    options = build(RunOptions, given, **before, output_dir=folder)
+    data_roots = given.get("data_root") or before.get("data_root") or ["data/demo"]
+    source = read_checkpoint(options.init_from) if options.init_from and not resume else None
+    sizes = before if resume and "preset" not in given else source["model_options"] if source else PRESETS[options.preset]
+    model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
+    frontend = build(Frontend, given, **(source["frontend"] if source else before))
+    augment, data_options = build(Augment, given, **before), build(DataOptions, without_rivals(given, before))
     check(options, model_options)
-    check_unused(given, frontend)
+    check_unused(given, options, frontend)
     check_source(options.init_from, source, model_options, frontend)
-    resume = check_output(options.output_dir, args.resume, args.overwrite)
-    tokenizer = read_tokenizer(options.tokenizer, args.data_root[0])
-    place = check_resume(resume, model_options, frontend, tokenizer) if resume else Place()
+    check_sources_stay(options, given["overwrite"])
+    tokenizer = read_tokenizer(options.tokenizer, data_roots[0])
+    place = check_resume(resume, checkpoint, given, before, model_options, frontend, tokenizer) if resume else Place()
 
     if optim.gradient_checkpointing:
         keep_freed_memory(SPARING)
     L.seed_everything(options.seed, workers=False, verbose=False)
-    data = SpeechDataModule(data_roots=args.data_root, tokenizer=tokenizer, frontend=frontend, augment=build(Augment, given),
-                            options=build(DataOptions, given), input_layer=model_options.input_layer, seed=options.seed)
+    data = SpeechDataModule(data_roots=data_roots, tokenizer=tokenizer, frontend=frontend, augment=augment,
+                            options=data_options, input_layer=model_options.input_layer, seed=options.seed)
     data.start_batch = place.batches
     data.setup("fit")  # before Lightning says anything: what is wrong with the data is one line
-    trainer = make_trainer(options)
+    everything = {name: value for some in (options, data_options, model_options, optim, augment, frontend)
+                  for name, value in dataclasses.asdict(some).items()} | {"data_root": data_roots}
+    start = Start(folder, given["overwrite"], place, {**everything, **given})
+    trainer = make_trainer(options, start, {name: value for name, value in everything.items() if name not in OF_THE_MACHINE})
     check_processes(trainer, data)
     check_plan(place, make_plan(data, trainer.world_size, options.accumulate_grad_batches), data)
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
-               total_steps=count_steps(options, data, trainer.world_size),
-               skip_log=os.path.join(options.output_dir, "skipped.jsonl"),
-               step_log=os.path.join(options.output_dir, "steps.jsonl"))
-    if not resume:
+               total_steps=count_steps(options, data, trainer.world_size, place),
+               skip_log=os.path.join(folder, "skipped.jsonl"), step_log=os.path.join(folder, "steps.jsonl"))
+    if resume:
+        say_schedule(checkpoint, model, place)
+    else:
         prepare_weights(model, source, options.cmvn, data)
-    if trainer.is_global_zero:
-        clear_output(options.output_dir, args.overwrite, place.updates)
-        record = write_run(options.output_dir, {"options": jsonable(given, options, model_options, optim), "metrics": {}})
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size}, "
-              f"{model.total_steps} updates planned")
-    with one_line_endings(trainer, options.output_dir):
+    with only_writer(folder) if trainer.is_global_zero else contextlib.nullcontext(), one_line_endings(trainer, folder):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-        best = save_best(trainer, model, data, options.output_dir)
-    if trainer.is_global_zero:
-        finish(trainer, model, best, options.output_dir, record)
+        start.record or start.begin(trainer, model)  # where a resumed run had nothing left to train
+        best = save_best(trainer, model, data)
+        if trainer.is_global_zero:
+            finish(trainer, model, best, folder, start.record)
+
+
+def find_run(given: dict) -> tuple[str, str | None]:
+    """OUTPUT_DIR and the checkpoint to resume from, or None. Raises UserError where another run lies there: a run is touched
+    by its own continuation or by --overwrite alone."""
+    named = given.get("resume")
+    if named and os.path.isdir(named):
+        named = os.path.join(named, "last.ckpt")
+    folder = given.get("output_dir") or (os.path.dirname(named) or "." if named else RunOptions.output_dir)
+    resume = None if named is None else named or os.path.join(folder, "last.ckpt")
+    if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")):
+        return folder, resume  # the process of rank 0 has checked, and may have begun to write
+    if not os.path.isdir(folder) or not set(os.listdir(folder)) - {LOCK} or given["overwrite"]:
+        return folder, resume
+    if resume is None:
+        raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
+                        "another --output_dir")
+    if os.path.exists(resume) and not os.path.samefile(os.path.dirname(resume) or ".", folder):
+        raise UserError(f"{folder} holds another run than {resume}; leave out --output_dir to go on where that is, or choose "
+                        "an empty one")
+    return folder, resume
+
+
+def options_of(checkpoint: dict) -> dict:
+    """All options of the run that a checkpoint is from; those of an older version's checkpoint are not all in it."""
+    return {**checkpoint["model_options"], **checkpoint["optim_options"], **checkpoint["frontend"],
+            **checkpoint.get("run_options", {})}
+
+
+def without_rivals(given: dict, before: dict) -> dict:
+    """What was given over what the run had, without what it had instead: one of --batch_size and --max_batch_seconds."""
+    rivals = {"batch_size": "max_batch_seconds", "max_batch_seconds": "batch_size"}
+    return {**{name: value for name, value in before.items() if rivals.get(name) not in given}, **given}
 
 
 def check(options: RunOptions, model_options: ModelOptions) -> None:
@@ -141,15 +187,24 @@ def check(options: RunOptions, model_options: ModelOptions) -> None:
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
 
 
-def check_unused(given: dict, frontend: Frontend) -> None:
+def check_unused(given: dict, options: RunOptions, frontend: Frontend) -> None:
     """Refuses flags that would have no effect beside the others."""
-    without = {"freeze_encoder_epochs"} if "init_from" not in given else {"preset"}
+    without = {"freeze_encoder_epochs"} if options.init_from is None else {"preset"}
     for names, reason in ((("window", "mean_var_norm") if frontend.frontend == "fbank" else ("dither", "cmvn", "high_freq"),
                            f"with --frontend {frontend.frontend}"),
-                          (without, "with --init_from" if "init_from" in given else "without --init_from")):
+                          (without, "without --init_from" if options.init_from is None else "with --init_from")):
         for name in names:
             if name in given:
                 raise UserError(f"--{name} has no effect {reason}; leave it out")
+
+
+def check_sources_stay(options: RunOptions, overwrite: bool) -> None:
+    """UserError where --overwrite would delete what the run is made from."""
+    doomed = [os.path.realpath(os.path.join(options.output_dir, name)) for name in OUTPUTS if overwrite]
+    for name in ("init_from", "tokenizer", "cmvn"):
+        path = getattr(options, name)
+        if path and any(os.path.realpath(path) == one or os.path.realpath(path).startswith(one + os.sep) for one in doomed):
+            raise UserError(f"--{name} {path} is part of the run that --overwrite replaces; choose another --output_dir")
 
 
 def check_source(path: str | None, source: dict | None, model_options: ModelOptions, frontend: Frontend) -> None:
@@ -192,30 +247,93 @@ def read_tokenizer(path: str | None, data_root: str):
     return tokenizer
 
 
-def check_output(folder: str, resume: str | None, overwrite: bool) -> str | None:
-    """The checkpoint to resume from, or None; an existing run is never touched without being told."""
-    if resume is not None:
-        return resume or os.path.join(folder, "last.ckpt")
-    if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")):
-        return None  # the process of rank 0 has checked, and may have begun to write
-    if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
-        raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
-                        "another --output_dir")
-    return None
-
-
-def check_resume(path: str, model_options: ModelOptions, frontend: Frontend, tokenizer) -> Place:
-    """Where the checkpoint left its run; UserError where it belongs to another model, frontend or tokenizer."""
+def read_resumable(path: str) -> dict:
     checkpoint = read_checkpoint(path)
+    if "loops" not in checkpoint:
+        raise UserError(f"{path} has no state of training to go on from; --init_from starts a new run from its weights")
+    return checkpoint
+
+
+def check_resume(path: str, checkpoint: dict, given: dict, before: dict, model_options: ModelOptions, frontend: Frontend,
+                 tokenizer) -> Place:
+    """Where the checkpoint left its run, and a note of the options that change from there on; UserError where it belongs to
+    another model, frontend or tokenizer, or where an option would change nothing any more."""
     differ = [f"{name} {saved}, not {asked}" for name, (saved, asked) in
               differences(checkpoint, model_options, frontend).items()]
     if differ:
         raise UserError(f"{path} was made with {'; '.join(differ)}; give the options that it was made with")
     if checkpoint["tokenizer"] != tokenizer.to_dict():
         raise UserError(f"{path} was made with another tokenizer than this data; resume on the data that it was made with")
-    if "loops" not in checkpoint:
-        raise UserError(f"{path} has no state of training to go on from; --init_from starts a new run from its weights")
+    for name in ("init_from", "cmvn"):
+        if name in given and given[name] != before.get(name):
+            raise UserError(f"--{name} has no effect with --resume: {path} has its weights already; leave it out")
+    if "averaging_state" in checkpoint and given.get("ema_decay") == 0:
+        raise UserError(f"--ema_decay 0: {path} averages its weights; leave it out, or start anew with --init_from {path}")
+    changed = [f"--{name} {given[name]} (before: {value})" for name, value in before.items()
+               if name in given and as_list(given[name]) != as_list(value)]
+    if changed:
+        rank_zero_info(f"note: {path} goes on with {', '.join(changed)}")
     return find_place(path, checkpoint)
+
+
+def as_list(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def say_schedule(checkpoint: dict, model: U2, place: Place) -> None:
+    """A note where a onecycle run's length has changed, and with it the learning rate."""
+    planned = checkpoint["lr_schedulers"][0].get("total_steps", 0) - 1  # (+ 1: see configure_optimizers)
+    if model.optim.scheduler == "onecycle" and planned not in (-1, model.total_steps) and model.total_steps > place.updates:
+        rank_zero_info(f"note: the learning rate was planned for {planned} updates and is now for {model.total_steps}: from "
+                       f"update {place.updates} on it goes on as if it had always been. For a new cycle from these weights: "
+                       f"--init_from {place.path} --output_dir ANOTHER")
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def only_writer(folder: str):
+    """Keeps other trainings out of `folder`. Raises UserError where one is there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror}); choose another") from error
+    try:
+        with alone(os.path.join(folder, LOCK), f"--output_dir {folder}"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # of a run that failed before it wrote anything
+
+
+class Start(L.Callback):
+    """What is written and deleted before the first update, when nothing can be refused any more: an attempt that fails before
+    leaves everything as it was."""
+
+    def __init__(self, folder: str, overwrite: bool, place: Place, options: dict):
+        self.folder, self.overwrite, self.place, self.options, self.record = folder, overwrite, place, options, None
+
+    def on_train_start(self, trainer, module):
+        self.begin(trainer, module)
+
+    def begin(self, trainer, module):
+        if not trainer.is_global_zero:
+            return
+        clear_output(self.folder, self.overwrite, self.place.updates)
+        metrics = read_metrics(self.folder) if self.place.path else {}
+        self.record = write_run(self.folder, {"options": self.options, "metrics": metrics})
+        print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, vocabulary {module.tokenizer.vocab_size}, "
+              f"{module.total_steps} updates planned")
+
+
+def read_metrics(folder: str) -> dict:
+    """Those of run.json, which stay until there are others."""
+    try:
+        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
+            return json.load(file)["metrics"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def clear_output(folder: str, overwrite: bool, step: int) -> None:
@@ -224,23 +342,22 @@ def clear_output(folder: str, overwrite: bool, step: int) -> None:
     for name in (*(OUTPUTS if overwrite else ()), *(name + ".tmp" for name in OUTPUTS)):
         path = os.path.join(folder, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
-    os.makedirs(folder, exist_ok=True)
     for name in ("steps.jsonl", "skipped.jsonl"):
         if os.path.exists(os.path.join(folder, name)):
             cut_log(os.path.join(folder, name), step)
 
 
-def make_trainer(options: RunOptions) -> L.Trainer:
+def make_trainer(options: RunOptions, start: Start, to_keep: dict) -> L.Trainer:
+    """`to_keep`: the options that go into the checkpoints."""
     folder = options.output_dir
     warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty|smaller than the logging "
                             "interval|LeafSpec|dataloader is not resumable).*")  # ours is resumable, in its own way
-    best = ModelCheckpoint(folder, filename="best", monitor="val_cer_mean", mode="min", enable_version_counter=False,
-                           save_on_train_epoch_end=False)
+    best = BestCheckpoint(os.path.join(folder, "best.ckpt"))
     last = LastCheckpoint(os.path.join(folder, "last.ckpt"), options.checkpoint_every_n_steps,
-                          options.checkpoint_every_n_minutes)
-    callbacks = [TQDMProgressBar(refresh_rate=10), LearningRateMonitor("step"), MemoryCheck()]
+                          options.checkpoint_every_n_minutes, to_keep)
+    callbacks = [MemoryCheck(), start, TQDMProgressBar(refresh_rate=10), LearningRateMonitor("step")]
     if options.ema_decay:
-        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)))  # all tensors at once
+        callbacks.append(Average(options.ema_decay))
     try:
         return L.Trainer(
             max_epochs=options.max_epochs, max_steps=options.max_steps, precision=options.precision,
@@ -263,20 +380,19 @@ def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
         check_share(len(rows), trainer.world_size, split)
 
 
-def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int) -> int:
-    """Updates of the whole run, from the data: OneCycleLR must know its length beforehand.
+def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int, place: Place) -> int:
+    """Updates of the whole run, from the data and, of a resumed run, those that were: OneCycleLR must know its length
+    beforehand.
 
     (Lightning's own estimate, trainer.estimated_stepping_batches, loads the data loaders early and drops their state.)
     """
-    per_epoch = math.ceil(data.train_batches(world_size) / options.accumulate_grad_batches)
-    limits = [options.max_epochs * per_epoch if options.max_epochs != -1 else math.inf,
-              options.max_steps if options.max_steps != -1 else math.inf]
+    batches, rest = data.train_batches(world_size), 0
+    epochs = options.max_epochs - place.epochs
+    if place.batches:
+        epochs, rest = epochs - 1, math.ceil((batches - place.batches) / options.accumulate_grad_batches)
+    limits = [place.updates + rest + epochs * math.ceil(batches / options.accumulate_grad_batches)
+              if options.max_epochs != -1 else math.inf, options.max_steps if options.max_steps != -1 else math.inf]
     return max(1, min(limits))
-
-
-def jsonable(given, *options) -> dict:
-    merged = {key: value for cls in options for key, value in dataclasses.asdict(cls).items()}
-    return {**merged, **given}
 
 
 def commit() -> str:
@@ -292,16 +408,11 @@ def write_run(folder: str, record: dict) -> dict:
     return record
 
 
-def save_best(trainer, model, data, folder) -> float:
+def save_best(trainer, model, data) -> float:
     """The best mean CER. A run that ended between two validations is validated once more, so best.ckpt is always there."""
-    callback = next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
-    best = math.inf if callback.best_model_score is None else float(callback.best_model_score)
     if model.validated_step != trainer.global_step:
-        score = trainer.validate(model, datamodule=data, verbose=False)[0]["val_cer_mean"]
-        if score < best:
-            best = score
-            trainer.save_checkpoint(os.path.join(folder, "best.ckpt"), weights_only=False)
-    return best
+        trainer.validate(model, datamodule=data, verbose=False)
+    return next(callback.score for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
 
 
 def finish(trainer, model, best, folder, record) -> None:
