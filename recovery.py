@@ -282,14 +282,20 @@ def epoch_is_over(loop: dict) -> bool:
 def settle(loop: dict) -> None:
     """Changes the state of the fit loop in a checkpoint so that Lightning goes on where it was saved.
 
-    By itself it leaves out the validation of an epoch that was saved before it, and the rest of one that max_steps cut short.
+    By itself it leaves out the validation of an epoch that was saved before it, the rest of one that max_steps cut short and,
+    of a run with max_steps, all of the epoch behind one that was saved after its validation.
     """
+    progress = loop["epoch_loop.batch_progress"]
     if epoch_is_over(loop):
+        for part in ("total", "current"):
+            loop["epoch_progress"][part]["completed"] = loop["epoch_progress"][part]["processed"]
+        progress["current"].update(ready=0, started=0, processed=0, completed=0)
+        progress["is_last_batch"] = False
         return
     for part in ("total", "current"):
-        epoch, batch = loop["epoch_progress"][part], loop["epoch_loop.batch_progress"][part]
+        epoch, batch = loop["epoch_progress"][part], progress[part]
         epoch["processed"] = epoch["completed"] = epoch["ready"] - 1
-        if loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        if progress["is_last_batch"]:
             batch["completed"] = batch["ready"]
             # as if it had been left in its validation's first batch
             loop["epoch_loop.val_loop.batch_progress"][part].update(ready=1, started=1, processed=0, completed=0)

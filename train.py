@@ -303,8 +303,10 @@ def only_writer(folder: str):
         with alone(os.path.join(folder, LOCK), f"--output_dir {folder}"):
             yield
     finally:
+        if not os.path.exists(os.path.join(folder, "run.json")):  # the run failed before it began: its log is empty
+            shutil.rmtree(os.path.join(folder, "logs"), ignore_errors=True)
         with contextlib.suppress(OSError):
-            os.rmdir(folder)  # of a run that failed before it wrote anything
+            os.rmdir(folder)
 
 
 class Start(L.Callback):
@@ -312,7 +314,9 @@ class Start(L.Callback):
     leaves everything as it was."""
 
     def __init__(self, folder: str, overwrite: bool, place: Place, options: dict):
-        self.folder, self.overwrite, self.place, self.options, self.record = folder, overwrite, place, options, None
+        self.folder, self.place, self.options, self.record = folder, place, options, None
+        # Listed now, because Lightning begins the new log before it says that training starts.
+        self.old = [path for name in OUTPUTS if overwrite for path in files_of(os.path.join(folder, name))]
 
     def on_train_start(self, trainer, module):
         self.begin(trainer, module)
@@ -320,7 +324,7 @@ class Start(L.Callback):
     def begin(self, trainer, module):
         if not trainer.is_global_zero:
             return
-        clear_output(self.folder, self.overwrite, self.place.updates)
+        clear_output(self.folder, self.old, self.place.updates)
         metrics = read_metrics(self.folder) if self.place.path else {}
         self.record = write_run(self.folder, {"options": self.options, "metrics": metrics})
         print(f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, vocabulary {module.tokenizer.vocab_size}, "
@@ -336,12 +340,18 @@ def read_metrics(folder: str) -> dict:
         return {}
 
 
-def clear_output(folder: str, overwrite: bool, step: int) -> None:
-    """Removes what the run will not go on with: the run before with `overwrite`, half-written files, log lines from `step` on
-    (a killed run wrote them after its last checkpoint, and they will come again)."""
-    for name in (*(OUTPUTS if overwrite else ()), *(name + ".tmp" for name in OUTPUTS)):
-        path = os.path.join(folder, name)
-        shutil.rmtree(path) if os.path.isdir(path) else os.path.exists(path) and os.remove(path)
+def files_of(path: str) -> list[str]:
+    """The file `path`, or those within the folder `path`."""
+    within = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    return within or [path] * os.path.isfile(path)
+
+
+def clear_output(folder: str, old: list[str], step: int) -> None:
+    """Removes what the run will not go on with: the files `old`, half-written ones, log lines from `step` on (a killed run
+    wrote them after its last checkpoint, and they will come again)."""
+    for path in (*old, *(os.path.join(folder, name + ".tmp") for name in OUTPUTS)):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
     for name in ("steps.jsonl", "skipped.jsonl"):
         if os.path.exists(os.path.join(folder, name)):
             cut_log(os.path.join(folder, name), step)

@@ -196,10 +196,11 @@ def test_steps_jsonl_has_a_line_for_every_update_with_its_loss_and_its_rows(data
     assert [line.get("skipped") for line in lines] == [None, True, None, None]
 
 
-def test_a_run_that_max_steps_cut_goes_on_within_its_epoch(data, tmp_path):
+@pytest.mark.parametrize("cut", [2, 4, 5])
+def test_a_run_that_max_steps_cut_goes_on_within_its_epoch_or_with_the_next(data, tmp_path, cut):
     words = ("--scheduler", "warmup", "--max_epochs", -1)
     run(data, tmp_path / "whole", *words, "--max_steps", 7)
-    run(data, tmp_path / "cut", *words, "--max_steps", 2)
+    run(data, tmp_path / "cut", *words, "--max_steps", cut)
     run(data, tmp_path / "cut", *words, "--max_steps", 7, "--resume")
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
     assert (tmp_path / "whole" / "steps.jsonl").read_bytes() == (tmp_path / "cut" / "steps.jsonl").read_bytes()

@@ -1,0 +1,350 @@
+"""What a run keeps when it goes on: its best model, its options, its record, its folder. On noise, as in test_train.py."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pty
+import shutil
+import signal
+
+import pytest
+import torch
+
+import cli
+import train
+from cli import UserError
+from model import load_checkpoint
+from test_train import interrupted, make_data, ranks, run, same, signalled, weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight training rows (four batches) and two dev rows of noise."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A onecycle run of two epochs that has ended; to be copied, not changed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    run(data, output, "--max_epochs", 2)
+    return output
+
+
+@pytest.fixture
+def ended(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def record(output):
+    return json.loads((output / "run.json").read_text())
+
+
+def contents(folder):
+    """(A lock is not opened: its process would lose it with the first of its descriptors that is closed.)"""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != train.LOCK}
+
+
+def in_child(body):
+    """Exit status of body() in a process of its own, as a command ends."""
+    process = multiprocessing.get_context("fork").Process(target=cli.run, args=(lambda _: body(),))
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("hangs")
+    return process.exitcode
+
+
+# The best
+
+
+def unbeatable(path, by_lightning=False):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["best_score"] = -1.0
+    if by_lightning:  # as versions did that left the score to ModelCheckpoint
+        del checkpoint["best_score"]
+        checkpoint["callbacks"]["ModelCheckpoint{'monitor': 'val_cer_mean'}"] = {"best_model_score": torch.tensor(-1.0)}
+    torch.save(checkpoint, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("by_lightning", [False, True])
+def test_the_best_survives_a_move_of_its_folder(data, ended, tmp_path, by_lightning):
+    best = unbeatable(ended / "best.ckpt", by_lightning)
+    moved = ended.rename(tmp_path / "elsewhere")
+    run(data, moved, "--max_epochs", 3, "--resume")
+    assert (moved / "best.ckpt").read_bytes() == best and record(moved)["metrics"]["best_val_cer_mean"] == -1
+    assert torch.load(moved / "last.ckpt", weights_only=True)["global_step"] == 12
+
+
+def test_the_best_of_a_run_that_ended_between_two_validations_survives_too(data, tmp_path):
+    run(data, tmp_path / "run", "--max_steps", 3)
+    best = unbeatable(tmp_path / "run" / "best.ckpt")
+    run(data, tmp_path / "run", "--max_steps", 6, "--resume")
+    assert (tmp_path / "run" / "best.ckpt").read_bytes() == best
+
+
+# Options
+
+
+def learning_rates(monkeypatch, data, output, *words):
+    """Of every update of a run; and weight decay."""
+    seen, original = [], train.U2.on_before_optimizer_step
+
+    def note(self, optimizer):
+        seen.append(tuple(optimizer.param_groups[0][name] for name in ("lr", "weight_decay", "decoupled_weight_decay")))
+        original(self, optimizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.U2, "on_before_optimizer_step", note)
+        run(data, output, *words)
+    return seen
+
+
+@pytest.mark.parametrize("words", [
+    ("--lr", 5e-4), ("--weight_decay", 0.1), ("--optimizer", "adam"), ("--scheduler", "warmup"), ("--warmup_steps", 5),
+    ("--lr", 1e-2, "--scheduler", "warmup", "--warmup_steps", 3), ()], ids=str)
+def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(data, ended, tmp_path, monkeypatch, words):
+    """Optimizer, learning rate and its schedule, over the longer run as well."""
+    always = learning_rates(monkeypatch, data, tmp_path / "always", "--max_epochs", 4, *words)
+    resumed = learning_rates(monkeypatch, data, ended, "--max_epochs", 4, *words, "--resume")
+    assert len(resumed) == 8 and resumed == always[8:] and max(lr for lr, *_ in resumed) > 1e-5
+    again = torch.load(ended / "last.ckpt", weights_only=True)
+    for name, value in zip(words[::2], words[1::2]):
+        assert again["optim_options"][name[2:]] == record(ended)["options"][name[2:]] == value
+
+
+def test_a_longer_onecycle_run_says_what_becomes_of_its_learning_rate(data, ended, caplog):
+    run(data, ended, "--max_epochs", 6, "--resume", "--lr", 5e-4)
+    assert [message for message in caplog.messages if "planned for 8 updates and is now for 24" in message]
+    assert [message for message in caplog.messages if "--lr 0.0005 (before: 0.001)" in message]
+
+
+@pytest.mark.parametrize("words", [
+    ("--ema_decay", 0.5, "--lr", 5e-3, "--optimizer", "adam", "--speeds", 1.0, "--accumulate_grad_batches", 2),
+    ("--max_batch_seconds", 1.5, "--scheduler", "warmup", "--gradient_clip_val", 1, "--dropout_rate", 0.3, "--min_frame", 30)],
+    ids=lambda words: words[0])
+def test_what_is_not_given_at_a_resume_stays_as_the_run_had_it(data, tmp_path, words):
+    run(data, tmp_path / "whole", "--max_epochs", 3, *words)
+    interrupted(data, tmp_path / "cut", 4, *words)
+    train.main(["--resume", str(tmp_path / "cut" / "last.ckpt"), "--num_workers", "0", "--accelerator", "cpu"])
+    assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
+    options = [record(tmp_path / name)["options"] for name in ("whole", "cut")]
+    places = "output_dir", "resume", "checkpoint_every_n_steps"
+    assert {**options[0], **dict.fromkeys(places)} == {**options[1], **dict.fromkeys(places)}
+
+
+@pytest.mark.parametrize("words, reason", [
+    (("--init_from", "none.ckpt"), "--init_from has no effect with --resume"), (("--num_blocks", 2), "num_blocks 1, not 2"),
+    (("--ema_decay", 0), "--ema_decay 0: .* averages"), (("--preset", "base"), "num_blocks 1, not 12"),
+    (("--lr", -1), "--lr -1"), (("--lr", "nan"), "--lr nan"), (("--dropout_rate", 0.5), "dropout_rate 0.1, not 0.5")], ids=str)
+def test_what_cannot_take_effect_is_refused_before_anything_is_written(data, ended, words, reason):
+    if words[0] == "--ema_decay":
+        checkpoint = torch.load(ended / "last.ckpt", weights_only=True)
+        torch.save({**checkpoint, "averaging_state": {}}, ended / "last.ckpt")
+    before = contents(ended)
+    with pytest.raises(UserError, match=reason):
+        train.main(["--data_root", str(data), "--output_dir", str(ended), "--max_epochs", "3", "--resume", *map(str, words)])
+    assert contents(ended) == before
+
+
+def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, finished, tmp_path):
+    source = shutil.copy(finished / "best.ckpt", tmp_path / "source.ckpt")
+    words = ["--data_root", str(data), "--output_dir", str(tmp_path / "run"), "--init_from", str(source), "--num_workers", "0",
+             "--accelerator", "cpu", "--batch_size", "2", "--freeze_encoder_epochs", "1"]
+    train.main([*words, "--max_steps", "2"])
+    os.remove(source)
+    train.main([*words, "--max_steps", "3", "--resume"])
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+# The record and the folder
+
+
+@contextlib.contextmanager
+def failing(hook, error=RuntimeError("failed")):
+    def fail(*_):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(train.U2, hook, fail)
+        yield
+
+
+def test_an_attempt_that_fails_leaves_the_metrics_of_the_run_before(data, ended):
+    metrics = record(ended)["metrics"]
+    with failing("training_step"):
+        run(data, ended, "--max_epochs", 3, "--resume")
+    assert record(ended)["metrics"] == metrics and metrics["steps"] == 8
+
+
+@pytest.mark.parametrize("word", ["--resume", "--overwrite"])
+def test_an_attempt_that_fails_before_its_first_update_leaves_everything(data, ended, word):
+    before = contents(ended)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="does not fit the memory"):
+        patch.setattr("conformer.U2Conformer.loss", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        run(data, ended, "--max_epochs", 3, word)
+    assert contents(ended) == before
+
+
+def test_another_run_is_not_touched_by_a_resume(data, ended, finished, tmp_path):
+    before = contents(ended)
+    with pytest.raises(UserError, match="holds another run than"):
+        run(data, ended, "--resume", finished / "last.ckpt")
+    assert contents(ended) == before
+    run(data, tmp_path / "new", "--resume", ended / "last.ckpt", "--max_epochs", 3, "--max_steps", 9)  # an empty folder may
+    assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True)["global_step"] == 9
+    assert (tmp_path / "new" / "best.ckpt").exists() and contents(ended) == before
+
+
+@pytest.mark.parametrize("named", ["last.ckpt", ""])
+def test_a_named_checkpoint_goes_on_in_its_own_folder(data, ended, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--data_root", str(data), "--resume", str(ended / named), "--max_epochs", "3", "--num_workers", "0"])
+    assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == 12
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_overwritten_run_s_log_is_the_new_run_s(data, ended):
+    old = set((ended / "logs").iterdir())
+    run(data, ended, "--max_epochs", 1, "--overwrite")
+    new = set((ended / "logs").iterdir())
+    assert new & old <= {ended / "logs" / "hparams.yaml"} and sum(path.stat().st_size for path in new) > 200
+
+
+@pytest.mark.parametrize("flag", ["--init_from", "--tokenizer"])
+def test_what_a_run_is_made_from_is_not_overwritten(data, ended, flag):
+    before = contents(ended)
+    with pytest.raises(UserError, match=f"{flag} .*best.ckpt is part of the run"):
+        train.main(["--data_root", str(data), "--output_dir", str(ended), flag, str(ended / "best.ckpt"), "--overwrite"])
+    assert contents(ended) == before
+
+
+def test_two_trainings_do_not_share_a_folder(data, ended):
+    with cli.alone(str(ended / train.LOCK), "the first"):
+        before = contents(ended)
+        assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--resume")) == 2
+        assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--overwrite")) == 2
+        assert contents(ended) == before
+    assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--resume")) == 0
+    assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == 12 and not (ended / train.LOCK).exists()
+
+
+def test_the_epoch_is_saved_before_its_validation(data, tmp_path):
+    with failing("validation_step", MemoryError()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recovery.MemoryCheck.on_train_start", lambda *_: None)
+        run(data, tmp_path / "run", "--max_epochs", 2)
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_dev_row_that_does_not_fit_is_said_before_the_first_update(data, tmp_path, monkeypatch):
+    def validate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(train.U2, "validation_step", validate)
+    monkeypatch.setattr(train.U2, "training_step", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="a batch of 2 rows, .* does not fit the memory of cpu .*lower --batch_size"):
+        run(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Signals
+
+
+def test_an_ignored_signal_stays_ignored(data, tmp_path):
+    """As under nohup, or in the background of a script."""
+    def body():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number, batch in ((signal.SIGINT, 1), (signal.SIGHUP, 2)):
+            train.U2.on_train_batch_start = signalled(number, "on_train_batch_start", batch)
+        run(data, tmp_path / "run", "--max_epochs", 1)
+
+    assert in_child(body) == 0
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_terminal_that_hangs_up_loses_nothing(data, tmp_path):
+    child, terminal = pty.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            train.U2.on_before_optimizer_step = hang_up(train.U2.on_before_optimizer_step)
+            cli.run(lambda _: run(data, tmp_path / "run", "--max_epochs", 2))
+        except SystemExit as status:
+            os._exit(status.code)
+        os._exit(0)
+    with contextlib.suppress(OSError):
+        while b"closed" not in os.read(terminal, 4096):
+            pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def hang_up(original):
+    """At the second update asks for the terminal to be closed, and waits for its signal."""
+    def step(self, optimizer):
+        if self.trainer.global_step == 1:
+            os.write(1, b"closed\n")
+            while not self.request:
+                signal.sigtimedwait((), 0.05)
+        original(self, optimizer)
+
+    return step
+
+
+# What is not finite
+
+
+def poison(path, part, value=torch.nan):
+    checkpoint = torch.load(path, weights_only=True)
+    tensor = checkpoint[part]["net.encoder.blocks.0.norm_final.weight"] if part == "state_dict" else (
+        checkpoint[part][0]["state"][0]["exp_avg"])
+    tensor.view(-1)[0] = value
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("part, value", [("state_dict", torch.nan), ("state_dict", torch.inf), ("optimizer_states", torch.nan)])
+def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(data, ended, tmp_path, part, value):
+    poison(ended / "last.ckpt", part, value)
+    words = ("--max_epochs", 3, "--resume"), ("--init_from", ended / "last.ckpt", "--output_dir", tmp_path / "new")
+    for attempt in (lambda: load_checkpoint(str(ended / "last.ckpt")), *(lambda more=more: train.main(
+            ["--data_root", str(data), "--output_dir", str(ended), *map(str, more)]) for more in words)):
+        with pytest.raises(UserError, match=f"last.ckpt: damaged by training: {part}.* is not finite"):
+            attempt()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypatch):
+    original, averages = train.U2.on_before_optimizer_step, []
+
+    def step(self, optimizer):
+        if self.trainer.global_step == 2:
+            self.net.ctc.weight.grad.fill_(torch.nan)
+        original(self, optimizer)
+
+    def note(self, trainer, module, *_):
+        averages.append([value.clone() for value in trainer.callbacks[4]._average_model.parameters()])
+
+    monkeypatch.setattr(train.U2, "on_before_optimizer_step", step)
+    monkeypatch.setattr(train.LastCheckpoint, "on_train_batch_end", note)
+    run(data, tmp_path / "run", "--max_epochs", 1, "--ema_decay", 0.5)
+    assert [same(*pair) for pair in zip(averages, averages[1:])] == [False, True, False]
+
+
+def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_path, monkeypatch):
+    original = train.U2.loss
+
+    def loss(self, *arguments):
+        losses = original(self, *arguments)
+        return losses | {"loss": losses["loss"] + 100 * self.ctc.bias.sum()}
+
+    original = train.U2.__init__.__globals__["U2Conformer"].loss
+    monkeypatch.setattr("conformer.U2Conformer.loss", loss)
+    words = "--max_steps 1 --lr 1 --warmup_steps 0 --optimizer adam --weight_decay 0 --scheduler warmup".split()
+    assert ranks(data, tmp_path / "run", *words) == [0, 0]
+    bias = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]["net.ctc.bias"]
+    assert bias.max() < -0.7  # from within +-0.25 by Adam's first step, 1 against the gradient's sign, which is the new term's
