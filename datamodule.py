@@ -1,6 +1,6 @@
 """From shards on disk to batches: concat, filter, length-grouped batches, and the transforms, run on every access.
 
-Rows are HF datasets rows with input_values (raw audio, 16 kHz), labels (token ids; a list, or a dict with input_ids) and,
+Rows are HF datasets rows with input_values (raw audio, 16 kHz unless ROOT/prepare.json says otherwise), labels (token ids; a list, or a dict with input_ids) and,
 if it is there, length (= len(input_values)). Row numbers are positions in the concatenation of all shards.
 Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
@@ -354,6 +354,26 @@ def load_split(data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | N
     return dataset
 
 
+def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
+    """Samples per second of the rows: what prepare.py wrote into ROOT/prepare.json, else 16,000. Raises UserError where the
+    roots differ, or where `frontend` takes the samples for others."""
+    rates = {}
+    for root in data_roots:
+        path = Path(root) / "prepare.json"
+        try:
+            rates[root] = int(json.loads(path.read_text())["sample_rate"]) if path.exists() else 16000
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} says no sample_rate ({error}); prepare {root} again") from error
+    (first, rate), *_ = rates.items()
+    for root, other in rates.items():
+        if other != rate:
+            raise UserError(f"{root} has {other} samples per second, {first} {rate}; prepare both with the same --sample_rate")
+    if frontend and frontend.sample_rate != rate:
+        raise UserError(f"{first} has {rate} samples per second, the model hears {frontend.sample_rate} (its frontend's sample_rate); "
+                        f"prepare the data with --sample_rate {frontend.sample_rate}")
+    return rate
+
+
 def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Every row of a split once, longest first, features without augmentation."""
     batches = eval_batches(audio_lengths(dataset), options.batch_size or 16, rank, world_size)
@@ -390,6 +410,7 @@ class SpeechDataModule(L.LightningDataModule):
         """Nothing: prepare.py is a command of its own."""
 
     def setup(self, stage: str):
+        rows_rate(self.data_roots, self.frontend)
         names = {"fit": ["train", "dev"], "validate": ["dev"], "test": ["eval_clean", "eval_other"]}[stage]
         for name in names:
             optional = name == "eval_other" and not any((Path(root) / name).is_dir() for root in self.data_roots)

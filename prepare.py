@@ -26,7 +26,7 @@ from tqdm import tqdm
 import cli
 import tokenizer as tk
 from cli import UserError, option
-from sources import OWN, Row, SourceOptions, Split, open_source
+from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
 from transforms import RATES, read_audio, resample
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
@@ -204,6 +204,8 @@ def restore(partial: str, root: str) -> None:
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
     root = os.path.realpath(options.data_root)
+    if SURROGATE.search(root):
+        raise UserError(f"{root}: its name is not in UTF-8, which Arrow needs; give another --data_root")
     folder, name = os.path.split(root)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -235,7 +237,7 @@ def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if names := left_out():
-        print(f"note: {options.source}: no row names {names}", flush=True)
+        print(f"note: {options.source}: neither read nor named by a row: {names}", flush=True)
     return kept, len(rejected)
 
 

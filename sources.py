@@ -38,6 +38,7 @@ TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 AUDIO_COLUMNS = ("audio", "file_name", "path", "file")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is a part of train
+SURROGATE = re.compile("[\ud800-\udfff]")  # what no file in UTF-8 holds: a byte of a name on disk that is not, half of a pair
 NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
 ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".aac", ".aif", ".aiff", ".au", ".sph", ".webm")
 OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # what lies beside the splits in a data root
@@ -113,7 +114,7 @@ def select_splits(splits: dict[str, list[Split]], options) -> dict[str, list[Spl
     if left := [old for old in splits if wanted and old not in wanted]:
         print(f"note: {', '.join(left)} of {options.source}: left out, as --split_map says", flush=True)
     for new, old in names.items():
-        if os.path.basename(new) != new or new.startswith(".") or new in OWN:
+        if os.path.basename(new) != new or new.startswith(".") or new in OWN or SURROGATE.search(new):
             raise UserError(f"a split cannot be called {new!r}; name it with --split_map OLD=NEW")
         if old != [new] and not wanted:
             print(f"note: {', '.join(old)} of {options.source}: written as {new} (--split_map OLD=NEW says otherwise)", flush=True)
@@ -469,14 +470,15 @@ def used_once(make_rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
 
 def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
     try:
-        schema = pyarrow.parquet.read_schema(path)
-        count = pyarrow.parquet.read_metadata(path).num_rows
+        with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
+            file = pyarrow.parquet.ParquetFile(file)
+            schema, count = file.schema_arrow, file.metadata.num_rows
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a pointer)") from None
 
     def batches(columns):
-        # neither a row group nor a column of one is read at once
-        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with open(path, "rb") as file:  # neither a row group nor a column of one is read at once
+            file = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
             yield from file.iter_batches(batch_size=CELLS, columns=columns)
 
     def find(name):

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run, write_whole
 from conformer import PRESETS, ModelOptions
-from datamodule import DataOptions, SpeechDataModule
+from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
 from recovery import (LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log, find_place, make_plan,
                       one_line_endings)
@@ -87,7 +87,8 @@ def main(argv):
     options = build(RunOptions, given)
     source = read_checkpoint(options.init_from) if options.init_from else None
     model_options = build(ModelOptions, given, **(source["model_options"] if source else PRESETS[options.preset]))
-    optim, frontend = build(OptimOptions, given), build(Frontend, given, **(source["frontend"] if source else {}))
+    optim = build(OptimOptions, given)
+    frontend = build(Frontend, given, **(source["frontend"] if source else {"sample_rate": rows_rate(args.data_root)}))
     check(options, model_options)
     check_unused(given, frontend)
     check_source(options.init_from, source, model_options, frontend)
