@@ -27,6 +27,7 @@ import yaml
 import demo
 import tokenizer as tk
 from cli import UserError, option
+from segments import EXTENSIONS
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the usual names on the hub, and ours.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
@@ -40,7 +41,6 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id")
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is a part of train
 SURROGATE = re.compile("[\ud800-\udfff]")  # what no file in UTF-8 holds: a byte of a name on disk that is not, half of a pair
 NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
-ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".aac", ".aif", ".aiff", ".au", ".sph", ".webm")
 OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # what lies beside the splits in a data root
 CELLS = 16  # parquet rows read at a time: with the audio of an hour each they still fit into memory
 
@@ -202,13 +202,13 @@ def walk(folder: str, source: str, above: tuple[str, ...] = ()) -> Iterator[str]
     """All files below, also behind links; one that leads back up is not followed."""
     real = os.path.realpath(folder)
     try:
-        entries = [] if real in above else sorted(os.scandir(folder), key=lambda entry: entry.name)
+        entries = [] if real in above else sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
     except OSError as error:
         what = "has neither SRC/{split}/metadata.csv nor parquet files: it is no folder" if folder == source else "cannot be read"
         raise UserError(f"{folder} {what} ({error.strerror}); give a folder that can be read") from None
-    for entry in entries:
-        if not entry.name.startswith("."):
-            yield from walk(entry.path, source, (*above, real)) if entry.is_dir() else [entry.path]
+    for name, path, is_folder in entries:
+        if not name.startswith("."):
+            yield from walk(path, source, (*above, real)) if is_folder else [path]
 
 
 def alike(name: str) -> str:
@@ -399,14 +399,18 @@ def swallowed(record: dict, folder: str) -> str:
 
     Texts may have line breaks. But a line that has a file's name between its commas is a row.
     """
-    endings = ENDINGS + tuple(filter(None, [os.path.splitext(record.get("file_name") or "")[1].strip().lower()]))
+    endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
     for field in itertools.chain(*(v if isinstance(v, list) else [v] for v in record.values())):
         for line in field.splitlines() if field and ("\n" in field or "\r" in field) else ():
             cells = [cell.strip().strip('"') for cell in line.split(",")]
-            if any(os.path.isfile(os.path.join(folder, cell)) or len(cells) > 1 and cell.lower().endswith(endings)
+            if any(os.path.isfile(os.path.join(folder, cell)) or len(cells) > 1 and ending(cell) in endings
                    for cell in cells if cell):
                 return line
     return ""
+
+
+def ending(name: str) -> str:
+    return os.path.splitext(name)[1][1:].strip().lower()
 
 
 def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
@@ -521,9 +525,15 @@ def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: 
             content, name, reason = sound_of(sound)
             if content is None and name and not reason:
                 content, reason = find(name)
-            yield Row(name or f"row {i}", content, *[string(cell.as_py()) for cell in cells], *[""] * (not speaker), reason)
+            yield Row(name or f"row {i}", content, *[words(cell) for cell in cells], *[""] * (not speaker), reason)
 
-    return Split(count, speaker is not None, lambda: (string(cell.as_py()) for cell, in read(text)), rows)
+    def words(cell):
+        try:
+            return string(cell.as_py())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not in UTF-8: {error.object!r}; write it anew") from None
+
+    return Split(count, speaker is not None, lambda: (words(cell) for cell, in read(text)), rows)
 
 
 def check_audio_type(kind: pa.DataType, column: str, path: str) -> None:
@@ -541,8 +551,8 @@ def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
     if isinstance(cell, pa.StructScalar) and cell.is_valid:
         fields = {name: cell[name] for name in ("bytes", "path", "array", "sampling_rate") if name in cell}
         array, rate = fields.pop("array", None), fields.pop("sampling_rate", None)
-        values = {name: field.as_py() for name, field in fields.items()}
-        content, name = values.get("bytes"), values.get("path") or ""
+        values = {name: raw(field) for name, field in fields.items()}
+        content, name = values.get("bytes"), os.fsdecode(values.get("path") or "")
         if content is not None or array is None or not array.is_valid:
             return content, name, ""
         try:  # as the file that it could have been: so it meets the same checks
@@ -551,5 +561,12 @@ def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
             return file.getvalue(), name, ""
         except Exception as error:  # of NumPy, Arrow and soundfile
             return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"
-    value = cell.as_py()
-    return (value, "", "") if not isinstance(value, str) else (None, value, "")
+    is_name = isinstance(cell.value if isinstance(cell, pa.DictionaryScalar) else cell, pa.StringScalar)
+    return (None, os.fsdecode(raw(cell) or ""), "") if is_name else (raw(cell), "", "")
+
+
+def raw(cell: pa.Scalar) -> bytes | None:
+    """The bytes of a string, which need not be in UTF-8 where it is the name of a file, or of a binary cell."""
+    cell = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
+    buffer = cell.as_buffer() if cell.is_valid and hasattr(cell, "as_buffer") else None
+    return buffer and buffer.to_pybytes()

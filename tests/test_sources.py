@@ -237,6 +237,18 @@ def test_paths_are_found_beside_their_parquet_file_and_from_the_source_on(column
         "../../secret.wav": out, "/etc/passwd": out}
 
 
+def test_names_in_parquet_need_not_be_in_utf_8_but_texts_must(src):
+    put(src / "caf\udce9.wav")
+    for names, texts in ((b"caf\xe9.wavgone.wav", b"onetwo  "), (b"caf\xe9.wavgone.wav", b"on\xe9two  ")):
+        columns = [pa.StringArray.from_buffers(2, pa.array([0, cut, len(data)], pa.int32()).buffers()[1], pa.py_buffer(data))
+                   for data, cut in ((names, 8), (texts, 3))]
+        parquet(src / "train.parquet", audio=columns[0], text=columns[1])
+        if texts.isascii():
+            assert run(src) == ({"train": ["one"]}, {"gone.wav": "file missing"})
+    with pytest.raises(UserError, match="train.parquet is not in UTF-8: .*on.xe9"):
+        run(src)
+
+
 def test_arrays_with_their_rate_are_read_without_a_decoder(src):
     wave = np.float32(0.1) * np.sin(np.arange(800, dtype=np.float32))
     arrays = [(wave, 16000), (wave, 8000), (wave[:0], 16000), (None, 16000), (wave, None), (wave * np.nan, 16000), (wave, 3)]
