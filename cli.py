@@ -90,14 +90,12 @@ def interrupt(number, _) -> None:
 
 
 def run(main) -> None:
-    """Calls main(argv); a UserError becomes one line on stderr and exit status 2, a signal the exit status 128 + its number.
-
-    Signals that the parent ignores, as nohup does, stay ignored.
-    """
+    """Calls main(argv); a UserError becomes one line on stderr and exit status 2, a signal another
+    and 128 + its number. Signals that the parent ignores, as nohup does, stay ignored."""
     keep_freed_memory()
     program = os.path.basename(sys.argv[0])
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are printed as they are on disk
+        sys.stdout.reconfigure(errors="surrogateescape")  # prints names of files as they are on disk
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if before[number] != signal.SIG_IGN:

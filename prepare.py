@@ -93,9 +93,8 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
 
 def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, rejected: list) -> int:
     """Writes the shards folder/0, folder/1, ...; bad rows are added to `rejected`. Returns the rows kept."""
-    counts = [part.count for part in parts]
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
-    bar = tqdm(rows, desc=name, unit=" rows", total=None if None in counts else sum(counts))
+    bar = tqdm(rows, desc=name, unit=" rows", total=sum(part.count for part in parts))
     speakers, tokens, unknown = any(part.speakers for part in parts), 0, 0
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
         for row in bar:
@@ -161,8 +160,9 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
     if options.tokenizer not in ("char", "bpe"):
         return tk.load_tokenizer(options.tokenizer)
     if "train" not in splits:
-        raise UserError(f"no split train to train a tokenizer on, only {', '.join(splits)}; name it with --split_map OLD=train, "
-                        "or give --tokenizer PATH, the tokenizer.json or .ckpt of the model this data is for")
+        raise UserError(f"no split train to train a tokenizer on, only {', '.join(splits)}; name it with "
+                        "--split_map OLD=train, or give --tokenizer PATH, the tokenizer.json or .ckpt of "
+                        "the model this data is for")
     texts = (clean_text(text, options) for part in splits["train"] for text in part.texts())
     texts = (text for text in texts if not CONTROL.search(text))
     return tk.train_char(texts) if options.tokenizer == "char" else tk.train_bpe(texts, options.vocab_size or 500)
@@ -205,7 +205,8 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
     root = os.path.realpath(options.data_root)
     if SURROGATE.search(root):
-        raise UserError(f"{root}: its name is not in UTF-8, which Arrow needs; give another --data_root")
+        raise UserError(f"{root}: its name is not in UTF-8, which Arrow needs; give another "
+                        "--data_root")
     folder, name = os.path.split(root)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -216,6 +217,7 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
 
 
 def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int, int]:
+    """The same, where no other process writes ROOT."""
     restore(partial, root)  # of a run that was killed between the two steps of `publish`
     check_root(root, options.overwrite)
     splits, left_out = open_source(options)
@@ -226,10 +228,12 @@ def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int
         rejected: list[tuple[str, str, str]] = []
         kept = sum(write_split(name, parts, os.path.join(partial, name), tokenizer, options, rejected)
                    for name, parts in splits.items())
-        with open(os.path.join(partial, "rejected.csv"), "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with open(os.path.join(partial, "rejected.csv"), "w", encoding="utf-8", newline="",
+                  errors="backslashreplace") as file:  # names on disk need not be in UTF-8
             csv.writer(file).writerows([("split", "file_name", "reason"), *rejected])
         if options.sample_rate != 16000:
-            cli.write_whole(os.path.join(partial, "prepare.json"), json.dumps({"sample_rate": options.sample_rate}).encode())
+            mark = json.dumps({"sample_rate": options.sample_rate}).encode()
+            cli.write_whole(os.path.join(partial, "prepare.json"), mark)
         tk.save_tokenizer(tokenizer, os.path.join(partial, "tokenizer.json"))
         publish(partial, root)
     except OSError as error:
@@ -255,7 +259,8 @@ def parse(argv: list[str]) -> PrepareOptions:
     if options.lowercase and options.uppercase:
         raise UserError("give --lowercase or --uppercase, not both")
     if not RATES[0] <= options.sample_rate <= RATES[1] or options.sample_rate % 25:
-        raise UserError(f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. {RATES[1]}, in steps of 25")
+        raise UserError(f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. "
+                        f"{RATES[1]}, in steps of 25")
     if options.shard_rows < 1:
         raise UserError("--shard_rows must be 1 or more")
     return options

@@ -1,7 +1,8 @@
 """Where speech and transcripts come from: a folder, a dataset on the hub, or the demo's sentences.
 
-A source gives {split: [Split, ...]}. In a folder it is decided here, from names alone, which file is read as which split: all
-metadata.csv, metadata.jsonl and parquet files are. What is joined under one name and what is left out is named.
+A source gives {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet
+file is read; which split it is of is decided here, by names alone. What is joined under one name
+and what is left out is named.
 """
 
 import collections
@@ -29,30 +30,38 @@ import tokenizer as tk
 from cli import UserError, option
 from segments import EXTENSIONS
 
-# The splits of openslr/librispeech_asr (configs all, clean, other), the usual names on the hub, and ours.
+# The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
                "train.100": "train", "train.360": "train", "train.500": "train", "train": "train",
-               "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev", "valid": "dev", "val": "dev",
+               "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev",
+               "valid": "dev", "val": "dev", "dev": "dev", "dev_other": "dev_other",
                "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean",
-               "dev": "dev", "dev_other": "dev_other", "eval_clean": "eval_clean", "eval_other": "eval_other"}
+               "eval_clean": "eval_clean", "eval_other": "eval_other"}
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is a part of train
+NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 AUDIO_COLUMNS = ("audio", "file_name", "path", "file")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
-SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is a part of train
-SURROGATE = re.compile("[\ud800-\udfff]")  # what no file in UTF-8 holds: a byte of a name on disk that is not, half of a pair
-NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
-OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # what lies beside the splits in a data root
-CELLS = 16  # parquet rows read at a time: with the audio of an hour each they still fit into memory
+OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # beside the splits in a data root
+# What no file in UTF-8 holds: half of a pair, or a byte of a name that is not in UTF-8 on disk.
+SURROGATE = re.compile("[\ud800-\udfff]")
+BATCH = 16  # rows of a parquet file read at a time: they fit into memory, however long they are
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    source: str | None = option(None, "folder SRC/{split}/metadata.csv or .jsonl, folder of parquet files, or a hub dataset's id")
-    split_map: tuple[str, ...] = option((), "read only these splits under these names, e.g. train.100=train test=dev")
-    config: str | None = option(None, "configuration of a hub dataset, or the folder that holds the splits, e.g. clean")
-    text_column: str | None = option(None, f"column of the text; the first of {', '.join(TEXT_COLUMNS)} if not given")
-    audio_column: str | None = option(None, "column of the audio in parquet and hub data; the first of "
-                                            f"{', '.join(AUDIO_COLUMNS)} if not given")
+    source: str | None = option(
+        None, "folder of SRC/{split}/metadata.csv or .jsonl, folder of parquet files, or a hub "
+              "dataset's id")
+    split_map: tuple[str, ...] = option(
+        (), "read only these splits under these names, e.g. train.100=train test=dev")
+    config: str | None = option(
+        None, "configuration of a hub dataset, or folder of the splits, e.g. clean")
+    text_column: str | None = option(
+        None, f"column of the text; the first of {', '.join(TEXT_COLUMNS)} if not given")
+    audio_column: str | None = option(
+        None, "column of the audio in parquet and hub data; the first of "
+              f"{', '.join(AUDIO_COLUMNS)} if not given")
 
 
 class Row(NamedTuple):
@@ -71,7 +80,7 @@ class Split(NamedTuple):
 
 
 def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
-    """The splits, and a function that says, once all rows have been read, which files of the source no row has named."""
+    """The splits, and a function that names, once all rows are read, the files left out."""
     if options.demo:
         return demo_source(), str
     source = options.source
@@ -100,24 +109,27 @@ def demo_source() -> dict[str, list[Split]]:
 
 
 def select_splits(splits: dict[str, list[Split]], options) -> dict[str, list[Split]]:
-    """Renames splits: those of --split_map only, or all with the usual names. Several may join under one name, and a note says so."""
+    """Renames splits: those of --split_map only, or all with the usual names. Several may join
+    under one name. A note says what --split_map does not: what is renamed, joined or left out."""
     wanted = dict(item.partition("=")[::2] for item in options.split_map)
     for old, new in wanted.items():
         if not new:
             raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")
         if old not in splits:
             raise UserError(f"{options.source} has no split {old}; it has {', '.join(splits)}")
-    names = collections.defaultdict(list)
-    for old in splits:
-        if not wanted or old in wanted:
-            names[wanted.get(old) or usual(old) or old].append(old)
-    if left := [old for old in splits if wanted and old not in wanted]:
-        print(f"note: {', '.join(left)} of {options.source}: left out, as --split_map says", flush=True)
+    names, notes = collections.defaultdict(list), {}
+    for old in [old for old in splits if not wanted or old in wanted]:
+        names[wanted.get(old) or usual(old) or old].append(old)
     for new, old in names.items():
-        if os.path.basename(new) != new or new.startswith(".") or new in OWN or SURROGATE.search(new):
+        hidden = not new or new[0] == "."
+        if hidden or os.path.basename(new) != new or new in OWN or SURROGATE.search(new):
             raise UserError(f"a split cannot be called {new!r}; name it with --split_map OLD=NEW")
         if old != [new] and not wanted:
-            print(f"note: {', '.join(old)} of {options.source}: written as {new} (--split_map OLD=NEW says otherwise)", flush=True)
+            notes[f"written as {new}; --split_map OLD=NEW says otherwise"] = old
+    notes["left out by --split_map"] = [old for old in splits if wanted and old not in wanted]
+    for note, old in notes.items():
+        if old:
+            print(f"note: {', '.join(old)} of {options.source}: {note}", flush=True)
     return {new: [part for name in old for part in splits[name]] for new, old in names.items()}
 
 
@@ -126,8 +138,9 @@ def usual(name: str) -> str | None:
     return SPLIT_NAMES.get(name.lower()) or SPLIT_NAMES.get(NUMBER.sub("", name.lower()))
 
 
-def choose_column(columns, wanted: str | None, names, place: str, flag: str = "--text_column") -> str:
-    """The column `wanted`, or the first of the usual `names`. Raises UserError when there is none."""
+def choose_column(columns, wanted: str | None, names, place: str,
+                  flag: str = "--text_column") -> str:
+    """The column `wanted`, or the first of the usual `names`; UserError when there is none."""
     found = [c for c in ([wanted] if wanted else names) if c in columns]
     if not found:
         raise UserError(f"{place} has no column {wanted or ' or '.join(names)}; its columns are "
@@ -136,9 +149,11 @@ def choose_column(columns, wanted: str | None, names, place: str, flag: str = "-
 
 
 def string(value) -> str:
-    """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError for bytes, lists and dicts."""
+    """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError
+    for bytes, lists and dicts."""
     if isinstance(value, (bytes, list, dict)):
-        raise UserError(f"a {type(value).__name__} is neither text nor speaker; name the column of the text with --text_column")
+        raise UserError(f"a {type(value).__name__} is neither text nor speaker; name the column of "
+                        "the text with --text_column")
     return "" if value is None else str(value)
 
 
@@ -146,18 +161,23 @@ def string(value) -> str:
 
 
 class Folder:
-    """The files of a source folder, those hidden by a dot excepted, and which of them have been read or named by a row."""
+    """The files of a source, those hidden by a dot excepted; which were read or named by a row."""
 
     def __init__(self, source: str):
         self.source, self.path = source, os.path.abspath(source)
-        self.files = list(walk(self.path, source))
+        if not os.path.isdir(source):
+            raise UserError(f"{source} has neither SRC/{{split}}/metadata.csv nor parquet files: "
+                            "it is a file; give a folder")
+        self.files = list(walk(self.path))
         self.read = set()
 
     def find(self, folder: str, name: str) -> tuple[str, str]:
-        """(path, why it cannot be used or "") of the file that a row calls `name`, seen from `folder`.
+        """(path, why it cannot be used or "") of the file that a row calls `name`, seen from
+        `folder`.
 
-        A name may be composed otherwise than on disk (NFC, NFD): to a reader they are the same. Other case, other slashes and
-        another folder may be another file: that one is named, not taken.
+        A name may be composed otherwise than on disk (NFC, NFD): to a reader they are the same.
+        Other case, other slashes or another folder may mean another file: that one is named, not
+        taken.
         """
         path = os.path.normpath(os.path.join(folder, name))
         if not name.strip():
@@ -166,8 +186,9 @@ class Folder:
             return path, reason
         if not os.path.isfile(path):
             slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
-            near = sorted(self.alike[alike(os.path.basename(slashed))], key=lambda file: alike(file) != alike(slashed))
-            same = [file for file in near if unicodedata.normalize("NFC", file) == unicodedata.normalize("NFC", path)]
+            near = sorted(self.by_name[alike(os.path.basename(slashed))],
+                          key=lambda file: alike(file) != alike(slashed))
+            same = [file for file in near if nfc(file) == nfc(path)]
             if near and len(same) != 1:
                 return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
             path = same[0] if same else path  # what is missing is the decoder's to tell
@@ -175,51 +196,56 @@ class Folder:
         return path, ""
 
     @functools.cached_property
-    def alike(self) -> dict[str, list[str]]:
-        """{a file's name as `alike` writes it: paths}"""
+    def by_name(self) -> dict[str, list[str]]:
         names = collections.defaultdict(list)
         for file in self.files:
             names[alike(os.path.basename(file))].append(file)
         return names
 
     def left_out(self) -> str:
-        """Names what is neither read nor named by a row, or "": a file of each kind and folder, how many more there are, and
-        folders that are empty."""
-        kinds = collections.defaultdict(list)
+        """What was neither read nor named: of each folder at the top and each ending a file and how
+        many more there are, and empty folders."""
+        kinds, tops = collections.defaultdict(list), set()
         for file in self.files:
             name = os.path.relpath(file, self.path)
-            if file not in self.read and not os.path.basename(name).lower().startswith(("readme", "license")):
-                top = name.split(os.sep)[0] if os.sep in name else ""
+            top = name.partition(os.sep)[0] if os.sep in name else ""
+            tops.add(top)
+            manual = os.path.basename(name).lower().startswith(("readme", "license"))
+            if file not in self.read and not manual:
                 kinds[top, os.path.splitext(name)[1]].append(name)
-        tops = {os.path.relpath(file, self.path).split(os.sep)[0] for file in self.files}
-        empty = [f"{entry.name}/ (empty)" for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name)
-                 if entry.is_dir() and entry.name not in tops and not entry.name.startswith(".")]
-        return ", ".join([names[0] + (f" and {len(names) - 1} more {suffix or 'other'} files" + f" in {top}" * bool(top)
-                                      if len(names) > 1 else "") for (top, suffix), names in kinds.items()] + empty)
+        said = [names[0] + f" and {len(names) - 1} more {ending or 'other'} files in {top or 'it'}"
+                * (len(names) > 1) for (top, ending), names in kinds.items()]
+        folders = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+        return ", ".join(said + [f"{name}/ (empty)" for name in folders
+                                 if name not in tops and not name.startswith(".")])
 
 
-def walk(folder: str, source: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """All files below, also behind links; one that leads back up is not followed."""
     real = os.path.realpath(folder)
     try:
-        entries = [] if real in above else sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
+        entries = sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
     except OSError as error:
-        what = "has neither SRC/{split}/metadata.csv nor parquet files: it is no folder" if folder == source else "cannot be read"
-        raise UserError(f"{folder} {what} ({error.strerror}); give a folder that can be read") from None
-    for name, path, is_folder in entries:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); change that, or take it "
+                        "out") from None
+    for name, path, is_folder in entries if real not in above else ():
         if not name.startswith("."):
-            yield from walk(path, source, (*above, real)) if is_folder else [path]
+            yield from walk(path, (*above, real)) if is_folder else [path]
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def alike(name: str) -> str:
-    """The same for names that people take for the same: whatever their case, composition, or, for those that are not in UTF-8 on
-    disk, with what Latin-1 makes of their bytes."""
-    name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)
-    return unicodedata.normalize("NFC", name).casefold()
+    """The same for names that are easily taken for each other: in another case, in another Unicode
+    form, or with what Latin-1 makes of the bytes of one that is not in UTF-8 on disk."""
+    return nfc(re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)).casefold()
 
 
 def outside(source: str, path: str) -> str:
-    """Why `path` may not be read, or "": its name must not lead out of `source`; links that lie in there may, and do."""
+    """Why `path` may not be read, or "": its name must not lead out of `source`; links that lie in
+    there may, and do."""
     inside = os.path.abspath(path).startswith(os.path.join(os.path.abspath(source), ""))
     return "" if inside else f"lies outside {source}; move it there, or put a link to it there"
 
@@ -228,81 +254,95 @@ class Table(NamedTuple):
     config: str  # the folder that holds the splits, or a configuration of a hub copy's README
     split: str
     path: str
-    records: list[dict] | None  # of metadata
+    records: list[dict] | None = None  # of metadata above the splits: it was read to know them
+
+
+def is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
 
 
 def folder_source(folder: Folder, options) -> dict[str, list[Split]]:
-    tables = choose_config(find_tables(folder), folder, options.config)
+    tables = choose_config(find_tables(folder), folder.source, options.config)
     folder.read.update(table.path for table in tables)
     if not tables:
         there = folder.left_out()
-        raise UserError(f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor parquet files"
-                        + f", only {there}" * bool(there) + "; lay the speech out as SRC/train/metadata.csv and "
-                        "SRC/dev/metadata.csv with the columns file_name and text")
+        raise UserError(f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor "
+                        f"parquet files{there and f', only {there}'}; lay the speech out as "
+                        "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
+                        "file_name and text")
     splits = collections.defaultdict(list)
     for table in tables:
-        if table.records is None and not table.path.lower().endswith(".parquet"):
-            table = table._replace(records=read_metadata(table.path))
         splits[table.split].append(table)
     for name, parts in splits.items():
         kinds = {os.path.splitext(part.path)[1].lower(): part.path for part in parts}
         if len(kinds) > 1:
-            raise UserError(f"{folder.source}: split {name} has {' and '.join(sorted(kinds.values()))}; take one of them away, or "
+            raise UserError(f"{folder.source}: split {name} has "
+                            f"{' and '.join(sorted(kinds.values()))}; take one of them away, or "
                             "move it to a folder of its own")
-    return {name: [metadata_split(folder, name, parts, options)] if parts[0].records else
-            [parquet_split(folder, name, part.path, options) for part in parts] for name, parts in splits.items()}
+    return {name: [parquet_split(folder, name, part.path, options) for part in parts]
+            if is_parquet(parts[0].path) else [metadata_split(folder, parts, options)]
+            for name, parts in splits.items()}
 
 
 def find_tables(folder: Folder) -> list[Table]:
-    """All metadata and parquet files, each with its split."""
-    names = {}  # path: the folders, of parquet files also the name, one of which is the split
+    """All metadata and parquet files, each with its split.
+
+    The split is the first usual name among a file's folders and, of parquet files, in its own name.
+    Where none is usual, it is the one beside usual ones, or the first.
+    """
+    tables = readme_tables(folder)
+    paths = {}  # file: those names
     for file in folder.files:
         *folders, name = os.path.relpath(file, folder.path).split(os.sep)
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() == ".parquet":
-            names[file] = folders if stem == "metadata" and folders else [*folders, SHARD.sub("", stem)]
+        if is_parquet(name) and not tables:
+            stem = SHARD.sub("", os.path.splitext(name)[0])
+            paths[file] = folders if stem == "metadata" and folders else [*folders, stem]
         elif name.lower() in ("metadata.csv", "metadata.jsonl"):
-            names[file] = folders
-    said = readme_tables(folder)
-    names = {file: parts for file, parts in names.items() if not said or not file.lower().endswith(".parquet")}
-    known = {file: first_usual(parts, file) for file, parts in names.items()}
-    above = {tuple(names[file][:place]) for file, place in known.items() if place is not None}
-    tables = said
-    for file, parts in names.items():
-        if not parts:
+            paths[file] = folders
+    known = {file: first_usual(names, file) for file, names in paths.items()}
+    above = {tuple(paths[file][:place]) for file, place in known.items() if place is not None}
+    for file, names in paths.items():
+        if not names:
             tables += top_tables(file)
             continue
         place = known[file]
-        if place is None:  # beside splits of usual names it is one too, whatever it is called
-            place = max((len(up) for up in above if len(up) < len(parts) and up == tuple(parts[:len(up)])), default=0)
-        tables.append(Table("/".join(parts[:place]) or ".", parts[place], file, None))
+        if place is None:
+            place = max((place for place in range(len(names)) if tuple(names[:place]) in above),
+                        default=0)
+        tables.append(Table("/".join(names[:place]) or ".", names[place], file))
     return tables
 
 
-def first_usual(parts: list[str], file: str) -> int | None:
-    """Where the first usual name of a split is. Raises UserError where another one follows."""
-    places = [place for place, part in enumerate(parts) if usual(part)]
-    if len({usual(parts[place]) for place in places}) > 1:
-        raise UserError(f"{file}: it may belong to the split {' or '.join(parts[place] for place in places)}; rename the file or "
-                        "its folder")
+def first_usual(names: list[str], file: str) -> int | None:
+    """Where the first usual name of a split is; UserError where that of another one follows."""
+    places = [place for place, name in enumerate(names) if usual(name)]
+    if len({usual(names[place]) for place in places}) > 1:
+        raise UserError(f"{file}: it may belong to the split "
+                        f"{' or '.join(names[place] for place in places)}; rename the file or its "
+                        "folder")
     return places[0] if places else None
 
 
 def top_tables(path: str) -> list[Table]:
-    """Metadata above the splits: a column `split`, or the folder in each file_name, says whose a row is."""
+    """Metadata above the splits: a column `split`, or the folder in each file_name, says whose a
+    row is."""
     records = read_metadata(path)
     if any("split" in record for record in records):
-        names, where = [string(record.get("split")).strip() for record in records], "its column split"
+        names, where = [string(record.get("split")).strip() for record in records], "column split"
     else:
-        folders = [os.path.normpath((record.get("file_name") or "").replace("\\", "/")).split("/")[:-1] for record in records]
-        depth = next((depth for depth in range(max(map(len, folders))) if any(usual(f) for f in itertools.chain(
-            *(parts[depth:depth + 1] for parts in folders)))), None)
-        if depth is None:
-            raise UserError(f"{path} has neither a column split nor names that begin with a split's folder (train/a.wav): add one, "
-                            f"or move it to {os.path.join(os.path.dirname(path), 'train')} with its files")
-        names, where = [parts[depth] if len(parts) > depth else "" for parts in folders], "the folder in its file_name"
+        files = [(record.get("file_name") or "").replace("\\", "/") for record in records]
+        folders = [os.path.normpath(file).split("/")[:-1] for file in files]
+        levels = [[folder[level] if level < len(folder) else "" for folder in folders]
+                  for level in range(max(map(len, folders)))]
+        names = next((level for level in levels if any(map(usual, level))), None)
+        where = "folder in file_name"
+    if names is None:
+        raise UserError(f"{path} has neither a column split nor names that begin with a split's "
+                        "folder (train/a.wav); add one, or move it with its files to "
+                        f"{os.path.join(os.path.dirname(path), 'train')}")
     if "" in names:
-        raise UserError(f"{path}: row {names.index('') + 1} names no split, as others do by {where}; name it there")
+        raise UserError(f"{path}: row {names.index('') + 1} names no split by its "
+                        f"{where}, as others do; name it there")
     return [Table(".", name, path, [record for record, own in zip(records, names) if own == name])
             for name in dict.fromkeys(names)]
 
@@ -312,23 +352,24 @@ def readme_tables(folder: Folder) -> list[Table]:
     try:
         with open(os.path.join(folder.path, "README.md"), encoding="utf-8") as file:
             card = yaml.safe_load(re.match(r"---\n(.*?\n)---", file.read(), re.DOTALL)[1])
-        said = [(str(config["config_name"]), *part) for config in card["configs"] for part in data_files(config)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):  # none, or one that says nothing of it
-        return []
+        said = [(str(config["config_name"]), *part) for config in card["configs"]
+                for part in data_files(config)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return []  # no README, or one that says nothing of files
     tables, files = [], set(folder.files)
     for config, split, pattern in said:
         path = os.path.normpath(os.path.join(folder.path, pattern))
         if "://" in pattern or outside(folder.source, path):
-            raise UserError(f"{folder.source}/README.md: {pattern} of configuration {config} lies outside {folder.source}; move it "
-                            "there, and say so in README.md")
+            raise UserError(f"{folder.source}/README.md: {pattern} of configuration {config} lies "
+                            f"outside {folder.source}; move it there, and say so in README.md")
         path = glob.escape(folder.path) + path[len(folder.path):]
-        tables += [Table(config, split, file, None) for file in sorted(glob.glob(path, recursive=True))
-                   if file in files and file.lower().endswith(".parquet")]
+        tables += [Table(config, split, file) for file in sorted(glob.glob(path, recursive=True))
+                   if file in files and is_parquet(file)]
     return list(dict.fromkeys(tables))
 
 
 def data_files(config: dict) -> Iterator[tuple[str, str]]:
-    """(split, pattern of files) of a configuration in a README, in all the ways in which the hub lets one write it."""
+    """(split, pattern of files) of a configuration, in all the ways of writing it."""
     parts = config["data_files"]
     if isinstance(parts, dict):
         parts = [{"split": split, "path": paths} for split, paths in parts.items()]
@@ -338,16 +379,17 @@ def data_files(config: dict) -> Iterator[tuple[str, str]]:
             yield str(split), os.path.join(config.get("data_dir") or "", path)
 
 
-def choose_config(tables: list[Table], folder: Folder, wanted: str | None) -> list[Table]:
-    """The tables of the configuration `wanted`; all where none is given and no split is in two of them."""
+def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[Table]:
+    """The tables of the configuration `wanted`; without one all, if no split is in two of them."""
     configs = sorted({table.config for table in tables})
     if tables and wanted not in (None, *configs):
-        raise UserError(f"{folder.source} has no configuration {wanted}; it has {', '.join(configs)}")
+        raise UserError(f"{source} has no configuration {wanted}; it has {', '.join(configs)}")
     first = {}
     for table in tables if wanted is None else ():
         if first.setdefault(table.split, table).config != table.config:
-            raise UserError(f"{folder.source} has the split {table.split} more than once, as {first[table.split].path} and "
-                            f"{table.path}; choose one with --config ({', '.join(configs)}), or give --source its folder")
+            raise UserError(f"{source} has the split {table.split} more than once, as "
+                            f"{first[table.split].path} and {table.path}; choose one with --config "
+                            f"({', '.join(configs)}), or give --source its folder")
     return [table for table in tables if wanted in (None, table.config)]
 
 
@@ -355,25 +397,27 @@ def choose_config(tables: list[Table], folder: Folder, wanted: str | None) -> li
 
 
 def read_metadata(path: str) -> list[dict]:
-    """The rows of a metadata.csv or metadata.jsonl. Raises UserError when it cannot be read as one in UTF-8 with a column
-    file_name, or has no rows."""
+    """The rows of a metadata.csv or metadata.jsonl. Raises UserError when it is none in UTF-8 with
+    a column file_name, or has no rows."""
     try:
         with open(path, "rb") as file:
             content = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} is not in UTF-8: line {line} has the byte 0x{error.object[error.start]:02x}; save it in UTF-8 "
-                        "(iconv -f LATIN1 -t UTF-8, if it is in Latin-1)") from None
+        raise UserError(f"{path} is not in UTF-8: line {line} has the byte "
+                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f LATIN1 -t "
+                        "UTF-8, if it is in Latin-1)") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    columns, records = (read_jsonl if path.lower().endswith("l") else read_csv)(path, content)
+    columns, records = (read_jsonl if path.lower().endswith(".jsonl") else read_csv)(path, content)
     if not records:
         raise UserError(f"{path} has no rows; fill it or take the folder away")
     twice = [column for column in columns if column and columns.count(column) > 1]
     if twice or "file_name" not in columns:
-        divider = next((d for d in ";\t|" if len(columns) == 1 and "file_name" in columns[0].split(d)), None)
-        raise UserError(f"{path} has {f'two columns {twice[0]}' if twice else 'no column file_name'}; its columns are "
-                        f"{', '.join(columns)}" + (f": its fields are divided by {divider!r}; save it with commas" if divider else ""))
+        what = f"two columns {twice[0]}" if twice else "no column file_name"
+        divider = next((d for d in ";\t|" if len(columns) == 1 and d in columns[0]), None)
+        hint = f": they seem to be divided by {divider!r}; save it with commas" if divider else ""
+        raise UserError(f"{path} has {what}; its columns are {', '.join(columns)}{hint}")
     return records
 
 
@@ -384,27 +428,30 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
         columns, line = list(reader.fieldnames or ()), reader.line_num + 1
         for record in reader:
             if found := swallowed(record, os.path.dirname(path)):
-                raise UserError(f"{path}: one field of the row in lines {line} to {reader.line_num} holds {found!r}, which looks like "
-                                "a row of its own; a quotation mark is left open there, or put the text on one line")
+                raise UserError(f"{path}: one field of the row in lines {line} to "
+                                f"{reader.line_num} holds {found!r}, which looks like a row of its "
+                                "own; close the quotation mark that is left open there, or put "
+                                "the text on one line")
             records.append(record)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path} is no CSV file from line {line} on: {error}; is a quotation mark left open, or not doubled "
-                        "within quotation marks?") from None
+        raise UserError(f"{path} is no CSV file from line {line} on: {error}; is a quotation mark "
+                        "left open, or not doubled within quotation marks?") from None
     return columns, records
 
 
 def swallowed(record: dict, folder: str) -> str:
     """A line that a stray quotation mark has drawn into a field, or "".
 
-    Texts may have line breaks. But a line that has a file's name between its commas is a row.
+    Texts may have line breaks. But a line that has the name of a file between its commas is a row.
     """
     endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
-    for field in itertools.chain(*(v if isinstance(v, list) else [v] for v in record.values())):
-        for line in field.splitlines() if field and ("\n" in field or "\r" in field) else ():
+    for field in [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]:
+        lines = field.splitlines()
+        for line in lines if len(lines) > 1 else ():
             cells = [cell.strip().strip('"') for cell in line.split(",")]
-            if any(os.path.isfile(os.path.join(folder, cell)) or len(cells) > 1 and ending(cell) in endings
-                   for cell in cells if cell):
+            if any(os.path.isfile(os.path.join(folder, cell)) or
+                   len(cells) > 1 and ending(cell) in endings for cell in cells if cell):
                 return line
     return ""
 
@@ -420,42 +467,51 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
             continue
         try:
             record = json.loads(line)
-            "".join(v for k, v in record.items() if k != "file_name" and isinstance(v, str)).encode()  # halves of surrogate pairs
             if "file_name" in record:
                 record["file_name"] = string(record["file_name"])
+            for name, value in record.items():
+                if name != "file_name" and isinstance(value, str):
+                    value.encode()  # raises where JSON has escaped half of a surrogate pair
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is no JSON object in Unicode ({error}); write one a line, with file_name and "
-                            "text") from None
+            raise UserError(f"{path}: line {number} is no JSON object in Unicode ({error}); write "
+                            "one a line, with file_name and text") from None
         records.append(record)
     return list(dict.fromkeys(itertools.chain(*records))), records
 
 
-def metadata_split(folder: Folder, name: str, tables: list[Table], options) -> Split:
-    columns = []  # of each table, its columns of text and speaker
+def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
+    parts = []  # of each table
     for table in tables:
-        there = list(dict.fromkeys(c for c in itertools.chain(*table.records) if c))
-        columns.append((choose_column(there, options.text_column, TEXT_COLUMNS, table.path),
-                        next((c for c in SPEAKER_COLUMNS if c in there), None)))
-    parts = list(zip(tables, columns))
-    texts = functools.partial(lambda parts: (string(r.get(text)) for table, (text, _) in parts for r in table.records), parts)
-    return Split(sum(len(table.records) for table in tables), any(speaker for _, speaker in columns), texts,
-                 functools.partial(used_once, functools.partial(metadata_rows, folder, parts)))
+        records = table.records or read_metadata(table.path)
+        columns = [column for column in dict.fromkeys(itertools.chain(*records)) if column]
+        text = choose_column(columns, options.text_column, TEXT_COLUMNS, table.path)
+        speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
+        parts.append((os.path.dirname(table.path), records, text, speaker))
+
+    def texts():
+        return (string(record.get(text)) for _, records, text, _ in parts for record in records)
+
+    def rows():
+        return used_once([row for part in parts for row in metadata_rows(folder, *part)])
+
+    return Split(sum(len(records) for _, records, _, _ in parts), any(part[-1] for part in parts),
+                 texts, rows)
 
 
-def metadata_rows(folder: Folder, parts) -> Iterator[Row]:
-    for table, (text, speaker) in parts:
-        place = os.path.dirname(table.path)
-        for record in table.records:
-            name = record.get("file_name") or ""
-            path, reason = folder.find(place, name)
-            if None in record:  # where DictReader puts what has no column
-                reason = "more fields than columns; put a text with commas between quotation marks"
-            yield Row(name, path, string(record.get(text)), string(speaker and record.get(speaker)), reason)
+def metadata_rows(folder: Folder, place: str, records: list[dict], text: str,
+                  speaker: str | None) -> Iterator[Row]:
+    for record in records:
+        name = record.get("file_name") or ""
+        path, reason = folder.find(place, name)
+        if None in record:  # where DictReader puts what has no column
+            reason = "more fields than columns; put a text with commas between quotation marks"
+        yield Row(name, path, string(record.get(text)), string(speaker and record.get(speaker)),
+                  reason)
 
 
-def used_once(make_rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
-    """A file that several rows name is used once; where their texts differ none can be trusted, and it is not used."""
-    rows = list(make_rows())
+def used_once(rows: list[Row]) -> Iterator[Row]:
+    """A file that several rows name is used once; where their texts differ none can be trusted, and
+    it is not used."""
     texts, seen = collections.defaultdict(set), set()
     for row in rows:
         if not row.reason and row.text.strip():
@@ -464,53 +520,64 @@ def used_once(make_rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
         if not row.reason and len(texts[row.audio]) > 1:
             row = row._replace(reason="several rows with different texts name this file")
         elif not row.reason and row.text.strip():
-            row = row._replace(reason="an earlier row with the same text names this file" if row.audio in seen else "")
+            again = "an earlier row with the same text names this file"
+            row = row._replace(reason=again if row.audio in seen else "")
             seen.add(row.audio)
         yield row
 
 
-# Tables of Arrow: parquet files and what the hub sends. datasets' own decoding is left out: the audio stays as it is stored.
+# Arrow's tables: parquet files and what the hub sends. The audio stays as it is stored: datasets'
+# own decoder is left out.
 
 
 def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
     try:
         with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
-            file = pyarrow.parquet.ParquetFile(file)
-            schema, count = file.schema_arrow, file.metadata.num_rows
+            parquet = pyarrow.parquet.ParquetFile(file)
+            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a pointer)") from None
+        raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a "
+                        "pointer)") from None
 
     def batches(columns):
-        with open(path, "rb") as file:  # neither a row group nor a column of one is read at once
-            file = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-            yield from file.iter_batches(batch_size=CELLS, columns=columns)
+        with open(path, "rb") as file:  # page by page: a row group need not fit into memory
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+            yield from parquet.iter_batches(batch_size=BATCH, columns=columns)
 
     def find(name):
-        near, far = folder.find(os.path.dirname(path), name), folder.find(folder.path, name)
-        return far if near[1] and not far[1] else near
+        near, reason = folder.find(os.path.dirname(path), name)
+        if not reason and os.path.isfile(near):
+            return near, ""
+        far, wrong = folder.find(folder.path, name)
+        return (far, "") if not wrong and os.path.isfile(far) else (near, reason)
 
-    return arrow_split(schema, count, batches, find, path, f"split {name} of {folder.source}", options)
+    return arrow_split(schema, count, batches, find, path, f"split {name} of {folder.source}",
+                       options)
 
 
 def hub_source(source: str, options) -> dict[str, list[Split]]:
     try:
         loaded = datasets.load_dataset(source, options.config)
     except Exception as error:  # datasets raises many kinds, some of them bare
-        raise UserError(f"cannot load {source}: {error}; give a folder with SRC/{{split}}/metadata.csv, a folder of "
-                        "parquet files or the id of a hub dataset") from None
-    splits = {}
-    for name, data in loaded.items():
-        place = f"split {name} of {source}"
-        batches = functools.partial(lambda data, columns: data.select_columns(columns).with_format("arrow").iter(CELLS), data)
-        splits[name] = [arrow_split(data.features.arrow_schema, len(data), batches, lambda name: (name, ""), place, place, options)]
-    return splits
+        raise UserError(f"cannot load {source}: {error}; give a folder with "
+                        "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
+                        "dataset") from None
+
+    def batches(data, columns):
+        return data.select_columns(columns).with_format("arrow").iter(BATCH)
+
+    return {name: [arrow_split(data.features.arrow_schema, len(data),
+                               functools.partial(batches, data), lambda path: (path, ""), source,
+                               f"split {name} of {source}", options)]
+            for name, data in loaded.items()}
 
 
-def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: str, options) -> Split:
-    """batches: columns -> their rows, some at a time. find: the name of a file -> (path, why it cannot be used or "")."""
+def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: str,
+                options) -> Split:
+    """batches(columns): some rows at a time. find(name): a path, why it cannot be used or ""."""
     text = choose_column(schema.names, options.text_column, TEXT_COLUMNS, path)
-    audio = choose_column(schema.names, options.audio_column, AUDIO_COLUMNS, path, flag="--audio_column")
-    speaker = next((c for c in SPEAKER_COLUMNS if c in schema.names), None)
+    audio = choose_column(schema.names, options.audio_column, AUDIO_COLUMNS, path, "--audio_column")
+    speaker = next((column for column in SPEAKER_COLUMNS if column in schema.names), None)
     check_audio_type(schema.field(audio).type, audio, path)
 
     def read(*columns):
@@ -520,18 +587,19 @@ def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: 
         except Exception as error:  # pyarrow's, fsspec's and datasets' own have no common base
             raise UserError(f"cannot read {place} to its end: {error}; get {path} anew") from None
 
-    def rows():
-        for i, (sound, *cells) in enumerate(read(*filter(None, (audio, text, speaker)))):
-            content, name, reason = sound_of(sound)
-            if content is None and name and not reason:
-                content, reason = find(name)
-            yield Row(name or f"row {i}", content, *[words(cell) for cell in cells], *[""] * (not speaker), reason)
-
     def words(cell):
         try:
             return string(cell.as_py())
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not in UTF-8: {error.object!r}; write it anew") from None
+
+    def rows():
+        for i, (sound, said, *who) in enumerate(read(*filter(None, (audio, text, speaker)))):
+            content, name, reason = sound_of(sound)
+            if content is None and name and not reason:
+                content, reason = find(name)
+            yield Row(name or f"row {i}", content, words(said),
+                      words(who[0]) if who else "", reason)
 
     return Split(count, speaker is not None, lambda: (words(cell) for cell, in read(text)), rows)
 
@@ -540,33 +608,36 @@ def check_audio_type(kind: pa.DataType, column: str, path: str) -> None:
     """Raises UserError where a column holds no audio that can be read."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
-    if not any(test(kind) for test in tests) and not fields & {"bytes", "path"} and not fields >= {"array", "sampling_rate"}:
-        raise UserError(f"{path}: column {column} is {kind}; audio is the bytes of a file, its path, a struct of bytes and path, or "
-                        "one of array and sampling_rate: name its column with --audio_column")
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
+             pa.types.is_large_binary, pa.types.is_null)
+    if not (any(test(kind) for test in tests) or fields & {"bytes", "path"}
+            or fields >= {"array", "sampling_rate"}):
+        raise UserError(f"{path}: column {column} is {kind}; audio is the bytes of a file, its "
+                        "path, a struct of bytes and path, or one of array and sampling_rate: "
+                        "name its column with --audio_column")
 
 
 def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
-    """(bytes of an audio file or None, name of a file or "", why there is no sound or "") of a cell."""
-    if isinstance(cell, pa.StructScalar) and cell.is_valid:
-        fields = {name: cell[name] for name in ("bytes", "path", "array", "sampling_rate") if name in cell}
-        array, rate = fields.pop("array", None), fields.pop("sampling_rate", None)
-        values = {name: raw(field) for name, field in fields.items()}
-        content, name = values.get("bytes"), os.fsdecode(values.get("path") or "")
-        if content is not None or array is None or not array.is_valid:
-            return content, name, ""
-        try:  # as the file that it could have been: so it meets the same checks
-            file = io.BytesIO()
-            soundfile.write(file, array.values.to_numpy(zero_copy_only=False).astype("float32"), rate.as_py(), "FLOAT", format="WAV")
-            return file.getvalue(), name, ""
-        except Exception as error:  # of NumPy, Arrow and soundfile
-            return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"
-    is_name = isinstance(cell.value if isinstance(cell, pa.DictionaryScalar) else cell, pa.StringScalar)
-    return (None, os.fsdecode(raw(cell) or ""), "") if is_name else (raw(cell), "", "")
-
-
-def raw(cell: pa.Scalar) -> bytes | None:
-    """The bytes of a string, which need not be in UTF-8 where it is the name of a file, or of a binary cell."""
+    """(bytes of an audio file or None, name of a file or "", why there is no sound or "")"""
     cell = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
-    buffer = cell.as_buffer() if cell.is_valid and hasattr(cell, "as_buffer") else None
-    return buffer and buffer.to_pybytes()
+    if isinstance(cell, pa.StringScalar):
+        return None, name_of(cell), ""
+    if not isinstance(cell, pa.StructScalar) or not cell.is_valid:
+        return cell.as_py(), "", ""
+    content = cell["bytes"].as_py() if "bytes" in cell else None
+    name = name_of(cell["path"]) if "path" in cell else ""
+    if isinstance(content, bytes) or "array" not in cell or not cell["array"].is_valid:
+        return content if isinstance(content, bytes) else None, name, ""
+    try:  # as the file that it could have been: so it meets the same checks
+        array = cell["array"].values.to_numpy(zero_copy_only=False).astype("float32")
+        file, rate = io.BytesIO(), cell["sampling_rate"].as_py()
+        soundfile.write(file, array, rate, "FLOAT", format="WAV")
+        return file.getvalue(), name, ""
+    except Exception as error:  # of NumPy, Arrow and soundfile
+        return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"
+
+
+def name_of(cell: pa.Scalar) -> str:
+    """The name of a file, which need not be in UTF-8; "" where there is none."""
+    named = isinstance(cell, pa.StringScalar) and cell.is_valid
+    return os.fsdecode(cell.as_buffer().to_pybytes()) if named else ""

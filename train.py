@@ -88,7 +88,8 @@ def main(argv):
     source = read_checkpoint(options.init_from) if options.init_from else None
     model_options = build(ModelOptions, given, **(source["model_options"] if source else PRESETS[options.preset]))
     optim = build(OptimOptions, given)
-    frontend = build(Frontend, given, **(source["frontend"] if source else {"sample_rate": rows_rate(args.data_root)}))
+    rate = {"sample_rate": rows_rate(args.data_root)}
+    frontend = build(Frontend, given, **(source["frontend"] if source else rate))
     check(options, model_options)
     check_unused(given, frontend)
     check_source(options.init_from, source, model_options, frontend)

@@ -190,8 +190,8 @@ def test_any_bytes_as_metadata_are_rows_or_one_clear_line(header, content):
         path.write_bytes(header + content)
         try:
             records = sources.read_metadata(str(path))
-            rows = list(sources.metadata_rows(sources.Folder(folder), [(sources.Table(".", "train", str(path), records),
-                                                                        ("text", None))]))
+            found = sources.metadata_rows(sources.Folder(folder), folder, records, "text", None)
+            rows = list(sources.used_once(list(found)))
         except UserError as error:
             assert str(path) in str(error)
             return
