@@ -95,7 +95,7 @@ def run(main) -> None:
     keep_freed_memory()
     program = os.path.basename(sys.argv[0])
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # prints names of files as they are on disk
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name on disk may not be in UTF-8
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if before[number] != signal.SIG_IGN:

@@ -92,3 +92,8 @@ def test_what_the_parent_ignores_stays_ignored_and_a_command_leaves_no_handlers(
         assert [signal.getsignal(number) for number in cli.SIGNALS] == mine
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_name_that_is_not_in_utf_8_can_be_printed():
+    command = [sys.executable, "-c", "import cli; cli.run(lambda _: print('caf\\udce9'))"]
+    assert subprocess.check_output(command, cwd=os.path.dirname(cli.__file__)) == b"caf\\udce9\n"
