@@ -76,7 +76,7 @@ torture: .venv/installed  ## kill -9 a small training 200 times and resume it: n
 	$(PY) torture.py $(ARGS)
 
 clean:  ## remove the demo corpus and the demo run (never your data, your runs or .venv)
-	rm -rf data/demo data/.demo.partial runs/demo
+	rm -rf data/demo data/.demo.* runs/demo
 
 # ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4 (folders train and dev, each with a metadata.csv)
 SOURCE ?=

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import signal
 import sys
 import types
 import typing
@@ -78,18 +79,39 @@ def keep_freed_memory(size: int = 2**30) -> None:
             mallopt(parameter, size)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a command to end
+
+
+def interrupt(number, _) -> None:
+    """Ends a command by way of its `finally` clauses, which further signals do not disturb."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
 def run(main) -> None:
-    """Calls main(argv); a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Calls main(argv); a UserError becomes one line on stderr and exit status 2, a signal another
+    and 128 + its number. Signals that the parent ignores, as nohup does, stay ignored."""
     keep_freed_memory()
     program = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name on disk may not be in UTF-8
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"{program}: interrupted ({signal.Signals(number).name})", file=sys.stderr)
+        sys.exit(128 + number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_whole(path: str, content) -> None:

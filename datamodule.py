@@ -1,7 +1,8 @@
 """From shards on disk to batches: concat, filter, length-grouped batches, and the transforms, run on every access.
 
-Rows are HF datasets rows with input_values (raw audio, 16 kHz), labels (token ids; a list, or a dict with input_ids) and,
-if it is there, length (= len(input_values)). Row numbers are positions in the concatenation of all shards.
+Rows are HF datasets rows with input_values (raw audio, 16 kHz unless ROOT/prepare.json says otherwise), labels (token
+ids; a list, or a dict with input_ids) and, if it is there, length (= len(input_values)). Row numbers are positions in the
+concatenation of all shards.
 Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
 
@@ -355,6 +356,29 @@ def load_split(data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | N
     return dataset
 
 
+def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
+    """Samples per second of the rows: what ROOT/prepare.json says, else 16,000. Raises UserError
+    where the roots differ, or where `frontend` takes the samples for others."""
+    rates = {}
+    for root in data_roots:
+        path = Path(root) / "prepare.json"
+        try:
+            text = path.read_text() if path.exists() else '{"sample_rate": 16000}'
+            rates[root] = int(json.loads(text)["sample_rate"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} says no sample_rate ({error}); prepare it again") from error
+    (first, rate), *_ = rates.items()
+    for root, other in rates.items():
+        if other != rate:
+            raise UserError(f"{root} has {other} samples per second, {first} {rate}; prepare both "
+                            "with the same --sample_rate")
+    if frontend and frontend.sample_rate != rate:
+        raise UserError(f"{first} has {rate} samples per second, the model hears "
+                        f"{frontend.sample_rate}; prepare the data with --sample_rate "
+                        f"{frontend.sample_rate}")
+    return rate
+
+
 def eval_plan(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1):
     """Batches of every row of a split, longest first, within --max_batch_seconds, else within EVAL_SECONDS and --batch_size."""
     seconds = options.max_batch_seconds
@@ -398,6 +422,7 @@ class SpeechDataModule(L.LightningDataModule):
         """Nothing: prepare.py is a command of its own."""
 
     def setup(self, stage: str):
+        rows_rate(self.data_roots, self.frontend)
         names = {"fit": ["train", "dev"], "validate": ["dev"], "test": ["eval_clean", "eval_other"]}[stage]
         for name in names:
             optional = name == "eval_other" and not any((Path(root) / name).is_dir() for root in self.data_roots)

@@ -203,9 +203,9 @@ def same(rows: list[Row]) -> str:
 def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, ParityOptions, ChunkOptions).parse_args(argv))
     options, chunks = build(ParityOptions, given), build(ChunkOptions, given)
-    model, tokenizer, _ = load_checkpoint(options.checkpoint)
+    model, tokenizer, frontend = load_checkpoint(options.checkpoint)
     check_supported(model)
-    dataset, references = load_data(tokenizer, ScoreOptions(**asdict(options)))
+    dataset, references = load_data(tokenizer, frontend, ScoreOptions(**asdict(options)))
     rows = hear(model, chunks, list(waveforms_of(dataset)))
     header = ("#", "context", "features", "program", "weights", "CER", "as torch", *range(1, len(rows) + 1))
     print(f"{options.checkpoint} on {options.data_root}, {options.split}: {len(references)} recordings; chunks of "

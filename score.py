@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cli import UserError, build, make_parser, option, run, write_whole
 from context import HotwordOptions, load_hotwords
-from datamodule import audio_lengths, get_concat_dataset, load_split
+from datamodule import audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions
 from model import load_checkpoint
 from stream import cut, listen
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     graph = load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
-    dataset, references = load_data(tokenizer, options)
+    dataset, references = load_data(tokenizer, frontend, options)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
@@ -86,13 +86,14 @@ def main(argv: list[str]) -> None:
         write_whole(options.details, lines.encode())
 
 
-def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:
+def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:
     """The split and what was said, per row: the column `text`, else the labels as the tokenizer spells them.
 
-    Raises UserError when there is nothing to compare with, or when labels without text belong to another tokenizer.
+    Raises UserError when there is nothing to compare with, or when rates or labels without text belong to another model.
     """
     roots, place = [options.data_root], f"{options.data_root}, split {options.split}"
     dataset = get_concat_dataset(roots, options.split)
+    rows_rate(roots, frontend)
     if "text" in dataset.column_names:
         references = [normalize_text(text or "") for text in dataset["text"]]
     else:

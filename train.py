@@ -25,7 +25,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from cli import SPARING, UserError, alone, build, keep_freed_memory, make_parser, option, run, write_whole
 from conformer import PRESETS, ModelOptions
-from datamodule import DataOptions, SpeechDataModule
+from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
 from recovery import (Average, BestCheckpoint, LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log,
                       find_place, make_plan, one_line_endings)
@@ -99,7 +99,7 @@ def main(argv):
     source = read_checkpoint(options.init_from) if options.init_from and not resume else None
     sizes = before if resume and "preset" not in given else source["model_options"] if source else PRESETS[options.preset]
     model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
-    frontend = build(Frontend, given, **(source["frontend"] if source else before))
+    frontend = build(Frontend, given, **(source["frontend"] if source else before or {"sample_rate": rows_rate(data_roots)}))
     augment, data_options = build(Augment, given, **before), build(DataOptions, without_rivals(given, before))
     check(options, model_options)
     check_unused(given, options, frontend)

@@ -171,7 +171,7 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
         os.makedirs(os.path.dirname(output), exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: its folder cannot be made ({error.strerror}); choose another --output_dir") from None
-    write_whole(output, text.encode())
+    write_whole(output, text.encode(errors="backslashreplace"))  # a name on disk may not be in UTF-8
 
 
 def total_seconds(recordings: list[Recording]) -> float | None:

@@ -35,7 +35,7 @@ class Frontend:
 
     frontend: str = option("log_mel", "log_mel, or Kaldi's fbank with global CMVN, as WeNet trains on",
                            choices=("log_mel", "fbank"))
-    sample_rate: int = option(16000, "samples per second of input_values (prepare.py writes 16000)")
+    sample_rate: int = option(16000, "samples per second of input_values; train.py takes DATA_ROOT's")
     num_mel_bins: int = option(80, "mel filters, the width of the features")
     frame_length: int = option(25, "window of a frame in ms; also the FFT's length")
     frame_shift: int = option(10, "distance between frames in ms")
@@ -507,7 +507,7 @@ def decode_audio(audio) -> tuple[np.ndarray, int]:
     if not (len(audio) if isinstance(audio, bytes) else os.path.getsize(audio)):
         raise UserError("cannot be decoded: it has 0 bytes")
     try:
-        with soundfile.SoundFile(Bytes(audio) if isinstance(audio, bytes) else audio) as file:
+        with soundfile.SoundFile(Bytes(audio) if isinstance(audio, bytes) else os.fsencode(audio)) as file:
             samples, rate, promised = read_mono(file), file.samplerate, promised_frames(file)
     except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # soundfile's errors are RuntimeErrors
         raise UserError(f"cannot be decoded: {getattr(error, 'error_string', error)}") from None

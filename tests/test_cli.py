@@ -47,3 +47,53 @@ def test_a_child_does_not_inherit_a_lock(tmp_path):
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(cli.UserError, match="cannot be written"), cli.alone(str(tmp_path / "none" / "lock"), "it"):
         pass
+
+
+TIDY = """
+import time, cli
+def main(_):
+    try:
+        print("on", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidying", flush=True)
+        time.sleep(0.3)
+        print("tidy", flush=True)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("first", cli.SIGNALS)
+def test_a_signal_ends_a_command_in_one_line_and_the_next_ones_do_not_disturb_that(first):
+    def reset():  # a parent may ignore them
+        for number in cli.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-c", TIDY], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=os.path.dirname(cli.__file__),
+                               preexec_fn=reset)
+    assert process.stdout.readline() == b"on\n"
+    process.send_signal(first)
+    assert process.stdout.readline() == b"tidying\n"
+    for number in cli.SIGNALS:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (out, err.decode()) == (b"tidy\n", f"-c: interrupted ({first.name})\n")
+    assert process.returncode == 128 + first
+
+
+def test_what_the_parent_ignores_stays_ignored_and_a_command_leaves_no_handlers(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        mine = [signal.getsignal(number) for number in cli.SIGNALS]
+        during = []
+        cli.run(lambda _: during.extend(signal.getsignal(number) for number in cli.SIGNALS))
+        assert during[2] == signal.SIG_IGN and cli.interrupt in during
+        assert [signal.getsignal(number) for number in cli.SIGNALS] == mine
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_name_that_is_not_in_utf_8_can_be_printed():
+    command = [sys.executable, "-c", "import cli; cli.run(lambda _: print('caf\\udce9'))"]
+    assert subprocess.check_output(command, cwd=os.path.dirname(cli.__file__)) == b"caf\\udce9\n"

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
+import cli
 import prepare
 import tokenizer as tk
 import transforms
@@ -444,27 +445,79 @@ def test_data_is_replaced_only_when_asked_and_foreign_folders_never(source, tmp_
 STUCK = """
 import time, cli, prepare
 decode = prepare.waveform_of
-prepare.waveform_of = lambda audio: time.sleep(600) if audio.endswith("stuck.wav") else decode(audio)
+prepare.waveform_of = lambda audio, rate: (
+    time.sleep(600) if audio.endswith("stuck.wav") else decode(audio, rate))
 cli.run(prepare.main)
 """
 
 
-@pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, status, source, tmp_path):
+def set_signals(handler, signals):
+    for number in signals:
+        signal.signal(number, handler)
+
+
+def start_stuck(source, root, handler=signal.SIG_DFL, how=cli.SIGNALS):
+    """prepare.py where dev is written and train is not, and where it stays until a signal comes."""
     with open(source / "train/metadata.csv", "a") as file:
-        file.write("stuck.wav,hello,s\n")  # the run is stopped when dev is written and train is not
-    command = [sys.executable, "-c", STUCK, "--source", source, "--data_root", tmp_path / "root"]
-    process = subprocess.Popen(command, cwd=PREPARE.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        file.write("stuck.wav,hello,s\n")
+    command = [sys.executable, "-c", STUCK, "--source", source, "--data_root", root]
+    process = subprocess.Popen(command, cwd=PREPARE.parent, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=lambda: set_signals(handler, how))
     deadline = time.time() + 60
-    while not (tmp_path / ".root.partial/train.arrow").exists():
+    while not (root.parent / f".{root.name}.partial/train.arrow").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, tmp_path):
+    process = start_stuck(source, tmp_path / "root")
     process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode == status and not (tmp_path / "root").exists()
-    assert (tmp_path / ".root.partial").exists() == (how == signal.SIGKILL)
+    said = process.communicate(timeout=60)[1].decode().splitlines()[-1]
+    killed = how == signal.SIGKILL
+    assert process.returncode == (-how if killed else 128 + how)
+    assert not (tmp_path / "root").exists()
+    assert killed or said == f"-c: interrupted ({how.name})"
+    assert (tmp_path / ".root.partial").exists() == (tmp_path / ".root.lock").exists() == killed
     assert run(source, tmp_path / "root") == (7, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
+
+
+def test_under_nohup_ignored_signals_do_nothing_and_sigterm_still_ends_it(source, tmp_path):
+    ignored = (signal.SIGINT, signal.SIGHUP)
+    process = start_stuck(source, tmp_path / "root", signal.SIG_IGN, ignored)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    with pytest.raises(UserError, match="root: another process is writing there"):  # a second one
+        run(source, tmp_path / "root", "--overwrite")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
+    """A signal at any of the steps, or a kill, leaves the old data or the new."""
+    root = tmp_path / "root"
+    run(source, root)
+    before, replace = tree(root), os.replace
+
+    def broken(old, new):
+        if str(new) == str(root) and "partial-old" not in str(old):
+            raise OSError("pulled plug")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(UserError, match="pulled plug"):
+        run(source, root, "--overwrite", "--shard_rows", "2")
+    assert tree(root) == before
+    monkeypatch.undo()
+    os.replace(root, tmp_path / ".root.partial-old")  # killed between the two steps
+    with pytest.raises(UserError, match="holds data already"):
+        run(source, root)
+    assert tree(root) == before and sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
 
 @pytest.mark.parametrize("make, message", [

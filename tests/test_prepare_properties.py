@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import prepare
+import sources
 import tokenizer as tk
 from cli import UserError
 
@@ -188,9 +189,10 @@ def test_any_bytes_as_metadata_are_rows_or_one_clear_line(header, content):
         path = Path(folder, "metadata.csv")
         path.write_bytes(header + content)
         try:
-            records = prepare.read_metadata(str(path))
+            records = sources.read_metadata(str(path))
+            found = sources.metadata_rows(sources.Folder(folder), folder, records, "text", None)
+            rows = list(sources.used_once(list(found)))
         except UserError as error:
             assert str(path) in str(error)
             return
-        rows = list(prepare.folder_rows(folder, folder, records, "text", None))
     assert len(rows) == len(records) and all(row.reason or row.audio.startswith(folder) for row in rows)

@@ -451,3 +451,11 @@ def test_align_refuses_a_tokenizer_that_cannot_spell_its_sentences(world, capsys
     pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
     status, out, err = call(capsys, align, "--checkpoint", world / "best.ckpt", "--sentences", 30)
     assert status == 2 and out == [] and "cannot spell" in err[-1]
+
+
+@pytest.mark.parametrize("format", ["json", "ctm", "txt"])
+def test_the_name_of_a_recording_need_not_be_in_utf_8(format, tmp_path):
+    output = tmp_path / f"a.{format}"
+    transcribe.deliver(transcribe.Transcript("caf\udce9.wav", "hello", 1.0, []), str(output), format)
+    if format == "json":
+        assert json.loads(output.read_text(encoding="utf-8"))["file"] == "caf\udce9.wav"

@@ -1,0 +1,643 @@
+"""Where speech and transcripts come from: a folder, a dataset on the hub, or the demo's sentences.
+
+A source gives {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet
+file is read; which split it is of is decided here, by names alone. What is joined under one name
+and what is left out is named.
+"""
+
+import collections
+import csv
+import functools
+import glob
+import io
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import soundfile
+import yaml
+
+import demo
+import tokenizer as tk
+from cli import UserError, option
+from segments import EXTENSIONS
+
+# The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
+SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
+               "train.100": "train", "train.360": "train", "train.500": "train", "train": "train",
+               "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev",
+               "valid": "dev", "val": "dev", "dev": "dev", "dev_other": "dev_other",
+               "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean",
+               "eval_clean": "eval_clean", "eval_other": "eval_other"}
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is a part of train
+NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
+TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
+AUDIO_COLUMNS = ("audio", "file_name", "path", "file")
+SPEAKER_COLUMNS = ("speaker", "speaker_id")
+OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # beside the splits in a data root
+# What no file in UTF-8 holds: half of a pair, or a byte of a name that is not in UTF-8 on disk.
+SURROGATE = re.compile("[\ud800-\udfff]")
+BATCH = 16  # rows of a parquet file read at a time: they fit into memory, however long they are
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    source: str | None = option(
+        None, "folder of SRC/{split}/metadata.csv or .jsonl, folder of parquet files, or a hub "
+              "dataset's id")
+    split_map: tuple[str, ...] = option(
+        (), "read only these splits under these names, e.g. train.100=train test=dev")
+    config: str | None = option(
+        None, "configuration of a hub dataset, or folder of the splits, e.g. clean")
+    text_column: str | None = option(
+        None, f"column of the text; the first of {', '.join(TEXT_COLUMNS)} if not given")
+    audio_column: str | None = option(
+        None, "column of the audio in parquet and hub data; the first of "
+              f"{', '.join(AUDIO_COLUMNS)} if not given")
+
+
+class Row(NamedTuple):
+    name: str  # for rejected.csv
+    audio: Any  # a path, the bytes of a file, or a function that returns (waveform (N,), rate)
+    text: str
+    speaker: str  # "" when not known
+    reason: str = ""  # why it cannot be used, where its source can tell
+
+
+class Split(NamedTuple):
+    count: int  # rows
+    speakers: bool  # whether its rows name their speakers
+    texts: Callable[[], Iterable[str]]  # all transcripts, without touching audio
+    rows: Callable[[], Iterable[Row]]
+
+
+def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
+    """The splits, and a function that names, once all rows are read, the files left out."""
+    if options.demo:
+        return demo_source(), str
+    source = options.source
+    if not os.path.exists(source):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+            raise UserError(f"no folder {source}; give a folder with SRC/{{split}}/metadata.csv")
+        return select_splits(hub_source(source, options), options), str
+    folder = Folder(source)
+    return select_splits(folder_source(folder, options), options), folder.left_out
+
+
+def demo_source() -> dict[str, list[Split]]:
+    """The synthetic corpus of demo.py."""
+
+    def rows(plan):
+        for i, utterance in enumerate(plan):
+            speech = functools.partial(lambda u: (demo.speak(u), demo.RATE), utterance)
+            yield Row(f"utterance {i}", speech, utterance.text, utterance.voice)
+
+    splits = {}
+    for name in demo.UTTERANCES:
+        plan = demo.plan(name)
+        texts = functools.partial(lambda plan: (u.text for u in plan), plan)
+        splits[name] = [Split(len(plan), True, texts, functools.partial(rows, plan))]
+    return splits
+
+
+def select_splits(splits: dict[str, list[Split]], options) -> dict[str, list[Split]]:
+    """Renames splits: those of --split_map only, or all with the usual names. Several may join
+    under one name. A note says what --split_map does not: what is renamed, joined or left out."""
+    wanted = dict(item.partition("=")[::2] for item in options.split_map)
+    for old, new in wanted.items():
+        if not new:
+            raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")
+        if old not in splits:
+            raise UserError(f"{options.source} has no split {old}; it has {', '.join(splits)}")
+    names, notes = collections.defaultdict(list), {}
+    for old in [old for old in splits if not wanted or old in wanted]:
+        names[wanted.get(old) or usual(old) or old].append(old)
+    for new, old in names.items():
+        hidden = not new or new[0] == "."
+        if hidden or os.path.basename(new) != new or new in OWN or SURROGATE.search(new):
+            raise UserError(f"a split cannot be called {new!r}; name it with --split_map OLD=NEW")
+        if old != [new] and not wanted:
+            notes[f"written as {new}; --split_map OLD=NEW says otherwise"] = old
+    notes["left out by --split_map"] = [old for old in splits if wanted and old not in wanted]
+    for note, old in notes.items():
+        if old:
+            print(f"note: {', '.join(old)} of {options.source}: {note}", flush=True)
+    return {new: [part for name in old for part in splits[name]] for new, old in names.items()}
+
+
+def usual(name: str) -> str | None:
+    """What a split of a usual name is called here."""
+    return SPLIT_NAMES.get(name.lower()) or SPLIT_NAMES.get(NUMBER.sub("", name.lower()))
+
+
+def choose_column(columns, wanted: str | None, names, place: str,
+                  flag: str = "--text_column") -> str:
+    """The column `wanted`, or the first of the usual `names`; UserError when there is none."""
+    found = [c for c in ([wanted] if wanted else names) if c in columns]
+    if not found:
+        raise UserError(f"{place} has no column {wanted or ' or '.join(names)}; its columns are "
+                        f"{', '.join(map(str, columns))}: name one with {flag}")
+    return found[0]
+
+
+def string(value) -> str:
+    """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError
+    for bytes, lists and dicts."""
+    if isinstance(value, (bytes, list, dict)):
+        raise UserError(f"a {type(value).__name__} is neither text nor speaker; name the column of "
+                        "the text with --text_column")
+    return "" if value is None else str(value)
+
+
+# A folder: which file is whose
+
+
+class Folder:
+    """The files of a source, those hidden by a dot excepted; which were read or named by a row."""
+
+    def __init__(self, source: str):
+        self.source, self.path = source, os.path.abspath(source)
+        if not os.path.isdir(source):
+            raise UserError(f"{source} has neither SRC/{{split}}/metadata.csv nor parquet files: "
+                            "it is a file; give a folder")
+        self.files = list(walk(self.path))
+        self.read = set()
+
+    def find(self, folder: str, name: str) -> tuple[str, str]:
+        """(path, why it cannot be used or "") of the file that a row calls `name`, seen from
+        `folder`.
+
+        A name may be composed otherwise than on disk (NFC, NFD): to a reader they are the same.
+        Other case, other slashes or another folder may mean another file: that one is named, not
+        taken.
+        """
+        path = os.path.normpath(os.path.join(folder, name))
+        if not name.strip():
+            return path, "no file name"
+        if reason := outside(self.source, path):
+            return path, reason
+        if not os.path.isfile(path):
+            slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
+            near = sorted(self.by_name[alike(os.path.basename(slashed))],
+                          key=lambda file: alike(file) != alike(slashed))
+            same = [file for file in near if nfc(file) == nfc(path)]
+            if near and len(same) != 1:
+                return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
+            path = same[0] if same else path  # what is missing is the decoder's to tell
+        self.read.add(path)
+        return path, ""
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, list[str]]:
+        names = collections.defaultdict(list)
+        for file in self.files:
+            names[alike(os.path.basename(file))].append(file)
+        return names
+
+    def left_out(self) -> str:
+        """What was neither read nor named: of each folder at the top and each ending a file and how
+        many more there are, and empty folders."""
+        kinds, tops = collections.defaultdict(list), set()
+        for file in self.files:
+            name = os.path.relpath(file, self.path)
+            top = name.partition(os.sep)[0] if os.sep in name else ""
+            tops.add(top)
+            manual = os.path.basename(name).lower().startswith(("readme", "license"))
+            if file not in self.read and not manual:
+                kinds[top, os.path.splitext(name)[1]].append(name)
+        said = [names[0] + f" and {len(names) - 1} more {ending or 'other'} files in {top or 'it'}"
+                * (len(names) > 1) for (top, ending), names in kinds.items()]
+        folders = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+        return ", ".join(said + [f"{name}/ (empty)" for name in folders
+                                 if name not in tops and not name.startswith(".")])
+
+
+def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """All files below, also behind links; one that leads back up is not followed."""
+    real = os.path.realpath(folder)
+    try:
+        entries = sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); change that, or take it "
+                        "out") from None
+    for name, path, is_folder in entries if real not in above else ():
+        if not name.startswith("."):
+            yield from walk(path, (*above, real)) if is_folder else [path]
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def alike(name: str) -> str:
+    """The same for names that are easily taken for each other: in another case, in another Unicode
+    form, or with what Latin-1 makes of the bytes of one that is not in UTF-8 on disk."""
+    return nfc(re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)).casefold()
+
+
+def outside(source: str, path: str) -> str:
+    """Why `path` may not be read, or "": its name must not lead out of `source`; links that lie in
+    there may, and do."""
+    inside = os.path.abspath(path).startswith(os.path.join(os.path.abspath(source), ""))
+    return "" if inside else f"lies outside {source}; move it there, or put a link to it there"
+
+
+class Table(NamedTuple):
+    config: str  # the folder that holds the splits, or a configuration of a hub copy's README
+    split: str
+    path: str
+    records: list[dict] | None = None  # of metadata above the splits: it was read to know them
+
+
+def is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
+def folder_source(folder: Folder, options) -> dict[str, list[Split]]:
+    tables = choose_config(find_tables(folder), folder.source, options.config)
+    folder.read.update(table.path for table in tables)
+    if not tables:
+        there = folder.left_out()
+        raise UserError(f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor "
+                        f"parquet files{there and f', only {there}'}; lay the speech out as "
+                        "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
+                        "file_name and text")
+    splits = collections.defaultdict(list)
+    for table in tables:
+        splits[table.split].append(table)
+    for name, parts in splits.items():
+        kinds = {os.path.splitext(part.path)[1].lower(): part.path for part in parts}
+        if len(kinds) > 1:
+            raise UserError(f"{folder.source}: split {name} has "
+                            f"{' and '.join(sorted(kinds.values()))}; take one of them away, or "
+                            "move it to a folder of its own")
+    return {name: [parquet_split(folder, name, part.path, options) for part in parts]
+            if is_parquet(parts[0].path) else [metadata_split(folder, parts, options)]
+            for name, parts in splits.items()}
+
+
+def find_tables(folder: Folder) -> list[Table]:
+    """All metadata and parquet files, each with its split.
+
+    The split is the first usual name among a file's folders and, of parquet files, in its own name.
+    Where none is usual, it is the one beside usual ones, or the first.
+    """
+    tables = readme_tables(folder)
+    paths = {}  # file: those names
+    for file in folder.files:
+        *folders, name = os.path.relpath(file, folder.path).split(os.sep)
+        if is_parquet(name) and not tables:
+            stem = SHARD.sub("", os.path.splitext(name)[0])
+            paths[file] = folders if stem == "metadata" and folders else [*folders, stem]
+        elif name.lower() in ("metadata.csv", "metadata.jsonl"):
+            paths[file] = folders
+    known = {file: first_usual(names, file) for file, names in paths.items()}
+    above = {tuple(paths[file][:place]) for file, place in known.items() if place is not None}
+    for file, names in paths.items():
+        if not names:
+            tables += top_tables(file)
+            continue
+        place = known[file]
+        if place is None:
+            place = max((place for place in range(len(names)) if tuple(names[:place]) in above),
+                        default=0)
+        tables.append(Table("/".join(names[:place]) or ".", names[place], file))
+    return tables
+
+
+def first_usual(names: list[str], file: str) -> int | None:
+    """Where the first usual name of a split is; UserError where that of another one follows."""
+    places = [place for place, name in enumerate(names) if usual(name)]
+    if len({usual(names[place]) for place in places}) > 1:
+        raise UserError(f"{file}: it may belong to the split "
+                        f"{' or '.join(names[place] for place in places)}; rename the file or its "
+                        "folder")
+    return places[0] if places else None
+
+
+def top_tables(path: str) -> list[Table]:
+    """Metadata above the splits: a column `split`, or the folder in each file_name, says whose a
+    row is."""
+    records = read_metadata(path)
+    if any("split" in record for record in records):
+        names, where = [string(record.get("split")).strip() for record in records], "column split"
+    else:
+        files = [(record.get("file_name") or "").replace("\\", "/") for record in records]
+        folders = [os.path.normpath(file).split("/")[:-1] for file in files]
+        levels = [[folder[level] if level < len(folder) else "" for folder in folders]
+                  for level in range(max(map(len, folders)))]
+        names = next((level for level in levels if any(map(usual, level))), None)
+        where = "folder in file_name"
+    if names is None:
+        raise UserError(f"{path} has neither a column split nor names that begin with a split's "
+                        "folder (train/a.wav); add one, or move it with its files to "
+                        f"{os.path.join(os.path.dirname(path), 'train')}")
+    if "" in names:
+        raise UserError(f"{path}: row {names.index('') + 1} names no split by its "
+                        f"{where}, as others do; name it there")
+    return [Table(".", name, path, [record for record, own in zip(records, names) if own == name])
+            for name in dict.fromkeys(names)]
+
+
+def readme_tables(folder: Folder) -> list[Table]:
+    """The parquet files of a hub copy that its README gives to splits; [] where it does not."""
+    try:
+        with open(os.path.join(folder.path, "README.md"), encoding="utf-8") as file:
+            card = yaml.safe_load(re.match(r"---\n(.*?\n)---", file.read(), re.DOTALL)[1])
+        said = [(str(config["config_name"]), *part) for config in card["configs"]
+                for part in data_files(config)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return []  # no README, or one that says nothing of files
+    tables, files = [], set(folder.files)
+    for config, split, pattern in said:
+        path = os.path.normpath(os.path.join(folder.path, pattern))
+        if "://" in pattern or outside(folder.source, path):
+            raise UserError(f"{folder.source}/README.md: {pattern} of configuration {config} lies "
+                            f"outside {folder.source}; move it there, and say so in README.md")
+        path = glob.escape(folder.path) + path[len(folder.path):]
+        tables += [Table(config, split, file) for file in sorted(glob.glob(path, recursive=True))
+                   if file in files and is_parquet(file)]
+    return list(dict.fromkeys(tables))
+
+
+def data_files(config: dict) -> Iterator[tuple[str, str]]:
+    """(split, pattern of files) of a configuration, in all the ways of writing it."""
+    parts = config["data_files"]
+    if isinstance(parts, dict):
+        parts = [{"split": split, "path": paths} for split, paths in parts.items()]
+    for part in [parts] if isinstance(parts, str) else parts:
+        split, paths = (part["split"], part["path"]) if isinstance(part, dict) else ("train", part)
+        for path in [paths] if isinstance(paths, str) else paths:
+            yield str(split), os.path.join(config.get("data_dir") or "", path)
+
+
+def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[Table]:
+    """The tables of the configuration `wanted`; without one all, if no split is in two of them."""
+    configs = sorted({table.config for table in tables})
+    if tables and wanted not in (None, *configs):
+        raise UserError(f"{source} has no configuration {wanted}; it has {', '.join(configs)}")
+    first = {}
+    for table in tables if wanted is None else ():
+        if first.setdefault(table.split, table).config != table.config:
+            raise UserError(f"{source} has the split {table.split} more than once, as "
+                            f"{first[table.split].path} and {table.path}; choose one with --config "
+                            f"({', '.join(configs)}), or give --source its folder")
+    return [table for table in tables if wanted in (None, table.config)]
+
+
+# Metadata
+
+
+def read_metadata(path: str) -> list[dict]:
+    """The rows of a metadata.csv or metadata.jsonl. Raises UserError when it is none in UTF-8 with
+    a column file_name, or has no rows."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not in UTF-8: line {line} has the byte "
+                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f LATIN1 -t "
+                        "UTF-8, if it is in Latin-1)") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    columns, records = (read_jsonl if path.lower().endswith(".jsonl") else read_csv)(path, content)
+    if not records:
+        raise UserError(f"{path} has no rows; fill it or take the folder away")
+    twice = [column for column in columns if column and columns.count(column) > 1]
+    if twice or "file_name" not in columns:
+        what = f"two columns {twice[0]}" if twice else "no column file_name"
+        divider = next((d for d in ";\t|" if len(columns) == 1 and d in columns[0]), None)
+        hint = f": they seem to be divided by {divider!r}; save it with commas" if divider else ""
+        raise UserError(f"{path} has {what}; its columns are {', '.join(columns)}{hint}")
+    return records
+
+
+def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
+    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    records, line = [], 1
+    try:  # `line` is where the next row begins
+        columns, line = list(reader.fieldnames or ()), reader.line_num + 1
+        for record in reader:
+            if found := swallowed(record, os.path.dirname(path)):
+                raise UserError(f"{path}: one field of the row in lines {line} to "
+                                f"{reader.line_num} holds {found!r}, which looks like a row of its "
+                                "own; close the quotation mark that is left open there, or put "
+                                "the text on one line")
+            records.append(record)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV file from line {line} on: {error}; is a quotation mark "
+                        "left open, or not doubled within quotation marks?") from None
+    return columns, records
+
+
+def swallowed(record: dict, folder: str) -> str:
+    """A line that a stray quotation mark has drawn into a field, or "".
+
+    Texts may have line breaks. But a line that has the name of a file between its commas is a row.
+    """
+    endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
+    for field in [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]:
+        lines = field.splitlines()
+        for line in lines if len(lines) > 1 else ():
+            cells = [cell.strip().strip('"') for cell in line.split(",")]
+            if any(os.path.isfile(os.path.join(folder, cell)) or
+                   len(cells) > 1 and ending(cell) in endings for cell in cells if cell):
+                return line
+    return ""
+
+
+def ending(name: str) -> str:
+    return os.path.splitext(name)[1][1:].strip().lower()
+
+
+def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
+    records = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if "file_name" in record:
+                record["file_name"] = string(record["file_name"])
+            for name, value in record.items():
+                if name != "file_name" and isinstance(value, str):
+                    value.encode()  # raises where JSON has escaped half of a surrogate pair
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is no JSON object in Unicode ({error}); write "
+                            "one a line, with file_name and text") from None
+        records.append(record)
+    return list(dict.fromkeys(itertools.chain(*records))), records
+
+
+def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
+    parts = []  # of each table
+    for table in tables:
+        records = table.records or read_metadata(table.path)
+        columns = [column for column in dict.fromkeys(itertools.chain(*records)) if column]
+        text = choose_column(columns, options.text_column, TEXT_COLUMNS, table.path)
+        speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
+        parts.append((os.path.dirname(table.path), records, text, speaker))
+
+    def texts():
+        return (string(record.get(text)) for _, records, text, _ in parts for record in records)
+
+    def rows():
+        return used_once([row for part in parts for row in metadata_rows(folder, *part)])
+
+    return Split(sum(len(records) for _, records, _, _ in parts), any(part[-1] for part in parts),
+                 texts, rows)
+
+
+def metadata_rows(folder: Folder, place: str, records: list[dict], text: str,
+                  speaker: str | None) -> Iterator[Row]:
+    for record in records:
+        name = record.get("file_name") or ""
+        path, reason = folder.find(place, name)
+        if None in record:  # where DictReader puts what has no column
+            reason = "more fields than columns; put a text with commas between quotation marks"
+        yield Row(name, path, string(record.get(text)), string(speaker and record.get(speaker)),
+                  reason)
+
+
+def used_once(rows: list[Row]) -> Iterator[Row]:
+    """A file that several rows name is used once; where their texts differ none can be trusted, and
+    it is not used."""
+    texts, seen = collections.defaultdict(set), set()
+    for row in rows:
+        if not row.reason and row.text.strip():
+            texts[row.audio].add(tk.normalize_text(row.text))
+    for row in rows:
+        if not row.reason and len(texts[row.audio]) > 1:
+            row = row._replace(reason="several rows with different texts name this file")
+        elif not row.reason and row.text.strip():
+            again = "an earlier row with the same text names this file"
+            row = row._replace(reason=again if row.audio in seen else "")
+            seen.add(row.audio)
+        yield row
+
+
+# Arrow's tables: parquet files and what the hub sends. The audio stays as it is stored: datasets'
+# own decoder is left out.
+
+
+def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
+    try:
+        with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
+            parquet = pyarrow.parquet.ParquetFile(file)
+            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a "
+                        "pointer)") from None
+
+    def batches(columns):
+        with open(path, "rb") as file:  # page by page: a row group need not fit into memory
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+            yield from parquet.iter_batches(batch_size=BATCH, columns=columns)
+
+    def find(name):
+        near, reason = folder.find(os.path.dirname(path), name)
+        if not reason and os.path.isfile(near):
+            return near, ""
+        far, wrong = folder.find(folder.path, name)
+        return (far, "") if not wrong and os.path.isfile(far) else (near, reason)
+
+    return arrow_split(schema, count, batches, find, path, f"split {name} of {folder.source}",
+                       options)
+
+
+def hub_source(source: str, options) -> dict[str, list[Split]]:
+    try:
+        loaded = datasets.load_dataset(source, options.config)
+    except Exception as error:  # datasets raises many kinds, some of them bare
+        raise UserError(f"cannot load {source}: {error}; give a folder with "
+                        "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
+                        "dataset") from None
+
+    def batches(data, columns):
+        return data.select_columns(columns).with_format("arrow").iter(BATCH)
+
+    return {name: [arrow_split(data.features.arrow_schema, len(data),
+                               functools.partial(batches, data), lambda path: (path, ""), source,
+                               f"split {name} of {source}", options)]
+            for name, data in loaded.items()}
+
+
+def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: str,
+                options) -> Split:
+    """batches(columns): some rows at a time. find(name): a path, why it cannot be used or ""."""
+    text = choose_column(schema.names, options.text_column, TEXT_COLUMNS, path)
+    audio = choose_column(schema.names, options.audio_column, AUDIO_COLUMNS, path, "--audio_column")
+    speaker = next((column for column in SPEAKER_COLUMNS if column in schema.names), None)
+    check_audio_type(schema.field(audio).type, audio, path)
+
+    def read(*columns):
+        try:
+            for batch in batches(list(columns)):
+                yield from zip(*(batch[column] for column in columns))
+        except Exception as error:  # pyarrow's, fsspec's and datasets' own have no common base
+            raise UserError(f"cannot read {place} to its end: {error}; get {path} anew") from None
+
+    def words(cell):
+        try:
+            return string(cell.as_py())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not in UTF-8: {error.object!r}; write it anew") from None
+
+    def rows():
+        for i, (sound, said, *who) in enumerate(read(*filter(None, (audio, text, speaker)))):
+            content, name, reason = sound_of(sound)
+            if content is None and name and not reason:
+                content, reason = find(name)
+            yield Row(name or f"row {i}", content, words(said),
+                      words(who[0]) if who else "", reason)
+
+    return Split(count, speaker is not None, lambda: (words(cell) for cell, in read(text)), rows)
+
+
+def check_audio_type(kind: pa.DataType, column: str, path: str) -> None:
+    """Raises UserError where a column holds no audio that can be read."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
+             pa.types.is_large_binary, pa.types.is_null)
+    if not (any(test(kind) for test in tests) or fields & {"bytes", "path"}
+            or fields >= {"array", "sampling_rate"}):
+        raise UserError(f"{path}: column {column} is {kind}; audio is the bytes of a file, its "
+                        "path, a struct of bytes and path, or one of array and sampling_rate: "
+                        "name its column with --audio_column")
+
+
+def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
+    """(bytes of an audio file or None, name of a file or "", why there is no sound or "")"""
+    cell = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
+    if isinstance(cell, pa.StringScalar):
+        return None, name_of(cell), ""
+    if not isinstance(cell, pa.StructScalar) or not cell.is_valid:
+        return cell.as_py(), "", ""
+    content = cell["bytes"].as_py() if "bytes" in cell else None
+    name = name_of(cell["path"]) if "path" in cell else ""
+    if isinstance(content, bytes) or "array" not in cell or not cell["array"].is_valid:
+        return content if isinstance(content, bytes) else None, name, ""
+    try:  # as the file that it could have been: so it meets the same checks
+        array = cell["array"].values.to_numpy(zero_copy_only=False).astype("float32")
+        file, rate = io.BytesIO(), cell["sampling_rate"].as_py()
+        soundfile.write(file, array, rate, "FLOAT", format="WAV")
+        return file.getvalue(), name, ""
+    except Exception as error:  # of NumPy, Arrow and soundfile
+        return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"
+
+
+def name_of(cell: pa.Scalar) -> str:
+    """The name of a file, which need not be in UTF-8; "" where there is none."""
+    named = isinstance(cell, pa.StringScalar) and cell.is_valid
+    return os.fsdecode(cell.as_buffer().to_pybytes()) if named else ""
