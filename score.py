@@ -26,6 +26,7 @@ from model import load_checkpoint
 from stream import cut, listen
 from tokenizer import check_maker, normalize_text
 from transforms import extract
+from words import join
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
         context = graph if mode in CONTEXT_MODES else None
         if options.concatenate:
             hypotheses, seconds = recognize_long(model, dataset, search, context)
-            references = [" ".join(filter(None, references))]
+            references = [join(references)]
         elif options.stream:
             hypotheses, seconds = recognize_stream(model, dataset, search, context)
         else:
@@ -143,7 +144,7 @@ def recognize_long(model, dataset, search: SearchOptions, context) -> tuple[list
               for piece in cut(model, waveform, search.chunk_size))
     texts = [model.tokenizer.decode(heard.hypothesis.tokens)
              for heard in listen(model, pieces, search, context=context) if heard.final]
-    return [" ".join(filter(None, texts))], time.perf_counter() - began
+    return [join(texts)], time.perf_counter() - began
 
 
 def waveforms_of(dataset) -> Iterator[torch.Tensor]:
