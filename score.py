@@ -7,7 +7,9 @@ of the data excluded, over the duration of the audio.
 
 import json
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -24,7 +26,7 @@ from datamodule import audio_lengths, get_concat_dataset, load_split
 from decode import CONTEXT_MODES, MODES, SearchOptions
 from model import load_checkpoint
 from stream import cut, listen
-from tokenizer import check_maker, normalize_text
+from tokenizer import check_maker, most_frequent, normalize_text
 from transforms import extract
 from words import join
 
@@ -61,6 +63,8 @@ def main(argv: list[str]) -> None:
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     graph = load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
     dataset, references = load_data(tokenizer, options)
+    if hint := unspelled(tokenizer, references):
+        print(f"score.py: note: {hint}", file=sys.stderr)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
@@ -104,6 +108,25 @@ def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[
     if not any(references):
         raise UserError(f"{place}: no row has any text to compare with; prepare it with transcripts")
     return dataset, references
+
+
+def unspelled(tokenizer, references: list[str]) -> str:
+    """Which words of the references nothing that is heard can equal, because the tokenizer spells them otherwise, and what to do
+    about it; "" where there are none."""
+    def lost(change=str) -> Counter:
+        said = [change(text) for text in references]
+        return (Counter(" ".join(said).split())
+                - Counter(" ".join(tokenizer.decode(tokenizer.encode(text)) for text in said).split()))
+
+    words = lost()
+    if not words:
+        return ""
+    flags = [flag for flag, change in (("--lowercase", str.lower), ("--uppercase", str.upper))
+             if 2 * lost(change).total() < words.total()]
+    unknown = Counter(piece for text in references for piece in tokenizer.unknown(text))
+    return (f"{words.total()} of {sum(len(text.split()) for text in references)} words of the references count as errors whatever is "
+            f"heard: the tokenizer of the checkpoint cannot write {most_frequent(unknown or words)}; prepare the data again "
+            f"as the training data was, with {' or '.join(flags or ['--lowercase', '--uppercase or --remove_punctuation'])}")
 
 
 def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOptions,

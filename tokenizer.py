@@ -24,6 +24,8 @@ from cli import UserError, write_whole
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
 BPE_SPACE = "\u2581"
+# What shows nothing alone: joiners, variation selectors and tags, which change what is beside them, and fillers.
+NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 HAN = re.compile("([\u4e00-\u9fff])")  # the Chinese characters that WeNet never hands to sentencepiece
 # What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what it is called in a vocab.json, in the
 # order in which transformers appends those that are missing.
@@ -39,13 +41,13 @@ def normalize_text(text: str) -> str:
 
 def quoted(piece: str) -> str:
     """A piece of text for a message: in quotation marks, or by its code points where some of it would not be seen."""
-    seen = piece.isprintable() and not any(unicodedata.category(c)[0] == "M" for c in piece)
+    seen = piece.isprintable() and not any(unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
     return f"'{piece}'" if seen else " ".join(f"U+{ord(c):04X}" for c in piece)
 
 
 def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
     """The pieces of text that a tokenizer did not know, for a message, and how often and where each occurs."""
-    told = [f"{quoted(piece)} {count} times" + (f" (as in {examples[piece]})" if piece in examples else "")
+    told = [f"{quoted(piece)} \u00d7 {count}" + (f" (as in {examples[piece]})" if piece in examples else "")
             for piece, count in unknown.most_common(10)]
     rest = len(unknown) - len(told)
     return ", ".join(told) + (f" and {rest} others" if rest else "")
@@ -100,14 +102,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text` after `normalize_text`, without sos and eos; what the vocabulary lacks is unk_id."""
-        return [i for _, i in self._spell(text) if i != self.blank_id]  # which is unk_id in a vocabulary without such a token
+        return [i for _, i in self.spell(text) if i != self.blank_id]  # which is unk_id in a vocabulary without such a token
 
     def unknown(self, text: str) -> list[str]:
         """The pieces of `text`, mostly characters, that the vocabulary lacks."""
-        return [piece for piece, i in self._spell(text) if i == self.unk_id]
+        return [piece for piece, i in self.spell(text) if i == self.unk_id]
 
-    def _spell(self, text: str) -> Iterable[tuple[str, int]]:
-        """The pieces of the text and their ids."""
+    def spell(self, text: str) -> list[tuple[str, int]]:
+        """The pieces of `text` after `normalize_text`, and their ids."""
         text = normalize_text(text)
         if self._bpe is not None:
             found = self._bpe.encode(text, add_special_tokens=False)
