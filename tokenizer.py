@@ -78,6 +78,8 @@ class Tokenizer:
         self._characters = set("".join(self._ids))
         if wav2vec2 and wav2vec2["do_lower_case"]:
             self._characters |= set("".join(self._ids).lower())
+        self._decomposed = (any(unicodedata.category(c)[0] == "M" for c in self._characters)
+                            and all(unicodedata.is_normalized("NFD", c) for c in self._characters))
         self._not_nfc = {form: c for c in self._characters  # with what NFC makes of them
                          if (form := unicodedata.normalize("NFC", c)) != c and form not in self._characters}
         self._whole = None if wav2vec2 is None else self._build_whole()
@@ -124,14 +126,14 @@ class Tokenizer:
         return [(piece, self._ids.get(piece, self.unk_id)) for piece in pieces]
 
     def _as_written(self, character: str) -> str:
-        """The character, decomposed where the vocabulary has only its parts: no more than it has to be."""
+        """The character, decomposed as far as it must be where the vocabulary has only its parts or is in that form itself."""
         if character in self._characters:
             return character
         parts = []
         for part in unicodedata.normalize("NFD", character):
             composed = unicodedata.normalize("NFC", "".join(parts[-1:]) + part)
             parts[-1:] = [composed] if composed in self._characters else [*parts[-1:], part]
-        return "".join(parts) if self._characters.issuperset(parts) else character
+        return "".join(parts) if self._decomposed or self._characters.issuperset(parts) else character
 
     def _build_whole(self) -> re.Pattern:
         whole = {t for t in self.tokens if len(t) > 1} | set(self.wav2vec2["added"])

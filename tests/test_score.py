@@ -83,7 +83,7 @@ def score_json(capsys, world, *argv, root="data"):
 
 
 @pytest.mark.parametrize("said, hint", [
-    (TEXTS, None), ([text.upper() for text in TEXTS], "cannot write 'O' × "),
+    (TEXTS, None), ([text.upper() for text in TEXTS], "cannot write 'E' × "),
     ([f"{TEXTS[0]}!", "\u200bx", *TEXTS[2:]], "2 of 11 words")])
 def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(world, capsys, tmp_path, said, hint):
     write_split(tmp_path / "eval_clean", train_char(TEXTS), texts=said)

@@ -217,7 +217,7 @@ def test_ids_and_texts_are_those_of_transformers(tokens, lower, added, bracket, 
     """Tokens of 4 and more letters are left out: a shorter one inside of them may be missed by transformers' own search."""
     transformers = transformers_or_skip()
     pad, unknown = ("[PAD]", "[UNK]") if bracket else ("<pad>", "<unk>")
-    vocabulary = {token: i for i, token in enumerate([*tokens, "|", pad, unknown])}
+    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(tokens + ["\u0301"]), "|", pad, unknown])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     theirs = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), pad_token=pad, unk_token=unknown, do_lower_case=lower)
     theirs.add_tokens(added)
@@ -230,4 +230,5 @@ def test_ids_and_texts_are_those_of_transformers(tokens, lower, added, bracket, 
         text = unicodedata.normalize("NFD", tk.normalize_text(text))  # the letters have no other form
         ids = theirs(text).input_ids
         assert ours.encode(text) == ids
-        assert ours.decode(ids) == tk.normalize_text(theirs.decode(ids, group_tokens=False).replace(unknown, tk.UNKNOWN_MARK))
+        heard = theirs.decode(ids, group_tokens=False).replace(unknown.lower() if lower else unknown, tk.UNKNOWN_MARK)
+        assert ours.decode(ids) == tk.normalize_text(heard)
