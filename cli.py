@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import io
 import os
 import sys
 import types
@@ -81,6 +82,8 @@ def keep_freed_memory(size: int = 2**30) -> None:
 def run(main) -> None:
     """Calls main(argv); a UserError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     program = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])

@@ -110,6 +110,7 @@ def read_phrase(line: str, place: str, tokenizer, score: float) -> tuple[list[in
             raise UserError(f"{place}: {last} is no score; write a number above 0 behind the colon")
     tokens, unknown = tokenizer.encode(line), sorted(set(tokenizer.unknown(line)))
     if unknown or not tokens:
-        raise UserError(f"{place}: the tokenizer cannot spell {' '.join(map(quoted, unknown)) or repr(line)}; write as its "
-                        "transcripts do (case counts) or leave the phrase out")
+        what = " ".join(map(quoted, unknown)) or quoted(line)
+        raise UserError(f"{place}: the tokenizer cannot spell {what}; write as its transcripts do (case "
+                        "counts) or leave the phrase out")
     return tokens, score

@@ -37,7 +37,8 @@ SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.ot
                "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev",
                "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean"}
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
-# Characters that show nothing: soft hyphens, zero-width spaces, byte order marks, directions. They are taken out of a text.
+# What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
+# directions. tk.NOTHING stays where it has something beside it.
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
@@ -48,11 +49,11 @@ class PrepareOptions:
     source: str | None = option(None, "folder SRC/{split}/metadata.csv, folder of parquet files, or a hub dataset's id")
     demo: bool = option(False, "make the synthetic demo corpus instead of reading a source")
     data_root: str | None = option(None, "folder to write; with --demo data/demo if not given")
-    tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, a .ckpt or a vocab.json")
+    tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, .ckpt, vocab.json or transformers folder")
     vocab_size: int | None = option(None, "number of tokens of --tokenizer bpe; 500 if not given")
     shard_rows: int = option(2000, "rows of a shard")
     overwrite: bool = option(False, "replace the data that an earlier run left in data_root")
-    lowercase: bool = option(False, "write all text in lower case, as Unicode has it: I becomes i, and so does \u0130")
+    lowercase: bool = option(False, "write all text in lower case, Unicode's: I becomes i in any language")
     uppercase: bool = option(False, "write all text in upper case")
     remove_punctuation: bool = option(False, "leave punctuation out of the text, apostrophes excepted")
     split_map: tuple[str, ...] = option((), "read only these splits under these names, e.g. train.100=train test=dev")
@@ -274,12 +275,15 @@ def waveform_of(audio) -> np.ndarray:
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:
-    """NFC with single spaces, without invisible characters; case and punctuation as the options say. Empty where nothing shows."""
+    """NFC with single spaces, without invisible characters; case and punctuation as the options say.
+    Empty where nothing shows."""
     text = INVISIBLE.sub("", tk.normalize_text(text))
     if options.remove_punctuation:
         text = "".join(" " if unicodedata.category(c).startswith("P") and c not in "'\u2019" else c for c in text)
-    if options.lowercase or options.uppercase:  # str.lower leaves a combining dot on the i of \u0130
-        text = text.replace("\u0130", "i").lower() if options.lowercase else text.upper()
+    if options.lowercase:
+        text = text.replace("\u0130", "i").lower()  # of which lower() would leave a combining dot
+    elif options.uppercase:
+        text = text.upper()
     text = tk.normalize_text(text)
     return text if tk.NOTHING.sub("", text).strip() else ""
 
@@ -309,7 +313,7 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
     bar = tqdm(rows, desc=name, unit=" rows", total=None if None in counts else sum(counts))
     speakers, tokens, unknown = any(part.speakers for part in parts), 0, collections.Counter()
-    examples, changed = {}, []
+    examples, changed, change = {}, 0, ""
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
         for row in bar:
             try:
@@ -320,23 +324,25 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
             writer.write(example)
             text, ids = example["text"], example["labels"]["input_ids"]
             tokens += len(tokenizer.spell(text))
-            missing = tokenizer.unknown(text)
-            unknown.update(missing)
-            examples = dict.fromkeys(missing, row.name) | examples
+            for piece in (missing := tokenizer.unknown(text)):
+                unknown[piece] += 1
+                examples.setdefault(piece, row.name)
             if not missing and (heard := tokenizer.decode(ids)) != text:
-                changed.append(f"{heard[:80]!r} for {text[:80]!r} of {row.name}")
+                changed += 1
+                change = change or f"{heard[:80]!r} for {text[:80]!r} of {row.name}"
     if writer.rows == 0:
         first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == name), "")
         raise UserError(f"split {name} has no usable row{first}; nothing was written")
     told = tk.most_frequent(unknown, examples)
     if 2 * unknown.total() > tokens:
-        raise UserError(f"{unknown.total()} of {tokens} tokens of split {name} are unknown to {options.tokenizer} ({told}): "
+        raise UserError(f"{unknown.total()} of {tokens} tokens of split {name} are unknown to "
+                        f"{options.tokenizer}: {told}; "
                         "try --uppercase or --lowercase, or another --tokenizer")
     if unknown:
         print(f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: {told}")
     if changed:
-        print(f"{name}: the labels of {len(changed)} rows say something else than their text, because the tokenizer cannot "
-              f"tell it apart: {changed[0]}")
+        print(f"{name}: the labels of {changed} rows say something else than their text, because the "
+              f"tokenizer cannot tell it apart: {change}")
     return writer.rows
 
 

@@ -111,22 +111,24 @@ def load_data(tokenizer, options: ScoreOptions) -> tuple[datasets.Dataset, list[
 
 
 def unspelled(tokenizer, references: list[str]) -> str:
-    """Which words of the references nothing that is heard can equal, because the tokenizer spells them otherwise, and what to do
-    about it; "" where there are none."""
+    """Which words of the references nothing that is heard can equal, because the tokenizer spells them
+    otherwise, and what to do about it; "" where there are none."""
     def lost(change=str) -> Counter:
         said = [change(text) for text in references]
-        return (Counter(" ".join(said).split())
-                - Counter(" ".join(tokenizer.decode(tokenizer.encode(text)) for text in said).split()))
+        heard = [tokenizer.decode(tokenizer.encode(text)) for text in said]
+        return Counter(" ".join(said).split()) - Counter(" ".join(heard).split())
 
     words = lost()
     if not words:
         return ""
     flags = [flag for flag, change in (("--lowercase", str.lower), ("--uppercase", str.upper))
              if 2 * lost(change).total() < words.total()]
+    flags = flags or ["--lowercase", "--uppercase or --remove_punctuation"]
     unknown = Counter(piece for text in references for piece in tokenizer.unknown(text))
-    return (f"{words.total()} of {sum(len(text.split()) for text in references)} words of the references count as errors whatever is "
-            f"heard: the tokenizer of the checkpoint cannot write {most_frequent(unknown or words)}; prepare the data again "
-            f"as the training data was, with {' or '.join(flags or ['--lowercase', '--uppercase or --remove_punctuation'])}")
+    return (f"{words.total()} of {sum(len(text.split()) for text in references)} words of the references "
+            "count as errors whatever is heard: the checkpoint's tokenizer cannot write "
+            f"{most_frequent(unknown or words)}; prepare the data again as the training data was, with "
+            f"{' or '.join(flags)}")
 
 
 def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOptions,

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
 
 import tokenizers
 from tokenizers.models import BPE
@@ -24,14 +23,21 @@ from cli import UserError, write_whole
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
 BPE_SPACE = "\u2581"
-# What shows nothing alone: joiners, variation selectors and tags, which change what is beside them, and fillers.
-NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
+# What shows nothing alone: joiners, variation selectors and tags, which change what is beside them,
+# and fillers.
+NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
+                     "\U000e0000-\U000e0fff]")
 HAN = re.compile("([\u4e00-\u9fff])")  # the Chinese characters that WeNet never hands to sentencepiece
-# What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what it is called in a vocab.json, in the
-# order in which transformers appends those that are missing.
-VOCAB_NAMES = {"sos": ("bos_token", "<s>", "[BOS]", "<sos>"), "eos": ("eos_token", "</s>", "[EOS]", "<eos>"),
-               "unk": ("unk_token", "<unk>", "[UNK]"), "blank": ("pad_token", "<pad>", "[PAD]", "<blank>")}
-WAV2VEC2_FILES = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+# What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what such a token
+# is called in a vocab.json, in the order in which transformers appends those that are missing.
+VOCAB_NAMES = {"sos": ("bos_token", "<s>", "[BOS]", "<sos>"),
+               "eos": ("eos_token", "</s>", "[EOS]", "<eos>"),
+               "unk": ("unk_token", "<unk>", "[UNK]"),
+               "blank": ("pad_token", "<pad>", "[PAD]", "<blank>")}
+WAV2VEC2_FILES = ("vocab.json", "added_tokens.json", "special_tokens_map.json",
+                  "tokenizer_config.json")
+WAV2VEC2_OPTIONS = {"tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"),
+                    "replace_word_delimiter_char": (None, " ")}  # and what we support of each
 
 
 def normalize_text(text: str) -> str:
@@ -40,14 +46,16 @@ def normalize_text(text: str) -> str:
 
 
 def quoted(piece: str) -> str:
-    """A piece of text for a message: in quotation marks, or by its code points where some of it would not be seen."""
-    seen = piece.isprintable() and not any(unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
+    """Text for a message: in quotation marks, or by its code points where not all of it is seen."""
+    seen = piece.isprintable() and not any(
+        unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
     return f"'{piece}'" if seen else " ".join(f"U+{ord(c):04X}" for c in piece)
 
 
 def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
-    """The pieces of text that a tokenizer did not know, for a message, and how often and where each occurs."""
-    told = [f"{quoted(piece)} \u00d7 {count}" + (f" (as in {examples[piece]})" if piece in examples else "")
+    """For a message: what a tokenizer did not know, how often each occurs, and where."""
+    told = [f"{quoted(piece)} x {count}"
+            + (f" (as in {examples[piece]})" if piece in examples else "")
             for piece, count in unknown.most_common(10)]
     rest = len(unknown) - len(told)
     return ", ".join(told) + (f" and {rest} others" if rest else "")
@@ -60,14 +68,16 @@ class Tokenizer:
     merges: the byte-pair merges, most frequent first; None for a tokenizer of characters.
     sentencepiece: of models from WeNet, {"model": a sentencepiece model in base64, "han": whether text goes to it in upper
     case and without its Chinese characters, each of which is a token}; None for all others.
-    wav2vec2: of transformers' vocabularies, {"do_lower_case": whether the tokens are in upper case and the text in lower case,
-    "added": the tokens that were added to the vocabulary}; None for all others.
+    wav2vec2: of transformers' vocabularies, {"do_lower_case": whether the tokens are in upper case and
+    texts in lower case, "added": the tokens that were added to the vocabulary}; None for all others.
     """
 
-    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None, sentencepiece=None, wav2vec2=None):
+    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None,
+                 sentencepiece=None, wav2vec2=None):
         self.tokens = list(tokens)
         self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
-        self.space, self.merges, self.sentencepiece, self.wav2vec2 = space, merges, sentencepiece, wav2vec2
+        self.space, self.merges, self.sentencepiece = space, merges, sentencepiece
+        self.wav2vec2 = wav2vec2
         self._of_pieces = merges is not None or sentencepiece is not None  # there a space is part of a piece
         self._silent = {blank_id, sos_id, eos_id}
         specials = self._silent | {unk_id}
@@ -78,10 +88,10 @@ class Tokenizer:
         self._characters = set("".join(self._ids))
         if wav2vec2 and wav2vec2["do_lower_case"]:
             self._characters |= set("".join(self._ids).lower())
-        self._decomposed = (any(unicodedata.category(c)[0] == "M" for c in self._characters)
-                            and all(unicodedata.is_normalized("NFD", c) for c in self._characters))
-        self._not_nfc = {form: c for c in self._characters  # with what NFC makes of them
-                         if (form := unicodedata.normalize("NFC", c)) != c and form not in self._characters}
+        marks = any(unicodedata.category(c)[0] == "M" for c in self._characters)
+        self._decomposed = marks and unicodedata.is_normalized("NFD", "\n".join(self._characters))
+        nfc = {unicodedata.normalize("NFC", c): c for c in self._characters}
+        self._not_nfc = {form: c for form, c in nfc.items() if form not in self._characters}
         self._whole = None if wav2vec2 is None else self._build_whole()
         self._bpe = None if merges is None else self._build_bpe()
         self._processor = None if sentencepiece is None else self._build_processor()
@@ -104,7 +114,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text` after `normalize_text`, without sos and eos; what the vocabulary lacks is unk_id."""
-        return [i for _, i in self.spell(text) if i != self.blank_id]  # which is unk_id in a vocabulary without such a token
+        ids = [i for _, i in self.spell(text)]
+        return [i for i in ids if i != self.blank_id]  # which is what is unknown to a vocabulary without unknown token
 
     def unknown(self, text: str) -> list[str]:
         """The pieces of `text`, mostly characters, that the vocabulary lacks."""
@@ -126,14 +137,15 @@ class Tokenizer:
         return [(piece, self._ids.get(piece, self.unk_id)) for piece in pieces]
 
     def _as_written(self, character: str) -> str:
-        """The character, decomposed as far as it must be where the vocabulary has only its parts or is in that form itself."""
+        """The character, decomposed as far as it must be where the vocabulary is, or has only its parts."""
         if character in self._characters:
             return character
         parts = []
         for part in unicodedata.normalize("NFD", character):
             composed = unicodedata.normalize("NFC", "".join(parts[-1:]) + part)
             parts[-1:] = [composed] if composed in self._characters else [*parts[-1:], part]
-        return "".join(parts) if self._decomposed or self._characters.issuperset(parts) else character
+        known = self._decomposed or self._characters.issuperset(parts)
+        return "".join(parts) if known else character
 
     def _build_whole(self) -> re.Pattern:
         whole = {t for t in self.tokens if len(t) > 1} | set(self.wav2vec2["added"])
@@ -141,16 +153,20 @@ class Tokenizer:
         return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def _wav2vec2_pieces(self, text: str) -> list[str]:
-        """The pieces that transformers makes of a text: tokens of several characters, the leftmost first and of those the
-        longest, and the characters between them. A token of the vocabulary takes the spaces beside it; one that was added later
-        does not. The name of a special token is one piece, but never that token: no label may hold a blank."""
+        """The pieces that transformers makes of a text: tokens of several characters, the leftmost first
+        and of those the longest, and the characters between them. A token of the vocabulary takes the
+        spaces beside it; one that was added later does not. The name of a special token is one piece,
+        but never that token: no label may hold a blank."""
         parts = self._whole.split(text)  # every other one is such a token
         for i in range(1, len(parts), 2):
             if parts[i] not in self.wav2vec2["added"]:
                 parts[i - 1], parts[i + 1] = parts[i - 1].rstrip(), parts[i + 1].lstrip()
         pieces = []
         for i, part in enumerate(parts):
-            pieces += [part] if i % 2 else part.upper() if self.wav2vec2["do_lower_case"] else part
+            if i % 2:
+                pieces.append(part)
+            else:
+                pieces += part.upper() if self.wav2vec2["do_lower_case"] else part
         return [" " if piece == self.space else piece for piece in pieces]
 
     def _sentencepieces(self, text: str) -> list[str]:
@@ -161,14 +177,16 @@ class Tokenizer:
                 for piece in ([part] if HAN.fullmatch(part) else self._processor.encode(part, out_type=str))]
 
     def texts(self, ids) -> list[str]:
-        """What each of the token ids adds to a text: blank, sos and eos nothing. `written` makes it a text of what is joined."""
-        pieces = ["" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i] for i in ids]
+        """What each token id adds to what `written` makes a text of: blank, sos and eos nothing."""
+        pieces = ["" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i]
+                  for i in ids]
         if self._of_pieces:
             return [piece.replace(self.space, " ") for piece in pieces]
         return [" " if piece == self.space else piece for piece in pieces]
 
     def written(self, text: str) -> str:
-        return normalize_text(text.lower() if self.wav2vec2 and self.wav2vec2["do_lower_case"] else text)
+        lower = self.wav2vec2 is not None and self.wav2vec2["do_lower_case"]
+        return normalize_text(text.lower() if lower else text)
 
     def decode(self, ids) -> str:
         """The text of token ids. Blank, sos and eos are left out; repeats stay (undoing CTC is decode.py's work)."""
@@ -181,7 +199,8 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
-        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges", "sentencepiece", "wav2vec2")
+        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges",
+                 "sentencepiece", "wav2vec2")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
@@ -224,19 +243,22 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
 def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokenizer:
     """The tokenizer of a Wav2Vec2 vocab.json {token: id}: ids stay, sos, eos and unk are appended where absent.
 
-    added: {token: id} of what was added to the vocabulary. config: of tokenizer_config.json, what says how to use it.
+    added: {token: id} of what was added to the vocabulary. config: what tokenizer_config.json says.
     """
     if any(isinstance(i, dict) for i in vocabulary.values()):
-        raise UserError(f"it holds the vocabularies of several languages ({', '.join(list(vocabulary)[:5])}, ...); give its folder, "
-                        "with the target_lang in its tokenizer_config.json")
+        languages = ", ".join(list(vocabulary)[:5])
+        raise UserError(f"it holds the vocabularies of several languages ({languages}, ...); give its "
+                        "folder, with a target_lang in its tokenizer_config.json")
     tokens = {}
     for token, i in [*vocabulary.items(), *added.items()]:
-        if tokens.setdefault(i, token) != token or vocabulary.get(token, i) != i:
-            raise UserError(f"the token {token!r} has the id {i}, but {tokens[i]!r} has it, or {token!r} another one; take out what "
-                            "is wrong")
+        if vocabulary.get(token, i) != i:
+            raise UserError(f"the token {token!r} has two ids, {vocabulary[token]} and {i}")
+        if tokens.setdefault(i, token) != token:
+            raise UserError(f"the tokens {tokens[i]!r} and {token!r} have the same id {i}")
     if not all(isinstance(i, int) for i in tokens) or sorted(tokens) != list(range(len(tokens))):
         raise UserError("not a vocab.json: it must map tokens to the ids 0, 1, 2, ... without gaps")
-    tokens, special, appended = [tokens[i] for i in range(len(tokens))], {}, []
+    tokens, special = [tokens[i] for i in range(len(tokens))], {}
+    later = [token for token in added if token not in vocabulary or len(token) == 1]
     for role, (option, *names) in VOCAB_NAMES.items():
         names = [config[option]] if config.get(option) else names
         found = [tokens.index(name) for name in names if name in tokens]
@@ -245,55 +267,59 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
         special[f"{role}_id"] = found[0] if found else len(tokens)
         if not found:
             tokens.append(names[0])
-            appended.append(names[0])
+            later.append(names[0])
     space = config.get("word_delimiter_token") or ("|" if "|" in tokens else " ")
-    return Tokenizer(tokens=tokens, space=space, **special, wav2vec2={
-        "do_lower_case": bool(config.get("do_lower_case")), "added": [token for token in [*added, *appended] if token not in vocabulary or len(token) == 1]})
+    wav2vec2 = {"do_lower_case": bool(config.get("do_lower_case")), "added": later}
+    return Tokenizer(tokens=tokens, space=space, wav2vec2=wav2vec2, **special)
 
 
 def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tokenizer:
-    """The tokenizer that Wav2Vec2CTCTokenizer.save_pretrained wrote, of what is in WAV2VEC2_FILES. Raises UserError where they
-    contradict each other or ask for what is not supported."""
-    content = lambda token: token["content"] if isinstance(token, dict) else token  # noqa: E731 (an AddedToken as JSON)
-    chosen, flags = {}, {}
-    for option, *_ in VOCAB_NAMES.values():
-        told = {content(source[option]) for source in (names, config) if source.get(option)}
-        if len(told) > 1:
-            raise UserError(f"special_tokens_map.json and tokenizer_config.json differ on {option}: {' or '.join(sorted(told))}; "
-                            "take out what is wrong")
-        chosen[option] = next(iter(told), None)
-    for i, token in config.get("added_tokens_decoder", {}).items():
-        if added.setdefault(token["content"], int(i)) != int(i):
-            raise UserError(f"added_tokens.json and tokenizer_config.json differ on the id of {token['content']!r}: "
-                            f"{added[token['content']]} or {i}; take out what is wrong")
-        flags[token["content"]] = {flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)}
-    for option, supported in (("tokenizer_class", (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer")),
-                              ("replace_word_delimiter_char", (None, " "))):
+    """The tokenizer that Wav2Vec2CTCTokenizer.save_pretrained wrote, of what is in WAV2VEC2_FILES.
+
+    Raises UserError where they contradict each other or ask for what is not supported.
+    """
+    for option, supported in WAV2VEC2_OPTIONS.items():
         if config.get(option) not in supported:
-            raise UserError(f"tokenizer_config.json: {option} {config[option]!r} is not supported, only {supported[1]!r}")
-    delimiter, language = content(config.get("word_delimiter_token")), config.get("target_lang")
-    if delimiter and len(delimiter) > 1:
-        raise UserError(f"tokenizer_config.json: word_delimiter_token {delimiter!r} is not supported, only a single character")
-    if language:
+            raise UserError(f"tokenizer_config.json: {option} {config[option]!r} is not supported, only "
+                            f"{supported[1]!r}")
+    chosen = {"do_lower_case": config.get("do_lower_case")}
+    for option in (*(option for option, *_ in VOCAB_NAMES.values()), "word_delimiter_token"):
+        told = [source[option] for source in (names, config) if source.get(option)]
+        told = {token["content"] if isinstance(token, dict) else token for token in told}
+        if len(told) > 1:
+            raise UserError("special_tokens_map.json and tokenizer_config.json differ on "
+                            f"{option}: {' or '.join(sorted(told))}")
+        chosen[option] = next(iter(told), None)
+    if len(chosen["word_delimiter_token"] or " ") > 1:
+        raise UserError(f"word_delimiter_token {chosen['word_delimiter_token']!r} is not supported, only "
+                        "a single character")
+    if language := config.get("target_lang"):
         if not isinstance(vocabulary.get(language), dict):
-            raise UserError(f"tokenizer_config.json: target_lang {language!r} is none of vocab.json's languages")
+            raise UserError(f"target_lang {language!r} is none of vocab.json's languages")
         vocabulary = vocabulary[language]
-    for token, found in flags.items():
-        if found - ({"lstrip", "rstrip"} if token in vocabulary and len(token) > 1 else set()):
-            raise UserError(f"tokenizer_config.json: {' and '.join(sorted(found))} of the added token {token!r} is not supported")
-    return from_vocab(vocabulary, added, {**chosen, "word_delimiter_token": delimiter, "do_lower_case": config.get("do_lower_case")})
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        content = token["content"]
+        if added.setdefault(content, int(i)) != int(i):
+            raise UserError("added_tokens.json and tokenizer_config.json differ on the id of "
+                            f"{content!r}: {added[content]} or {i}")
+        whole = content in vocabulary and len(content) > 1  # which takes the spaces beside it anyway
+        for flag in ("single_word", *(() if whole else ("lstrip", "rstrip"))):
+            if token.get(flag):
+                raise UserError(f"{flag} of the added token {content!r} is not supported")
+    return from_vocab(vocabulary, added, chosen)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a tokenizer.json, a vocab.json, the tokenizer inside a .ckpt, or the one in a folder for the hub, in a hub repository
-    org/name or in a folder of Wav2Vec2CTCTokenizer.save_pretrained. Raises UserError if it is none of these."""
+    """Reads a tokenizer.json, a vocab.json, the tokenizer inside a .ckpt, or the one in a folder for the
+    hub, in a hub repository org/name or in a folder of Wav2Vec2CTCTokenizer.save_pretrained. Raises
+    UserError if it is none of these."""
     path = hub.locate(str(path))
     if os.path.exists(os.path.join(path, hub.TOKENIZER)):
         path = os.path.join(path, hub.TOKENIZER)
-    unreadable = (f"one of {', '.join(WAV2VEC2_FILES)} is no JSON object" if os.path.isdir(path) else
-                  "not a tokenizer.json, vocab.json or checkpoint")
+    folder, unreadable = os.path.isdir(path), "not a tokenizer.json, vocab.json or checkpoint"
     try:
-        if os.path.isdir(path):
+        if folder:
+            unreadable = f"one of {', '.join(WAV2VEC2_FILES)} is no JSON object"
             if not os.path.exists(os.path.join(path, WAV2VEC2_FILES[0])):
                 raise UserError(f"neither {hub.TOKENIZER} nor {WAV2VEC2_FILES[0]} is in it")
             names = [os.path.join(path, name) for name in WAV2VEC2_FILES]
@@ -307,7 +333,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
         raise UserError(f"cannot read a tokenizer from {path}: {reason or unreadable}; give the path of one of these") from None
     try:
-        if os.path.isdir(path):
+        if folder:
             return from_folder(*data)
         if isinstance(data, dict) and data:
             return Tokenizer.from_dict(data) if "tokens" in data else from_vocab(data)

@@ -208,7 +208,8 @@ def assemble(number: int, recordings: list[Recording], heard: list[Heard],
              failed: set[int]) -> Iterator[tuple[int, Transcript]]:
     """(number, transcript) of the recording, or nothing."""
     if number not in failed:  # which may have happened after some pieces
-        yield number, Transcript(recordings[number].path, join(part.text for part in heard), sum(part.seconds for part in heard),
+        yield number, Transcript(recordings[number].path, join(part.text for part in heard),
+                                 sum(part.seconds for part in heard),
                                  join_words(part.words for part in heard))
 
 

@@ -17,11 +17,13 @@ from conformer import receptive_field
 from tokenizer import UNKNOWN_MARK, Tokenizer
 from transforms import Frontend
 
-# Chinese and Japanese characters, which no space parts: 々 〆 〇 and other signs, kana, bopomofo, radicals, ideographs.
-ALONE = re.compile("[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff\u3400-\u4dbf"
-                   "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f\U00020000-\U0003ffff]")
-GOES_ON = "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"  # a long vowel, voicing and joiners belong to what is before
-OPENING, CLOSING = ("Ps", "Pi"), ("Pe", "Pf", "Po", "Pd", "Pc")  # categories of punctuation, which belongs to its word
+# Chinese and Japanese characters, which no space parts: radicals, 々 〆 〇 and other signs, kana,
+# bopomofo, ideographs.
+ALONE = re.compile("[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff"
+                   "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f"
+                   "\U00020000-\U0003ffff]")
+GOES_ON = "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"  # long vowels, voicing, joiners: as marks
+OPENING, CLOSING = ("Ps", "Pi"), ("Pe", "Pf", "Po", "Pd", "Pc")  # categories of punctuation
 LINE, LINES = 42, 2  # a cue of subtitles: so many columns in so many lines,
 LONGEST_CUE, SHORTEST_CUE = 7.0, 1.0  # so many seconds, and no less where the next leaves room;
 PAUSE = 0.7  # a longer one ends it
@@ -69,9 +71,9 @@ class Spelled(NamedTuple):
 def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
     """The words of a token sequence; `text_of` puts them together as `tokenizer.decode` does.
 
-    Spaces part words, whichever way the tokenizer has them; in scripts that have none, a Chinese or Japanese character is a
-    word of its own, with the punctuation and the combining marks that belong to it. Other scripts without spaces (Thai) come
-    as long words.
+    Spaces part words, whichever way the tokenizer has them; in scripts that have none, a Chinese or
+    Japanese character is a word of its own, with the punctuation and the combining marks that belong to
+    it. Other scripts without spaces (Thai) come as long words.
     """
     words, spaced, inside, opened = [], True, False, False
     for place, text in enumerate(tokenizer.texts(tokens)):
@@ -86,8 +88,10 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
             if spaced or not (goes_on or opened or inside and not alone and not opens):
                 words.append(Spelled("", [], spaced))
                 inside = True
-            words[-1] = words[-1]._replace(text=words[-1].text + character, places=[*words[-1].places, place])
-            spaced, opened, inside = False, category in OPENING, not alone and (inside or not goes_on)
+            word = words[-1]
+            words[-1] = word._replace(text=word.text + character, places=[*word.places, place])
+            spaced, opened = False, category in OPENING
+            inside = not alone and (inside or not goes_on)
     return [word._replace(text=tokenizer.written(word.text)) for word in words]
 
 
@@ -96,9 +100,9 @@ def text_of(words: Iterable[Spelled | Word]) -> str:
 
 
 def parted(before: Iterable[str], after: Iterable[str]) -> bool:
-    """Whether a space parts two texts that were heard apart, given their characters from there on: not where, but for
-    punctuation, Chinese or Japanese characters meet."""
-    return not all(ALONE.match(next(filter(str.isalnum, characters), "")) for characters in (before, after))
+    """Whether a space parts two texts that were heard apart, given their characters from there on: not
+    where, but for punctuation, Chinese or Japanese characters meet."""
+    return not all(ALONE.match(next(filter(str.isalnum, side), "")) for side in (before, after))
 
 
 def join(texts: Iterable[str]) -> str:
@@ -110,13 +114,15 @@ def join(texts: Iterable[str]) -> str:
 
 
 def join_words(parts: Iterable[list[Word]]) -> list[Word]:
-    """The words of texts that were heard apart, as `join` joins these; none ends behind the start of the next."""
+    """The words of texts that were heard apart, as `join` joins these. None ends behind the start of the
+    next."""
     words = []
     for part in filter(None, parts):
         before = (character for word in reversed(words) for character in reversed(word.text))
         words += [part[0]._replace(spaced=parted(before, text_of(part))), *part[1:]]
     limits = [word.start for word in words[1:]] + [float("inf")]
-    return [word._replace(end=max(min(word.end, limit), word.start)) for word, limit in zip(words, limits)]
+    return [word._replace(end=max(min(word.end, limit), word.start))
+            for word, limit in zip(words, limits)]
 
 
 def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer, times: FrameTimes, offset: float = 0.0,
@@ -137,9 +143,10 @@ def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer
                 for i, (text, _, spaced) in enumerate(spelled)]
     probabilities = log_probs[frames, tokens].exp().tolist()
     behind = (times.field + times.shift) / 2 - delay
-    return join_words([[Word(text, offset + max(frames[places[0]] * times.shift - delay, 0.0),
-                             offset + frames[places[-1]] * times.shift + behind, min(probabilities[place] for place in places),
-                             spaced) for text, places, spaced in spelled]])
+    words = [Word(text, offset + max(frames[places[0]] * times.shift - delay, 0.0),
+                  offset + frames[places[-1]] * times.shift + behind,
+                  min(probabilities[place] for place in places), spaced) for text, places, spaced in spelled]
+    return join_words([words])
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
@@ -156,8 +163,11 @@ def as_json(transcript: Transcript) -> str:
 def as_ctm(transcript: Transcript) -> str:
     """A line per word: file, channel, start, duration, word, confidence (NIST's ctm). White space in `file` becomes _."""
     name = "_".join(transcript.file.split())
-    return "".join(f"{name} 1 {word.start:.3f} {round(word.end, 3) - round(word.start, 3):.3f} {word.text} {word.confidence:.4f}\n"
-                   for word in transcript.words)
+    lines = []
+    for word in transcript.words:
+        duration = round(word.end, 3) - round(word.start, 3)  # so that sums, too, end before the next
+        lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {word.text} {word.confidence:.4f}\n")
+    return "".join(lines)
 
 
 def as_srt(transcript: Transcript) -> str:
@@ -192,8 +202,8 @@ def cues(words: list[Word]) -> list[tuple[float, float, str]]:
         else:
             groups.append([word])
     limits = [group[0].start for group in groups[1:]] + [float("inf")]
-    return [(group[0].start, min(max(group[-1].end, group[0].start + SHORTEST_CUE), limit), "\n".join(lines_of(group)))
-            for group, limit in zip(groups, limits)]
+    return [(group[0].start, min(max(group[-1].end, group[0].start + SHORTEST_CUE), limit),
+             "\n".join(lines_of(group))) for group, limit in zip(groups, limits)]
 
 
 def lines_of(words: list[Word]) -> list[str]:
@@ -207,6 +217,6 @@ def lines_of(words: list[Word]) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """How wide the text is: a wide character (Chinese, Japanese, Korean, emoji) takes two columns, a combining mark none."""
-    return sum(0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
-               for c in text)
+    """A wide character (Chinese, Japanese, Korean, emoji) takes two, a combining mark none."""
+    seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)

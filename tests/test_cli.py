@@ -1,5 +1,6 @@
-"""Locks: one process at a time, and none that outlives its process."""
+"""Locks: one process at a time, and none that outlives its process. What a terminal cannot show is shown all the same."""
 
+import io
 import os
 import signal
 import subprocess
@@ -47,3 +48,10 @@ def test_a_child_does_not_inherit_a_lock(tmp_path):
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(cli.UserError, match="cannot be written"), cli.alone(str(tmp_path / "none" / "lock"), "it"):
         pass
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_its_code_point(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cli.run(lambda argv: print("caf\u00e9 \u4e2d", flush=True))
+    assert terminal.buffer.getvalue() == b"caf\xe9 \\u4e2d\n"

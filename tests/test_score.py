@@ -83,7 +83,7 @@ def score_json(capsys, world, *argv, root="data"):
 
 
 @pytest.mark.parametrize("said, hint", [
-    (TEXTS, None), ([text.upper() for text in TEXTS], "cannot write 'E' × "),
+    (TEXTS, None), ([text.upper() for text in TEXTS], "cannot write 'E' x "),
     ([f"{TEXTS[0]}!", "\u200bx", *TEXTS[2:]], "2 of 11 words")])
 def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(world, capsys, tmp_path, said, hint):
     write_split(tmp_path / "eval_clean", train_char(TEXTS), texts=said)
@@ -98,7 +98,7 @@ def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(worl
 def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unknown():
     tokenizer = from_vocab({token: i for i, token in enumerate(["<pad>", "<unk>", "|", "A", "B"])}, config={"do_lower_case": True})
     assert score.unspelled(tokenizer, ["a b", ""]) == ""
-    assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"])) and "'A' × 1" in hint and hint.endswith("with --lowercase")
+    assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"])) and "'A' x 1" in hint and hint.endswith("with --lowercase")
 
 
 @pytest.mark.parametrize("mode", MODES)

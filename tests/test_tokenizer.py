@@ -184,7 +184,7 @@ def test_the_language_of_a_nested_vocabulary_is_the_one_that_the_folder_names(tm
     ({}, {"special_tokens_map": {"pad_token": "[PAD]"}}, "differ on pad_token: <pad> or [PAD]"),
     ({}, {"added_tokens": {"un": 16}}, "differ on the id of 'un': 16 or 15"), ({}, {"added_tokens": {"un": 4}}, "'un'"),
     ({"added_tokens_decoder": {"17": {"content": "x", "single_word": True}}}, {}, "single_word of the added token 'x'"),
-    ({"added_tokens_decoder": {"4": {"content": "x"}}}, {}, "the token 'x' has the id 4, but 'c' has it"),
+    ({"added_tokens_decoder": {"4": {"content": "x"}}}, {}, "the tokens 'c' and 'x' have the same id 4"),
     ({"added_tokens_decoder": {"4": {}}}, {}, "save_pretrained"), ({}, {"added_tokens": [1]}, "is no JSON object")])
 def test_a_folder_that_contradicts_itself_is_one_clear_error(config, files, complaint, tmp_path):
     folder = saved(tmp_path / "saved", config, **files)

@@ -262,6 +262,7 @@ def test_a_stream_times_its_words_as_the_whole_does(world, capsys, tmp_path):
     assert text == f"{path}\t{heard['text']}" and heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
     starts = [word["start"] for word in heard["words"]]
     assert starts == sorted(starts) and starts[-1] < heard["duration"]
+    assert all(one["end"] <= start for one, start in zip(heard["words"], starts[1:]))
     assert all(word["confidence"] > 0 for word in heard["words"])
 
 
@@ -380,6 +381,7 @@ def test_the_words_of_a_transcript_are_its_text_in_one_piece_or_many(parts, kind
     assert words.text_of(heard) == words.join(tokenizer.decode(ids) for ids in tokens)
     assert all(one.end <= other.start for one, other in zip(heard, heard[1:]) if one.start < other.start)
     lines = [line for *_, text in words.cues(heard) for line in text.split("\n")]
+    assert all(words.columns(line) <= words.LINE for line in lines)
     assert "".join("".join(lines).split()) == "".join(words.text_of(heard).split())
     assert not any(unicodedata.combining(word.text[0]) for part in spelled for word in part[1:] if not word.spaced)
 
