@@ -92,7 +92,9 @@ class Tokenizer:
         self._decomposed = marks and unicodedata.is_normalized("NFD", "\n".join(self._characters))
         nfc = {unicodedata.normalize("NFC", c): c for c in self._characters}
         self._not_nfc = {form: c for form, c in nfc.items() if form not in self._characters}
-        self._whole = None if wav2vec2 is None else self._build_whole()
+        if wav2vec2:
+            whole = {token for token in self.tokens if len(token) > 1} | set(wav2vec2["added"])
+            self._whole = (whole | {self.tokens[i] for i in specials} | {space}) - {""}
         self._bpe = None if merges is None else self._build_bpe()
         self._processor = None if sentencepiece is None else self._build_processor()
 
@@ -147,23 +149,18 @@ class Tokenizer:
         known = self._decomposed or self._characters.issuperset(parts)
         return "".join(parts) if known else character
 
-    def _build_whole(self) -> re.Pattern:
-        whole = {t for t in self.tokens if len(t) > 1} | set(self.wav2vec2["added"])
-        longest_first = sorted(whole - {"", self.space}, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
     def _wav2vec2_pieces(self, text: str) -> list[str]:
-        """The pieces that transformers makes of a text: tokens of several characters, the leftmost first
-        and of those the longest, and the characters between them. A token of the vocabulary takes the
-        spaces beside it; one that was added later does not. The name of a special token is one piece,
-        but never that token: no label may hold a blank."""
-        parts = self._whole.split(text)  # every other one is such a token
-        for i in range(1, len(parts), 2):
-            if parts[i] not in self.wav2vec2["added"]:
-                parts[i - 1], parts[i + 1] = parts[i - 1].rstrip(), parts[i + 1].lstrip()
-        pieces = []
+        """The pieces that transformers makes of a text: first the tokens of several characters and those
+        that were added, then the characters between them. A token of several characters takes the spaces
+        beside it, unless it was added. The name of a special token is one piece, but never that token:
+        no label may hold a blank."""
+        parts, pieces = split_off(text, self._whole), []
         for i, part in enumerate(parts):
-            if i % 2:
+            if part in self._whole and len(part) > 1 and part not in self.wav2vec2["added"]:
+                parts[max(i - 1, 0):i] = [before.rstrip() for before in parts[max(i - 1, 0):i]]
+                parts[i + 1:i + 2] = [after.lstrip() for after in parts[i + 1:i + 2]]
+        for part in parts:
+            if part in self._whole:
                 pieces.append(part)
             else:
                 pieces += part.upper() if self.wav2vec2["do_lower_case"] else part
@@ -210,6 +207,42 @@ class Tokenizer:
             return cls(**data)
         except Exception as error:  # tokenizers raises bare Exceptions for bad merges
             raise UserError(f"not a tokenizer of ours: {error}; make one with prepare.py") from None
+
+
+def split_off(text: str, tokens: set[str]) -> list[str]:
+    """The text cut at the tokens in it, the leftmost first and of those the longest: transformers' Trie.
+
+    With its flaw: where a token ends while a longer one to the left of it breaks off, the search for the
+    rest of the longer one skips that character, and what it cuts out then is no token.
+    """
+    beginnings = {token[:size] for token in tokens for size in range(1, len(token) + 1)}
+
+    def longest(seen: str, at: int) -> int | None:
+        """Where the longest token ends that goes on with text[at:]."""
+        end = at if seen in tokens else None
+        while seen + text[at:at + 1] in beginnings and at < len(text):
+            seen, at = seen + text[at], at + 1
+            end = at if seen in tokens else end
+        return end
+
+    cuts, begun, behind = [0], {}, 0  # begun: of each place where a token may have begun, its characters
+    for here in range(len(text) + 1):
+        if here < behind:
+            continue
+        grown = {start: seen + text[here:here + 1] for start, seen in begun.items()}
+        whole = next((start for start, seen in begun.items() if seen in tokens), None)
+        if whole is None:
+            begun = {start: seen for start, seen in grown.items() if seen in beginnings}
+        else:
+            for start, seen in begun.items():
+                end = longest(seen, here) if start == whole else longest(
+                    grown[start] if grown[start] in beginnings else seen, here + 1)
+                if end is not None:
+                    break
+            cuts, begun, behind = [*cuts, start, end], {}, end
+        if behind <= here and text[here:here + 1] in beginnings:
+            begun[here] = text[here]
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
 
 
 def train_char(texts) -> Tokenizer:
