@@ -157,8 +157,10 @@ class Tokenizer:
         parts, pieces = split_off(text, self._whole), []
         for i, part in enumerate(parts):
             if part in self._whole and len(part) > 1 and part not in self.wav2vec2["added"]:
-                parts[max(i - 1, 0):i] = [before.rstrip() for before in parts[max(i - 1, 0):i]]
-                parts[i + 1:i + 2] = [after.lstrip() for after in parts[i + 1:i + 2]]
+                if i > 0:
+                    parts[i - 1] = parts[i - 1].rstrip()
+                if i + 1 < len(parts):
+                    parts[i + 1] = parts[i + 1].lstrip()
         for part in parts:
             if part in self._whole:
                 pieces.append(part)
