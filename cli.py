@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import io
 import os
 import signal
 import sys
@@ -93,9 +94,9 @@ def run(main) -> None:
     """Calls main(argv); a UserError becomes one line on stderr and exit status 2, a signal another
     and 128 + its number. Signals that the parent ignores, as nohup does, stay ignored."""
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show, be it a name on disk, is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     program = os.path.basename(sys.argv[0])
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name on disk may not be in UTF-8
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if before[number] != signal.SIG_IGN:

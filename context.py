@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError, option
+from tokenizer import quoted
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
     cannot spell.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line") from error
@@ -107,14 +108,9 @@ def read_phrase(line: str, place: str, tokenizer, score: float) -> tuple[list[in
             score = 0.0
         if not 0 < score < float("inf"):
             raise UserError(f"{place}: {last} is no score; write a number above 0 behind the colon")
-    tokens = tokenizer.encode(line)
-    unknown = sorted({character for character in line if not character.isspace() and not spells(tokenizer, character)})
-    if unknown or not tokens or tokenizer.unk_id in tokens:
-        raise UserError(f"{place}: the tokenizer cannot spell {' '.join(unknown) or line!r}; write as its transcripts do (case "
+    tokens, unknown = tokenizer.encode(line), sorted(set(tokenizer.unknown(line)))
+    if unknown or not tokens:
+        what = " ".join(map(quoted, unknown)) or quoted(line)
+        raise UserError(f"{place}: the tokenizer cannot spell {what}; write as its transcripts do (case "
                         "counts) or leave the phrase out")
     return tokens, score
-
-
-def spells(tokenizer, character: str) -> bool:
-    tokens = tokenizer.encode(character)
-    return bool(tokens) and tokenizer.unk_id not in tokens

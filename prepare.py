@@ -30,6 +30,9 @@ from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
 from transforms import RATES, read_audio, resample
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
+# What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
+# directions. tk.NOTHING stays where it has something beside it.
+INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class PrepareOptions(SourceOptions):
     demo: bool = option(False, "make the synthetic demo corpus instead of reading a source")
     data_root: str | None = option(None, "folder to write; with --demo data/demo if not given")
     sample_rate: int = option(16000, "samples per second of the rows")
-    tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, a .ckpt or a vocab.json")
+    tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, .ckpt, vocab.json or transformers folder")
     vocab_size: int | None = option(None, "number of tokens of --tokenizer bpe; 500 if not given")
     shard_rows: int = option(2000, "rows of a shard")
     overwrite: bool = option(False, "replace the data that an earlier run left in data_root")
-    lowercase: bool = option(False, "write all text in lower case")
+    lowercase: bool = option(False, "write all text in lower case, Unicode's: I becomes i in any language")
     uppercase: bool = option(False, "write all text in upper case")
     remove_punctuation: bool = option(False, "leave punctuation out of the text, apostrophes excepted")
 
@@ -64,12 +67,17 @@ def waveform_of(audio, sample_rate: int) -> np.ndarray:
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:
-    """NFC with single spaces; case and punctuation as the options say."""
+    """NFC with single spaces, without invisible characters; case and punctuation as the options say.
+    Empty where nothing shows."""
+    text = INVISIBLE.sub("", tk.normalize_text(text))
     if options.remove_punctuation:
         text = "".join(" " if unicodedata.category(c).startswith("P") and c not in "'\u2019" else c for c in text)
-    if options.lowercase or options.uppercase:
-        text = text.lower() if options.lowercase else text.upper()
-    return tk.normalize_text(text)
+    if options.lowercase:
+        text = text.replace("\u0130", "i").lower()  # of which lower() would leave a combining dot
+    elif options.uppercase:
+        text = text.upper()
+    text = tk.normalize_text(text)
+    return text if tk.NOTHING.sub("", text).strip() else ""
 
 
 def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> dict:
@@ -95,7 +103,8 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
     """Writes the shards folder/0, folder/1, ...; bad rows are added to `rejected`. Returns the rows kept."""
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
     bar = tqdm(rows, desc=name, unit=" rows", total=sum(part.count for part in parts))
-    speakers, tokens, unknown = any(part.speakers for part in parts), 0, 0
+    speakers, tokens, unknown = any(part.speakers for part in parts), 0, collections.Counter()
+    examples, changed, change = {}, 0, ""
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
         for row in bar:
             try:
@@ -104,16 +113,27 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
                 rejected.append((name, row.name, str(reason)))
                 continue
             writer.write(example)
-            tokens += len(example["labels"]["input_ids"])
-            unknown += example["labels"]["input_ids"].count(tokenizer.unk_id)
+            text, ids = example["text"], example["labels"]["input_ids"]
+            tokens += len(tokenizer.spell(text))
+            for piece in (missing := tokenizer.unknown(text)):
+                unknown[piece] += 1
+                examples.setdefault(piece, row.name)
+            if not missing and (heard := tokenizer.decode(ids)) != text:
+                changed += 1
+                change = change or f"{heard[:80]!r} for {text[:80]!r} of {row.name}"
     if writer.rows == 0:
         first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == name), "")
         raise UserError(f"split {name} has no usable row{first}; nothing was written")
-    if 2 * unknown > tokens:
-        raise UserError(f"{unknown} of {tokens} tokens of split {name} are unknown to {options.tokenizer}: "
+    told = tk.most_frequent(unknown, examples)
+    if 2 * unknown.total() > tokens:
+        raise UserError(f"{unknown.total()} of {tokens} tokens of split {name} are unknown to "
+                        f"{options.tokenizer}: {told}; "
                         "try --uppercase or --lowercase, or another --tokenizer")
     if unknown:
-        print(f"{name}: {unknown} of {tokens} tokens are unknown to the tokenizer")
+        print(f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: {told}")
+    if changed:
+        print(f"{name}: the labels of {changed} rows say something else than their text, because the "
+              f"tokenizer cannot tell it apart: {change}")
     return writer.rows
 
 

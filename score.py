@@ -7,7 +7,9 @@ of the data excluded, over the duration of the audio.
 
 import json
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -24,8 +26,9 @@ from datamodule import audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions
 from model import load_checkpoint
 from stream import cut, listen
-from tokenizer import check_maker, normalize_text
+from tokenizer import check_maker, most_frequent, normalize_text
 from transforms import extract
+from words import join
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ def main(argv: list[str]) -> None:
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     graph = load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
     dataset, references = load_data(tokenizer, frontend, options)
+    if hint := unspelled(tokenizer, references):
+        print(f"score.py: note: {hint}", file=sys.stderr)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
         context = graph if mode in CONTEXT_MODES else None
         if options.concatenate:
             hypotheses, seconds = recognize_long(model, dataset, search, context)
-            references = [" ".join(filter(None, references))]
+            references = [join(references)]
         elif options.stream:
             hypotheses, seconds = recognize_stream(model, dataset, search, context)
         else:
@@ -104,6 +109,27 @@ def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Data
     if not any(references):
         raise UserError(f"{place}: no row has any text to compare with; prepare it with transcripts")
     return dataset, references
+
+
+def unspelled(tokenizer, references: list[str]) -> str:
+    """Which words of the references nothing that is heard can equal, because the tokenizer spells them
+    otherwise, and what to do about it; "" where there are none."""
+    def lost(change=str) -> Counter:
+        said = [change(text) for text in references]
+        heard = [tokenizer.decode(tokenizer.encode(text)) for text in said]
+        return Counter(" ".join(said).split()) - Counter(" ".join(heard).split())
+
+    words = lost()
+    if not words:
+        return ""
+    flags = [flag for flag, change in (("--lowercase", str.lower), ("--uppercase", str.upper))
+             if 2 * lost(change).total() < words.total()]
+    flags = flags or ["--lowercase", "--uppercase or --remove_punctuation"]
+    unknown = Counter(piece for text in references for piece in tokenizer.unknown(text))
+    return (f"{words.total()} of {sum(len(text.split()) for text in references)} words of the references "
+            "count as errors whatever is heard: the checkpoint's tokenizer cannot write "
+            f"{most_frequent(unknown or words)}; prepare the data again as the training data was, with "
+            f"{' or '.join(flags)}")
 
 
 def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOptions,
@@ -144,7 +170,7 @@ def recognize_long(model, dataset, search: SearchOptions, context) -> tuple[list
               for piece in cut(model, waveform, search.chunk_size))
     texts = [model.tokenizer.decode(heard.hypothesis.tokens)
              for heard in listen(model, pieces, search, context=context) if heard.final]
-    return [" ".join(filter(None, texts))], time.perf_counter() - began
+    return [join(texts)], time.perf_counter() - began
 
 
 def waveforms_of(dataset) -> Iterator[torch.Tensor]:

@@ -6,6 +6,7 @@ every checkpoint.
 """
 
 import base64
+import collections
 import json
 import os
 import re
@@ -22,15 +23,42 @@ from cli import UserError, write_whole
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
 BPE_SPACE = "\u2581"
+# What shows nothing alone: joiners, variation selectors and tags, which change what is beside them,
+# and fillers.
+NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
+                     "\U000e0000-\U000e0fff]")
 HAN = re.compile("([\u4e00-\u9fff])")  # the Chinese characters that WeNet never hands to sentencepiece
-# What the special tokens are called in the vocab.json files that transformers' Wav2Vec2CTCTokenizer works with.
-VOCAB_NAMES = {"blank": ("<pad>", "[PAD]", "<blank>"), "unk": ("<unk>", "[UNK]"), "sos": ("<s>", "[BOS]", "<sos>"),
-               "eos": ("</s>", "[EOS]", "<eos>")}
+# What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what such a token
+# is called in a vocab.json, in the order in which transformers appends those that are missing.
+VOCAB_NAMES = {"sos": ("bos_token", "<s>", "[BOS]", "<sos>"),
+               "eos": ("eos_token", "</s>", "[EOS]", "<eos>"),
+               "unk": ("unk_token", "<unk>", "[UNK]"),
+               "blank": ("pad_token", "<pad>", "[PAD]", "<blank>")}
+WAV2VEC2_FILES = ("vocab.json", "added_tokens.json", "special_tokens_map.json",
+                  "tokenizer_config.json")
+WAV2VEC2_OPTIONS = {"tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"),
+                    "replace_word_delimiter_char": (None, " ")}  # and what we support of each
 
 
 def normalize_text(text: str) -> str:
     """Unicode NFC, every run of white space one space, none at the ends. Case and punctuation stay."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def quoted(piece: str) -> str:
+    """Text for a message: in quotation marks, or by its code points where not all of it is seen."""
+    seen = piece.isprintable() and not any(
+        unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
+    return f"'{piece}'" if seen else " ".join(f"U+{ord(c):04X}" for c in piece)
+
+
+def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
+    """For a message: what a tokenizer did not know, how often each occurs, and where."""
+    told = [f"{quoted(piece)} x {count}"
+            + (f" (as in {examples[piece]})" if piece in examples else "")
+            for piece, count in unknown.most_common(10)]
+    rest = len(unknown) - len(told)
+    return ", ".join(told) + (f" and {rest} others" if rest else "")
 
 
 class Tokenizer:
@@ -40,18 +68,33 @@ class Tokenizer:
     merges: the byte-pair merges, most frequent first; None for a tokenizer of characters.
     sentencepiece: of models from WeNet, {"model": a sentencepiece model in base64, "han": whether text goes to it in upper
     case and without its Chinese characters, each of which is a token}; None for all others.
+    wav2vec2: of transformers' vocabularies, {"do_lower_case": whether the tokens are in upper case and
+    texts in lower case, "added": the tokens that were added to the vocabulary}; None for all others.
     """
 
-    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None, sentencepiece=None):
+    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None,
+                 sentencepiece=None, wav2vec2=None):
         self.tokens = list(tokens)
         self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
         self.space, self.merges, self.sentencepiece = space, merges, sentencepiece
+        self.wav2vec2 = wav2vec2
         self._of_pieces = merges is not None or sentencepiece is not None  # there a space is part of a piece
         self._silent = {blank_id, sos_id, eos_id}
         specials = self._silent | {unk_id}
         # A special token is never what a piece of text means, even when the text spells its name.
-        self._ids = {" " if t == space and not self._of_pieces else t: i
-                     for i, t in enumerate(self.tokens) if i not in specials}
+        self._ids = {t: i for i, t in enumerate(self.tokens) if i not in specials}
+        if space in self._ids and not self._of_pieces:
+            self._ids[" "] = self._ids.pop(space)
+        self._characters = set("".join(self._ids))
+        if wav2vec2 and wav2vec2["do_lower_case"]:
+            self._characters |= set("".join(self._ids).lower())
+        marks = any(unicodedata.category(c)[0] == "M" for c in self._characters)
+        self._decomposed = marks and unicodedata.is_normalized("NFD", "\n".join(self._characters))
+        nfc = {unicodedata.normalize("NFC", c): c for c in self._characters}
+        self._not_nfc = {form: c for form, c in nfc.items() if form not in self._characters}
+        if wav2vec2:
+            whole = {token for token in self.tokens if len(token) > 1} | set(wav2vec2["added"])
+            self._whole = (whole | {self.tokens[i] for i in specials} | {space}) - {""}
         self._bpe = None if merges is None else self._build_bpe()
         self._processor = None if sentencepiece is None else self._build_processor()
 
@@ -73,12 +116,57 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text` after `normalize_text`, without sos and eos; what the vocabulary lacks is unk_id."""
+        ids = [i for _, i in self.spell(text)]
+        return [i for i in ids if i != self.blank_id]  # which is what is unknown to a vocabulary without unknown token
+
+    def unknown(self, text: str) -> list[str]:
+        """The pieces of `text`, mostly characters, that the vocabulary lacks."""
+        return [piece for piece, i in self.spell(text) if i == self.unk_id]
+
+    def spell(self, text: str) -> list[tuple[str, int]]:
+        """The pieces of `text` after `normalize_text`, and their ids."""
         text = normalize_text(text)
         if self._bpe is not None:
-            return self._bpe.encode(text, add_special_tokens=False).ids
-        pieces = text if self._processor is None else self._sentencepieces(text)
-        ids = [self._ids.get(piece, self.unk_id) for piece in pieces]
-        return [i for i in ids if i != self.blank_id]  # which is what is unknown to a vocabulary without unknown token
+            found = self._bpe.encode(text, add_special_tokens=False)
+            return [(text[start:end], i) for (start, end), i in zip(found.offsets, found.ids)]
+        if self._processor is not None:
+            pieces = self._sentencepieces(text)
+        else:
+            for form, character in self._not_nfc.items():
+                text = text.replace(form, character)
+            text = "".join(map(self._as_written, text))
+            pieces = text if self.wav2vec2 is None else self._wav2vec2_pieces(text)
+        return [(piece, self._ids.get(piece, self.unk_id)) for piece in pieces]
+
+    def _as_written(self, character: str) -> str:
+        """The character, decomposed as far as it must be where the vocabulary is, or has only its parts."""
+        if character in self._characters:
+            return character
+        parts = []
+        for part in unicodedata.normalize("NFD", character):
+            composed = unicodedata.normalize("NFC", "".join(parts[-1:]) + part)
+            parts[-1:] = [composed] if composed in self._characters else [*parts[-1:], part]
+        known = self._decomposed or self._characters.issuperset(parts)
+        return "".join(parts) if known else character
+
+    def _wav2vec2_pieces(self, text: str) -> list[str]:
+        """The pieces that transformers makes of a text: first the tokens of several characters and those
+        that were added, then the characters between them. A token of several characters takes the spaces
+        beside it, unless it was added. The name of a special token is one piece, but never that token:
+        no label may hold a blank."""
+        parts, pieces = split_off(text, self._whole), []
+        for i, part in enumerate(parts):
+            if part in self._whole and len(part) > 1 and part not in self.wav2vec2["added"]:
+                if i > 0:
+                    parts[i - 1] = parts[i - 1].rstrip()
+                if i + 1 < len(parts):
+                    parts[i + 1] = parts[i + 1].lstrip()
+        for part in parts:
+            if part in self._whole:
+                pieces.append(part)
+            else:
+                pieces += part.upper() if self.wav2vec2["do_lower_case"] else part
+        return [" " if piece == self.space else piece for piece in pieces]
 
     def _sentencepieces(self, text: str) -> list[str]:
         if not self.sentencepiece["han"]:
@@ -87,13 +175,21 @@ class Tokenizer:
         return [piece for part in parts
                 for piece in ([part] if HAN.fullmatch(part) else self._processor.encode(part, out_type=str))]
 
+    def texts(self, ids) -> list[str]:
+        """What each token id adds to what `written` makes a text of: blank, sos and eos nothing."""
+        pieces = ["" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i]
+                  for i in ids]
+        if self._of_pieces:
+            return [piece.replace(self.space, " ") for piece in pieces]
+        return [" " if piece == self.space else piece for piece in pieces]
+
+    def written(self, text: str) -> str:
+        lower = self.wav2vec2 is not None and self.wav2vec2["do_lower_case"]
+        return normalize_text(text.lower() if lower else text)
+
     def decode(self, ids) -> str:
         """The text of token ids. Blank, sos and eos are left out; repeats stay (undoing CTC is decode.py's work)."""
-        ids = [int(i) for i in ids]
-        pieces = [UNKNOWN_MARK if i == self.unk_id else self.tokens[i] for i in ids if i not in self._silent]
-        if self._of_pieces:
-            return " ".join("".join(pieces).replace(self.space, " ").split())
-        return " ".join("".join(" " if piece == self.space else piece for piece in pieces).split())
+        return self.written("".join(self.texts(map(int, ids))))
 
     def shared_ids(self, other: "Tokenizer") -> list[tuple[int, int]]:
         """(own id, other's id) of the special tokens, by role, and of every token that both know."""
@@ -102,7 +198,8 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
-        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges", "sentencepiece")
+        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges",
+                 "sentencepiece", "wav2vec2")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
@@ -112,6 +209,42 @@ class Tokenizer:
             return cls(**data)
         except Exception as error:  # tokenizers raises bare Exceptions for bad merges
             raise UserError(f"not a tokenizer of ours: {error}; make one with prepare.py") from None
+
+
+def split_off(text: str, tokens: set[str]) -> list[str]:
+    """The text cut at the tokens in it, the leftmost first and of those the longest: transformers' Trie.
+
+    With its flaw: where a token ends while a longer one to the left of it breaks off, the search for the
+    rest of the longer one skips that character, and what it cuts out then is no token.
+    """
+    beginnings = {token[:size] for token in tokens for size in range(1, len(token) + 1)}
+
+    def longest(seen: str, at: int) -> int | None:
+        """Where the longest token ends that goes on with text[at:]."""
+        end = at if seen in tokens else None
+        while seen + text[at:at + 1] in beginnings and at < len(text):
+            seen, at = seen + text[at], at + 1
+            end = at if seen in tokens else end
+        return end
+
+    cuts, begun, behind = [0], {}, 0  # begun: of each place where a token may have begun, its characters
+    for here in range(len(text) + 1):
+        if here < behind:
+            continue
+        grown = {start: seen + text[here:here + 1] for start, seen in begun.items()}
+        whole = next((start for start, seen in begun.items() if seen in tokens), None)
+        if whole is None:
+            begun = {start: seen for start, seen in grown.items() if seen in beginnings}
+        else:
+            for start, seen in begun.items():
+                end = longest(seen, here) if start == whole else longest(
+                    grown[start] if grown[start] in beginnings else seen, here + 1)
+                if end is not None:
+                    break
+            cuts, begun, behind = [*cuts, start, end], {}, end
+        if behind <= here and text[here:here + 1] in beginnings:
+            begun[here] = text[here]
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
 
 
 def train_char(texts) -> Tokenizer:
@@ -142,45 +275,108 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
                      merges=[list(pair) for pair in model["merges"]])
 
 
-def from_vocab(vocabulary: dict) -> Tokenizer:
-    """The tokenizer of a Wav2Vec2 vocab.json {token: id}: ids stay, unk, sos and eos are appended where absent."""
-    ids_ok = all(isinstance(i, int) for i in vocabulary.values())
-    if not ids_ok or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokenizer:
+    """The tokenizer of a Wav2Vec2 vocab.json {token: id}: ids stay, sos, eos and unk are appended where absent.
+
+    added: {token: id} of what was added to the vocabulary. config: what tokenizer_config.json says.
+    """
+    if any(isinstance(i, dict) for i in vocabulary.values()):
+        languages = ", ".join(list(vocabulary)[:5])
+        raise UserError(f"it holds the vocabularies of several languages ({languages}, ...); give its "
+                        "folder, with a target_lang in its tokenizer_config.json")
+    tokens = {}
+    for token, i in [*vocabulary.items(), *added.items()]:
+        if vocabulary.get(token, i) != i:
+            raise UserError(f"the token {token!r} has two ids, {vocabulary[token]} and {i}")
+        if tokens.setdefault(i, token) != token:
+            raise UserError(f"the tokens {tokens[i]!r} and {token!r} have the same id {i}")
+    if not all(isinstance(i, int) for i in tokens) or sorted(tokens) != list(range(len(tokens))):
         raise UserError("not a vocab.json: it must map tokens to the ids 0, 1, 2, ... without gaps")
-    tokens, special = sorted(vocabulary, key=vocabulary.get), {}
-    for role, names in VOCAB_NAMES.items():
-        found = [vocabulary[name] for name in names if name in vocabulary]
+    tokens, special = [tokens[i] for i in range(len(tokens))], {}
+    later = [token for token in added if token not in vocabulary or len(token) == 1]
+    for role, (option, *names) in VOCAB_NAMES.items():
+        names = [config[option]] if config.get(option) else names
+        found = [tokens.index(name) for name in names if name in tokens]
         if not found and role == "blank":
             raise UserError(f"the vocabulary has no pad token ({', '.join(names)}), which CTC needs as its blank")
         special[f"{role}_id"] = found[0] if found else len(tokens)
         if not found:
             tokens.append(names[0])
-    return Tokenizer(tokens=tokens, space="|" if "|" in vocabulary else " ", **special)
+            later.append(names[0])
+    space = config.get("word_delimiter_token") or ("|" if "|" in tokens else " ")
+    wav2vec2 = {"do_lower_case": bool(config.get("do_lower_case")), "added": later}
+    return Tokenizer(tokens=tokens, space=space, wav2vec2=wav2vec2, **special)
+
+
+def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tokenizer:
+    """The tokenizer that Wav2Vec2CTCTokenizer.save_pretrained wrote, of what is in WAV2VEC2_FILES.
+
+    Raises UserError where they contradict each other or ask for what is not supported.
+    """
+    for option, supported in WAV2VEC2_OPTIONS.items():
+        if config.get(option) not in supported:
+            raise UserError(f"tokenizer_config.json: {option} {config[option]!r} is not supported, only "
+                            f"{supported[1]!r}")
+    chosen = {"do_lower_case": config.get("do_lower_case")}
+    for option in (*(option for option, *_ in VOCAB_NAMES.values()), "word_delimiter_token"):
+        told = [source[option] for source in (names, config) if source.get(option)]
+        told = {token["content"] if isinstance(token, dict) else token for token in told}
+        if len(told) > 1:
+            raise UserError("special_tokens_map.json and tokenizer_config.json differ on "
+                            f"{option}: {' or '.join(sorted(told))}")
+        chosen[option] = next(iter(told), None)
+    if len(chosen["word_delimiter_token"] or " ") > 1:
+        raise UserError(f"word_delimiter_token {chosen['word_delimiter_token']!r} is not supported, only "
+                        "a single character")
+    if language := config.get("target_lang"):
+        if not isinstance(vocabulary.get(language), dict):
+            raise UserError(f"target_lang {language!r} is none of vocab.json's languages")
+        vocabulary = vocabulary[language]
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        content = token["content"]
+        if added.setdefault(content, int(i)) != int(i):
+            raise UserError("added_tokens.json and tokenizer_config.json differ on the id of "
+                            f"{content!r}: {added[content]} or {i}")
+        whole = content in vocabulary and len(content) > 1  # which takes the spaces beside it anyway
+        for flag in ("single_word", *(() if whole else ("lstrip", "rstrip"))):
+            if token.get(flag):
+                raise UserError(f"{flag} of the added token {content!r} is not supported")
+    return from_vocab(vocabulary, added, chosen)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a tokenizer.json, a vocab.json, or the tokenizer inside a .ckpt, in a folder for the hub or in a hub repository
-    org/name. Raises UserError if it is none of these."""
+    """Reads a tokenizer.json, a vocab.json, the tokenizer inside a .ckpt, or the one in a folder for the
+    hub, in a hub repository org/name or in a folder of Wav2Vec2CTCTokenizer.save_pretrained. Raises
+    UserError if it is none of these."""
     path = hub.locate(str(path))
-    path = os.path.join(path, hub.TOKENIZER) if os.path.isdir(path) else path
+    if os.path.exists(os.path.join(path, hub.TOKENIZER)):
+        path = os.path.join(path, hub.TOKENIZER)
+    folder, unreadable = os.path.isdir(path), "not a tokenizer.json, vocab.json or checkpoint"
     try:
-        if path.endswith(".ckpt"):
+        if folder:
+            unreadable = f"one of {', '.join(WAV2VEC2_FILES)} is no JSON object"
+            if not os.path.exists(os.path.join(path, WAV2VEC2_FILES[0])):
+                raise UserError(f"neither {hub.TOKENIZER} nor {WAV2VEC2_FILES[0]} is in it")
+            names = [os.path.join(path, name) for name in WAV2VEC2_FILES]
+            data = [hub.read_json(name) if os.path.exists(name) else {} for name in names]
+        elif path.endswith(".ckpt"):
             data = hub.read_weights_only(path, mmap=True)["tokenizer"]
         else:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 data = json.load(file)
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
-        reason = reason or "not a tokenizer.json, vocab.json or checkpoint"
-        raise UserError(f"cannot read a tokenizer from {path}: {reason}; give the path of one of these") from None
+        raise UserError(f"cannot read a tokenizer from {path}: {reason or unreadable}; give the path of one of these") from None
     try:
-        if isinstance(data, dict) and "tokens" in data:
-            return Tokenizer.from_dict(data)
+        if folder:
+            return from_folder(*data)
         if isinstance(data, dict) and data:
-            return from_vocab(data)
-        raise UserError("not a tokenizer.json, vocab.json or checkpoint")
+            return Tokenizer.from_dict(data) if "tokens" in data else from_vocab(data)
+        raise UserError(unreadable)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):  # of JSON of another shape
+        raise UserError(f"{path}: not what Wav2Vec2CTCTokenizer.save_pretrained writes; save it anew") from None
 
 
 def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:

@@ -44,7 +44,7 @@ class RunOptions:
     preset: str = option("tiny", "size of the model; single numbers can be overridden", choices=tuple(PRESETS))
     init_from: str | None = option(None, "start from this checkpoint's weights, model options and frontend (fine-tuning)")
     cmvn: str | None = option(None, "global_cmvn file for fbank; default: computed over train, or that of --init_from")
-    tokenizer: str | None = option(None, "tokenizer.json, vocab.json or .ckpt; default DATA_ROOT/tokenizer.json")
+    tokenizer: str | None = option(None, "tokenizer.json, vocab.json, transformers folder or .ckpt; default DATA_ROOT/tokenizer.json")
     max_epochs: int = option(20, "epochs, unless --max_steps comes first")
     max_steps: int = option(-1, "updates, -1 for no limit")
     accumulate_grad_batches: int = option(1, "batches per update")

@@ -35,7 +35,7 @@ from model import load_checkpoint
 from segments import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from stream import frame_ms, listen
 from transforms import extract
-from words import Transcript, Word, align_words, as_ctm, as_json, as_srt, as_vtt, frame_times, join
+from words import Transcript, Word, align_words, as_ctm, as_json, as_srt, as_vtt, frame_times, join, join_words
 
 POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
 
@@ -208,9 +208,9 @@ def assemble(number: int, recordings: list[Recording], heard: list[Heard],
              failed: set[int]) -> Iterator[tuple[int, Transcript]]:
     """(number, transcript) of the recording, or nothing."""
     if number not in failed:  # which may have happened after some pieces
-        words = [word for part in heard for word in part.words]
-        yield number, Transcript(recordings[number].path, join([part.text for part in heard]),
-                                 sum(part.seconds for part in heard), words)
+        yield number, Transcript(recordings[number].path, join(part.text for part in heard),
+                                 sum(part.seconds for part in heard),
+                                 join_words(part.words for part in heard))
 
 
 def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: int, failed: set[int]) -> Iterator[Piece]:
@@ -319,12 +319,12 @@ def streamed(model, recordings: list[Recording], options: TranscribeOptions, sea
                 texts.append(text)
                 log_probs = model.ctc_log_probs(heard.memory)[0].cpu()  # (T,V)
                 offset = heard.first_frame * frame_ms(model) / 1000
-                words += timed(model, heard.hypothesis.tokens, log_probs, offset, options)
+                words.append(timed(model, heard.hypothesis.tokens, log_probs, offset, options))
             if text and (heard.final or text != shown):
                 show(text, heard.seconds, heard.final)
             shown = text
         if number not in failed:
-            yield number, Transcript(recording.path, join(texts), seconds, words)
+            yield number, Transcript(recording.path, join(texts), seconds, join_words(words))
 
 
 def show(text: str, seconds: float, final: bool) -> None:

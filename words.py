@@ -6,7 +6,8 @@ through what it sees of it. Axes: T encoder frames, V vocabulary. All times are 
 
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,13 @@ from conformer import receptive_field
 from tokenizer import UNKNOWN_MARK, Tokenizer
 from transforms import Frontend
 
-ALONE = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # kana and Chinese characters
+# Chinese and Japanese characters, which no space parts: radicals, 々 〆 〇 and other signs, kana,
+# bopomofo, ideographs.
+ALONE = re.compile("[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff"
+                   "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f"
+                   "\U00020000-\U0003ffff]")
+GOES_ON = "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"  # long vowels, voicing, joiners: as marks
+OPENING, CLOSING = ("Ps", "Pi"), ("Pe", "Pf", "Po", "Pd", "Pc")  # categories of punctuation
 LINE, LINES = 42, 2  # a cue of subtitles: so many columns in so many lines,
 LONGEST_CUE, SHORTEST_CUE = 7.0, 1.0  # so many seconds, and no less where the next leaves room;
 PAUSE = 0.7  # a longer one ends it
@@ -33,6 +40,7 @@ class Word(NamedTuple):
     start: float
     end: float
     confidence: float
+    spaced: bool = True  # whether a space parts it from the word before
 
 
 class Transcript(NamedTuple):
@@ -54,37 +62,67 @@ def frame_times(input_layer: str, frontend: Frontend) -> FrameTimes:
     return FrameTimes(rate * frontend.frame_shift / 1000, ((field - 1) * frontend.frame_shift + frontend.frame_length) / 1000)
 
 
-def spell(tokens: list[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
-    """The words of a token sequence, each with the place in it of the token of each of its characters.
+class Spelled(NamedTuple):
+    text: str
+    places: list[int]  # of its tokens, in the sequence
+    spaced: bool  # as in Word
 
-    Spaces part words, whichever way the tokenizer has them; in scripts that have none, a Chinese or Japanese character is a
-    word of its own. Other scripts without spaces (Thai) come as long words.
+
+def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
+    """The words of a token sequence; `text_of` puts them together as `tokenizer.decode` does.
+
+    Spaces part words, whichever way the tokenizer has them; in scripts that have none, a Chinese or
+    Japanese character is a word of its own, with the punctuation and the combining marks that belong to
+    it. Other scripts without spaces (Thai) come as long words.
     """
-    words, inside = [], False
-    for place, token in enumerate(tokens):
-        if token in (tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id):
-            continue
-        text = UNKNOWN_MARK if token == tokenizer.unk_id else tokenizer.tokens[token].replace(tokenizer.space, " ")
+    words, spaced, inside, opened = [], True, False, False
+    for place, text in enumerate(tokenizer.texts(tokens)):
         for character in text:
-            if character == " ":
-                inside = False
+            if character.isspace():
+                spaced, inside, opened = True, False, False
                 continue
-            alone = bool(ALONE.match(character))
-            if alone or not inside:
-                words.append(("", []))
-            so_far, places = words[-1]
-            words[-1] = so_far + character, [*places, place]
-            inside = not alone
-    return words
+            category = unicodedata.category(character)
+            goes_on = character in GOES_ON or category[0] == "M" or category in CLOSING
+            alone = not goes_on and bool(ALONE.match(character))
+            opens = category in OPENING and (not inside or ord(character) > 0x2e7f)
+            if spaced or not (goes_on or opened or inside and not alone and not opens):
+                words.append(Spelled("", [], spaced))
+                inside = True
+            word = words[-1]
+            words[-1] = word._replace(text=word.text + character, places=[*word.places, place])
+            spaced, opened = False, category in OPENING
+            inside = not alone and (inside or not goes_on)
+    return [word._replace(text=tokenizer.written(word.text)) for word in words]
 
 
-def join(texts: Sequence[str]) -> str:
-    """Words or longer texts in a row, with spaces between them save between two Chinese or Japanese characters."""
+def text_of(words: Iterable[Spelled | Word]) -> str:
+    return "".join(f" {word.text}" if word.spaced else word.text for word in words).strip()
+
+
+def parted(before: Iterable[str], after: Iterable[str]) -> bool:
+    """Whether a space parts two texts that were heard apart, given their characters from there on: not
+    where, but for punctuation, Chinese or Japanese characters meet."""
+    return not all(ALONE.match(next(filter(str.isalnum, side), "")) for side in (before, after))
+
+
+def join(texts: Iterable[str]) -> str:
+    """Texts that were heard apart, in a row."""
     joined = ""
     for text in filter(None, texts):
-        close = joined and ALONE.match(joined[-1]) and ALONE.match(text[0])
-        joined += text if close or not joined else f" {text}"
+        joined += f" {text}" if joined and parted(reversed(joined), text) else text
     return joined
+
+
+def join_words(parts: Iterable[list[Word]]) -> list[Word]:
+    """The words of texts that were heard apart, as `join` joins these. None ends behind the start of the
+    next."""
+    words = []
+    for part in filter(None, parts):
+        before = (character for word in reversed(words) for character in reversed(word.text))
+        words += [part[0]._replace(spaced=parted(before, text_of(part))), *part[1:]]
+    limits = [word.start for word in words[1:]] + [float("inf")]
+    return [word._replace(end=max(min(word.end, limit), word.start))
+            for word, limit in zip(words, limits)]
 
 
 def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer, times: FrameTimes, offset: float = 0.0,
@@ -94,20 +132,21 @@ def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer
     A word starts where the frame of its first token begins to see, and ends half a shift behind the middle of its last
     token's, but not after the next word's start: what align.py measures to be least wrong. `delay` is taken off both: a CTC
     that trains for long, above all a causal one, may wait for more of the word before it says so. Where the tokens have no
-    CTC path (more of them than frames), every word has the whole piece and confidence 0.
+    CTC path (more of them than frames), the words share the piece and have confidence 0.
     """
     spelled = spell(tokens, tokenizer)
     alone = decode.Hypothesis(tokens, 0.0, [], [tokens], [0.0], [[]])
     frames = decode.align(alone, log_probs, len(log_probs), tokenizer.blank_id).times
     if not frames:
-        return [Word(text, offset, offset + len(log_probs) * times.shift, 0.0) for text, _ in spelled]
+        share = len(log_probs) * times.shift / max(len(spelled), 1)
+        return [Word(text, offset + i * share, offset + (i + 1) * share, 0.0, spaced)
+                for i, (text, _, spaced) in enumerate(spelled)]
     probabilities = log_probs[frames, tokens].exp().tolist()
     behind = (times.field + times.shift) / 2 - delay
     words = [Word(text, offset + max(frames[places[0]] * times.shift - delay, 0.0),
-                  offset + frames[places[-1]] * times.shift + behind, min(probabilities[place] for place in places))
-             for text, places in spelled]
-    limits = [word.start for word in words[1:]] + [float("inf")]
-    return [word._replace(end=max(min(word.end, limit), word.start)) for word, limit in zip(words, limits)]
+                  offset + frames[places[-1]] * times.shift + behind,
+                  min(probabilities[place] for place in places), spaced) for text, places, spaced in spelled]
+    return join_words([words])
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
@@ -124,8 +163,11 @@ def as_json(transcript: Transcript) -> str:
 def as_ctm(transcript: Transcript) -> str:
     """A line per word: file, channel, start, duration, word, confidence (NIST's ctm). White space in `file` becomes _."""
     name = "_".join(transcript.file.split())
-    return "".join(f"{name} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.4f}\n"
-                   for word in transcript.words)
+    lines = []
+    for word in transcript.words:
+        duration = round(word.end, 3) - round(word.start, 3)  # so that sums, too, end before the next
+        lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {word.text} {word.confidence:.4f}\n")
+    return "".join(lines)
 
 
 def as_srt(transcript: Transcript) -> str:
@@ -160,17 +202,21 @@ def cues(words: list[Word]) -> list[tuple[float, float, str]]:
         else:
             groups.append([word])
     limits = [group[0].start for group in groups[1:]] + [float("inf")]
-    return [(group[0].start, max(group[-1].end, min(group[0].start + SHORTEST_CUE, limit)), "\n".join(lines_of(group)))
-            for group, limit in zip(groups, limits)]
+    return [(group[0].start, min(max(group[-1].end, group[0].start + SHORTEST_CUE), limit),
+             "\n".join(lines_of(group))) for group, limit in zip(groups, limits)]
 
 
 def lines_of(words: list[Word]) -> list[str]:
-    """Lines of at most LINE columns, where no single word is longer; a Chinese or Japanese character takes two."""
-    lines = [""]
+    """Lines of at most LINE columns, where no single word is longer."""
+    lines = [[]]
     for word in words:
-        longer = join([lines[-1], word.text])
-        if lines[-1] and len(longer) + len(ALONE.findall(longer)) > LINE:
-            lines.append(word.text)
-        else:
-            lines[-1] = longer
-    return lines
+        if lines[-1] and columns(text_of([*lines[-1], word])) > LINE:
+            lines.append([])
+        lines[-1].append(word)
+    return [text_of(line) for line in lines]
+
+
+def columns(text: str) -> int:
+    """A wide character (Chinese, Japanese, Korean, emoji) takes two, a combining mark none."""
+    seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)

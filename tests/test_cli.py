@@ -1,5 +1,6 @@
-"""Locks: one process at a time, and none that outlives its process."""
+"""Locks: one process at a time, and none that outlives its process. What a terminal cannot show is shown all the same."""
 
+import io
 import os
 import signal
 import subprocess
@@ -97,3 +98,10 @@ def test_what_the_parent_ignores_stays_ignored_and_a_command_leaves_no_handlers(
 def test_a_name_that_is_not_in_utf_8_can_be_printed():
     command = [sys.executable, "-c", "import cli; cli.run(lambda _: print('caf\\udce9'))"]
     assert subprocess.check_output(command, cwd=os.path.dirname(cli.__file__)) == b"caf\\udce9\n"
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_its_code_point(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    cli.run(lambda argv: print("caf\u00e9 \u4e2d", flush=True))
+    assert terminal.buffer.getvalue() == b"caf\xe9 \\u4e2d\n"

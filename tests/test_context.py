@@ -130,7 +130,9 @@ def test_pieces_of_words_are_phrases_too(tmp_path):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("one\ntwö\n", "line 2: the tokenizer cannot spell 'ö';"), ("One\n", "line 1: the tokenizer cannot spell 'O';"),
+    ("one\ntwö\n", "line 2: the tokenizer cannot spell 'ö';"), ("two\u200b\n", "line 1: the tokenizer cannot spell U+200B;"),
+    ("\ufeffone\n\ufefftwo\n", "line 2: the tokenizer cannot spell U+FEFF;"), ("one\u2028two z\n", "cannot spell 'z';"),
+    ("o\u0308ne\n", "cannot spell 'ö';"), ("w\u0308o\n", "cannot spell 'ẅ';"), ("a\u0301\u0301\n", "cannot spell 'á' U+0301;"), ("One\n", "line 1: the tokenizer cannot spell 'O';"),
     ("one :two\n", "line 1: :two is no score"), ("one :-1\n", "line 1: :-1 is no score"),
     ("one :nan\n", "line 1: :nan is no score"), ("\n \n", "no phrase in it"),
     (None, "cannot be read (No such file"), (b"\xff\xfe", "cannot be read (not UTF-8)")])
@@ -141,6 +143,13 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, complaint):
     with pytest.raises(UserError) as raised:
         load_hotwords(str(path), train_char(["one two"]), 1.0)
     assert complaint in str(raised.value) and str(raised.value).startswith(f"--hotwords {path}")
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9", "cafe\u0301", "\ufeffcafe\u0301\r\n", "\ufeff\n caf\u00e9 "])
+def test_a_phrase_may_be_decomposed_and_behind_a_byte_order_mark(tmp_path, text):
+    path, tokenizer = tmp_path / "words.txt", train_char(["un caf\u00e9"])
+    path.write_bytes(text.encode())
+    assert walk(load_hotwords(str(path), tokenizer, 1.0), tokenizer.encode("caf\u00e9")) == (2 * 4.0, 4.0)
 
 
 def test_a_vocabulary_without_an_unknown_token_leaves_nothing_out(tmp_path):

@@ -342,6 +342,33 @@ def test_text_is_nfc_and_changes_only_where_flags_say(tmp_path):
         assert tk.load_tokenizer(tmp_path / f"root{i}/tokenizer.json").decode(row["labels"]["input_ids"]) == wanted
 
 
+@pytest.mark.parametrize("text, flags, wanted", [
+    ("\u200b", (), ""), ("\ufeff \u00ad\u2060", (), ""), ("\u200d\ufe0f\u3164", (), ""), ("\u2800 \u034f", (), ""),
+    ("\ufeffso\u00ad-and\u200b-so\u200e", (), "so-and-so"), ("e\u200b\u0301", (), "\u00e9"),
+    ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0915\u094d\u200d\u0937 \u2764\ufe0f", (), None),
+    ("\u0130I\u0130 I\u0307 \u0131", ("--lowercase",), "iii i \u0131"), ("\u017e\u0117 \u0116", ("--lowercase",), "\u017e\u0117 \u0117"),
+    ("stra\u00dfe i\u0307", ("--uppercase",), "STRASSE \u0130"), ("a\u037eb", ("--remove_punctuation",), "a b")])
+def test_what_shows_nothing_goes_and_case_leaves_no_loose_mark(text, flags, wanted):
+    options = prepare.parse(["--source", "s", "--data_root", "r", *flags])
+    assert prepare.clean_text(text, options) == (text if wanted is None else wanted)
+
+
+def test_unknown_characters_and_labels_that_say_something_else_are_told_with_a_row(tmp_path, capsys):
+    rows = [("a.wav", "chico bueno que chico", "s"), ("b.wav", "bueno \u00f1\u4e2d", "s"), ("c.wav", "\u4e2d\u0301 o\u2800", "s")]
+    write_split(tmp_path / "src/train", rows)
+    write_split(tmp_path / "src/dev", [("d.wav", "bueno \u00e4\u00e4" + "".join(map(chr, range(0x4e00, 0x4e0b))) + "o" * 20, "s")])
+    tokens = ["<pad>", "<unk>", "|", "ch", *"bceinoqu"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    run(tmp_path / "src", tmp_path / "root", "--tokenizer", str(tmp_path / "vocab.json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert ("train: 5 of 31 tokens are unknown to the tokenizer: '\u4e2d' x 2 (as in b.wav), '\u00f1' x 1 (as in b.wav), "
+            "U+0301 x 1 (as in c.wav), U+2800 x 1 (as in c.wav)") in lines
+    assert any(line.startswith("train: the labels of 1 rows say something else") and
+               line.endswith("'chico bueno quechico' for 'chico bueno que chico' of a.wav") for line in lines)
+    assert any(line.startswith("dev: 13 of 39 tokens are unknown to the tokenizer: '\u00e4' x 2 (as in d.wav), ") and
+               line.endswith(" and 2 others") for line in lines)
+
+
 def test_bpe_and_a_given_tokenizer(source, tmp_path):
     run(source, tmp_path / "bpe", "--tokenizer", "bpe", "--vocab_size", "25")
     tokenizer = tk.load_tokenizer(tmp_path / "bpe/tokenizer.json")
@@ -408,7 +435,7 @@ def test_text_the_tokenizer_does_not_know_is_refused_or_counted(source, tmp_path
     assert "unknown" not in capsys.readouterr().out
     tk.save_tokenizer(tk.train_char(["hello book"]), tmp_path / "most.json")
     run(source, tmp_path / "root", "--overwrite", "--tokenizer", str(tmp_path / "most.json"))
-    assert "train: 3 of 60 tokens are unknown" in capsys.readouterr().out
+    assert "train: 3 of 60 tokens are unknown to the tokenizer: 'a' x 1 (as in 0.wav), 'c' x 1" in capsys.readouterr().out
 
 
 def test_split_map_takes_the_named_splits_only(tmp_path):

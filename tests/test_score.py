@@ -18,7 +18,7 @@ import transcribe
 from conformer import ModelOptions
 from decode import MODES
 from model import U2, OptimOptions
-from tokenizer import save_tokenizer, train_char
+from tokenizer import from_vocab, save_tokenizer, train_char
 from transforms import Frontend
 
 TEXTS = ["one two three", "four", "five six", "seven eight nine ten", "zero", ""]
@@ -29,10 +29,10 @@ def waveform(row):
     return np.random.default_rng(row).normal(0, 0.1, int(SECONDS[row] * 16000)).astype(np.float32)
 
 
-def write_split(folder, tokenizer, text=True, label=None):
-    labels = [tokenizer.encode(said) if label is None else [label] for said in TEXTS]
+def write_split(folder, tokenizer, text=True, label=None, texts=TEXTS):
+    labels = [tokenizer.encode(said) if label is None else [label] for said in texts]
     rows = [{"input_values": waveform(row), "labels": {"input_ids": labels[row]}, **({"text": said} if text else {})}
-            for row, said in enumerate(TEXTS)]
+            for row, said in enumerate(texts)]
     features = {"input_values": datasets.List(datasets.Value("float32")),
                 "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
                 **({"text": datasets.Value("string")} if text else {})}
@@ -80,6 +80,25 @@ def score_json(capsys, world, *argv, root="data"):
     status, out, _ = call(capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv)
     assert status == 0
     return [json.loads(line) for line in out]
+
+
+@pytest.mark.parametrize("said, hint", [
+    (TEXTS, None), ([text.upper() for text in TEXTS], "cannot write 'E' x "),
+    ([f"{TEXTS[0]}!", "\u200bx", *TEXTS[2:]], "2 of 11 words")])
+def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(world, capsys, tmp_path, said, hint):
+    write_split(tmp_path / "eval_clean", train_char(TEXTS), texts=said)
+    status, out, err = call(capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", tmp_path, "--mode",
+                            "ctc_greedy_search")
+    notes = [line for line in err if line.startswith("score.py: note: ")]
+    assert status == 0 and json.loads(out[-1])["wer"] > 0 and len(notes) == (hint is not None)
+    if hint:
+        assert hint in notes[0] and ("with --lowercase" in notes[0]) and ("punctuation" in notes[0]) == ("2 of" in hint)
+
+
+def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unknown():
+    tokenizer = from_vocab({token: i for i, token in enumerate(["<pad>", "<unk>", "|", "A", "B"])}, config={"do_lower_case": True})
+    assert score.unspelled(tokenizer, ["a b", ""]) == ""
+    assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"])) and "'A' x 1" in hint and hint.endswith("with --lowercase")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,11 +5,14 @@ import json
 import os
 import struct
 import sys
+import unicodedata
 
+import hypothesis
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import strategies as st
 from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
 
 import align
@@ -259,6 +262,7 @@ def test_a_stream_times_its_words_as_the_whole_does(world, capsys, tmp_path):
     assert text == f"{path}\t{heard['text']}" and heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
     starts = [word["start"] for word in heard["words"]]
     assert starts == sorted(starts) and starts[-1] < heard["duration"]
+    assert all(one["end"] <= start for one, start in zip(heard["words"], starts[1:]))
     assert all(word["confidence"] > 0 for word in heard["words"])
 
 
@@ -342,18 +346,49 @@ def test_words_are_those_of_the_text_and_own_all_tokens_that_are_no_space(name):
     tokenizer = TOKENIZERS[name]
     tokens = tokenizer.encode(" the  cat at home ")
     spelled = words.spell(tokens, tokenizer)
-    assert [text for text, _ in spelled] == tokenizer.decode(tokens).split() == "the cat at home".split()
-    places = [place for _, of_word in spelled for place in of_word]
-    assert places == sorted(places) and all(len(text) == len(of_word) for text, of_word in spelled)
-    assert words.spell([tokenizer.unk_id, tokenizer.eos_id], tokenizer) == [("\u2047", [0])]
+    assert [word.text for word in spelled] == tokenizer.decode(tokens).split() == "the cat at home".split()
+    places = [place for word in spelled for place in word.places]
+    assert places == sorted(places) and all(len(word.text) == len(word.places) for word in spelled)
+    assert words.spell([tokenizer.unk_id, tokenizer.eos_id], tokenizer) == [("\u2047", [0], True)]
 
 
-def test_a_chinese_character_is_a_word_and_has_no_space_before_the_next():
-    tokenizer = train_char(["今天 ab好c"])
-    spelled = words.spell(tokenizer.encode("今天 ab好c"), tokenizer)
-    assert [text for text, _ in spelled] == ["今", "天", "ab", "好", "c"]
-    assert words.join(text for text, _ in spelled) == "今天 ab 好 c"
-    assert words.join(["", "你好", "吗", ""]) == "你好吗"
+@pytest.mark.parametrize("text", [
+    "你 好， 世 界。", "人 々 は 「東 京」", "三 〇 年、", "𠮷 野 家", "今 天_ab 好 c", "他 说 “你 好” OK_吗？", "ラー メ ン ｶﾞ か\u3099 ㋿", "ㄅ ㄆ",
+    "『「東」」 abc 「ｄef) 好 (好) 好", "안녕하세요_세계。", "สวัสดี_ครับ", "好 👩‍👩‍👧🏽 好 葛\U000e0100 e\u0301é", "'tis_.5_a-b_“so”_(so)", "， 你_， 你"])
+def test_a_word_has_its_marks_and_its_punctuation_and_spaces_only_where_the_tokens_have_them(text):
+    """Words are parted by _ where there is a space in the text, and by a space where there is none."""
+    said = text.replace(" ", "").replace("_", " ")
+    tokenizer = train_char([said])
+    spelled = words.spell(tokenizer.encode(said), tokenizer)
+    assert "".join("_ "[not word.spaced] + word.text for word in spelled)[1:] == unicodedata.normalize("NFC", text)
+    assert words.text_of(spelled) == tokenizer.decode(tokenizer.encode(said))
+
+
+SCRIPTS = st.sampled_from([*"ab'(“),.?！， 你好々〇「」。ーラ゙ﾞ𠮷豈한ㅎक़िनमस् ไท👩🏽", "\u0301", "\u200d", "\ufe0f", "\u0307", " a", "ch", "e\u0301"])
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(parts=st.lists(st.lists(SCRIPTS, max_size=12), max_size=4), kind=st.sampled_from(["char", "bpe", "wav2vec2"]))
+def test_the_words_of_a_transcript_are_its_text_in_one_piece_or_many(parts, kind):
+    texts = ["".join(part) for part in parts]
+    letters = {"<pad>", "<unk>", "|", "ch", *"".join(texts)}
+    tokenizer = {"char": lambda: train_char(["a", *texts]), "bpe": lambda: train_bpe(["a ch", *texts], 200),
+                 "wav2vec2": lambda: from_vocab({token: i for i, token in enumerate(sorted(letters))})}[kind]()
+    tokens = [tokenizer.encode(text) for text in texts]
+    spelled = [words.spell(ids, tokenizer) for ids in tokens]
+    assert [words.text_of(part) for part in spelled] == [tokenizer.decode(ids) for ids in tokens]
+    heard = words.join_words([Word(word.text, i, i + 1.1, 0.5, word.spaced) for word in part] for i, part in enumerate(spelled))
+    assert words.text_of(heard) == words.join(tokenizer.decode(ids) for ids in tokens)
+    assert all(one.end <= other.start for one, other in zip(heard, heard[1:]) if one.start < other.start)
+    lines = [line for *_, text in words.cues(heard) for line in text.split("\n")]
+    assert all(words.columns(line) <= words.LINE for line in lines)
+    assert "".join("".join(lines).split()) == "".join(words.text_of(heard).split())
+    assert not any(unicodedata.combining(word.text[0]) for part in spelled for word in part[1:] if not word.spaced)
+
+
+def test_texts_that_were_heard_apart_have_a_space_between_them_save_in_scripts_without():
+    assert words.join(["", "你好，", "世界。", "", "「吗」", "ok", "hello.", "ｶﾞ", "〇。", "𠮷"]) == "你好，世界。「吗」 ok hello. ｶﾞ〇。𠮷"
+    assert words.join(["안녕", "세계"]) == "안녕 세계"
 
 
 def log_probs_of(path, tokenizer, probability):
@@ -373,8 +408,8 @@ def test_words_have_the_times_and_the_least_probability_of_their_tokens():
     assert times == pytest.approx((0.04, 0.085))
     first, second = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0)
     assert (first.text, second.text) == ("at", "t")
-    assert first[1:] == pytest.approx((10.08, 10.12 + 0.0625, 0.8))  # from where `a` is likeliest, though it began before
-    assert second[1:] == pytest.approx((10.28, 10.28 + 0.0625, 0.75))
+    assert first[1:4] == pytest.approx((10.08, 10.12 + 0.0625, 0.8))  # from where `a` is likeliest, though it began before
+    assert second[1:4] == pytest.approx((10.28, 10.28 + 0.0625, 0.75))
     early, _ = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0, delay=0.1)
     assert early[1:3] == pytest.approx((10.0, 10.0825))  # not before the piece
 
@@ -391,7 +426,7 @@ def test_words_that_fit_no_ctc_path_are_still_there_without_confidence():
     tokenizer = TOKENIZERS["characters"]
     log_probs = torch.zeros(3, tokenizer.vocab_size)
     found = words.align_words(tokenizer.encode("at at"), log_probs, tokenizer, words.FrameTimes(0.04, 0.085), 1.0)
-    assert found == [("at", 1.0, 1.12, 0.0)] * 2
+    assert [word[:4] for word in found] == [("at", 1.0, 1.06, 0.0), ("at", 1.06, 1.12, 0.0)]
 
 
 def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
