@@ -2,11 +2,17 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-if not os.environ.get("GPU_TESTS"):  # what is tested is what a CPU does; besides, forked processes have no use of a GPU
+if not os.environ.get("GPU_TESTS"):  # what is tested is what a CPU does, much of it in forked processes, where CUDA cannot work
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one, and for all child processes
+for name in list(os.environ):  # of a cluster's job, in which each process would wait for others
+    if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+        del os.environ[name]
+CACHE = tempfile.TemporaryDirectory()  # a home may be read-only or absent
+os.environ["HF_HOME"] = CACHE.name
 
 import pytest
 import torch
@@ -39,9 +45,9 @@ def pytest_runtest_protocol():
 
 
 def end_with_the_test():
-    """For forked processes, within C or not; those of other programs end with subprocess.run, which waits for them."""
+    """Of forked processes. Those of other programs end with the subprocess.run that waits for them."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, max(ends - time.monotonic(), 1))
+    signal.setitimer(signal.ITIMER_REAL, max(ends - time.monotonic(), 0.01))
 
 
 os.register_at_fork(after_in_child=end_with_the_test)
