@@ -44,7 +44,7 @@ def test_hangs_fail_and_children_get_neither_a_gpu_nor_ignored_signals(tmp_path)
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-v", "-c", ROOT / "pytest.ini", "-o", "faulthandler_timeout=4",
-               "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tmp_path, tmp_path]
+               "-p", "no:cacheprovider", "-p", "no:xdist", "--color=no", "--rootdir", tmp_path, tmp_path]
     environment = {**os.environ, "TEST_DEADLINE": "1", "CUDA_VISIBLE_DEVICES": "0", "GPU_TESTS": "", "PYTEST_ADDOPTS": "",
                    "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path,
