@@ -214,8 +214,8 @@ def utterance_seconds(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 
 def make_table(rng: np.random.Generator, rows: int, tokenizer: Tokenizer, short: bool):
-    """A pyarrow Table with the columns that prepare.py writes: noise, and words of five random letters; and the samples of a row that is
-    not short."""
+    """A pyarrow Table with the columns that prepare.py writes: noise, and words of five random letters; whole_length has the
+    samples that a row would have if it were not short."""
     import pyarrow as pa
     seconds = utterance_seconds(rng, rows)
     lengths = (seconds * RATE).astype(np.int64)
