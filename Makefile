@@ -64,7 +64,7 @@ compare: .venv/installed  ## table of the runs in runs/
 	$(PY) compare.py $(ARGS)
 
 test: .venv/installed  ## the tests
-	$(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadfile tests $(ARGS)
+	$(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 tests $(ARGS)
 
 smoke: .venv/installed  ## the whole chain on a handful of rows
 	$(PY) -m pytest -q tests/test_smoke.py $(ARGS)

@@ -342,6 +342,8 @@ class ConvolutionModule(nn.Module):
         `past` is that of the frames before x, None at the beginning.
         """
         x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
+        if not (self.causal or self.training):
+            x = x * valid  # what follows the last frame is zero, padding or not; (WeNet's training sees glu(bias) in padding)
         present = None
         if self.causal:
             before = self.silence(x) if past is None else past  # (B,D,kernel-1)
@@ -515,7 +517,8 @@ class Encoder(nn.Module):
         for block in self.blocks:
             inputs = x, positions, mask[:, None], valid[..., None].to(x.dtype)
             x, _ = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-        return self.after_norm(x), lengths
+        # Where an utterance has no frame, decoders look at a padded one, which must not depend on how many of them there are.
+        return self.after_norm(x).masked_fill((lengths == 0)[:, None, None], 0.0), lengths
 
     def compile_blocks(self):
         """They are alike, so they share their code, and one code serves all lengths (on CPUs not with the convolution's layout

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -83,13 +84,21 @@ def unpack_batch(features, *small) -> Batch:
 
 
 def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
-    """All shards ROOT/split/0, 1, ... (or 0/data ...) of all roots, in numeric order.
+    """All shards ROOT/split/0, 1, ... (or 0/data ...) of all roots that have the split, in numeric order.
 
-    Raises UserError for a missing root or split, a damaged shard, a wrong schema (naming the shard), and roots whose
-    tokenizers differ.
+    Raises UserError for a missing root, a split that no root has, a shard that comes twice, a damaged one, a wrong schema
+    (naming the shard), and roots whose tokenizers differ.
     """
     check_tokenizers(data_roots)
-    shards = [load_shard(path) for root in data_roots for path in shard_paths(Path(root), split)]
+    roots = list(map(Path, data_roots))
+    without = [root for root in roots if root.is_dir() and not (root / split).is_dir()]
+    if len(without) < len(roots):
+        roots = [root for root in roots if root not in without]
+        for root in without:
+            rank_zero_info(f"{split}: {root} has none, so it is that of {', '.join(map(str, roots))} alone")
+    paths = [path for root in roots for path in shard_paths(root, split)]
+    check_twice(paths)
+    shards = [load_shard(path) for path in paths]
     first, first_path = shards[0]
     names = [name for name in first.column_names if all(name in shard.column_names for shard, _ in shards)]
     for shard, path in shards:
@@ -112,6 +121,16 @@ def check_tokenizers(data_roots) -> None:
         if content != next(iter(contents.values())):
             raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
                             "roots with the same --tokenizer")
+
+
+def check_twice(paths: list[Path]) -> None:
+    """Raises UserError where two of them are the same folder."""
+    seen = {}
+    for path in paths:
+        other = seen.setdefault(path.resolve(), path)
+        if other is not path:
+            raise UserError(f"{path}: its rows would come twice{f', also as {other}' if other != path else ''}; give every data "
+                            "root once, or a copy of one whose rows shall count twice")
 
 
 def shard_paths(root: Path, split: str) -> list[Path]:
@@ -173,6 +192,11 @@ def check_schema(shard: datasets.Dataset, path: Path) -> None:
     if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
         raise UserError(f"{path}: column length is {schema.field('length').type}, not a whole number of samples; leave it "
                         "out, and it is computed")
+    if "length" in schema.names:
+        said, samples = shard.data.column("length").to_numpy(), list_lengths(shard.data.column("input_values"))
+        for row in np.flatnonzero(said != samples)[:1]:  # one without a value is nan
+            raise UserError(f"{path}: column length is {said[row]} in row {row} of the shard, but input_values has "
+                            f"{samples[row]} samples there; leave the column out, and it is computed")
 
 
 def is_list(kind) -> bool:
@@ -218,6 +242,15 @@ def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]
         parts.append((lengths, counts[ends] - counts[ends - lengths]))
     lengths, repeats = map(np.concatenate, zip(*parts))
     return lengths, repeats
+
+
+def label_checksum(dataset: datasets.Dataset) -> int:
+    """The same for the same token ids in the same rows, however they are stored."""
+    checksum = 0
+    for parts in zip(*map(label_values, label_column(dataset).chunks)):  # values of all chunks, then lengths of all chunks
+        for part in parts:
+            checksum = zlib.crc32(part.astype(np.int64), checksum)
+    return checksum
 
 
 def label_values(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -435,6 +468,7 @@ class SpeechDataModule(L.LightningDataModule):
         train = self.splits["train"]
         self.lengths = audio_lengths(train)
         self.label_lengths, repeats = label_statistics(train)
+        self.label_checksum = label_checksum(train)
         keep, reasons = np.ones(len(train), bool), {}
         if self.options.filter:
             keep, reasons = filter_conformer_len_prob(self.lengths, self.label_lengths, repeats, frontend=self.frontend,

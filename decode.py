@@ -314,14 +314,15 @@ def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray,
 # ---------------------------------------------------------------------------------------------------------- attention
 
 
-def attention_beam_search(step, batch_size: int, max_length: int, beam_size: int, sos_id: int, eos_id: int,
+def attention_beam_search(step, batch_size: int, max_length, beam_size: int, sos_id: int, eos_id: int,
                           device=None, length_penalty: float = 0.0) -> list[Hypothesis]:
     """Beam search with an autoregressive decoder, all utterances and beams in one call per token.
 
     step(prefixes (B*N,L), state, parents (B*N,) | None) -> (log-probabilities of the next token (B*N,V), new state).
     `state` is the caller's own (None at first); parents[i] is the row of the previous call that prefix i continues, so
-    that a cache can follow (None at first). Row b*N+n is beam n of utterance b. A search ends when every beam of every
-    utterance ended in eos_id, or after max_length tokens (WeNet: the number of encoder frames).
+    that a cache can follow (None at first). Row b*N+n is beam n of utterance b. An utterance's search ends when each of its
+    beams ended in eos_id, or after max_length tokens, a number for all or one for each (B,) (WeNet: the encoder frames of the
+    longest utterance; here each has its own, so that neighbours change nothing). Until all have ended it stays as it is.
     score is the sum of log-probabilities over length**length_penalty; times are empty: attention has no alignment.
     """
     prefixes = torch.full((batch_size * beam_size, 1), sos_id, dtype=torch.long, device=device)
@@ -330,18 +331,22 @@ def attention_beam_search(step, batch_size: int, max_length: int, beam_size: int
     scores[:, 0] = 0.0
     ended = torch.zeros(batch_size * beam_size, dtype=torch.bool, device=device)
     first_row = torch.arange(batch_size, device=device)[:, None] * beam_size  # (B,1)
-    state, parents = None, None
-    for _ in range(max_length):
+    max_length = torch.as_tensor(max_length, device=device).expand(batch_size)
+    over = max_length <= 0  # (B,)
+    state, parents, length = None, None, 0
+    while not bool(over.all()):
         log_probs, state = step(prefixes, state, parents)
+        ended |= over.repeat_interleave(beam_size)
         offers, tokens = _offer(log_probs, ended, beam_size, eos_id)  # (B*N,K) each
         totals = (scores.view(-1, 1) + offers).view(batch_size, -1)  # (B,N*K)
-        scores, choice = totals.topk(beam_size, dim=-1)  # (B,N)
+        as_they_are = torch.arange(beam_size, device=device) * tokens.shape[1]  # (N,)
+        choice = torch.where(over[:, None], as_they_are, totals.topk(beam_size, dim=-1).indices)  # (B,N)
+        scores = totals.gather(1, choice)
         parents = (first_row + choice // tokens.shape[1]).view(-1)
         chosen = tokens.view(batch_size, -1).gather(1, choice).view(-1, 1)
         prefixes = torch.cat([prefixes[parents], chosen], dim=1)
-        ended = chosen[:, 0] == eos_id
-        if bool(ended.all()):
-            break
+        ended, length = chosen[:, 0] == eos_id, length + 1
+        over = (max_length <= length) | ended.view(batch_size, -1).all(dim=1)
     return _rank(prefixes, scores, eos_id, length_penalty)
 
 

@@ -409,7 +409,7 @@ class U2(L.LightningModule):
     def attention_search(self, memory, lengths, beam_size):
         net = self.net
         rows = torch.arange(memory.size(0), device=memory.device).repeat_interleave(beam_size)  # (B*N,)
-        memory, lengths, longest = memory[rows], lengths[rows], memory.size(1)
+        max_length, memory, lengths = lengths, memory[rows], lengths[rows]
 
         def step(prefixes, state, parents):
             if parents is not None:  # parents stay within their utterance, so the source needs no reordering
@@ -417,7 +417,7 @@ class U2(L.LightningModule):
             logits, state = net.decoder.step(prefixes, state, memory, lengths)
             return logits.float().log_softmax(-1), state
 
-        return decode.attention_beam_search(step, len(rows) // beam_size, longest, beam_size, net.sos_id, net.eos_id,
+        return decode.attention_beam_search(step, len(max_length), max_length, beam_size, net.sos_id, net.eos_id,
                                             memory.device)
 
     # ------------------------------------------------------------------------------------------------------ checkpoint

@@ -6,6 +6,7 @@ ROOT/rejected.csv the rows that could not be used, ROOT/prepare.json a sample ra
 all of it is written, or not at all.
 """
 
+import collections
 import contextlib
 import csv
 import glob

@@ -237,10 +237,12 @@ def find_place(path: str, checkpoint: dict) -> Place:
 
 
 def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
-    """All that the order of rows depends on, by the names of its flags; `data` is a SpeechDataModule after setup('fit')."""
+    """All that the order of rows depends on, by the names of its flags, and what they say; `data` is a SpeechDataModule after
+    setup('fit')."""
     seconds, rows = data.options.max_batch_seconds, data.kept
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
-    return {"seed": data.seed, "rows of train": f"{len(rows)} (checksum {checksum:08x})", "max_batch_seconds": seconds,
+    return {"seed": data.seed, "rows of train": f"{len(rows)} (checksum {checksum:08x})",
+            "labels of train": f"(checksum {data.label_checksum:08x})", "max_batch_seconds": seconds,
             "batch_size": None if seconds else data.options.batch_size or 16, "group_by_length": data.options.group_by_length,
             "accumulate_grad_batches": accumulate_grad_batches, "processes": world_size}
 

@@ -84,10 +84,10 @@ def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25
     assert draw_chunk(200, dataclasses.replace(TINY, use_dynamic_chunk=False)) == (-1, -1)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("chunk_size, left_chunks", [(-1, -1), (4, -1), (4, 1), (1, 0)])
-def test_padding_and_neighbours_change_nothing(chunk_size, left_chunks):
-    # (of the causal network: behind WeNet's non-causal convolution the last frames do see whether padding follows)
-    model = network().double()
+def test_padding_and_neighbours_change_nothing(chunk_size, left_chunks, causal):
+    model = network(causal=causal).double()
     feats = torch.randn(3, 90, 80, dtype=torch.float64)
     lengths = torch.tensor([90, 53, 30])
     together, frames = model.encode(feats, lengths, chunk_size, left_chunks)

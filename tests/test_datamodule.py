@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 from functools import partial
 
 import datasets
@@ -16,7 +17,7 @@ import torch
 from cli import UserError
 from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
 from datamodule import (DataOptions, SpeechDataModule, SpeechDataset, audio_lengths, eval_loader,
-                        filter_conformer_len_prob, get_concat_dataset, label_statistics, load_split, row_values)
+                        filter_conformer_len_prob, get_concat_dataset, label_checksum, label_statistics, load_split, row_values)
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform
 
@@ -69,7 +70,48 @@ def test_shards_come_in_numeric_order_whether_at_k_or_k_data(tmp_path):
         save(tmp_path / f"train/{shard}" / ("data" if shard % 2 else ""), [1000 + shard])
     (tmp_path / "train/.tmp-12").mkdir()  # what an interrupted run may leave
     assert audio_lengths(get_concat_dataset([tmp_path], "train")).tolist() == [1000 + shard for shard in range(12)]
-    assert len(get_concat_dataset([tmp_path, tmp_path], "train")) == 24
+
+
+@pytest.mark.parametrize("spelling", ["same", "dots", "link", "linked split", "linked shard"])
+def test_the_same_rows_twice_are_refused_however_they_are_spelt(root, tmp_path, spelling):
+    other = {"same": root, "dots": root / "train/..", "link": tmp_path / "link"}.get(spelling, tmp_path / "other")
+    if spelling == "link":
+        other.symlink_to(root)
+    elif spelling.startswith("linked"):
+        part = "train" + "/1" * (spelling == "linked shard")
+        (other / part).parent.mkdir(parents=True)
+        (other / part).symlink_to(root / part)
+    with pytest.raises(UserError, match="rows would come twice") as error:
+        get_concat_dataset([root, other], "train")
+    assert f"{other}/train/" in one_line(error)
+    shutil.copytree(root, tmp_path / "copy")
+    assert len(get_concat_dataset([root, tmp_path / "copy"], "train")) == 16
+
+
+def test_a_split_comes_from_the_roots_that_have_it_and_the_others_are_named(root, tmp_path, caplog):
+    save(tmp_path / "more/train/0", SAMPLES[:2])
+    save(tmp_path / "less/dev/0", SAMPLES[:1])
+    data = module(root, tmp_path / "more", tmp_path / "less")
+    with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
+        data.setup("fit")
+    assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 10, "dev": 4}
+    assert [line for line in caplog.messages if "has none" in line] == [
+        f"train: {tmp_path}/less has none, so it is that of {root}, {tmp_path}/more alone",
+        f"dev: {tmp_path}/more has none, so it is that of {root}, {tmp_path}/less alone"]
+    for roots, reason in (((tmp_path / "more", tmp_path / "more"), "no split dev"), ((root, tmp_path / "no"), "no such data root")):
+        with pytest.raises(UserError, match=reason):
+            get_concat_dataset(roots, "dev")
+
+
+@pytest.mark.parametrize("length", [[3000, 2999, 3001], [3000, None, 3001], [3000, -1, 3001]], ids=str)
+def test_a_length_that_the_audio_contradicts_is_refused_and_the_row_named(tmp_path, length):
+    for shard in ("0", "1"):
+        made = columns([3000, 3000, 3001])
+        datasets.Dataset.from_dict(made | {"length": made["length"] if shard == "0" else length}).save_to_disk(
+            str(tmp_path / "train" / shard))
+    with pytest.raises(UserError, match=f"length is {length[1] or 'nan'} in row 1 of the shard, .* 3000 samples") as error:
+        get_concat_dataset([tmp_path], "train")
+    assert str(tmp_path / "train/1") in one_line(error)
 
 
 def test_a_shard_of_another_schema_is_named(tmp_path):
@@ -171,6 +213,18 @@ def test_label_statistics_count_adjacent_repeats_within_a_row_only(struct):
     dataset = datasets.Dataset.from_dict(columns([1] * 5, labels, struct=struct))
     counts, repeats = label_statistics(dataset)
     assert counts.tolist() == [3, 2, 0, 2, 2] and repeats.tolist() == [2, 0, 0, 1, 0]
+
+
+def test_the_checksum_of_labels_is_of_what_they_say_and_not_of_how_they_are_stored():
+    def checksum(*parts, struct=False, pick=None):
+        made = datasets.concatenate_datasets([
+            datasets.Dataset.from_dict(columns([1] * len(part), part, struct=struct)) for part in parts])
+        return label_checksum(made if pick is None else made.select(pick))
+
+    labels = [[4, 5], [], [6], [7, 7, 7]]
+    assert checksum(labels) == checksum(labels[:1], labels[1:], struct=True) == checksum(labels[::-1], pick=[3, 2, 1, 0])
+    others = [[[5, 5], [], [6], [7, 7, 7]], [[4], [5], [6], [7, 7, 7]], labels[::-1], [[4, 5], [6], [], [7, 7, 7]]]
+    assert len({checksum(labels), *map(checksum, others)}) == 5
 
 
 def test_picked_rows_have_their_own_lengths():

@@ -279,6 +279,20 @@ def test_attention_beam_search_batched_equals_one_by_one():
         assert attention_beam_search(make_step(7, 4, (salt,)), 1, 6, 4, SOS, EOS) == [hypothesis]
 
 
+@pytest.mark.parametrize("sharpness", [0.0, 1.5], ids=["tied", "random"])
+def test_each_utterance_of_an_attention_beam_search_ends_at_its_own_length(sharpness, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.next_token_log_probs", lambda prefix, vocabulary, salt: random_log_probs(
+        vocabulary, seed=hash((salt, *prefix)) % 2**31, sharpness=sharpness))
+    for seed in range(25):
+        vocabulary, beam_size = 2 + seed % 6, 1 + seed % 7
+        lengths, salts = [seed % 11, 3, 0, 7, 10], range(seed, seed + 5)
+        together = attention_beam_search(make_step(vocabulary, beam_size, salts), 5, torch.tensor(lengths), beam_size, SOS, EOS)
+        for salt, length, hypothesis in zip(salts, lengths, together):
+            assert all(len(tokens) <= length for tokens in hypothesis.nbest)
+            step = make_step(vocabulary, beam_size, (salt,))
+            assert attention_beam_search(step, 1, length, beam_size, SOS, EOS) == [hypothesis]
+
+
 def test_attention_length_penalty_favours_longer_hypotheses():
     def step(prefixes, state, parents):  # "2 2 2 eos" is less likely than "eos" but likelier per token
         ends = torch.tensor([[0.0, 0.4, 0.6]] if prefixes.shape[1] < 4 else [[0.0, 0.9, 0.1]])

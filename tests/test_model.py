@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -209,6 +210,27 @@ def test_the_checkpoint_is_plain_data_and_gives_the_same_model_back(tmp_path):
     chunked, whole = (loaded.decode(batch.features, batch.feature_lengths, "ctc_prefix_beam_search", 3, chunk)
                       for chunk in (2, -1))
     assert chunked[0].score != whole[0].score
+
+
+@pytest.mark.parametrize("chunk_size, left_chunks", [(-1, -1), (4, -1), (4, 1)])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_heard_depends_neither_on_neighbours_nor_on_padding(mode, chunk_size, left_chunks):
+    model = make().double().eval()
+    with torch.no_grad():
+        for decoder in (model.net.decoder, model.net.right_decoder):
+            decoder.output_layer.weight.mul_(30)  # decoders that are sure of what they say, and hardly ever of its end
+    frames = torch.tensor([120, 75, 60, 20, 8, 3])  # encoder frames: 29, 18, 14, 4, 1, none
+    features = torch.randn(6, 120, 80, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    hear = partial(model.decode, mode=mode, beam_size=4, chunk_size=chunk_size, left_chunks=left_chunks)
+    together = hear(features, frames)
+    shuffled = hear(torch.nn.functional.pad(features, (0, 0, 0, 33), value=7.0).flip(0), frames.flip(0))[::-1]
+    for row, length in enumerate(frames.tolist()):
+        alone, = hear(features[row:row + 1, :length], frames[row:row + 1])
+        for other in (together[row], shuffled[row]):
+            assert (other.nbest, other.nbest_times) == (alone.nbest, alone.nbest_times)
+            assert other.nbest_scores == pytest.approx(alone.nbest_scores, rel=1e-6, abs=1e-6)
+    if mode == "attention":
+        assert {len(hypothesis.tokens) for hypothesis in together} >= {29, 18, 14, 0}  # each ended at its own length
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02.", None])

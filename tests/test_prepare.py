@@ -168,7 +168,7 @@ ODD = {  # name: (content, samples kept or reason)
     "loud 48 kHz.wav": (encoded(np.full(999, -3.4e38), 48000, subtype="FLOAT"), "samples as large as 3e+38; full scale is 1"),
     "1 Hz.wav": (encoded(tone(), 1), "sample rate 1: it must be 4000 to 384000"),
     "500 MHz.wav": (encoded(tone(), 500_000_000), "sample rate 500000000: it must be 4000 to 384000"),
-    "unending.flac": (UNENDING, "cannot be decoded: Unable to allocate 256. GiB"),
+    "unending.flac": (UNENDING, ("cannot be decoded: ", "cut short: ")),  # by what the machine grants of 256 GiB
     "gone.wav": (None, "file missing"),
     "folder.wav": ("a folder", "file missing"),
 }

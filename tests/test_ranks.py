@@ -7,8 +7,10 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
+import datasets
 import pytest
 import torch
 
@@ -158,6 +160,26 @@ def test_a_cut_epoch_is_not_mixed_with_another_plan(data, cut_run, words, reason
     with pytest.raises(UserError, match=f"within an epoch that is planned with {reason}.*; give the same"):
         run(data, cut_run, *SAME, *(() if "--max_batch_seconds" in words else ("--batch_size", 8)), *words, "--resume")
     assert before == ((cut_run / "steps.jsonl").read_bytes(), (cut_run / "run.json").read_bytes())
+
+
+def relabelled(data, folder):
+    """The data with other labels of the same lengths."""
+    shutil.copytree(data, folder)
+    shutil.rmtree(folder / "train")
+    rows = datasets.load_from_disk(str(data / "train/0"))
+    labels = [{"input_ids": [4 + (token - 3) % 8 for token in row["labels"]["input_ids"]]} for row in rows]
+    rows = datasets.Dataset.from_dict({"input_values": rows["input_values"], "labels": labels})
+    rows.save_to_disk(str(folder / "train/0"))
+    return folder
+
+
+def test_changed_labels_of_the_same_lengths_are_noticed(data, cut_run, tmp_path, caplog):
+    other = relabelled(data, tmp_path / "data")
+    with pytest.raises(UserError, match=r"within an epoch that is planned with labels of train \(checksum \w+\), not \(\w+"):
+        run(other, cut_run, *SAME, "--batch_size", 8, "--resume")
+    run(data, tmp_path / "run", "--max_epochs", 1)
+    run(other, tmp_path / "run", "--max_epochs", 2, "--resume")
+    assert [("planned with labels of train" in line) for line in caplog.messages].count(True) == 1
 
 
 def test_a_checkpoint_without_a_plan_goes_on_as_before(data, cut_run, tmp_path):
