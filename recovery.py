@@ -100,6 +100,9 @@ class LastCheckpoint(Checkpoint):
         self.path, self.steps, self.minutes, self.options = path, steps, minutes, options
         self.stop = 0  # STOP + signal
 
+    def setup(self, trainer, module, stage):
+        self.listen(module)
+
     def on_train_start(self, trainer, module):
         self.listen(module)
         self.saved = time.monotonic()

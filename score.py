@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from cli import UserError, build, make_parser, option, run, write_whole
 from context import HotwordOptions, load_hotwords
-from datamodule import audio_lengths, get_concat_dataset, load_split, rows_rate
+from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions
 from model import load_checkpoint
+from sampler import eval_batches
 from stream import cut, listen
 from tokenizer import check_maker, most_frequent, normalize_text
 from transforms import extract
@@ -39,7 +40,8 @@ class ScoreOptions:
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))
     stream: bool = option(False, "hear every row piece by piece, in chunks of --chunk_size, 16 unless given")
     concatenate: bool = option(False, "with --stream: all rows are one long recording, with endpoints where they fall")
-    batch_size: int = option(16, "utterances decoded together, of like lengths; memory grows with it")
+    batch_size: int = option(16, "most utterances decoded together, of like lengths; fewer where they would be more than "
+                                 f"{EVAL_SECONDS:g} s")
     examples: int = option(0, "print so many utterances, what was said above what was heard in the last mode")
     details: str | None = option(None, "file to write: a JSON line per utterance, what was said, heard and wrong")
 
@@ -137,9 +139,9 @@ def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOpti
     """(what was heard, per row; seconds it took). context: a ContextGraph or None."""
     features_of, texts, seconds = extract(frontend), [""] * len(dataset), 0.0
     waveforms = dataset.select_columns(["input_values"]).with_format("numpy")
-    order = np.argsort(-audio_lengths(dataset), kind="stable")  # longest first: memory runs out early or never
-    for start in tqdm(range(0, len(order), options.batch_size), desc=mode, unit=" batches"):
-        rows = order[start:start + options.batch_size].tolist()
+    batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=EVAL_SECONDS * frontend.sample_rate)
+    for keys in tqdm(batches, desc=mode, unit=" batches"):  # longest first: memory runs out early or never
+        rows = [row for _, row in keys]
         batch = [torch.from_numpy(waveforms[row]["input_values"].astype(np.float32)) for row in rows]
         began = time.perf_counter()
         features = [features_of(waveform) for waveform in batch]

@@ -146,7 +146,8 @@ def find_run(given: dict) -> tuple[str, str | None]:
     resume = None if named is None else named or os.path.join(folder, "last.ckpt")
     if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")):
         return folder, resume  # the process of rank 0 has checked, and may have begun to write
-    if not os.path.isdir(folder) or not set(os.listdir(folder)) - {LOCK} or given["overwrite"]:
+    there = set(os.listdir(folder)) - {LOCK, "logs"} if os.path.isdir(folder) else ()  # of a run that was killed before it began
+    if not there or given["overwrite"]:
         return folder, resume
     if resume is None:
         raise UserError(f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "

@@ -1,6 +1,7 @@
 """The guard of optimizer_step, validation, decoding and checkpoints, on a network that trains in a blink."""
 
 import ast
+import dataclasses
 import json
 import pickle
 import re
@@ -20,7 +21,7 @@ import wenet_import
 from cli import UserError, run
 from conformer import ModelOptions, for_few_rows
 from decode import MODES
-from model import U2, OptimOptions, load_checkpoint, read_checkpoint
+from model import U2, OptimOptions, blame, load_checkpoint, read_checkpoint
 from tokenizer import load_tokenizer, train_char
 from transforms import Frontend
 
@@ -49,9 +50,9 @@ def batches(count, poison=(), size=2, first_row=0, frames=60):
                     torch.full((size,), 3), rows)
 
 
-def make(tmp_path=None, **optim):
+def make(tmp_path=None, options=OPTIONS, **optim):
     torch.manual_seed(0)
-    return U2(options=OPTIONS, optim=OptimOptions(**{"warmup_steps": 2, **optim}), frontend=Frontend(), tokenizer=TOKENIZER,
+    return U2(options=options, optim=OptimOptions(**{"warmup_steps": 2, **optim}), frontend=Frontend(), tokenizer=TOKENIZER,
               total_steps=20, skip_log=str(tmp_path / "skipped.jsonl") if tmp_path else None)
 
 
@@ -70,11 +71,11 @@ class Recorder(L.Callback):
                             trainer.lr_scheduler_configs[0].scheduler.last_epoch))
 
 
-def fit(model, loader, accumulate=1, plugins=None, precision=None, **options):
+def fit(model, loader, accumulate=1, plugins=None, precision=None, watch=None, **options):
     recorder = Recorder()
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=5.0,
-                        callbacks=[recorder], accumulate_grad_batches=accumulate, plugins=plugins, precision=precision,
+                        callbacks=[recorder] + [watch] * bool(watch), accumulate_grad_batches=accumulate, plugins=plugins, precision=precision,
                         **options)
     trainer.fit(model, DataLoader(list(loader), batch_size=None))
     return trainer, recorder.states
@@ -106,6 +107,29 @@ def test_a_nan_in_one_micro_batch_of_four_leaves_everything_as_it_was(tmp_path, 
     assert not same(after[0], healed[0]) and healed[2] == after[2] + 1
     assert all(p.isfinite().all() for p in model.parameters())
     assert skipped(tmp_path) == [{"step": 1, "epoch": 0, "rows": list(range(8, 16)), "rows_with_nonfinite_loss": [9]}]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_skip_leaves_the_statistics_of_batch_norm_as_they_were(tmp_path, accumulate):
+    model = make(tmp_path, options=dataclasses.replace(OPTIONS, cnn_module_norm="batch_norm"))
+    buffers = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if not trainer.fit_loop._should_accumulate():
+                buffers.append([buffer.clone() for buffer in module.net.buffers()])
+
+    trainer, _ = fit(model, batches(3 * accumulate, poison=[accumulate]), accumulate, watch=Watch())
+    assert same(buffers[0], buffers[1]) and not same(buffers[1], buffers[2])
+    assert all(buffer.isfinite().all() for buffer in buffers[2])
+
+
+def test_the_rows_to_blame_are_those_that_began_it():
+    """A row beside one of not-a-numbers may become one, as on CPUs with AMX; its features are none."""
+    features, losses = torch.zeros(4, 5, 3), torch.tensor([1.0, torch.nan, torch.nan, 2.0])
+    assert blame(features, losses).isfinite().tolist() == [True, False, False, True]
+    features[2, 4, 1] = torch.inf
+    assert blame(features, losses).isfinite().tolist() == [True, True, False, True]
 
 
 def test_accumulation_starts_afresh_after_a_skip(tmp_path):

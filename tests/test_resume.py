@@ -266,6 +266,25 @@ def test_an_ignored_signal_stays_ignored(data, tmp_path):
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_update_ends_behind_it(data, tmp_path, number):
+    def body():
+        train.MemoryCheck.on_train_start = lambda *_: os.kill(os.getpid(), number)
+        run(data, tmp_path / "run", "--max_epochs", 1)
+
+    assert in_child(body) == 128 + number
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_a_run_that_was_killed_before_it_began_is_in_nobody_s_way(data, tmp_path):
+    def body():
+        train.MemoryCheck.on_train_start = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        run(data, tmp_path / "run", "--max_steps", 1)
+
+    assert in_child(body) == -signal.SIGKILL and (tmp_path / "run").exists()
+    run(data, tmp_path / "run", "--max_steps", 1)
+
+
 def test_a_terminal_that_hangs_up_loses_nothing(data, tmp_path):
     child, terminal = pty.fork()
     if child == 0:

@@ -201,3 +201,14 @@ def test_evaluation_sees_every_row_once_and_no_rank_is_left_out(world_size):
     assert [lengths[row] for batch in eval_batches(lengths, 4) for _, row in batch] == sorted(lengths, reverse=True)
     with pytest.raises(UserError, match="cannot be spread"):
         eval_batches(lengths[:3], 4, 0, 4)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_takes_no_more_at_once_than_allowed_save_a_row_that_is_longer_alone(world_size):
+    lengths = random_lengths(200)
+    lengths[7] = 50 * max(lengths)
+    most = 4 * np.median(lengths)
+    batches = [batch for rank in range(world_size) for batch in eval_batches(lengths, 8, rank, world_size, most)]
+    rows = [[row for _, row in batch] for batch in batches]
+    assert sorted(sum(rows, [])) == list(range(200)) and [7] in rows and max(map(len, rows)) == 8
+    assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= most for batch in rows)

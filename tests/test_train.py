@@ -498,7 +498,11 @@ def test_fine_tuning_may_move_the_end_of_the_filters(pretrained, data, tmp_path)
     assert load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].frontend.high_freq == -400
 
 
-def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data, tmp_path):
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
+def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data, tmp_path, norm):
+    if norm == "batch_norm":
+        run(data, tmp_path / "pretrained", "--max_steps", 1, "--cnn_module_norm", norm)
+        pretrained = tmp_path / "pretrained" / "best.ckpt"
     before = load_checkpoint(str(pretrained))[0].net
     for epochs, same_encoder in ((1, True), (2, False)):
         output = tmp_path / str(epochs)
