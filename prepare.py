@@ -28,8 +28,8 @@ from tqdm import tqdm
 import cli
 import demo
 import tokenizer as tk
+from audio import read_audio, resample
 from cli import UserError, option
-from transforms import read_audio, resample
 
 # The splits of openslr/librispeech_asr (configs all, clean, other) and the usual names on the hub.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
@@ -39,6 +39,8 @@ SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.ot
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
+QUIET = 20  # steps of 16 bits: in nothing that stays within so many is anything said
+EDGE = 160  # samples: 10 ms
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,17 @@ def waveform_of(audio) -> np.ndarray:
         raise BadRow(str(reason)) from None
 
 
+def silence(samples: np.ndarray) -> str:
+    """Why nothing can be said in (N,) samples, or "". The ends, where a resampled constant rings, do not count."""
+    if not samples.any():
+        return "silent: all samples are 0"
+    inner = samples[EDGE:-EDGE] if len(samples) > 4 * EDGE else samples
+    middle = np.median(inner)
+    if len(inner) == 1 or (level := 32768 * np.quantile(np.abs(inner - middle), 0.999)) >= QUIET:
+        return ""
+    return f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; if it is speech, make it louder"
+
+
 def clean_text(text: str, options: PrepareOptions) -> str:
     """NFC with single spaces; case and punctuation as the options say."""
     if options.remove_punctuation:
@@ -290,8 +303,8 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     if found := CONTROL.search(text):
         raise BadRow(f"the text holds the control character U+{ord(found[0]):04X}")
     samples = waveform_of(row.audio)
-    if not samples.any():
-        raise BadRow("silent: all samples are 0")
+    if reason := silence(samples):
+        raise BadRow(reason)
     return {"input_values": samples, "labels": {"input_ids": tokenizer.encode(text)}, "length": len(samples),
             "text": text, "speaker": row.speaker}
 

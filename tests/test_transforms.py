@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from cli import UserError
 from transforms import (Augment, Compose, Frontend, eval_transform, extract, fbank, log_mel, log_mel_filters, make_generator,
-                        mean_var_norm, mel_power, num_frames, read_audio, read_cmvn, resample, shortest_frames, spec_aug,
+                        mean_var_norm, mel_power, num_frames, read_cmvn, shortest_frames, spec_aug,
                         spec_sub, spec_trim, speed_length, speed_perturb, train_transform, transpose)
 
 FRONTEND, FBANK, AUGMENT = Frontend(), Frontend(frontend="fbank"), Augment(max_trim=50)

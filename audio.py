@@ -1,0 +1,291 @@
+"""Files and pipes to waveforms: one reader for preparing, transcribing and exporting, in blocks, so in bounded memory.
+
+A block is (n,) float32, mono. An hour of audio lies in memory at once only where read_audio is asked for it. All of a file
+is decoded, whatever its header says (containers.py); what was there and is lost is an error or is told, with the seconds.
+"""
+
+import bisect
+import contextlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+from cli import UserError
+from containers import Part, at, parts
+
+EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {"aif", "aifc", "mp2", "oga", "opus", "sph"}
+BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
+SECONDS = 60  # seconds of audio to resample at a time: what that takes is several times as large
+QUIET = 0.2  # seconds over which loudness is measured to find a pause
+RATES = (4000, 384_000)  # sample rates of recordings; the resampling filter of others may take gigabytes
+LOUDEST = 2.0**31  # float files may hold the steps of integers; more than 32 bits hold is no sound, and its squares overflow
+CANCELLED = 0.01  # of the loudest channel's power: where the channels' mean has less, they cancel each other out
+NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)  # of libsndfile's log
+ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's are RuntimeErrors
+
+
+# Reading
+
+
+def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
+    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: read_blocks' blocks, all of them.
+
+    Raises UserError with the reason alone (no file name) where read_blocks would, and where sound is lost.
+    """
+    samples = bytearray()
+    for block in read_blocks(audio, sample_rate):
+        samples += block.tobytes()
+    return np.frombuffer(samples, np.float32)
+
+
+def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
+                damaged: Callable[[str], None] | None = None) -> Iterator[np.ndarray]:
+    """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at `sample_rate`.
+
+    Any format that soundfile decodes; on a pipe wav, whose header need not know the length, and others that need no
+    seeking (flac and mp3 do). raw: no header, 16-bit little-endian mono at `sample_rate`. damaged: told why, where a file
+    that has begun cannot be read on or ends too early; without it that is an error. Raises UserError with the reason alone
+    (no file name), at the start or after some blocks, for what is missing, undecodable, empty, not finite or louder than
+    any sound, and for rates beyond RATES.
+    """
+    if isinstance(audio, str) and audio != "-" and not os.path.isfile(audio):
+        raise UserError("file missing")
+    blocks, advice = file_blocks(audio, sample_rate, damaged), ""
+    if audio == "-" and (raw or not is_file(0)):
+        blocks, advice = pipe_blocks(sample_rate, raw, damaged), "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it"
+    try:
+        first = next(filter(len, blocks), None)
+        if first is None:
+            raise UserError("no samples")
+        yield from itertools.chain([first], blocks)
+    except ERRORS as error:
+        raise UserError(f"cannot be decoded: {getattr(error, 'error_string', error)}{advice}") from None
+
+
+def is_file(descriptor: int) -> bool:
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_CUR) >= 0
+    except OSError:
+        return False
+
+
+def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
+    """Standard input as it comes."""
+    how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate, "channels": 1} if raw else {}
+    with Forward(0, closefd=False, **how) as sound:
+        yield from resampled(mono(sound, Part([]), None, damaged), sound.samplerate, sample_rate)
+
+
+def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.ndarray]:
+    """The parts of a file, one after the other. Of several channels the levels are known before the first is mixed."""
+    with io.BytesIO(audio) if isinstance(audio, bytes) else open(0 if audio == "-" else audio, "rb", closefd=audio != "-") as file:
+        if not file.seek(0, os.SEEK_END):
+            raise UserError("cannot be decoded: it has 0 bytes")
+        for part in parts(file):
+            levels = None
+            with Forward(Joined(file, part.pieces)) as sound:
+                if sound.channels > 1:
+                    levels = Levels(sound.channels)
+                    with contextlib.suppress(soundfile.LibsndfileError):  # which comes again
+                        for block in blocks_of(sound):
+                            levels.add(block)
+            with Forward(Joined(file, part.pieces)) as sound:
+                yield from resampled(mono(sound, part, levels, damaged), sound.samplerate, sample_rate)
+
+
+class Forward(soundfile.SoundFile):
+    """Read from its start to its end, whatever number of frames its header promises; soundfile would seek after every read."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class Joined(io.RawIOBase):
+    """Pieces of a file, and bytes, as one file. State: the place in it.
+
+    Of a damaged file libsndfile seeks places before its start. Nothing is raised: it could not pass that on.
+    """
+
+    def __init__(self, file: BinaryIO, pieces: list[bytes | tuple[int, int]]):
+        self.file, self.pieces, self.place = file, pieces, 0
+        sizes = [len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces]
+        self.ends = list(itertools.accumulate(sizes))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = max(offset + (0, self.place, self.ends[-1])[whence], 0)
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        buffer, count = memoryview(buffer), 0
+        while count < len(buffer) and self.place < self.ends[-1]:
+            number = bisect.bisect(self.ends, self.place)
+            piece, left = self.pieces[number], min(self.ends[number] - self.place, len(buffer) - count)
+            if isinstance(piece, bytes):
+                content = piece[len(piece) - (self.ends[number] - self.place):][:left]
+            else:
+                content = at(self.file, piece[1] - (self.ends[number] - self.place), left)
+            if not content:  # it shrinks while it is read
+                break
+            buffer[count:count + len(content)] = content
+            count, self.place = count + len(content), self.place + len(content)
+        return count
+
+
+def blocks_of(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what could be decoded."""
+    size = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
+    while True:
+        block = np.full((size, sound.channels), np.nan, np.float32)
+        try:
+            count = len(sound.read(size, out=block))
+        except soundfile.LibsndfileError:
+            yield block[:np.append(np.isnan(block).any(axis=1), True).argmax()]
+            raise
+        if not count:
+            return
+        yield block[:count]
+
+
+def mono(sound: soundfile.SoundFile, part: Part, levels: "Levels | None", damaged) -> Iterator[np.ndarray]:
+    """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are those so far."""
+    count, rate, error = 0, sound.samplerate, ""
+    known, levels = levels is not None, levels or Levels(sound.channels)
+    try:
+        for block in blocks_of(sound):
+            loudest = max(block.max(initial=0), -block.min(initial=0))
+            if not np.isfinite(loudest):
+                raise UserError("samples are not finite")
+            if loudest > LOUDEST:
+                raise UserError(f"samples as large as {loudest:.0e}; full scale is 1")
+            if not known:
+                levels.add(block)
+            count += len(block)
+            yield levels.mix(block)
+    except soundfile.LibsndfileError as failure:
+        error = "" if 0 < part.frames <= count else failure.error_string  # what comes after all of it is no sound
+    promised = max(part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0), count / part.share)
+    there = f"{count / rate:.1f} s of {promised / rate:.1f} s" if promised - count > rate / 10 else ""
+    flaw = part.flaw or ("its Ogg stream has no end mark" if NO_END.search(sound.extra_info) else "")
+    if error:
+        reason = f"damaged after {there or f'{count / rate:.1f} s'}: {error}"
+    else:  # less than a tenth of a second: some encoders miscount by a frame
+        reason = f"cut short: {there or f'{flaw}, after {count / rate:.1f} s'}" if there or flaw else ""
+    if reason and (damaged is None or error and not count):
+        raise UserError(f"cannot be decoded: {reason}" if error else reason)
+    if reason:
+        damaged(reason)
+
+
+class Levels:
+    """Which of the channels is heard: their mean, or, where they cancel each other out in it, the loudest alone.
+
+    State: sums over the samples of each channel and of the mean.
+    """
+
+    def __init__(self, channels: int):
+        self.count, self.sums, self.squares = 0, np.zeros(channels + 1), np.zeros(channels + 1)
+
+    def add(self, block: np.ndarray) -> None:
+        with np.errstate(all="ignore"):  # what is not finite is found later
+            wide = np.column_stack((block, block.mean(axis=1, dtype=np.float64)))
+            self.count += len(wide)
+            self.sums += wide.sum(axis=0)
+            self.squares += np.square(wide).sum(axis=0)
+
+    def mix(self, block: np.ndarray) -> np.ndarray:
+        """(n, channels) -> (n,)"""
+        if block.shape[1] == 1:
+            return block[:, 0]
+        *powers, mean = self.squares / self.count - (self.sums / self.count)**2
+        return block[:, np.argmax(powers)] if mean < CANCELLED * max(powers) else block.mean(axis=1)
+
+
+# Resampling
+
+
+def usable_rate(rate: int) -> int:
+    """`rate` itself. Raises UserError for a rate beyond RATES."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UserError(f"sample rate {rate}: it must be {RATES[0]} to {RATES[1]}")
+    return rate
+
+
+def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
+    """(N,) float32 at `rate` Hz to `sample_rate`. Raises UserError for a rate beyond RATES."""
+    return np.concatenate(list(resampled([samples], rate, sample_rate))) if rate != sample_rate else samples
+
+
+def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
+    """The same at `sample_rate`, SECONDS at most at a time, without a seam. Raises UserError for a rate beyond RATES."""
+    if rate == sample_rate:
+        yield from blocks
+        return
+    rate = round(usable_rate(rate) / 25) * 25  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
+    margin, step = rate // 25, rate // 5  # whole numbers of samples at either rate: nothing drifts
+    resampler = torchaudio.transforms.Resample(rate, sample_rate)
+    waiting = np.zeros(margin, np.float32)
+    for block in blocks:
+        waiting = np.concatenate((waiting, block))
+        while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
+            out = resampler(torch.from_numpy(waiting[:steps * step + 2 * margin])).numpy()
+            yield out[sample_rate // 25:][:steps * (sample_rate // 5)]
+            waiting = waiting[steps * step:]
+    length = -(-(len(waiting) - margin) * sample_rate // rate)
+    out = resampler(torch.from_numpy(np.pad(waiting, (0, margin)))).numpy()
+    yield out[sample_rate // 25:][:length]
+
+
+# Pieces
+
+
+def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same samples in blocks of `size`, the last one shorter; in a single one where size is below 1."""
+    waiting = []
+    for block in blocks:
+        waiting.append(block)
+        while 0 < size <= sum(map(len, waiting)):
+            samples = np.concatenate(waiting)
+            yield samples[:size]
+            waiting = [samples[size:]]
+    if any(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def cut_at_pauses(blocks: Iterator[np.ndarray], sample_rate: int, max_seconds: float) -> Iterator[np.ndarray]:
+    """The same samples in pieces of at most max_seconds.
+
+    Where there are more, the cut falls where the recording is quietest, between half of max_seconds and all of it.
+    """
+    longest, waiting, count = int(max_seconds * sample_rate), [], 0
+    for block in blocks:
+        waiting.append(block)
+        count += len(block)
+        while count > longest:
+            samples = np.concatenate(waiting)
+            cut = longest // 2 + quietest(samples[longest // 2:longest], sample_rate)
+            yield samples[:cut]
+            waiting, count = [samples[cut:]], count - cut
+    if count:
+        yield np.concatenate(waiting)
+
+
+def quietest(samples: np.ndarray, sample_rate: int) -> int:
+    """The middle of the QUIET seconds of (n,) samples whose frames of 10 ms vary least."""
+    size = sample_rate // 100
+    frames = samples[:len(samples) // size * size].reshape(-1, size)
+    width = min(int(QUIET * 100), len(frames))
+    if not width:
+        return len(samples)
+    loudness = np.convolve(frames.var(axis=1), np.ones(width), mode="valid")
+    return (int(loudness.argmin()) + width // 2) * size

@@ -1,0 +1,339 @@
+"""Where the sound of an audio file lies: its parts, each as libsndfile decodes all of it.
+
+libsndfile believes headers. A recorder that crashed, a pipe and `cat a.mp3 b.mp3` leave some that promise less or more
+than there is, or none at all. So the parts of a file are found by walking it, and where a header is wrong the part has a
+right one in its place. Nothing is decoded here; `file` is a seekable binary file, `start` and `stop` are places in it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+
+class Part(NamedTuple):
+    """What to decode as one file, and what tells whether all of it was there."""
+
+    pieces: list[bytes | tuple[int, int]]  # to read one after the other: bytes, and what lies from start to stop
+    frames: int = 0  # how many there must be; 0: as many as the decoder says
+    share: float = 1.0  # how much of what the header promises is there
+    flaw: str = ""  # why it is not whole, where nothing says how much is lost
+
+
+def parts(file: BinaryIO) -> list[Part]:
+    """All of a file; what it is in a format that is not walked here, or in none, the decoder may say."""
+    stop = file.seek(0, 2)
+    start = place = 0
+    while size := tag_size(at(file, place, 32)):
+        start = place = place + size
+    while size := tag_before(file, stop):
+        stop -= size
+    walk = WALKS.get(at(file, start, 4))
+    if not walk and (start or sound_frame(file, start, stop)):
+        walk = mpeg_parts
+    return (list(walk(file, start, stop)) if walk else []) or [Part([(0, file.seek(0, 2))])]
+
+
+def at(file: BinaryIO, place: int, size: int) -> bytes:
+    file.seek(place)
+    return file.read(size)
+
+
+def matches(file: BinaryIO, pattern: bytes, start: int, stop: int) -> Iterator[int]:
+    """The places of a pattern of at most 16 bytes, in order."""
+    block = 2**16
+    for first in range(start, stop, block):
+        content = at(file, first, min(block + 15, stop - first))
+        yield from (first + found.start() for found in re.finditer(pattern, content, re.DOTALL) if found.start() < block)
+
+
+# Tags, which any format may have before or after it
+
+
+def tag_size(head: bytes) -> int:
+    """Bytes of the tag that `head` (32 bytes) begins, or 0: ID3v2, ID3v1, APE."""
+    if head[:3] == b"ID3" and len(head) >= 10:
+        return 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0))) + (10 if head[5] & 16 else 0)
+    if head[:8] == b"APETAGEX" and len(head) == 32:
+        return 32 + (int.from_bytes(head[12:16], "little") if head[23] & 32 else 0)  # of a footer, 32 bytes are left
+    return 128 if head[:3] == b"TAG" else 0
+
+
+def tag_before(file: BinaryIO, stop: int) -> int:
+    """Bytes of the tag that ends at `stop`, or 0: ID3v1, APE."""
+    if stop >= 128 and at(file, stop - 128, 3) == b"TAG":
+        return 128
+    foot = at(file, stop - 32, 32) if stop >= 32 else b""
+    size = int.from_bytes(foot[12:16], "little") + (32 if foot[:8] == b"APETAGEX" and foot[23] & 128 else 0)
+    return size if foot[:8] == b"APETAGEX" and 32 <= size <= stop else 0
+
+
+# wav and others of chunks: a name, a size, so many bytes. The samples are one of the chunks.
+
+
+class Chunks(NamedTuple):
+    first: int  # where the first one begins
+    name: int  # bytes of a name
+    size: int  # bytes of a size
+    order: str
+    align: int
+    data: bytes = b"data"  # how the name of the samples begins
+
+
+CHUNKS = {b"RIFF": Chunks(12, 4, 4, "little", 2), b"RF64": Chunks(12, 4, 4, "little", 2), b"RIFX": Chunks(12, 4, 4, "big", 2),
+          b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND"), b"caff": Chunks(8, 4, 8, "big", 1), b"riff": Chunks(40, 16, 8, "little", 8)}
+UNKNOWN = {4: 0x7FFFF000, 8: 2**62}  # sizes that programs promise that write to a pipe: this or more
+MPEG_IN_WAV = (0x50, 0x55)
+
+
+def chunk_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+    """A size may be more than there is, because the file was cut short, or less, because its writer had no time to say so."""
+    kind = CHUNKS[at(file, start, 4)]
+    place, field, width, code = start + kind.first, None, kind.size, 0
+    while True:
+        head = at(file, place, kind.name + kind.size)
+        if len(head) < kind.name + kind.size:
+            return  # no samples: the decoder will say what it thinks of that
+        body, size = place + len(head), chunk_size(kind, head)
+        if head[:4] == kind.data:
+            break
+        if head[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
+            field, width = body + 8, 8
+        if head[:4] == b"fmt " and kind.order == "little":
+            code = int.from_bytes(at(file, body, 2), "little")
+        place = body + size + -size % kind.align
+    if field is None:
+        field, there = place + kind.name, stop - body
+    else:
+        size, there = int.from_bytes(at(file, field, 8), "little"), stop - body
+    end = min((end for gap in (-size % kind.align, 0) if (end := end_of_chunks(file, kind, body + size + gap, stop))), default=0)
+    whole = body + (size if end else there)
+    if code in MPEG_IN_WAV:
+        yield from mpeg_parts(file, body, whole)
+    elif end:
+        yield Part([(start, end)])
+    else:
+        right = min(there + (24 if kind.name == 16 else 0), 256**width - 1).to_bytes(width, kind.order)
+        cut_short = there and there < size < UNKNOWN[width]
+        yield Part([(start, field), right, (field + width, stop)], share=there / size if cut_short else 1.0)
+    if end and end < stop:
+        yield from parts_from(file, end, stop)
+
+
+def chunk_size(kind: Chunks, head: bytes) -> int:
+    size = int.from_bytes(head[kind.name:], kind.order)
+    return max(size - 24, 0) if kind.name == 16 else size  # of W64, which counts the head
+
+
+def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
+    """Where the chunks from `place` on end, which is `stop` or the next file's begin; 0: what is there are no chunks."""
+    while place < stop:
+        head = at(file, place, kind.name + kind.size)
+        if head[:4] in WALKS:
+            return place
+        if len(head) < kind.name + kind.size or not re.fullmatch(rb"[ -~]{4}", head[:4]):
+            return 0
+        size = chunk_size(kind, head)
+        place += len(head) + size + -size % kind.align
+    return stop if place - stop < kind.align else 0  # the last one's padding may be missing
+
+
+def parts_from(file: BinaryIO, place: int, stop: int) -> Iterator[Part]:
+    """The parts of the next of several files that lie one after the other."""
+    yield from WALKS[at(file, place, 4)](file, place, stop)
+
+
+def au_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+    head = at(file, start, 12)
+    order = "big" if head[:4] == b".snd" else "little"
+    size, there = int.from_bytes(head[8:12], order), stop - start - int.from_bytes(head[4:8], order)
+    end = stop - there + size
+    if end < stop and at(file, end, 4) in WALKS:
+        yield Part([(start, end)])
+        yield from parts_from(file, end, stop)
+    elif there > 0:
+        share = there / size if there < size < UNKNOWN[4] else 1.0
+        yield Part([head[:8] + b"\xff" * 4, (start + 12, stop)], share=share)
+
+
+# FLAC and Ogg
+
+
+def flac_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+    """The number of samples is 0 where it was not known; it is always put so, and what is there is decoded to its end."""
+    starts = list(matches(file, rb"fLaC[\0\x80]\0\0\x22", start, stop))
+    for first, end in zip(starts, [*starts[1:], stop]):
+        while size := tag_before(file, end):
+            end -= size
+        head = at(file, first, 26)
+        frames = int.from_bytes(head[21:26], "big") % 2**36
+        yield Part([head[:21] + bytes([head[21] & 0xF0, 0, 0, 0, 0]), (first + 26, end)], frames)
+
+
+def ogg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+    """A stream begins where a page says so that follows one that does not."""
+    place, opening, frames = start, True, 0
+    while place < stop:
+        page = at(file, place, 27)
+        if page[:4] != b"OggS" or len(page) < 27:
+            place = next(matches(file, b"OggS", place + 1, stop), stop)
+            continue
+        if page[5] & 2 and not opening:
+            yield Part([(start, place)], frames)
+            start, frames = place, 0
+        opening = bool(page[5] & 2)
+        position = int.from_bytes(page[6:14], "little")
+        if at(file, start + 28, 5) == b"\x7fFLAC" and position < 2**63:  # libsndfile believes what its header says
+            frames = position
+        place += 27 + page[26] + sum(at(file, place + 27, page[26]))
+    yield Part([(start, stop)], frames)
+
+
+# mp3
+
+
+BITRATES = {  # in kbit/s, of MPEG 1 and of MPEG 2 and 2.5, by layer
+    (True, 1): range(32, 449, 32),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+
+
+class SoundFrame(NamedTuple):
+    """What the header of an MPEG audio frame says. A decoder wants one `kind` throughout."""
+
+    kind: tuple  # layer, rate, whether mono; of layers 1 and 2, which have no Xing header, also the bit rate
+    size: int  # bytes; 0: of free format, the next frame's place tells
+    samples: int
+    info: int  # where a Xing or Info header begins, if it has one
+
+
+def frame_of(head: bytes) -> SoundFrame | None:
+    """The frame that begins with `head`, if one does."""
+    if len(head) < 4 or head[0] != 255 or head[1] < 224:
+        return None
+    version, layer, bitrate, rate = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3), head[2] >> 4, head[2] >> 2 & 3
+    if version == 1 or layer == 4 or bitrate == 15 or rate == 3:
+        return None
+    first, mono, padding = version == 3, head[3] >> 6 == 3, head[2] >> 1 & 1
+    rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]  # MPEG 1, 2, 2.5
+    bitrate = bitrate and 1000 * BITRATES[first, layer][bitrate - 1]
+    samples = 384 if layer == 1 else 1152 if layer == 2 or first else 576
+    size = 4 * (12 * bitrate // rate + padding) if layer == 1 else samples // 8 * bitrate // rate + padding
+    info = 4 + (17 if first == mono else 9 if mono else 32)
+    return SoundFrame((layer, rate, mono, bitrate * (layer < 3)), bitrate and size, samples, info)
+
+
+def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
+    """The frame at `place`, if it is one: another of its kind, a tag or the end follows."""
+    head = at(file, place, 4)
+    frame = sized(file, place, stop, frame_of(head), head)
+    if frame is None or place + frame.size == stop:
+        return frame
+    after = at(file, place + frame.size, 32)
+    other = frame_of(after)
+    return frame if tag_size(after) or other and other.kind == frame.kind else None
+
+
+def sized(file: BinaryIO, place: int, stop: int, frame: SoundFrame | None, head: bytes) -> SoundFrame | None:
+    """The same with its size, where its header does not tell: it ends where the next begins."""
+    if frame is None or frame.size:
+        return frame
+    like = re.escape(head[:2]) + b"[" + re.escape(bytes((head[2] & 0xFD, head[2] | 2))) + b"]"
+    return frame._replace(size=next(matches(file, like, place + 4, min(place + 8192, stop)), stop) - place)
+
+
+INCOMPLETE = "it ends within a frame"
+DECODER_DELAY = 529  # samples of layer 3; a decoder that knows the length leaves them out at the start
+XING = (b"Xing", b"Info", b"VBRI")
+
+
+class Run:
+    """Frames to decode together. State: where they lie, how many bytes between them are none, what their Xing header says."""
+
+    def __init__(self, head: bytes, frame: SoundFrame):
+        self.head, self.frame, self.extents = head[:4], frame, []
+        self.count = self.junk = self.promised = 0
+        self.trim: tuple[int, int] | None = None  # samples that the encoder added before and after, where it says so
+
+    def add(self, place: int, size: int) -> None:
+        first = self.extents.pop()[0] if self.extents and self.extents[-1][1] == place else place
+        self.extents.append((first, place + size))
+        self.count += 1
+
+    def part(self, flaw: str = "") -> Part:
+        """With a Xing header that is right: the decoder knows the length, and what to leave out at either end."""
+        lost = self.promised - self.count
+        if not self.promised:  # but what lies between the frames may have been some
+            lost = self.junk * self.count // max(sum(stop - start for start, stop in self.extents), 1)
+        frames, header = (self.count + max(lost, 0)) * self.frame.samples, []
+        if self.frame.kind[0] == 3:
+            delay, padding = self.trim or (0, 0)
+            padding *= lost >= 0  # where more follows, the end that was padded is somewhere in it
+            frames -= delay + max(padding, DECODER_DELAY)
+            header = [xing_header(self.head, self.count, self.trim and (delay, padding * (lost <= 0)))]
+        return Part([*header, *self.extents], frames, flaw=flaw)
+
+
+def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes:
+    """A frame that says how many follow, and of how many samples to trim them."""
+    head = bytes((255, head[1] | 1, head[2] & 0x0C | 0xE0, head[3]))  # no check sum, the highest bit rate: room enough
+    frame = frame_of(head)
+    lame = b"LAME" + bytes(17) + (trim[0] << 12 | trim[1]).to_bytes(3, "big") if trim else b""
+    content = b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big") + lame
+    return (head.ljust(frame.info, b"\0") + content).ljust(frame.size, b"\0")
+
+
+def reads_xing(run: Run, frame: bytes) -> bool:
+    """Whether a frame holds no sound but a Xing, Info or VBRI header; what that says goes to `run`."""
+    xing, vbri = frame[run.frame.info:], frame[36:]
+    if vbri[:4] == b"VBRI":
+        run.promised = int.from_bytes(vbri[14:18], "big")
+        return True
+    if xing[:4] not in (b"Xing", b"Info"):
+        return False
+    flags = xing[7]
+    run.promised = int.from_bytes(xing[8:12], "big") if flags & 1 else 0
+    lame = xing[8 + sum(size for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)) if flags & bit):]
+    if len(lame) >= 24 and lame[0]:
+        trim = int.from_bytes(lame[21:24], "big")
+        run.trim = trim >> 12, trim & 4095
+    return True
+
+
+def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+    """All frames, in runs: one begins with each Xing header, and where the kind of the frames changes."""
+    place, run, flaw = start, None, ""
+    while place < stop:
+        head = at(file, place, 64)
+        frame = sized(file, place, stop, frame_of(head), head)
+        if frame and not (run and run.frame.kind == frame.kind):
+            frame = sound_frame(file, place, stop)
+        if frame is None and run and len(head) < 4 and head[:2] == run.head[:len(head[:2])]:
+            flaw, place = INCOMPLETE, stop
+        elif frame is None:
+            size = tag_size(head[:32])
+            if not size:
+                found = (p for p in matches(file, rb"\xff[\xe0-\xff]", place + 1, stop) if sound_frame(file, p, stop))
+                size = next(found, stop) - place
+                if run:
+                    run.junk += size
+            place += size
+        elif place + frame.size > stop:
+            flaw, place = INCOMPLETE, stop
+        else:
+            new = Run(head, frame)
+            is_header = frame.kind[0] == 3 and any(sign in head for sign in XING) and reads_xing(new, at(file, place, 192))
+            if run is None or is_header or frame.kind != run.frame.kind:
+                if run and run.extents:
+                    yield run.part()
+                run = new
+            if not is_header:
+                run.add(place, frame.size)
+            place += frame.size
+    if run and (run.extents or run.promised):
+        yield run.part(flaw)
+
+
+WALKS = {b"fLaC": flac_parts, b"OggS": ogg_parts, b".snd": au_parts, b"dns.": au_parts} | dict.fromkeys(CHUNKS, chunk_parts)
