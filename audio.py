@@ -19,7 +19,7 @@ import torch
 import torchaudio
 
 from cli import UserError
-from containers import Part, at, parts
+from containers import NAME, UNKNOWN, Part, at, parts
 
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {"aif", "aifc", "mp2", "oga", "opus", "sph"}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
@@ -28,6 +28,7 @@ QUIET = 0.2  # seconds over which loudness is measured to find a pause
 RATES = (4000, 384_000)  # sample rates of recordings; the resampling filter of others may take gigabytes
 LOUDEST = 2.0**31  # float files may hold the steps of integers; more than 32 bits hold is no sound, and its squares overflow
 CANCELLED = 0.01  # of the loudest channel's power: where the channels' mean has less, they cancel each other out
+WIDTHS = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}  # bytes
 NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)  # of libsndfile's log
 ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's are RuntimeErrors
 
@@ -56,7 +57,7 @@ def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
     (no file name), at the start or after some blocks, for what is missing, undecodable, empty, not finite or louder than
     any sound, and for rates beyond RATES.
     """
-    if isinstance(audio, str) and audio != "-" and not os.path.isfile(audio):
+    if not isinstance(audio, bytes) and audio != "-" and not os.path.isfile(audio):
         raise UserError("file missing")
     blocks, advice = file_blocks(audio, sample_rate, damaged), ""
     if audio == "-" and (raw or not is_file(0)):
@@ -81,7 +82,26 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
     """Standard input as it comes."""
     how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate, "channels": 1} if raw else {}
     with Forward(0, closefd=False, **how) as sound:
-        yield from resampled(mono(sound, Part([]), None, damaged), sound.samplerate, sample_rate)
+        width = WIDTHS.get(sound.subtype, 0) * sound.channels
+        known = width and sound.frames * width < UNKNOWN[4] - width  # else nothing is promised
+        blocks = itertools.chain(blocks_of(sound), beyond(sound, width))
+        part = Part([], sound.frames if known else 0)
+        yield from resampled(mono(sound, blocks, part, None, damaged), sound.samplerate, sample_rate)
+
+
+def beyond(sound: soundfile.SoundFile, width: int) -> Iterator[np.ndarray]:
+    """What a pipe holds after the samples that a wav header promises: more, where that says 0 or was never written anew.
+
+    Not the chunks that may follow. width: bytes of a sample of all channels, 0 where they cannot be read without a header.
+    """
+    head = b""
+    while sound.format in ("WAV", "WAVEX") and len(head) < 4 * width and (more := os.read(0, 4 * width - len(head))):
+        head += more
+    if head and not NAME.fullmatch(head[:4]):
+        how = {"subtype": sound.subtype, "samplerate": sound.samplerate, "channels": sound.channels}
+        for source in (io.BytesIO(head), 0):
+            with Forward(source, closefd=False, format="RAW", endian="LITTLE", **how) as more:
+                yield from blocks_of(more)
 
 
 def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.ndarray]:
@@ -97,8 +117,11 @@ def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.nd
                     with contextlib.suppress(soundfile.LibsndfileError):  # which comes again
                         for block in blocks_of(sound):
                             levels.add(block)
-            with Forward(Joined(file, part.pieces)) as sound:
-                yield from resampled(mono(sound, part, levels, damaged), sound.samplerate, sample_rate)
+            source = Joined(file, part.pieces)
+            with Forward(source) as sound:
+                yield from resampled(mono(sound, blocks_of(sound), part, levels, damaged), sound.samplerate, sample_rate)
+            if source.error:
+                raise source.error
 
 
 class Forward(soundfile.SoundFile):
@@ -109,13 +132,13 @@ class Forward(soundfile.SoundFile):
 
 
 class Joined(io.RawIOBase):
-    """Pieces of a file, and bytes, as one file. State: the place in it.
+    """Pieces of a file, and bytes, as one file. State: the place in it, and what went wrong.
 
-    Of a damaged file libsndfile seeks places before its start. Nothing is raised: it could not pass that on.
+    Of a damaged file libsndfile seeks places before its start. Nothing is raised here: it could not pass that on.
     """
 
     def __init__(self, file: BinaryIO, pieces: list[bytes | tuple[int, int]]):
-        self.file, self.pieces, self.place = file, pieces, 0
+        self.file, self.pieces, self.place, self.error = file, pieces, 0, None
         sizes = [len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces]
         self.ends = list(itertools.accumulate(sizes))
 
@@ -134,8 +157,11 @@ class Joined(io.RawIOBase):
             if isinstance(piece, bytes):
                 content = piece[len(piece) - (self.ends[number] - self.place):][:left]
             else:
-                content = at(self.file, piece[1] - (self.ends[number] - self.place), left)
-            if not content:  # it shrinks while it is read
+                try:
+                    content = at(self.file, piece[1] - (self.ends[number] - self.place), left)
+                except OSError as error:
+                    content, self.error = b"", error
+            if not content:
                 break
             buffer[count:count + len(content)] = content
             count, self.place = count + len(content), self.place + len(content)
@@ -144,25 +170,28 @@ class Joined(io.RawIOBase):
 
 def blocks_of(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
     """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what could be decoded."""
-    size = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
-    while True:
+    size, left = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1), sound.frames
+    while left > 0:  # of a pipe, more than is left would be read and lost
         block = np.full((size, sound.channels), np.nan, np.float32)
         try:
-            count = len(sound.read(size, out=block))
+            count = len(sound.read(min(size, left), out=block))
         except soundfile.LibsndfileError:
-            yield block[:np.append(np.isnan(block).any(axis=1), True).argmax()]
+            if count := np.append(np.isnan(block).any(axis=1), True).argmax():
+                yield block[:count]
             raise
         if not count:
             return
+        left -= count
         yield block[:count]
 
 
-def mono(sound: soundfile.SoundFile, part: Part, levels: "Levels | None", damaged) -> Iterator[np.ndarray]:
+def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part, levels: "Levels | None",
+         damaged) -> Iterator[np.ndarray]:
     """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are those so far."""
     count, rate, error = 0, sound.samplerate, ""
     known, levels = levels is not None, levels or Levels(sound.channels)
     try:
-        for block in blocks_of(sound):
+        for block in blocks:
             loudest = max(block.max(initial=0), -block.min(initial=0))
             if not np.isfinite(loudest):
                 raise UserError("samples are not finite")
@@ -173,7 +202,7 @@ def mono(sound: soundfile.SoundFile, part: Part, levels: "Levels | None", damage
             count += len(block)
             yield levels.mix(block)
     except soundfile.LibsndfileError as failure:
-        error = "" if 0 < part.frames <= count else failure.error_string  # what comes after all of it is no sound
+        error = "" if count == part.frames else failure.error_string  # what comes after all of it is no sound
     promised = max(part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0), count / part.share)
     there = f"{count / rate:.1f} s of {promised / rate:.1f} s" if promised - count > rate / 10 else ""
     flaw = part.flaw or ("its Ogg stream has no end mark" if NO_END.search(sound.extra_info) else "")
@@ -190,25 +219,27 @@ def mono(sound: soundfile.SoundFile, part: Part, levels: "Levels | None", damage
 class Levels:
     """Which of the channels is heard: their mean, or, where they cancel each other out in it, the loudest alone.
 
-    State: sums over the samples of each channel and of the mean.
+    State: sums over the samples of the channels and of their products, which also tell the power of the mean.
     """
 
     def __init__(self, channels: int):
-        self.count, self.sums, self.squares = 0, np.zeros(channels + 1), np.zeros(channels + 1)
+        self.count, self.sums, self.products = 0, np.zeros(channels), np.zeros((channels, channels))
 
     def add(self, block: np.ndarray) -> None:
+        wide = block.astype(np.float64)
         with np.errstate(all="ignore"):  # what is not finite is found later
-            wide = np.column_stack((block, block.mean(axis=1, dtype=np.float64)))
             self.count += len(wide)
-            self.sums += wide.sum(axis=0)
-            self.squares += np.square(wide).sum(axis=0)
+            self.sums += np.ones(len(wide)) @ wide
+            self.products += wide.T @ wide
 
     def mix(self, block: np.ndarray) -> np.ndarray:
         """(n, channels) -> (n,)"""
         if block.shape[1] == 1:
             return block[:, 0]
-        *powers, mean = self.squares / self.count - (self.sums / self.count)**2
-        return block[:, np.argmax(powers)] if mean < CANCELLED * max(powers) else block.mean(axis=1)
+        means = self.sums / self.count
+        covariance = self.products / self.count - np.outer(means, means)
+        loudest = covariance.diagonal().argmax()
+        return block[:, loudest] if covariance.mean() < CANCELLED * covariance[loudest, loudest] else block.mean(axis=1)
 
 
 # Resampling

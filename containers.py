@@ -20,17 +20,19 @@ class Part(NamedTuple):
 
 
 def parts(file: BinaryIO) -> list[Part]:
-    """All of a file; what it is in a format that is not walked here, or in none, the decoder may say."""
-    stop = file.seek(0, 2)
-    start = place = 0
+    """All of a file, and of those that follow it; in a format that is not walked here the decoder is left alone with it."""
+    place, stop, found = 0, file.seek(0, 2), []
+    whole = Part([(0, stop)])
     while size := tag_size(at(file, place, 32)):
-        start = place = place + size
+        place += size
     while size := tag_before(file, stop):
         stop -= size
-    walk = WALKS.get(at(file, start, 4))
-    if not walk and (start or sound_frame(file, start, stop)):
-        walk = mpeg_parts
-    return (list(walk(file, start, stop)) if walk else []) or [Part([(0, file.seek(0, 2))])]
+    if at(file, place, 4) not in WALKS and (place or sound_frame(file, place, stop)):
+        found, place = list(mpeg_parts(file, place, stop)), stop
+    while walk := WALKS.get(at(file, place, 4)) if place < stop else None:
+        more, place = walk(file, place, stop)
+        found += more
+    return found or [whole]
 
 
 def at(file: BinaryIO, place: int, size: int) -> bytes:
@@ -81,18 +83,20 @@ class Chunks(NamedTuple):
 
 CHUNKS = {b"RIFF": Chunks(12, 4, 4, "little", 2), b"RF64": Chunks(12, 4, 4, "little", 2), b"RIFX": Chunks(12, 4, 4, "big", 2),
           b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND"), b"caff": Chunks(8, 4, 8, "big", 1), b"riff": Chunks(40, 16, 8, "little", 8)}
+NAME = re.compile(rb"[ -~]{4}")  # of a chunk
 UNKNOWN = {4: 0x7FFFF000, 8: 2**62}  # sizes that programs promise that write to a pipe: this or more
+METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEAK", b"smpl", b"JUNK", b"_PMX", b"cart")
 MPEG_IN_WAV = (0x50, 0x55)
 
 
-def chunk_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     """A size may be more than there is, because the file was cut short, or less, because its writer had no time to say so."""
     kind = CHUNKS[at(file, start, 4)]
     place, field, width, code = start + kind.first, None, kind.size, 0
     while True:
+        if place + kind.name + kind.size > stop:
+            return [Part([(start, stop)])], stop  # no samples: the decoder will say what it thinks of that
         head = at(file, place, kind.name + kind.size)
-        if len(head) < kind.name + kind.size:
-            return  # no samples: the decoder will say what it thinks of that
         body, size = place + len(head), chunk_size(kind, head)
         if head[:4] == kind.data:
             break
@@ -101,22 +105,24 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
         if head[:4] == b"fmt " and kind.order == "little":
             code = int.from_bytes(at(file, body, 2), "little")
         place = body + size + -size % kind.align
+    there = stop - body
     if field is None:
-        field, there = place + kind.name, stop - body
+        field = place + kind.name
     else:
-        size, there = int.from_bytes(at(file, field, 8), "little"), stop - body
-    end = min((end for gap in (-size % kind.align, 0) if (end := end_of_chunks(file, kind, body + size + gap, stop))), default=0)
-    whole = body + (size if end else there)
+        size = int.from_bytes(at(file, field, 8), "little")
+    ends = [end_of_chunks(file, kind, body + size + gap, stop) for gap in {-size % kind.align, 0}]
+    end = min(filter(None, ends), default=0)
     if code in MPEG_IN_WAV:
-        yield from mpeg_parts(file, body, whole)
-    elif end:
-        yield Part([(start, end)])
-    else:
-        right = min(there + (24 if kind.name == 16 else 0), 256**width - 1).to_bytes(width, kind.order)
-        cut_short = there and there < size < UNKNOWN[width]
-        yield Part([(start, field), right, (field + width, stop)], share=there / size if cut_short else 1.0)
-    if end and end < stop:
-        yield from parts_from(file, end, stop)
+        return list(mpeg_parts(file, body, body + size if end else stop)), end or stop
+    if end:
+        return [Part([(start, end)])], end
+    right = min(there + (24 if kind.name == 16 else 0), 256**width - 1).to_bytes(width, kind.order)
+    return [Part([(start, field), right, (field + width, stop)], share=share_of(there, size, width))], stop
+
+
+def share_of(there: int, size: int, width: int) -> float:
+    """Of `size` bytes that are promised in a field of so many bytes, `there` is how many there are."""
+    return there / size if 0 < there < size < UNKNOWN[width] else 1.0
 
 
 def chunk_size(kind: Chunks, head: bytes) -> int:
@@ -130,62 +136,51 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
         head = at(file, place, kind.name + kind.size)
         if head[:4] in WALKS:
             return place
-        if len(head) < kind.name + kind.size or not re.fullmatch(rb"[ -~]{4}", head[:4]):
+        if len(head) < kind.name + kind.size or not NAME.fullmatch(head[:4]):
             return 0
         size = chunk_size(kind, head)
         place += len(head) + size + -size % kind.align
+        if head[:4] in METADATA and place > stop:
+            return stop  # only it is cut short
     return stop if place - stop < kind.align else 0  # the last one's padding may be missing
 
 
-def parts_from(file: BinaryIO, place: int, stop: int) -> Iterator[Part]:
-    """The parts of the next of several files that lie one after the other."""
-    yield from WALKS[at(file, place, 4)](file, place, stop)
-
-
-def au_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
-    size, there = int.from_bytes(head[8:12], order), stop - start - int.from_bytes(head[4:8], order)
-    end = stop - there + size
+    size, body = int.from_bytes(head[8:12], order), start + int.from_bytes(head[4:8], order)
+    end = body + size
     if end < stop and at(file, end, 4) in WALKS:
-        yield Part([(start, end)])
-        yield from parts_from(file, end, stop)
-    elif there > 0:
-        share = there / size if there < size < UNKNOWN[4] else 1.0
-        yield Part([head[:8] + b"\xff" * 4, (start + 12, stop)], share=share)
+        return [Part([(start, end)])], end
+    return [Part([head[:8] + b"\xff" * 4, (start + 12, stop)], share=share_of(stop - body, size, 4))], stop
 
 
 # FLAC and Ogg
 
 
-def flac_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     """The number of samples is 0 where it was not known; it is always put so, and what is there is decoded to its end."""
-    starts = list(matches(file, rb"fLaC[\0\x80]\0\0\x22", start, stop))
-    for first, end in zip(starts, [*starts[1:], stop]):
-        while size := tag_before(file, end):
-            end -= size
-        head = at(file, first, 26)
-        frames = int.from_bytes(head[21:26], "big") % 2**36
-        yield Part([head[:21] + bytes([head[21] & 0xF0, 0, 0, 0, 0]), (first + 26, end)], frames)
+    end = next(matches(file, rb"fLaC[\0\x80]\0\0\x22", start + 4, stop), stop)
+    head, sound_end = at(file, start, 26), end
+    while size := tag_before(file, sound_end):
+        sound_end -= size
+    frames = int.from_bytes(head[21:26], "big") % 2**36
+    return [Part([head[:21] + bytes([head[21] & 0xF0, 0, 0, 0, 0]), (start + 26, sound_end)], frames)], end
 
 
-def ogg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
-    """A stream begins where a page says so that follows one that does not."""
-    place, opening, frames = start, True, 0
+def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """A stream ends where a page follows that begins one, and is not itself one of several that begin together."""
+    place, opening = start, True
     while place < stop:
         page = at(file, place, 27)
-        if page[:4] != b"OggS" or len(page) < 27:
-            place = next(matches(file, b"OggS", place + 1, stop), stop)
-            continue
-        if page[5] & 2 and not opening:
-            yield Part([(start, place)], frames)
-            start, frames = place, 0
-        opening = bool(page[5] & 2)
-        position = int.from_bytes(page[6:14], "little")
-        if at(file, start + 28, 5) == b"\x7fFLAC" and position < 2**63:  # libsndfile believes what its header says
-            frames = position
-        place += 27 + page[26] + sum(at(file, place + 27, page[26]))
-    yield Part([(start, stop)], frames)
+        if page[5:6] > b"" and page[5] & 2 and not opening:
+            break
+        opening = len(page) == 27 and page[5] & 2
+        after = place + 27 + sum(at(file, place + 27, page[26])) + page[26] if len(page) == 27 else stop
+        if at(file, after, 4) not in (b"OggS", b""):  # it was cut short, or what follows is no page
+            after = next(matches(file, b"OggS", place + 4, stop), stop)
+        place = after
+    return [Part([(start, min(place, stop))])], min(place, stop)
 
 
 # mp3
@@ -244,7 +239,6 @@ def sized(file: BinaryIO, place: int, stop: int, frame: SoundFrame | None, head:
     return frame._replace(size=next(matches(file, like, place + 4, min(place + 8192, stop)), stop) - place)
 
 
-INCOMPLETE = "it ends within a frame"
 DECODER_DELAY = 529  # samples of layer 3; a decoder that knows the length leaves them out at the start
 XING = (b"Xing", b"Info", b"VBRI")
 
@@ -255,6 +249,7 @@ class Run:
     def __init__(self, head: bytes, frame: SoundFrame):
         self.head, self.frame, self.extents = head[:4], frame, []
         self.count = self.junk = self.promised = 0
+        self.flaw = ""
         self.trim: tuple[int, int] | None = None  # samples that the encoder added before and after, where it says so
 
     def add(self, place: int, size: int) -> None:
@@ -262,7 +257,7 @@ class Run:
         self.extents.append((first, place + size))
         self.count += 1
 
-    def part(self, flaw: str = "") -> Part:
+    def part(self) -> Part:
         """With a Xing header that is right: the decoder knows the length, and what to leave out at either end."""
         lost = self.promised - self.count
         if not self.promised:  # but what lies between the frames may have been some
@@ -273,7 +268,7 @@ class Run:
             padding *= lost >= 0  # where more follows, the end that was padded is somewhere in it
             frames -= delay + max(padding, DECODER_DELAY)
             header = [xing_header(self.head, self.count, self.trim and (delay, padding * (lost <= 0)))]
-        return Part([*header, *self.extents], frames, flaw=flaw)
+        return Part([*header, *self.extents], frames, flaw=self.flaw)
 
 
 def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes:
@@ -304,24 +299,23 @@ def reads_xing(run: Run, frame: bytes) -> bool:
 
 def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
     """All frames, in runs: one begins with each Xing header, and where the kind of the frames changes."""
-    place, run, flaw = start, None, ""
+    place, last, run = start, start, None  # last: where the last frame begins
     while place < stop:
         head = at(file, place, 64)
         frame = sized(file, place, stop, frame_of(head), head)
         if frame and not (run and run.frame.kind == frame.kind):
             frame = sound_frame(file, place, stop)
-        if frame is None and run and len(head) < 4 and head[:2] == run.head[:len(head[:2])]:
-            flaw, place = INCOMPLETE, stop
-        elif frame is None:
-            size = tag_size(head[:32])
-            if not size:
-                found = (p for p in matches(file, rb"\xff[\xe0-\xff]", place + 1, stop) if sound_frame(file, p, stop))
-                size = next(found, stop) - place
-                if run:
-                    run.junk += size
+        if frame and place + frame.size > stop or not frame and run and len(head) < 4 and run.head.startswith(head[:2]):
+            run.flaw, place = "it ends within a frame", stop
+        elif not frame and (size := tag_size(head[:32])):
             place += size
-        elif place + frame.size > stop:
-            flaw, place = INCOMPLETE, stop
+        elif not frame:  # the last one may have been cut short, and the next begin in it
+            found = (p for p in matches(file, rb"\xff(?=[\xe0-\xff])", last + 4, stop) if sound_frame(file, p, stop))
+            after = next(found, stop)
+            if run:
+                run.junk += max(after - place, 0)
+                run.flaw = run.flaw or ("one of its frames is cut short" if after < place else "")
+            place = after
         else:
             new = Run(head, frame)
             is_header = frame.kind[0] == 3 and any(sign in head for sign in XING) and reads_xing(new, at(file, place, 192))
@@ -331,9 +325,9 @@ def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
                 run = new
             if not is_header:
                 run.add(place, frame.size)
-            place += frame.size
+            place, last = place + frame.size, place
     if run and (run.extents or run.promised):
-        yield run.part(flaw)
+        yield run.part()
 
 
 WALKS = {b"fLaC": flac_parts, b"OggS": ogg_parts, b".snd": au_parts, b"dns.": au_parts} | dict.fromkeys(CHUNKS, chunk_parts)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torchaudio
 from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
 
 import align
@@ -286,49 +285,6 @@ def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
     status, out, _ = hear(capsys, world, "--stream", "-")
     assert status == 0 and out[0].startswith("-\t") and len(out[0]) > 4
     assert hear(capsys, world, "--stream", folder / "b.wav")[:2] == (130, [])
-
-
-# --------------------------------------------------------------------------------------------------------------- audio
-
-
-@pytest.mark.parametrize("rate", [1, 3999, 400_000])
-def test_a_rate_whose_filter_would_take_gigabytes_is_refused(rate):
-    with pytest.raises(UserError, match=f"sample rate {rate}: it must be 4000 to 384000"):
-        next(audio.resampled(iter([np.zeros(10, np.float32)]), rate, RATE))
-
-
-@pytest.mark.parametrize("rate", [8000, 11025, 22254, 44100, 48000])
-def test_resampling_in_blocks_is_resampling_the_whole(rate):
-    samples = np.random.default_rng(0).normal(0, 0.1, int(rate * 1.037)).astype(np.float32)
-    blocks = np.array_split(samples, [1, 50, 51, rate // 3, rate // 2])
-    expected = torchaudio.functional.resample(torch.from_numpy(samples), round(rate / 25) * 25, RATE).numpy()
-    found = np.concatenate(list(audio.resampled(iter(blocks), rate, RATE)))
-    assert len(found) == len(expected) and np.abs(found - expected).max() < 1e-5
-
-
-def test_cutting_loses_no_sample_reads_no_further_than_it_must_and_finds_the_pauses():
-    rng = np.random.default_rng(0)
-    loud = [rng.normal(0, 0.1, int(seconds * RATE)) for seconds in (3.1, 3.4, 2.8, 3.3, 1.0)]
-    samples = np.concatenate([part for piece in loud for part in (piece, rng.normal(0.3, 0.001, RATE // 4))]).astype(np.float32)
-    consumed = 0
-
-    def blocks():
-        nonlocal consumed
-        for block in np.array_split(samples, 100):
-            consumed += len(block)
-            yield block
-
-    pieces = []
-    for piece in audio.cut_at_pauses(blocks(), RATE, 4.0):
-        pieces.append(piece)
-        assert len(piece) <= 4 * RATE and consumed <= sum(map(len, pieces)) + 4 * RATE + len(samples) // 50
-    assert np.array_equal(np.concatenate(pieces), samples)
-    pauses = np.cumsum([len(part) + RATE // 4 for part in loud]) - RATE // 8  # their middles
-    cuts = np.cumsum([len(piece) for piece in pieces])[:-1]
-    assert len(cuts) == 4 and np.abs(cuts - pauses[:4]).max() < RATE // 20
-    assert np.array_equal(np.concatenate(list(audio.regroup(iter(pieces), 999))), samples)
-    assert {len(block) for block in audio.regroup(iter(pieces), 999)} == {999, len(samples) % 999}
-    assert [len(block) for block in audio.regroup(iter(pieces), 0)] == [len(samples)]
 
 
 # --------------------------------------------------------------------------------------------------------------- words
