@@ -10,6 +10,8 @@ import io
 import itertools
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
@@ -110,18 +112,23 @@ def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.nd
         if not file.seek(0, os.SEEK_END):
             raise UserError("cannot be decoded: it has 0 bytes")
         for part in parts(file):
-            levels = None
-            with Forward(Joined(file, part.pieces)) as sound:
-                if sound.channels > 1:
-                    levels = Levels(sound.channels)
-                    with contextlib.suppress(soundfile.LibsndfileError):  # which comes again
-                        for block in blocks_of(sound):
-                            levels.add(block)
             source = Joined(file, part.pieces)
-            with Forward(source) as sound:
-                yield from resampled(mono(sound, blocks_of(sound), part, levels, damaged), sound.samplerate, sample_rate)
+            with opened(source) as sound:
+                levels = Levels(sound.channels)
+                with contextlib.suppress(soundfile.LibsndfileError):  # which comes again
+                    for block in blocks_of(sound, signals_wait) if sound.channels > 1 else ():
+                        levels.add(block)
+            with opened(source) as sound:
+                blocks = blocks_of(sound, signals_wait)
+                yield from resampled(mono(sound, blocks, part, levels, damaged), sound.samplerate, sample_rate)
             if source.error:
                 raise source.error
+
+
+def opened(source: "Joined") -> "Forward":
+    source.seek(0)
+    with signals_wait():
+        return Forward(source)
 
 
 class Forward(soundfile.SoundFile):
@@ -168,13 +175,32 @@ class Joined(io.RawIOBase):
         return count
 
 
-def blocks_of(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+@contextlib.contextmanager
+def signals_wait():
+    """What their handlers raise would be lost in a callback of libsndfile's, as in which Joined is read; so they run afterwards."""
+    waiting, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *call: waiting.append(call))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for call in waiting:
+            handlers[call[0]](*call)
+
+
+def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Iterator[np.ndarray]:
     """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what could be decoded."""
     size, left = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1), sound.frames
     while left > 0:  # of a pipe, more than is left would be read and lost
         block = np.full((size, sound.channels), np.nan, np.float32)
         try:
-            count = len(sound.read(min(size, left), out=block))
+            with guard():
+                count = len(sound.read(min(size, left), out=block))
         except soundfile.LibsndfileError:
             if count := np.append(np.isnan(block).any(axis=1), True).argmax():
                 yield block[:count]
@@ -226,8 +252,8 @@ class Levels:
         self.count, self.sums, self.products = 0, np.zeros(channels), np.zeros((channels, channels))
 
     def add(self, block: np.ndarray) -> None:
-        wide = block.astype(np.float64)
         with np.errstate(all="ignore"):  # what is not finite is found later
+            wide = block.astype(np.float64)
             self.count += len(wide)
             self.sums += np.ones(len(wide)) @ wide
             self.products += wide.T @ wide

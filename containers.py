@@ -84,8 +84,9 @@ class Chunks(NamedTuple):
 CHUNKS = {b"RIFF": Chunks(12, 4, 4, "little", 2), b"RF64": Chunks(12, 4, 4, "little", 2), b"RIFX": Chunks(12, 4, 4, "big", 2),
           b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND"), b"caff": Chunks(8, 4, 8, "big", 1), b"riff": Chunks(40, 16, 8, "little", 8)}
 NAME = re.compile(rb"[ -~]{4}")  # of a chunk
-UNKNOWN = {4: 0x7FFFF000, 8: 2**62}  # sizes that programs promise that write to a pipe: this or more
+UNKNOWN = {4: 0x7F000000, 8: 2**62}  # sizes that programs promise that write to a pipe: this or more
 METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEAK", b"smpl", b"JUNK", b"_PMX", b"cart")
+HEAD = rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|\.snd\x00\x00"  # of the next file
 MPEG_IN_WAV = (0x50, 0x55)
 
 
@@ -105,7 +106,6 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
         if head[:4] == b"fmt " and kind.order == "little":
             code = int.from_bytes(at(file, body, 2), "little")
         place = body + size + -size % kind.align
-    there = stop - body
     if field is None:
         field = place + kind.name
     else:
@@ -116,6 +116,8 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
         return list(mpeg_parts(file, body, body + size if end else stop)), end or stop
     if end:
         return [Part([(start, end)])], end
+    stop = next(matches(file, HEAD, body, stop), stop)
+    there = stop - body
     right = min(there + (24 if kind.name == 16 else 0), 256**width - 1).to_bytes(width, kind.order)
     return [Part([(start, field), right, (field + width, stop)], share=share_of(there, size, width))], stop
 
@@ -149,9 +151,9 @@ def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
     size, body = int.from_bytes(head[8:12], order), start + int.from_bytes(head[4:8], order)
-    end = body + size
-    if end < stop and at(file, end, 4) in WALKS:
-        return [Part([(start, end)])], end
+    if body + size < stop and at(file, body + size, 4) in WALKS:
+        return [Part([(start, body + size)])], body + size
+    stop = next(matches(file, HEAD, body, stop), stop)
     return [Part([head[:8] + b"\xff" * 4, (start + 12, stop)], share=share_of(stop - body, size, 4))], stop
 
 

@@ -279,7 +279,8 @@ def silence(samples: np.ndarray) -> str:
         return "silent: all samples are 0"
     inner = samples[EDGE:-EDGE] if len(samples) > 4 * EDGE else samples
     middle = np.median(inner)
-    if len(inner) == 1 or (level := 32768 * np.quantile(np.abs(inner - middle), 0.999)) >= QUIET:
+    level = 32768 * np.quantile(np.abs(inner - middle), 0.999)
+    if len(inner) == 1 or level > QUIET + 15 * abs(middle):  # by so many steps a constant ripples when it is resampled
         return ""
     return f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; if it is speech, make it louder"
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import struct
 import tracemalloc
 
@@ -182,6 +183,23 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
             list(read_blocks(str(tmp_path / "a.flac"), RATE, **how))
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer")
+def test_ctrl_c_is_never_lost_in_the_decoder(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([speech(30.0, 44100)] * 2, axis=1), 44100)
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+                signal.SIGALRM: signal.signal(signal.SIGALRM, lambda *call: os.kill(os.getpid(), signal.SIGINT))}
+    try:
+        for attempt in range(40):
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0007 * attempt)
+                for _ in range(20):  # seconds, if it is lost
+                    list(read_blocks(str(tmp_path / "a.wav"), RATE))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # mp3
 
 
@@ -298,6 +316,24 @@ def test_several_files_in_one_are_all_heard_whatever_their_formats():
     assert np.array_equal(heard(b"".join(contents[:-3]) + contents[-3]), np.concatenate([
         *map(read_audio, contents[:-3]), read_audio(contents[-3])]))
     assert len(expected) and len(heard(500 * contents[0])) == 500 * 8000
+
+
+@pytest.mark.parametrize("format, subtype", FORMATS)
+def test_a_file_that_is_cut_short_is_told_and_the_one_after_it_is_heard(format, subtype):
+    content = encoded(speech(6.0), format, subtype)
+    expected = heard(content)
+    for share in (0.5, 0.777):
+        cut = content[:int(share * len(content))]
+        assert " s" in loss(cut) and " s" in loss(cut + content)
+        assert np.array_equal(told(cut + content)[0][-len(expected):], expected)
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
+def test_recordings_of_unknown_length_that_follow_each_other_do_not_hear_the_other_header(format):
+    content = encoded(speech(), format, "PCM_16")
+    at = size_field(content, format)
+    unknown = content[:at] + b"\xff" * 4 + content[at + 4:]
+    assert np.array_equal(heard(unknown + unknown + content), np.tile(heard(content), 3))
 
 
 @pytest.mark.parametrize("frames, what", [(0, "all"), (100, "all"), (31999, "all"), (32000, "all"), (64000, "2.0 s of 4.0 s"),

@@ -240,6 +240,22 @@ def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_tak
     assert status == 2 and out == [] and "error: -: cannot be decoded" in err[-1] and "pipe wav" in err[-1]
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_what_is_lost_of_a_file_is_told_and_what_holds_no_speech_is_no_error(world, capsys, tmp_path, stream):
+    samples = np.concatenate([waveform(row) for row in (0, 3, 4)])
+    for name in ("whole.mp3", "whole.wav"):
+        soundfile.write(tmp_path / name, samples, RATE)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut {name}").write_bytes(content[:len(content) // 2])
+        status, out, err = hear(capsys, world, *stream, tmp_path / f"cut {name}")
+        note, = (line for line in err if "note" in line)
+        assert status == 0 and len(out) == 1 and note.endswith(f" s of {len(samples) / RATE:.1f} s") and "cut short: 1." in note
+    for name, silence in (("constant.wav", np.full(RATE, 0.25)), ("inverted.wav", np.stack([samples, -samples], axis=1))):
+        soundfile.write(tmp_path / name, silence, RATE)
+        status, out, err = hear(capsys, world, *stream, tmp_path / name)
+        assert status == 0 and len(out) == 1 and not any("transcribe.py" in line for line in err)
+
+
 def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, capsys, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
