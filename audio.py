@@ -1,7 +1,9 @@
-"""Files and pipes to waveforms: one reader for preparing, transcribing and exporting, in blocks, so in bounded memory.
+"""Files and pipes to waveforms: one reader for preparing, transcribing and exporting, in blocks, so
+in bounded memory.
 
-A block is (n,) float32, mono. An hour of audio lies in memory at once only where read_audio is asked for it. All of a file
-is decoded, whatever its header says (containers.py); what was there and is lost is an error or is told, with the seconds.
+A block is (n,) float32, mono. An hour of audio lies in memory at once only where read_audio is
+asked for it. All of a file is decoded, whatever its header says (containers.py); what was there and
+is lost is an error or is told, with the seconds.
 """
 
 import bisect
@@ -21,27 +23,32 @@ import torch
 import torchaudio
 
 from cli import UserError
-from containers import NAME, UNKNOWN, Part, at, parts
+from containers import METADATA, UNKNOWN, Part, at, parts
 
-EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {"aif", "aifc", "mp2", "oga", "opus", "sph"}
+EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {
+    "aif", "aifc", "mp2", "oga", "opus", "sph"}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
-SECONDS = 60  # seconds of audio to resample at a time: what that takes is several times as large
+SECONDS = 60  # seconds to resample at a time: what that takes is several times as large
 QUIET = 0.2  # seconds over which loudness is measured to find a pause
-RATES = (4000, 384_000)  # sample rates of recordings; the resampling filter of others may take gigabytes
-LOUDEST = 2.0**31  # float files may hold the steps of integers; more than 32 bits hold is no sound, and its squares overflow
-CANCELLED = 0.01  # of the loudest channel's power: where the channels' mean has less, they cancel each other out
-WIDTHS = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1}  # bytes
-NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)  # of libsndfile's log
-ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's are RuntimeErrors
+RATES = (4000, 384_000)  # sample rates of recordings; the filter of others may take gigabytes
+LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of larger ones overflow
+CANCELLED = 0.01  # of the loudest channel's power: a mean with less is of channels that cancel out
+WIDTHS = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1,
+          "ALAW": 1}  # bytes
+# Of libsndfile's log
+NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)
+ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's too
 
 
 # Reading
 
 
 def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
-    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: read_blocks' blocks, all of them.
+    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: read_blocks'
+    blocks, all of them.
 
-    Raises UserError with the reason alone (no file name) where read_blocks would, and where sound is lost.
+    Raises UserError with the reason alone (no file name) where read_blocks would, and where sound
+    is lost.
     """
     samples = bytearray()
     for block in read_blocks(audio, sample_rate):
@@ -51,26 +58,30 @@ def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
 
 def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
                 damaged: Callable[[str], None] | None = None) -> Iterator[np.ndarray]:
-    """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at `sample_rate`.
+    """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at
+    `sample_rate`.
 
-    Any format that soundfile decodes; on a pipe wav, whose header need not know the length, and others that need no
-    seeking (flac and mp3 do). raw: no header, 16-bit little-endian mono at `sample_rate`. damaged: told why, where a file
-    that has begun cannot be read on or ends too early; without it that is an error. Raises UserError with the reason alone
-    (no file name), at the start or after some blocks, for what is missing, undecodable, empty, not finite or louder than
-    any sound, and for rates beyond RATES.
+    Any format that soundfile decodes; on a pipe wav, whose header need not know the length, and
+    others that need no seeking (flac and mp3 do). raw: no header, 16-bit little-endian mono at
+    `sample_rate`. damaged: told why, where a file that has begun cannot be read on or ends too
+    early; without it that is an error. Raises UserError with the reason alone (no file name), at
+    the start or after some blocks, for what is missing, undecodable, empty, not finite or louder
+    than any sound, and for rates beyond RATES.
     """
     if not isinstance(audio, bytes) and audio != "-" and not os.path.isfile(audio):
         raise UserError("file missing")
     blocks, advice = file_blocks(audio, sample_rate, damaged), ""
     if audio == "-" and (raw or not is_file(0)):
-        blocks, advice = pipe_blocks(sample_rate, raw, damaged), "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it"
+        blocks = pipe_blocks(sample_rate, raw, damaged)
+        advice = "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it"
     try:
         first = next(filter(len, blocks), None)
         if first is None:
             raise UserError("no samples")
         yield from itertools.chain([first], blocks)
     except ERRORS as error:
-        raise UserError(f"cannot be decoded: {getattr(error, 'error_string', error)}{advice}") from None
+        reason = getattr(error, "error_string", error)
+        raise UserError(f"cannot be decoded: {reason}{advice}") from None
 
 
 def is_file(descriptor: int) -> bool:
@@ -82,33 +93,44 @@ def is_file(descriptor: int) -> bool:
 
 def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
     """Standard input as it comes."""
-    how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate, "channels": 1} if raw else {}
+    how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate,
+           "channels": 1} if raw else {}
     with Forward(0, closefd=False, **how) as sound:
         width = WIDTHS.get(sound.subtype, 0) * sound.channels
         known = width and sound.frames * width < UNKNOWN[4] - width  # else nothing is promised
         blocks = itertools.chain(blocks_of(sound), beyond(sound, width))
         part = Part([], sound.frames if known else 0)
-        yield from resampled(mono(sound, blocks, part, None, damaged), sound.samplerate, sample_rate)
+        blocks = mono(sound, blocks, part, None, damaged)
+        yield from resampled(blocks, sound.samplerate, sample_rate)
 
 
 def beyond(sound: soundfile.SoundFile, width: int) -> Iterator[np.ndarray]:
-    """What a pipe holds after the samples that a wav header promises: more, where that says 0 or was never written anew.
+    """What a pipe holds after the samples that a wav header promises: more, where that says 0 or
+    was never written anew.
 
-    Not the chunks that may follow. width: bytes of a sample of all channels, 0 where they cannot be read without a header.
+    Not the chunks that may follow. width: bytes of a sample of all channels, 0 where they cannot be
+    read without a header.
     """
     head = b""
-    while sound.format in ("WAV", "WAVEX") and len(head) < 4 * width and (more := os.read(0, 4 * width - len(head))):
+    while sound.format in ("WAV", "WAVEX") and (more := os.read(0, 4 * width - len(head))):
         head += more
-    if head and not NAME.fullmatch(head[:4]):
-        how = {"subtype": sound.subtype, "samplerate": sound.samplerate, "channels": sound.channels}
+    if head and head[:4] not in METADATA:
+        how = {"format": "RAW", "subtype": sound.subtype, "endian": "LITTLE",
+               "samplerate": sound.samplerate, "channels": sound.channels}
         for source in (io.BytesIO(head), 0):
-            with Forward(source, closefd=False, format="RAW", endian="LITTLE", **how) as more:
+            with Forward(source, closefd=False, **how) as more:
                 yield from blocks_of(more)
 
 
 def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.ndarray]:
-    """The parts of a file, one after the other. Of several channels the levels are known before the first is mixed."""
-    with io.BytesIO(audio) if isinstance(audio, bytes) else open(0 if audio == "-" else audio, "rb", closefd=audio != "-") as file:
+    """The parts of a file, one after the other. Of several channels the levels are known before the
+    first is mixed.
+    """
+    if isinstance(audio, bytes):
+        file = io.BytesIO(audio)
+    else:
+        file = open(0 if audio == "-" else audio, "rb", closefd=audio != "-")
+    with file:
         if not file.seek(0, os.SEEK_END):
             raise UserError("cannot be decoded: it has 0 bytes")
         for part in parts(file):
@@ -119,8 +141,8 @@ def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.nd
                     for block in blocks_of(sound, signals_wait) if sound.channels > 1 else ():
                         levels.add(block)
             with opened(source) as sound:
-                blocks = blocks_of(sound, signals_wait)
-                yield from resampled(mono(sound, blocks, part, levels, damaged), sound.samplerate, sample_rate)
+                blocks = mono(sound, blocks_of(sound, signals_wait), part, levels, damaged)
+                yield from resampled(blocks, sound.samplerate, sample_rate)
             if source.error:
                 raise source.error
 
@@ -132,7 +154,9 @@ def opened(source: "Joined") -> "Forward":
 
 
 class Forward(soundfile.SoundFile):
-    """Read from its start to its end, whatever number of frames its header promises; soundfile would seek after every read."""
+    """Read from its start to its end, whatever number of frames its header promises; soundfile
+    would seek after every read.
+    """
 
     def seekable(self) -> bool:
         return False
@@ -141,12 +165,13 @@ class Forward(soundfile.SoundFile):
 class Joined(io.RawIOBase):
     """Pieces of a file, and bytes, as one file. State: the place in it, and what went wrong.
 
-    Of a damaged file libsndfile seeks places before its start. Nothing is raised here: it could not pass that on.
+    Of a damaged file libsndfile seeks places before its start. Nothing is raised here: it could not
+    pass that on.
     """
 
     def __init__(self, file: BinaryIO, pieces: list[bytes | tuple[int, int]]):
         self.file, self.pieces, self.place, self.error = file, pieces, 0, None
-        sizes = [len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces]
+        sizes = (len(p) if isinstance(p, bytes) else p[1] - p[0] for p in pieces)
         self.ends = list(itertools.accumulate(sizes))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -160,12 +185,13 @@ class Joined(io.RawIOBase):
         buffer, count = memoryview(buffer), 0
         while count < len(buffer) and self.place < self.ends[-1]:
             number = bisect.bisect(self.ends, self.place)
-            piece, left = self.pieces[number], min(self.ends[number] - self.place, len(buffer) - count)
+            piece, left = self.pieces[number], self.ends[number] - self.place
+            size = min(left, len(buffer) - count)
             if isinstance(piece, bytes):
-                content = piece[len(piece) - (self.ends[number] - self.place):][:left]
+                content = piece[len(piece) - left:][:size]
             else:
                 try:
-                    content = at(self.file, piece[1] - (self.ends[number] - self.place), left)
+                    content = at(self.file, piece[1] - left, size)
                 except OSError as error:
                     content, self.error = b"", error
             if not content:
@@ -177,7 +203,9 @@ class Joined(io.RawIOBase):
 
 @contextlib.contextmanager
 def signals_wait():
-    """What their handlers raise would be lost in a callback of libsndfile's, as in which Joined is read; so they run afterwards."""
+    """What their handlers raise would be lost in a callback of libsndfile's, as in which Joined is
+    read; so they run afterwards.
+    """
     waiting, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -194,8 +222,11 @@ def signals_wait():
 
 
 def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Iterator[np.ndarray]:
-    """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what could be decoded."""
-    size, left = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1), sound.frames
+    """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what
+    could be decoded.
+    """
+    size = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
+    left = sound.frames
     while left > 0:  # of a pipe, more than is left would be read and lost
         block = np.full((size, sound.channels), np.nan, np.float32)
         try:
@@ -211,9 +242,11 @@ def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Itera
         yield block[:count]
 
 
-def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part, levels: "Levels | None",
-         damaged) -> Iterator[np.ndarray]:
-    """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are those so far."""
+def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part,
+         levels: "Levels | None", damaged) -> Iterator[np.ndarray]:
+    """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are
+    those so far.
+    """
     count, rate, error = 0, sound.samplerate, ""
     known, levels = levels is not None, levels or Levels(sound.channels)
     try:
@@ -228,14 +261,16 @@ def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part, l
             count += len(block)
             yield levels.mix(block)
     except soundfile.LibsndfileError as failure:
-        error = "" if count == part.frames else failure.error_string  # what comes after all of it is no sound
-    promised = max(part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0), count / part.share)
-    there = f"{count / rate:.1f} s of {promised / rate:.1f} s" if promised - count > rate / 10 else ""
-    flaw = part.flaw or ("its Ogg stream has no end mark" if NO_END.search(sound.extra_info) else "")
+        error = "" if 0 < count == part.frames else failure.error_string  # what follows is no sound
+    promised = part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0)
+    promised, there, reason = max(promised, count / part.share), f"{count / rate:.1f} s", ""
+    flaw = part.flaw or NO_END.search(sound.extra_info) and "its Ogg stream has no end mark"
+    if lost := promised - count > rate / 10:  # some encoders miscount by a frame
+        there = f"{there} of {promised / rate:.1f} s"
     if error:
-        reason = f"damaged after {there or f'{count / rate:.1f} s'}: {error}"
-    else:  # less than a tenth of a second: some encoders miscount by a frame
-        reason = f"cut short: {there or f'{flaw}, after {count / rate:.1f} s'}" if there or flaw else ""
+        reason = f"damaged after {there}: {error}"
+    elif lost or flaw:
+        reason = f"cut short: {there}" if lost else f"cut short: {flaw}, after {there}"
     if reason and (damaged is None or error and not count):
         raise UserError(f"cannot be decoded: {reason}" if error else reason)
     if reason:
@@ -243,9 +278,11 @@ def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part, l
 
 
 class Levels:
-    """Which of the channels is heard: their mean, or, where they cancel each other out in it, the loudest alone.
+    """Which of the channels is heard: their mean, or, where they cancel each other out in it, the
+    loudest alone.
 
-    State: sums over the samples of the channels and of their products, which also tell the power of the mean.
+    State: sums over the samples of the channels and of their products, which also tell the power of
+    the mean.
     """
 
     def __init__(self, channels: int):
@@ -265,7 +302,8 @@ class Levels:
         means = self.sums / self.count
         covariance = self.products / self.count - np.outer(means, means)
         loudest = covariance.diagonal().argmax()
-        return block[:, loudest] if covariance.mean() < CANCELLED * covariance[loudest, loudest] else block.mean(axis=1)
+        cancelled = covariance.mean() < CANCELLED * covariance[loudest, loudest]
+        return block[:, loudest] if cancelled else block.mean(axis=1)
 
 
 # Resampling
@@ -280,15 +318,20 @@ def usable_rate(rate: int) -> int:
 
 def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
     """(N,) float32 at `rate` Hz to `sample_rate`. Raises UserError for a rate beyond RATES."""
-    return np.concatenate(list(resampled([samples], rate, sample_rate))) if rate != sample_rate else samples
+    if rate == sample_rate:
+        return samples
+    return np.concatenate(list(resampled([samples], rate, sample_rate)))
 
 
 def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
-    """The same at `sample_rate`, SECONDS at most at a time, without a seam. Raises UserError for a rate beyond RATES."""
+    """The same at `sample_rate`, SECONDS at most at a time, without a seam. Raises UserError for a
+    rate beyond RATES.
+    """
     if rate == sample_rate:
         yield from blocks
         return
-    rate = round(usable_rate(rate) / 25) * 25  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
+    # A rate such as 22254 would need a filter of gigabytes; this is 0.02 % off.
+    rate = round(usable_rate(rate) / 25) * 25
     margin, step = rate // 25, rate // 5  # whole numbers of samples at either rate: nothing drifts
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
     waiting = np.zeros(margin, np.float32)
@@ -307,7 +350,9 @@ def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iter
 
 
 def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same samples in blocks of `size`, the last one shorter; in a single one where size is below 1."""
+    """The same samples in blocks of `size`, the last one shorter; in a single one where size is
+    below 1.
+    """
     waiting = []
     for block in blocks:
         waiting.append(block)
@@ -319,10 +364,12 @@ def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
-def cut_at_pauses(blocks: Iterator[np.ndarray], sample_rate: int, max_seconds: float) -> Iterator[np.ndarray]:
+def cut_at_pauses(blocks: Iterator[np.ndarray], sample_rate: int,
+                  max_seconds: float) -> Iterator[np.ndarray]:
     """The same samples in pieces of at most max_seconds.
 
-    Where there are more, the cut falls where the recording is quietest, between half of max_seconds and all of it.
+    Where there are more, the cut falls where the recording is quietest, between half of max_seconds
+    and all of it.
     """
     longest, waiting, count = int(max_seconds * sample_rate), [], 0
     for block in blocks:
