@@ -265,7 +265,8 @@ def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part,
     promised = part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0)
     promised, there, reason = max(promised, count / part.share), f"{count / rate:.1f} s", ""
     flaw = part.flaw or NO_END.search(sound.extra_info) and "its Ogg stream has no end mark"
-    if lost := promised - count > rate / 10:  # some encoders miscount by a frame
+    in_blocks = part.share < 1 and sound.subtype not in WIDTHS  # a byte less is a block less
+    if lost := promised - count > (0 if in_blocks else rate / 10):  # some miscount by a frame
         there = f"{there} of {promised / rate:.1f} s"
     if error:
         reason = f"damaged after {there}: {error}"

@@ -151,7 +151,7 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
     """Where the chunks from `place` on end, which is `stop` or the next file's begin; 0: what is
     there are no chunks.
     """
-    while place < stop:
+    while stop - place >= 4:
         head = at(file, place, kind.name + kind.size)
         if head[:4] in WALKS:
             return place
@@ -167,7 +167,8 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
-    size, body = int.from_bytes(head[8:12], order), start + int.from_bytes(head[4:8], order)
+    size, body = (int.from_bytes(head[i:i + 4], order) for i in (8, 4))
+    body = start + max(body, 24)  # bytes of the header
     if body + size < stop and at(file, body + size, 4) in WALKS:
         return [Part([(start, body + size)])], body + size
     stop = next(matches(file, HEAD, body, stop), stop)
@@ -183,7 +184,7 @@ def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     decoded to its end.
     """
     end = next(matches(file, rb"fLaC[\0\x80]\0\0\x22", start + 4, stop), stop)
-    head, sound_end = at(file, start, 26), end
+    head, sound_end = at(file, start, 26).ljust(26, b"\0"), end
     while size := tag_before(file, sound_end):
         sound_end -= size
     frames = int.from_bytes(head[21:26], "big") % 2**36

@@ -274,15 +274,16 @@ def waveform_of(audio) -> np.ndarray:
 
 
 def silence(samples: np.ndarray) -> str:
-    """Why nothing can be said in (N,) samples, or "". The ends, where a resampled constant rings, do not count."""
+    """Why nothing can be said in (N,) samples, or ""; but for the ends, where a constant rings."""
     if not samples.any():
         return "silent: all samples are 0"
     inner = samples[EDGE:-EDGE] if len(samples) > 4 * EDGE else samples
     middle = np.median(inner)
     level = 32768 * np.quantile(np.abs(inner - middle), 0.999)
-    if len(inner) == 1 or level > QUIET + 15 * abs(middle):  # by so many steps a constant ripples when it is resampled
+    if len(inner) == 1 or level > QUIET + 15 * abs(middle):  # resampled, a constant ripples so much
         return ""
-    return f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; if it is speech, make it louder"
+    return (f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; "
+            "if it is speech, make it louder")
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:

@@ -13,6 +13,7 @@ microphone or anything else that ffmpeg reads:
   ffmpeg -loglevel error -i INPUT -f wav - | python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
 """
 
+import functools
 import glob
 import os
 import shutil
@@ -225,10 +226,11 @@ def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: i
 
 
 def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> Iterator[np.ndarray]:
-    """The recording's samples; where it is damaged or cut short, those that are there, and a line on stderr."""
+    """The recording's samples; where some are lost, those that are there, and a line on stderr."""
     if os.path.isdir(recording.path):
         raise UserError("a folder without audio files")
-    yield from read_blocks(recording.path, rate, options.raw, lambda reason: tell("note", recording, reason))
+    told = functools.partial(tell, "note", recording)
+    yield from read_blocks(recording.path, rate, options.raw, told)
 
 
 def tell(kind: str, recording: Recording, what: str) -> None:
