@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 import demo
+from audio import resample
 from cli import UserError, build, make_parser, option, run
 from decode import MODES, SearchOptions
 from model import load_checkpoint
-from transforms import extract, resample
+from transforms import extract
 from words import Word, align_words, frame_times
 
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 
 import hub
+from audio import read_audio
 from cli import UserError, build, make_parser, option, run
 from compare import SCORES, read_scores, show
 from model import U2, load_checkpoint, read_checkpoint
 from onnx_checks import check, synthetic_sound
 from onnx_graphs import ChunkOptions, cache_inputs, piece_samples, sherpa_graphs, waveform_graphs, wenet_graphs, write_graph
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
-from transforms import read_audio
 
 BLANK = "<blank>"  # by this name sherpa-onnx finds it
 ONNX_FILES = {"README.md", "hear.py", "tokens.txt", "encoder.onnx", "ctc.onnx", "decoder.onnx"} | {

@@ -26,14 +26,16 @@ from tqdm import tqdm
 
 import cli
 import tokenizer as tk
+from audio import RATES, read_audio, resample
 from cli import UserError, option
 from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
-from transforms import RATES, read_audio, resample
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
 # What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
 # directions. tk.NOTHING stays where it has something beside it.
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+QUIET = 20  # steps of 16 bits: in nothing that stays within so many is anything said
+EDGE = 160  # samples: 10 ms
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,19 @@ def waveform_of(audio, sample_rate: int) -> np.ndarray:
         raise BadRow(str(reason)) from None
 
 
+def silence(samples: np.ndarray) -> str:
+    """Why nothing can be said in (N,) samples, or ""; but for the ends, where a constant rings."""
+    if not samples.any():
+        return "silent: all samples are 0"
+    inner = samples[EDGE:-EDGE] if len(samples) > 4 * EDGE else samples
+    middle = np.median(inner)
+    level = 32768 * np.quantile(np.abs(inner - middle), 0.999)
+    if len(inner) == 1 or level > QUIET + 15 * abs(middle):  # resampled, a constant ripples so much
+        return ""
+    return (f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; "
+            "if it is speech, make it louder")
+
+
 def clean_text(text: str, options: PrepareOptions) -> str:
     """NFC with single spaces, without invisible characters; case and punctuation as the options say.
     Empty where nothing shows."""
@@ -91,8 +106,8 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     if found := CONTROL.search(text):
         raise BadRow(f"the text holds the control character U+{ord(found[0]):04X}")
     samples = waveform_of(row.audio, options.sample_rate)
-    if not samples.any():
-        raise BadRow("silent: all samples are 0")
+    if reason := silence(samples):
+        raise BadRow(reason)
     return {"input_values": samples, "labels": {"input_ids": tokenizer.encode(text)}, "length": len(samples),
             "text": text, "speaker": row.speaker}
 

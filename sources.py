@@ -28,7 +28,7 @@ import yaml
 import demo
 import tokenizer as tk
 from cli import UserError, option
-from segments import EXTENSIONS
+from audio import EXTENSIONS
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",

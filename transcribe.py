@@ -13,6 +13,7 @@ microphone or anything else that ffmpeg reads:
   ffmpeg -loglevel error -i INPUT -f wav - | python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
 """
 
+import functools
 import glob
 import os
 import shutil
@@ -28,11 +29,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from cli import UserError, build, make_parser, option, run, write_whole
 from context import ContextGraph, HotwordOptions, load_hotwords
 from decode import MODES, SearchOptions
 from model import load_checkpoint
-from segments import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from stream import frame_ms, listen
 from transforms import extract
 from words import Transcript, Word, align_words, as_ctm, as_json, as_srt, as_vtt, frame_times, join, join_words
@@ -181,7 +182,8 @@ def total_seconds(recordings: list[Recording]) -> float | None:
     total = 0.0
     for recording in recordings:
         try:
-            total += soundfile.info(recording.path).duration
+            info = soundfile.info(recording.path)
+            total += info.duration if info.frames < 2**62 else 0  # a FLAC file that does not know
         except (OSError, RuntimeError):  # reading it will say what is wrong
             continue
     return round(total)
@@ -224,8 +226,11 @@ def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: i
 
 
 def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> Iterator[np.ndarray]:
-    """The recording's samples; where it is damaged, those before, and a line on stderr."""
-    return read_blocks(recording.path, rate, options.raw, lambda reason: tell("note", recording, f"damaged after {reason}"))
+    """The recording's samples; where some are lost, those that are there, and a line on stderr."""
+    if os.path.isdir(recording.path):
+        raise UserError("a folder without audio files")
+    told = functools.partial(tell, "note", recording)
+    yield from read_blocks(recording.path, rate, options.raw, told)
 
 
 def tell(kind: str, recording: Recording, what: str) -> None:

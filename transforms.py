@@ -7,18 +7,13 @@ Axes: N samples, T frames, F mel bins.
 """
 
 import dataclasses
-import io
 import json
-import math
-import os
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio
 import torchaudio.compliance.kaldi as kaldi
@@ -470,97 +465,3 @@ def stream_features(frontend: Frontend):
         return features, state._replace(samples=waiting[frames * frontend.shift_samples:])
 
     return advance
-
-
-# Files -> waveforms
-
-
-SECONDS = 60  # seconds of audio to read or resample at a time: what that takes is several times as large
-RATES = (4000, 384_000)  # sample rates of recordings; the resampling filter of others may take gigabytes
-LOUDEST = 2.0**31  # float files may hold the steps of integers; more than 32 bits hold is no sound, and its squares overflow
-# Of libsndfile's log: how many bytes of samples the header of a wav, aiff, au or caf promises, and how many there are
-PROMISED = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-UNKNOWN = 0x7FFFF000  # bytes that programs promise that write to a pipe: this or more
-
-
-def read_audio(audio, sample_rate: int = 16000) -> np.ndarray:
-    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes, in any format soundfile decodes.
-
-    Raises UserError with the reason alone (no file name) for what is missing, undecodable, cut short, empty, not finite or
-    louder than any sound, and for rates beyond RATES.
-    """
-    samples, rate = decode_audio(audio)
-    if len(samples) == 0:
-        raise UserError("no samples")
-    loudest = max(samples.max(), -samples.min())
-    if not np.isfinite(loudest):
-        raise UserError("samples are not finite")
-    if loudest > LOUDEST:
-        raise UserError(f"samples as large as {loudest:.0e}; full scale is 1")
-    return resample(samples, rate, sample_rate)
-
-
-def decode_audio(audio) -> tuple[np.ndarray, int]:
-    """(samples (N,) float32, mono; their rate) of a path or of a file's bytes."""
-    if not isinstance(audio, bytes) and not os.path.isfile(audio):
-        raise UserError("file missing")
-    if not (len(audio) if isinstance(audio, bytes) else os.path.getsize(audio)):
-        raise UserError("cannot be decoded: it has 0 bytes")
-    try:
-        with soundfile.SoundFile(Bytes(audio) if isinstance(audio, bytes) else os.fsencode(audio)) as file:
-            samples, rate, promised = read_mono(file), file.samplerate, promised_frames(file)
-    except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # soundfile's errors are RuntimeErrors
-        raise UserError(f"cannot be decoded: {getattr(error, 'error_string', error)}") from None
-    if promised == math.inf:
-        raise UserError("cut short: its Ogg stream has no end mark")
-    if promised - len(samples) > rate / 10:  # less than that: some encoders miscount by a frame
-        raise UserError(f"cut short: {len(samples) / rate:.1f} s of {promised / rate:.1f} s")
-    return samples, rate
-
-
-class Bytes(io.BytesIO):
-    """Of a damaged file libsndfile seeks places before its start. BytesIO raises there, and a traceback would be printed."""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return super().seek(offset if whence else max(offset, 0), whence)
-
-
-def read_mono(file: soundfile.SoundFile) -> np.ndarray:
-    """The channels' mean (N,), read piece by piece: many channels take no more memory than one."""
-    mono, count = np.empty(file.frames, np.float32), 0
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at what comes out
-        while len(piece := file.read(min(SECONDS * file.samplerate, len(mono) - count), dtype="float32", always_2d=True)):
-            mono[count:count + len(piece)] = piece.mean(axis=1)
-            count += len(piece)
-    return mono[:count]
-
-
-def promised_frames(file: soundfile.SoundFile) -> float:
-    """Frames that a file says it has, infinity for an Ogg stream without its end; libsndfile just decodes what is there."""
-    if re.search("^Ogg ?: (?:Last page lacks|Junk after|File ended)", file.extra_info, re.MULTILINE):
-        return math.inf
-    sizes = PROMISED.search(file.extra_info)
-    promised, there = map(int, sizes.groups()) if sizes else (0, 0)
-    return file.frames * promised / there if there and promised < UNKNOWN else file.frames
-
-
-def usable_rate(rate: int) -> int:
-    """`rate` itself. Raises UserError for a rate beyond RATES."""
-    if not RATES[0] <= rate <= RATES[1]:
-        raise UserError(f"sample rate {rate}: it must be {RATES[0]} to {RATES[1]}")
-    return rate
-
-
-def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
-    """(N,) float32 at `rate` Hz to `sample_rate`, SECONDS at a time. Raises UserError for a rate beyond RATES."""
-    if rate == sample_rate:
-        return samples
-    rate = round(usable_rate(rate) / 25) * 25  # a rate such as 22254 would need a filter of gigabytes; this is 0.02 % off
-    pieces = []
-    for start in range(0, len(samples), SECONDS * rate):
-        first = max(start - rate, 0)  # a second on either side is more than the filter sees
-        piece = torch.from_numpy(samples[first:start + (SECONDS + 1) * rate])
-        piece = torchaudio.functional.resample(piece, rate, sample_rate)
-        skip = (start - first) // rate * sample_rate
-        pieces.append(piece[skip:skip + SECONDS * sample_rate].numpy())
-    return np.concatenate(pieces)

@@ -147,7 +147,7 @@ def write_source(folder, contents, rows, bom, newline):
 
 def good_file():
     file = io.BytesIO()
-    soundfile.write(file, 0.1 * np.ones(400), 16000, format="WAV")
+    soundfile.write(file, 0.1 * np.sin(np.arange(400)), 16000, format="WAV")
     return file.getvalue()
 
 

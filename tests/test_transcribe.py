@@ -1,4 +1,4 @@
-"""transcribe.py with segments.py and words.py: what people give it, what they get, and when each word was said."""
+"""transcribe.py with audio.py and words.py: what people give it, what they get, and when each word was said."""
 
 import io
 import json
@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
 
 import align
+import audio
 import demo
-import segments
 import transcribe
 import words
 from cli import UserError
 from decode import MODES
 from tokenizer import from_vocab, train_bpe, train_char
-from transforms import Frontend, resample
+from transforms import Frontend
 from words import Word
 
 RATE = 16000
@@ -88,7 +88,7 @@ def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
 
 
 def test_a_file_that_breaks_off_with_an_error_leaves_no_half_transcript(world, capsys, folder, monkeypatch):
-    real = segments.read_blocks
+    real = audio.read_blocks
 
     def breaking(path, *rest):
         for number, block in enumerate(real(path, *rest)):
@@ -127,7 +127,7 @@ def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, fol
 def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
     rows = [json.loads(line) for line in hear(capsys, world, "--max_seconds", 2, "--format", "json", folder / "a.flac")[1]]
     samples = soundfile.read(folder / "a.flac", dtype="float32")[0]
-    pieces, offset, texts, found = list(segments.cut_at_pauses(iter([samples]), RATE, 2)), 0, [], []
+    pieces, offset, texts, found = list(audio.cut_at_pauses(iter([samples]), RATE, 2)), 0, [], []
     assert len(pieces) > 2
     for piece in pieces:
         path = folder / "piece.wav"
@@ -243,6 +243,22 @@ def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_tak
     assert status == 2 and out == [] and "error: -: cannot be decoded" in err[-1] and "pipe wav" in err[-1]
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_what_is_lost_of_a_file_is_told_and_what_holds_no_speech_is_no_error(world, capsys, tmp_path, stream):
+    samples = np.concatenate([waveform(row) for row in (0, 3, 4)])
+    for name in ("whole.mp3", "whole.wav"):
+        soundfile.write(tmp_path / name, samples, RATE)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut {name}").write_bytes(content[:len(content) // 2])
+        status, out, err = hear(capsys, world, *stream, tmp_path / f"cut {name}")
+        note, = (line for line in err if "note" in line)
+        assert status == 0 and len(out) == 1 and note.endswith(f" s of {len(samples) / RATE:.1f} s") and "cut short: 1." in note
+    for name, silence in (("constant.wav", np.full(RATE, 0.25)), ("inverted.wav", np.stack([samples, -samples], axis=1))):
+        soundfile.write(tmp_path / name, silence, RATE)
+        status, out, err = hear(capsys, world, *stream, tmp_path / name)
+        assert status == 0 and len(out) == 1 and not any("transcribe.py" in line for line in err)
+
+
 def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, capsys, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
@@ -289,49 +305,6 @@ def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
     status, out, _ = hear(capsys, world, "--stream", "-")
     assert status == 0 and out[0].startswith("-\t") and len(out[0]) > 4
     assert hear(capsys, world, "--stream", folder / "b.wav")[:2] == (130, [])
-
-
-# ------------------------------------------------------------------------------------------------------------ segments
-
-
-@pytest.mark.parametrize("rate", [1, 3999, 400_000])
-def test_a_rate_whose_filter_would_take_gigabytes_is_refused(rate):
-    with pytest.raises(UserError, match=f"sample rate {rate}: it must be 4000 to 384000"):
-        next(segments.resampled(iter([np.zeros(10, np.float32)]), rate, RATE))
-
-
-@pytest.mark.parametrize("rate", [8000, 11025, 22254, 44100, 48000])
-def test_resampling_in_blocks_is_resampling_the_whole(rate):
-    samples = np.random.default_rng(0).normal(0, 0.1, int(rate * 1.037)).astype(np.float32)
-    blocks = np.array_split(samples, [1, 50, 51, rate // 3, rate // 2])
-    expected = resample(samples, rate)
-    found = np.concatenate(list(segments.resampled(iter(blocks), rate, RATE)))
-    assert len(found) == len(expected) and np.abs(found - expected).max() < 1e-5
-
-
-def test_cutting_loses_no_sample_reads_no_further_than_it_must_and_finds_the_pauses():
-    rng = np.random.default_rng(0)
-    loud = [rng.normal(0, 0.1, int(seconds * RATE)) for seconds in (3.1, 3.4, 2.8, 3.3, 1.0)]
-    samples = np.concatenate([part for piece in loud for part in (piece, rng.normal(0.3, 0.001, RATE // 4))]).astype(np.float32)
-    consumed = 0
-
-    def blocks():
-        nonlocal consumed
-        for block in np.array_split(samples, 100):
-            consumed += len(block)
-            yield block
-
-    pieces = []
-    for piece in segments.cut_at_pauses(blocks(), RATE, 4.0):
-        pieces.append(piece)
-        assert len(piece) <= 4 * RATE and consumed <= sum(map(len, pieces)) + 4 * RATE + len(samples) // 50
-    assert np.array_equal(np.concatenate(pieces), samples)
-    pauses = np.cumsum([len(part) + RATE // 4 for part in loud]) - RATE // 8  # their middles
-    cuts = np.cumsum([len(piece) for piece in pieces])[:-1]
-    assert len(cuts) == 4 and np.abs(cuts - pauses[:4]).max() < RATE // 20
-    assert np.array_equal(np.concatenate(list(segments.regroup(iter(pieces), 999))), samples)
-    assert {len(block) for block in segments.regroup(iter(pieces), 999)} == {999, len(samples) % 999}
-    assert [len(block) for block in segments.regroup(iter(pieces), 0)] == [len(samples)]
 
 
 # --------------------------------------------------------------------------------------------------------------- words

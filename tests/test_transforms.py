@@ -1,22 +1,21 @@
 """The frontend and the augmentations: pure, seeded, and of lengths that are known beforehand."""
 
 import dataclasses
-import io
 import json
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import torchaudio.compliance.kaldi as kaldi
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from audio import read_audio
 from cli import UserError
 from transforms import (Augment, Compose, Frontend, eval_transform, extract, fbank, log_mel, log_mel_filters, make_generator,
-                        mean_var_norm, mel_power, num_frames, read_audio, read_cmvn, resample, shortest_frames, spec_aug,
-                        spec_sub, spec_trim, speed_length, speed_perturb, train_transform, transpose)
+                        mean_var_norm, mel_power, num_frames, read_cmvn, shortest_frames, spec_aug, spec_sub, spec_trim,
+                        speed_length, speed_perturb, train_transform, transpose)
 
 FRONTEND, FBANK, AUGMENT = Frontend(), Frontend(frontend="fbank"), Augment(max_trim=50)
 OFF = Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0)
@@ -267,29 +266,6 @@ def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):
         cls(**options)
     name = next(iter(options))
     assert "\n" not in str(refused.value) and name in str(refused.value)
-
-
-def test_audio_files_become_mono_at_16_khz(tmp_path):
-    path = tmp_path / "stereo.wav"
-    stereo = 0.1 * noise(2 * 8000).reshape(8000, 2).numpy()
-    soundfile.write(path, stereo, 8000, subtype="FLOAT")
-    for audio in (str(path), path.read_bytes()):
-        waveform = read_audio(audio)
-        assert waveform.dtype == np.float32 and waveform.shape == (16000,)
-    same = noise(100).numpy()
-    assert resample(same, 16000) is same
-
-
-def test_audio_that_cannot_be_used_is_refused_in_one_line(tmp_path):
-    (tmp_path / "text.wav").write_text("not audio")
-    empty = io.BytesIO()
-    soundfile.write(empty, np.zeros(0), 16000, format="WAV")
-    wrong = io.BytesIO()
-    soundfile.write(wrong, np.array([0.0, np.nan]), 16000, format="WAV", subtype="FLOAT")
-    for audio, reason in ((str(tmp_path / "no.wav"), "file missing"), (str(tmp_path / "text.wav"), "cannot be decoded"),
-                          (b"", "cannot be decoded"), (empty.getvalue(), "no samples"), (wrong.getvalue(), "not finite")):
-        with pytest.raises(UserError, match=reason):
-            read_audio(audio)
 
 
 # Kaldi's fbank

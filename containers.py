@@ -1,0 +1,379 @@
+"""Where the sound of an audio file lies: its parts, each as libsndfile decodes all of it.
+
+libsndfile believes headers. A recorder that crashed, a pipe and `cat a.mp3 b.mp3` leave some that
+promise less or more than there is, or none at all. So the parts of a file are found by walking it,
+and where a header is wrong the part has a right one in its place. Nothing is decoded here; `file`
+is a seekable binary file, `start` and `stop` are places in it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+
+class Part(NamedTuple):
+    """What to decode as one file, and what tells whether all of it was there."""
+
+    pieces: list[bytes | tuple[int, int]]  # in their order: bytes, and what lies from start to stop
+    frames: int = 0  # how many there must be; 0: as many as the decoder says
+    share: float = 1.0  # how much of what the header promises is there
+    flaw: str = ""  # why it is not whole, where nothing says how much is lost
+
+
+def parts(file: BinaryIO) -> list[Part]:
+    """All of a file, and of those that follow it; in a format that is not walked here the decoder
+    is left alone with it.
+    """
+    place, stop, found = 0, file.seek(0, 2), []
+    whole = Part([(0, stop)])
+    while size := tag_size(at(file, place, 32)):
+        place += size
+    while size := tag_before(file, stop):
+        stop -= size
+    if at(file, place, 4) not in WALKS and (place or sound_frame(file, place, stop)):
+        found, place = list(mpeg_parts(file, place, stop)), stop
+    while walk := WALKS.get(at(file, place, 4)) if place < stop else None:
+        more, place = walk(file, place, stop)
+        found += more
+    return found or [whole]
+
+
+def at(file: BinaryIO, place: int, size: int) -> bytes:
+    file.seek(place)
+    return file.read(size)
+
+
+def matches(file: BinaryIO, pattern: bytes, start: int, stop: int) -> Iterator[int]:
+    """The places of a pattern of at most 16 bytes, in order."""
+    block = 2**16
+    for first in range(start, stop, block):
+        content = at(file, first, min(block + 15, stop - first))
+        for found in re.finditer(pattern, content, re.DOTALL):
+            if found.start() < block:
+                yield first + found.start()
+
+
+# Tags, which any format may have before or after it
+
+
+def tag_size(head: bytes) -> int:
+    """Bytes of the tag that `head` (32 bytes) begins, or 0: ID3v2, ID3v1, APE."""
+    if head[:3] == b"ID3" and len(head) >= 10:
+        size = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+        return 10 + size + (10 if head[5] & 16 else 0)
+    if head[:8] == b"APETAGEX" and len(head) == 32:
+        return 32 + (int.from_bytes(head[12:16], "little") if head[23] & 32 else 0)  # or a footer
+    return 128 if head[:3] == b"TAG" else 0
+
+
+def tag_before(file: BinaryIO, stop: int) -> int:
+    """Bytes of the tag that ends at `stop`, or 0: ID3v1, APE."""
+    if stop >= 128 and at(file, stop - 128, 3) == b"TAG":
+        return 128
+    foot = at(file, stop - 32, 32) if stop >= 32 else b""
+    if foot[:8] != b"APETAGEX":
+        return 0
+    size = int.from_bytes(foot[12:16], "little") + (32 if foot[23] & 128 else 0)
+    return size if 32 <= size <= stop else 0
+
+
+# wav and others of chunks: a name, a size, so many bytes. The samples are one of the chunks.
+
+
+class Chunks(NamedTuple):
+    first: int  # where the first one begins
+    name: int  # bytes of a name
+    size: int  # bytes of a size
+    order: str
+    align: int
+    data: bytes = b"data"  # how the name of the samples begins
+
+
+CHUNKS = {b"RIFF": Chunks(12, 4, 4, "little", 2), b"RF64": Chunks(12, 4, 4, "little", 2),
+          b"RIFX": Chunks(12, 4, 4, "big", 2), b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND"),
+          b"caff": Chunks(8, 4, 8, "big", 1), b"riff": Chunks(40, 16, 8, "little", 8)}
+NAME = re.compile(rb"[ -~]{4}")  # of a chunk
+UNKNOWN = {4: 0x7F000000, 8: 2**62}  # by bytes of the size: what is promised on a pipe, or more
+METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEAK", b"smpl",
+            b"JUNK", b"_PMX", b"cart")
+HEAD = (rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
+        rb"\.snd\x00\x00")  # of the next file
+MPEG_IN_WAV = (0x50, 0x55)
+
+
+def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """A size may be more than there is, because the file was cut short, or less, because its writer
+    had no time to say so.
+    """
+    kind = CHUNKS[at(file, start, 4)]
+    place, field, width, code = start + kind.first, None, kind.size, 0
+    while True:
+        if place + kind.name + kind.size > stop:
+            return [Part([(start, stop)])], stop  # no samples: the decoder will say so
+        head = at(file, place, kind.name + kind.size)
+        body, size = place + len(head), chunk_size(kind, head)
+        if head[:4] == kind.data:
+            break
+        if head[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
+            field, width = body + 8, 8
+        if head[:4] == b"fmt " and kind.order == "little":
+            code = int.from_bytes(at(file, body, 2), "little")
+        place = body + size + -size % kind.align
+    if field is None:
+        field = place + kind.name
+    else:
+        size = int.from_bytes(at(file, field, 8), "little")
+    ends = [end_of_chunks(file, kind, body + size + gap, stop) for gap in {-size % kind.align, 0}]
+    end = min(filter(None, ends), default=0)  # an odd number of bytes may be padded or not
+    if code in MPEG_IN_WAV:
+        return list(mpeg_parts(file, body, body + size if end else stop)), end or stop
+    if end:
+        return [Part([(start, end)])], end
+    stop = next(matches(file, HEAD, body, stop), stop)
+    there = stop - body
+    right = min(there + (24 if kind.name == 16 else 0), 256**width - 1).to_bytes(width, kind.order)
+    pieces = [(start, field), right, (field + width, stop)]
+    return [Part(pieces, share=share_of(there, size, width))], stop
+
+
+def share_of(there: int, size: int, width: int) -> float:
+    """Of `size` bytes that are promised in a field of so many bytes, `there` is how many there are.
+    """
+    return there / size if 0 < there < size < UNKNOWN[width] else 1.0
+
+
+def chunk_size(kind: Chunks, head: bytes) -> int:
+    size = int.from_bytes(head[kind.name:], kind.order)
+    return max(size - 24, 0) if kind.name == 16 else size  # of W64, which counts the head
+
+
+def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
+    """Where the chunks from `place` on end, which is `stop` or the next file's begin; 0: what is
+    there are no chunks.
+    """
+    while stop - place >= 4:
+        head = at(file, place, kind.name + kind.size)
+        if head[:4] in WALKS:
+            return place
+        if len(head) < kind.name + kind.size or not NAME.fullmatch(head[:4]):
+            return 0
+        size = chunk_size(kind, head)
+        place += len(head) + size + -size % kind.align
+        if head[:4] in METADATA and place > stop:
+            return stop  # only it is cut short
+    return stop if place - stop < kind.align else 0  # the last padding may be missing
+
+
+def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    head = at(file, start, 12)
+    order = "big" if head[:4] == b".snd" else "little"
+    size, body = (int.from_bytes(head[i:i + 4], order) for i in (8, 4))
+    body = start + max(body, 24)  # bytes of the header
+    if body + size < stop and at(file, body + size, 4) in WALKS:
+        return [Part([(start, body + size)])], body + size
+    stop = next(matches(file, HEAD, body, stop), stop)
+    pieces = [head[:8] + b"\xff" * 4, (start + 12, stop)]
+    return [Part(pieces, share=share_of(stop - body, size, 4))], stop
+
+
+# FLAC and Ogg
+
+
+def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """The number of samples is 0 where it was not known; it is always put so, and what is there is
+    decoded to its end.
+    """
+    end = next(matches(file, rb"fLaC[\0\x80]\0\0\x22", start + 4, stop), stop)
+    head, sound_end = at(file, start, 26).ljust(26, b"\0"), end
+    while size := tag_before(file, sound_end):
+        sound_end -= size
+    frames = int.from_bytes(head[21:26], "big") % 2**36
+    head = head[:21] + bytes([head[21] & 0xF0, 0, 0, 0, 0])
+    return [Part([head, (start + 26, sound_end)], frames)], end
+
+
+def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """A stream ends where a page follows that begins one, and is not itself one of several that
+    begin together.
+    """
+    place, opening = start, True
+    while place < stop:
+        page = at(file, place, 27)
+        if len(page) < 27:
+            return [Part([(start, stop)])], stop
+        if page[5] & 2 and not opening:
+            break
+        opening = page[5] & 2
+        after = place + 27 + page[26] + sum(at(file, place + 27, page[26]))
+        if at(file, after, 4) not in (b"OggS", b""):  # it was cut short, or what follows is no page
+            after = next(matches(file, b"OggS", place + 4, stop), stop)
+        place = after
+    return [Part([(start, min(place, stop))])], min(place, stop)
+
+
+# mp3
+
+
+BITRATES = {  # in kbit/s, of MPEG 1 and of MPEG 2 and 2.5, by layer
+    (True, 1): range(32, 449, 32),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+
+
+class SoundFrame(NamedTuple):
+    """What the header of an MPEG audio frame says. A decoder wants one `kind` throughout."""
+
+    kind: tuple  # layer, rate, whether mono, and of layers 1 and 2, without Xing header, bit rate
+    size: int  # bytes; 0: of free format, the next frame's place tells
+    samples: int
+    info: int  # where a Xing or Info header begins, if it has one
+
+
+def frame_of(head: bytes) -> SoundFrame | None:
+    """The frame that begins with `head`, if one does."""
+    if len(head) < 4 or head[0] != 255 or head[1] < 224:
+        return None
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    bitrate, rate = head[2] >> 4, head[2] >> 2 & 3
+    if version == 1 or layer == 4 or bitrate == 15 or rate == 3:
+        return None
+    first, mono, padding = version == 3, head[3] >> 6 == 3, head[2] >> 1 & 1
+    rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]  # MPEG 1, 2, 2.5
+    bitrate = bitrate and 1000 * BITRATES[first, layer][bitrate - 1]
+    samples = 384 if layer == 1 else 1152 if layer == 2 or first else 576
+    size = samples // 8 * bitrate // rate + padding
+    if layer == 1:
+        size = 4 * (12 * bitrate // rate + padding)
+    info = 4 + (17 if first == mono else 9 if mono else 32)
+    return SoundFrame((layer, rate, mono, bitrate * (layer < 3)), bitrate and size, samples, info)
+
+
+def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
+    """The frame at `place`, if it is one: another of its kind, a tag or the end follows."""
+    head = at(file, place, 4)
+    frame = sized(file, place, stop, frame_of(head), head)
+    if frame is None or place + frame.size == stop:
+        return frame
+    after = at(file, place + frame.size, 32)
+    other = frame_of(after)
+    return frame if tag_size(after) or other and other.kind == frame.kind else None
+
+
+def sized(file: BinaryIO, place: int, stop: int, frame: SoundFrame | None,
+          head: bytes) -> SoundFrame | None:
+    """The same with its size, where its header does not tell: it ends where the next begins."""
+    if frame is None or frame.size:
+        return frame
+    like = re.escape(head[:2]) + b"[" + re.escape(bytes((head[2] & 0xFD, head[2] | 2))) + b"]"
+    after = next(matches(file, like, place + 4, min(place + 8192, stop)), stop)
+    return frame._replace(size=after - place)
+
+
+DECODER_DELAY = 529  # samples of layer 3, which a decoder that knows the length leaves out at first
+XING = (b"Xing", b"Info", b"VBRI")
+
+
+class Run:
+    """Frames to decode together. State: where they lie, how many bytes between them are none, what
+    their Xing header says.
+    """
+
+    def __init__(self, head: bytes, frame: SoundFrame):
+        self.head, self.frame, self.extents = head[:4], frame, []
+        self.count = self.junk = self.promised = 0
+        self.flaw = ""
+        self.trim: tuple[int, int] | None = None  # samples added before and after, if it says so
+
+    def add(self, place: int, size: int) -> None:
+        first = self.extents.pop()[0] if self.extents and self.extents[-1][1] == place else place
+        self.extents.append((first, place + size))
+        self.count += 1
+
+    def part(self) -> Part:
+        """With a Xing header that is right: the decoder knows the length, and what to leave out at
+        either end.
+        """
+        lost = self.promised - self.count
+        if not self.promised:  # but what lies between the frames may have been some
+            size = sum(stop - start for start, stop in self.extents)
+            lost = self.junk * self.count // max(size, 1)
+        frames, header = (self.count + max(lost, 0)) * self.frame.samples, []
+        if self.frame.kind[0] == 3:
+            delay, padding = self.trim or (0, 0)
+            padding *= lost >= 0  # where more follows, the end that was padded is somewhere in it
+            frames -= delay + max(padding, DECODER_DELAY)
+            trim = self.trim and (delay, padding * (lost <= 0))
+            header = [xing_header(self.head, self.count, trim)]
+        return Part([*header, *self.extents], frames, flaw=self.flaw)
+
+
+def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes:
+    """A frame that says how many follow, and of how many samples to trim them."""
+    head = bytes((255, head[1] | 1, head[2] & 0x0C | 0xE0, head[3]))  # the highest bit rate: room
+    frame = frame_of(head)
+    lame = b"LAME" + bytes(17) + (trim[0] << 12 | trim[1]).to_bytes(3, "big") if trim else b""
+    content = b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big") + lame
+    return (head.ljust(frame.info, b"\0") + content).ljust(frame.size, b"\0")
+
+
+def reads_xing(run: Run, frame: bytes) -> bool:
+    """Whether a frame holds no sound but a Xing, Info or VBRI header; what that says goes to `run`.
+    """
+    xing, vbri = frame[run.frame.info:], frame[36:]
+    if vbri[:4] == b"VBRI":
+        run.promised = int.from_bytes(vbri[14:18], "big")
+        return True
+    if xing[:4] not in (b"Xing", b"Info"):
+        return False
+    flags = int.from_bytes(xing[4:8], "big")
+    run.promised = int.from_bytes(xing[8:12], "big") if flags & 1 else 0
+    lame = xing[8 + sum(size for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)) if flags & bit):]
+    if len(lame) >= 24 and lame[0]:
+        trim = int.from_bytes(lame[21:24], "big")
+        run.trim = trim >> 12, trim & 4095
+    return True
+
+
+def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
+    """All frames, in runs: one begins with each Xing header, and where the kind of the frames
+    changes.
+    """
+    place, last, run = start, start, None  # last: where the last frame begins
+    while place < stop:
+        head = at(file, place, 64)
+        frame = sized(file, place, stop, frame_of(head), head)
+        if frame and not (run and run.frame.kind == frame.kind):
+            frame = sound_frame(file, place, stop)
+        ends_early = frame and place + frame.size > stop
+        if ends_early or not frame and run and len(head) < 4 and run.head.startswith(head[:2]):
+            run.flaw, place = "it ends within a frame", stop
+        elif not frame and (size := tag_size(head[:32])):
+            place += size
+            last = place - 4
+        elif not frame:  # the last one may have been cut short, and the next begin in it
+            likely = matches(file, rb"\xff(?=[\xe0-\xff])", last + 4, stop)
+            after = next((p for p in likely if sound_frame(file, p, stop)), stop)
+            if run:
+                run.junk += max(after - place, 0)
+                run.flaw = run.flaw or ("one of its frames is cut short" if after < place else "")
+            place = after
+        else:
+            new = Run(head, frame)
+            is_header = frame.kind[0] == 3 and any(sign in head for sign in XING)
+            is_header = is_header and reads_xing(new, at(file, place, 192))
+            if run is None or is_header or frame.kind != run.frame.kind:
+                if run and run.extents:
+                    yield run.part()
+                run = new
+            if not is_header:
+                run.add(place, frame.size)
+            place, last = place + frame.size, place
+    if run and (run.extents or run.promised):
+        yield run.part()
+
+
+WALKS = dict.fromkeys(CHUNKS, chunk_parts) | {
+    b"fLaC": flac_parts, b"OggS": ogg_parts, b".snd": au_parts, b"dns.": au_parts}

@@ -1,0 +1,503 @@
+"""audio.py and containers.py: all of the sound is heard whatever headers say, or the loss is told."""
+
+import io
+import os
+import signal
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from hypothesis import given
+from hypothesis import strategies as st
+from test_prepare_properties import cases
+
+import audio
+from audio import read_audio, read_blocks, resample
+from cli import UserError
+from containers import frame_of, parts
+
+RATE = 16000
+
+
+def speech(seconds=2.0, rate=RATE, seed=0):
+    """Soft noise under a tone that comes and goes."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).normal(0, 0.003, len(time))
+    tone = np.sin(2 * np.pi * 3 * time) * np.sin(2 * np.pi * 300 * time)
+    return (noise + 0.4 * tone).astype(np.float32)
+
+
+def encoded(samples, format="WAV", subtype=None, rate=RATE, **how):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype, **how)
+    return file.getvalue()
+
+
+def without_xing(mp3):
+    """The frames alone: the first one that LAME writes holds no sound."""
+    assert mp3[frame_of(mp3).info:][:4] in (b"Xing", b"Info")
+    return mp3[frame_of(mp3).size:]
+
+
+def variable(samples, rate=RATE):
+    return encoded(samples, "MP3", None, rate, bitrate_mode="VARIABLE")
+
+
+def constant(samples, level, rate=RATE):
+    return encoded(samples, "MP3", None, rate, bitrate_mode="CONSTANT", compression_level=level)
+
+
+def told(content):
+    """(samples, what is said of them): with someone to tell it to, one hears what is there."""
+    reasons = []
+    return np.concatenate(list(read_blocks(content, RATE, damaged=reasons.append))), reasons
+
+
+def heard(content):
+    """All samples of a file of which nothing is lost, the same in both ways."""
+    samples, reasons = told(content)
+    assert reasons == [] and np.array_equal(samples, read_audio(content))
+    return samples
+
+
+def loss(content):
+    """What is said of a file of which something is lost, in both ways."""
+    samples, (reason,) = told(content)
+    with pytest.raises(UserError) as refused:
+        read_audio(content)
+    assert str(refused.value) in (reason, f"cannot be decoded: {reason}") and len(samples)
+    return reason
+
+
+# Both ways in
+
+
+FORMATS = [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "MS_ADPCM"),
+           ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("W64", "PCM_16"), ("AIFF", "PCM_16"),
+           ("AU", "PCM_16"), ("AU", "ULAW"), ("CAF", "PCM_16"), ("CAF", "ALAC_16"),
+           ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
+UNKNOWN_SIZE = {"WAV": b"\xff" * 4, "AIFF": b"\xff" * 4, "AU": b"\xff" * 4, "CAF": b"\xff" * 8,
+                "W64": b"\xff" * 7 + b"\x7f"}
+
+
+def size_field(content, format):
+    """Where a file says how many bytes of samples it has, or 0."""
+    if format in ("AU", "FLAC", "OGG", "MP3"):
+        return 8 if format == "AU" else 0
+    name = b"SSND" if format == "AIFF" else b"ds64" if format == "RF64" else b"data"
+    return content.index(name) + {"W64": 16, "RF64": 16}.get(format, 4)
+
+
+@st.composite
+def recordings(draw):
+    """(content, kind of damage, the contents of its parts)"""
+    format, subtype = draw(st.sampled_from(FORMATS))
+    whole = []
+    for seed in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
+        rate = draw(st.sampled_from((8000, 16000, 24000)))
+        channels = draw(st.sampled_from((1, 1, 2)))
+        samples = speech(draw(st.integers(2000, 12000)) / 10000, rate, seed)
+        whole.append(encoded(np.stack([samples] * channels, axis=1), format, subtype, rate))
+    content = b"".join(whole)
+    damage = draw(st.sampled_from(("none", "none", "cut", "unknown", "less", "more", "hole")))
+    changed = bytearray(content)
+    at = size_field(content, format)
+    if damage == "cut":
+        del changed[draw(st.integers(len(content) // 10, len(content) - 1)):]
+    elif damage == "hole":
+        start = draw(st.integers(0, len(content)))
+        changed[start:start + 300] = bytes(len(changed[start:start + 300]))
+    elif len(whole) > 1 or damage == "none":
+        damage = "none"
+    elif damage == "unknown" and format in UNKNOWN_SIZE:
+        changed[at:at + len(UNKNOWN_SIZE[format])] = UNKNOWN_SIZE[format]
+    elif damage == "unknown" and format == "FLAC":
+        changed[21:26] = bytes([changed[21] & 0xF0, 0, 0, 0, 0])
+    elif at and damage in ("less", "more") and format not in ("W64", "CAF"):
+        order = "big" if format in ("AIFF", "AU") else "little"
+        size = int.from_bytes(content[at:at + 4], order)
+        changed[at:at + 4] = (size // 4 * 2 if damage == "less" else 2 * size).to_bytes(4, order)
+    else:
+        damage = "none"
+    return bytes(changed), damage, whole
+
+
+@cases(150)
+@given(recordings())
+def test_both_ways_in_hear_the_same_and_all_that_is_there(recording):
+    content, damage, whole = recording
+    expected = np.concatenate([read_audio(part) for part in whole])
+    try:
+        samples, reasons = told(content)
+    except UserError:
+        assert damage in ("cut", "hole")
+        with pytest.raises(UserError):
+            read_audio(content)
+        return
+    if reasons:
+        assert damage in ("cut", "more", "hole") and all(" s" in reason for reason in reasons)
+        with pytest.raises(UserError):
+            read_audio(content)
+    else:
+        assert np.array_equal(samples, read_audio(content))
+    if damage in ("none", "unknown", "less"):
+        assert not reasons and np.array_equal(samples, expected)
+    if damage == "more":
+        assert reasons and np.array_equal(samples, expected)
+    if damage == "cut" and not reasons:  # nothing says that more was there: it ends where a part does
+        ends = np.cumsum([len(read_audio(part)) for part in whole])
+        assert np.abs(ends - len(samples)).min() < RATE / 10
+
+
+@pytest.mark.parametrize("format, subtype", FORMATS)
+def test_block_by_block_is_what_the_decoder_makes_of_the_whole(format, subtype):
+    samples = np.stack([speech(3.0, seed=0), speech(3.0, seed=1)], axis=1)
+    content = variable(samples) if format == "MP3" else encoded(samples, format, subtype)
+    expected = soundfile.read(io.BytesIO(content), dtype="float32")[0].mean(axis=1)
+    found = heard(content)
+    assert len(found) == len(expected) and np.abs(found - expected).max() < 1e-6
+
+
+def test_a_long_file_takes_no_more_memory_than_a_block(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.tile(speech(10.0), 30), RATE)  # 10 MB
+    (tmp_path / "a.mp3").write_bytes(without_xing(variable(speech(10.0))) * 30)
+    for name in ("a.wav", "a.mp3"):
+        tracemalloc.start()
+        try:
+            assert sum(map(len, read_blocks(str(tmp_path / name), RATE))) >= 4_800_000
+            assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.flac", speech(), RATE)
+    real = audio.at
+
+    def failing(file, place, size):
+        if place > 20_000:
+            raise OSError(5, "Input/output error")
+        return real(file, place, size)
+
+    monkeypatch.setattr(audio, "at", failing)
+    for how in ({}, {"damaged": lambda reason: None}):
+        with pytest.raises(UserError, match="cannot be decoded|cut short"):
+            list(read_blocks(str(tmp_path / "a.flac"), RATE, **how))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer")
+def test_ctrl_c_is_never_lost_in_the_decoder(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([speech(30.0, 44100)] * 2, axis=1), 44100)
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+                signal.SIGALRM: signal.signal(
+                    signal.SIGALRM, lambda *call: os.kill(os.getpid(), signal.SIGINT))}
+    try:
+        for attempt in range(40):
+            with pytest.raises(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0007 * attempt)
+                for _ in range(20):  # seconds, if it is lost
+                    list(read_blocks(str(tmp_path / "a.wav"), RATE))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# mp3
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_an_mp3_of_variable_bit_rate_without_a_xing_header_is_heard_to_its_end(rate):
+    quiet, loud = 1e-5 * speech(8.0, rate), speech(4.0, rate)  # of bit rates that differ
+    for samples in (np.concatenate([quiet, loud]), np.concatenate([loud, quiet])):
+        whole = variable(samples, rate)
+        expected, found = heard(whole), heard(without_xing(whole))
+        assert len(expected) == len(resample(samples, rate))
+        assert 0 <= len(found) - len(expected) < 0.4 * RATE  # what the encoder padded is no longer known
+        shift = len(found) - len(expected)
+        power = lambda x: np.square(x[:len(x) // 800 * 800].reshape(-1, 800)).sum(axis=1)  # noqa: E731
+        alike = [np.corrcoef(power(found[skip:][:len(expected)]), power(expected))[0, 1]
+                 for skip in range(0, shift, 40)]
+        assert max(alike) > 0.99
+
+
+def test_frames_of_several_bit_rates_are_all_heard():
+    content = b"".join(without_xing(constant(speech(2.0), level)) for level in (0.1, 0.5, 0.8, 0.1))
+    assert 8.0 <= len(heard(content)) / RATE < 8.6
+
+
+def test_several_mp3_files_in_one_are_all_heard():
+    one, other = variable(speech(2.0)), constant(speech(1.0, 44100, 1), 0.5, 44100)
+    bare = without_xing(one)
+    tags = (b"ID3\4\0\0\0\0\0\5hello", b"TAG" + bytes(125),
+            b"APETAGEX" + struct.pack("<IIII", 2000, 32, 0, 0) + bytes(8))
+    for first, second in ((one, one), (one, other), (other, one), (bare, other), (other, bare)):
+        expected = np.concatenate([heard(first), heard(second)])
+        assert np.array_equal(heard(first + second), expected)
+        for tag in tags:
+            assert np.array_equal(heard(tags[0] + first + tag + second + tags[1]), expected)
+    assert 4.0 <= len(heard(2 * bare)) / RATE < 4.3
+
+
+@pytest.mark.parametrize("promised", [0, 1, 20, 57, 80, 100])
+def test_a_xing_header_that_lies_loses_nothing(promised):
+    content = variable(speech(2.0))
+    at = frame_of(content).info + 8
+    there = int.from_bytes(content[at:at + 4], "big")
+    lying = content[:at] + promised.to_bytes(4, "big") + content[at + 4:]
+    if promised > there + 2:
+        assert loss(lying).startswith(f"cut short: 2.0 s of {promised * 0.036 - 0.05:.1f}")
+    else:
+        assert 2.0 <= len(heard(lying)) / RATE < 2.1
+
+
+def test_an_mp3_that_is_cut_short_is_found_out_with_and_without_a_xing_header():
+    content = variable(speech(4.0))
+    for share in (0.9, 0.5, 0.2):
+        size = int(share * len(content))
+        assert loss(content[:size]).endswith("s of 4.0 s")
+        assert loss(content[:size] + content).endswith("s of 4.0 s")  # begins within a frame
+        places = [start for start in range(len(content)) if content[start:start + 2] == content[:2]]
+        inside = max(place for place in places if place < size) + 7
+        bare = without_xing(content)[:inside - len(content)]
+        assert "frame" in loss(bare)
+        assert "frame" in loss(bare + content)
+
+
+def test_what_lies_between_frames_is_skipped_and_told_where_it_may_have_been_sound():
+    content = without_xing(constant(speech(2.0), 0.5))
+    size = frame_of(content).size
+    with_junk = lambda junk: content[:10 * size] + junk + content[10 * size:]  # noqa: E731
+    assert np.array_equal(heard(with_junk(b"\xff\xfbjunk\xff" * 5)), heard(content))
+    assert loss(with_junk(bytes(20 * size))).startswith("cut short: 2.")
+
+
+def test_layer_2_and_the_free_format_have_lengths_too():
+    """Headers of frames that soundfile does not write."""
+    assert frame_of(bytes.fromhex("fffda000"))[1:3] == (626, 1152)  # MPEG 1, layer 2, 192 k, 44.1 kHz
+    assert frame_of(bytes.fromhex("fff55400"))[1:3] == (240, 1152)  # MPEG 2, layer 2, 40 k, 24 kHz
+    assert frame_of(bytes.fromhex("ffff4400"))[1:3] == (128, 384)  # MPEG 1, layer 1, 128 k, 48 kHz
+    frame = b"\xff\xfb\x04\xc0" + bytes(200)  # free format, layer 3, mono, 48 kHz
+    part, = parts(io.BytesIO(10 * frame))
+    assert part.pieces[1:] == [(0, 2040)] and part.frames == 10 * 1152 - 529
+
+
+# Headers that were never written, or too early
+
+
+@pytest.mark.parametrize("size", [0, 1000, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
+@pytest.mark.parametrize("format", ["WAV", "WAVEX", "AIFF", "AU"])
+def test_samples_that_a_header_does_not_know_of_are_heard(format, size):
+    content = encoded(speech(), format, "PCM_16")
+    at = size_field(content, format)
+    order = "big" if format in ("AIFF", "AU") else "little"
+    riffs = (content[4:8], bytes(4), b"\xff" * 4)
+    for riff in riffs if format.startswith("WAV") else riffs[:1]:
+        lying = content[:4] + riff + content[8:at] + size.to_bytes(4, order) + content[at + 4:]
+        assert np.array_equal(heard(lying), heard(content))
+
+
+@pytest.mark.parametrize("format", ["W64", "CAF", "RF64"])
+@pytest.mark.parametrize("size", [24, 1000, 2**63 - 1, 2**64 - 1])
+def test_samples_that_a_wide_header_does_not_know_of_are_heard(format, size):
+    content = encoded(speech(), format, "PCM_16")
+    at = size_field(content, format)
+    order = "big" if format == "CAF" else "little"
+    lying = content[:at] + size.to_bytes(8, order) + content[at + 8:]
+    assert np.array_equal(heard(lying), heard(content))
+
+
+@pytest.mark.parametrize("rate, samples", [(RATE, 8000), (RATE, 8001)])
+def test_chunks_after_the_samples_are_not_heard(rate, samples):
+    content = encoded(speech()[:samples], "WAV", "PCM_U8", rate)
+    chunks = [b"LIST" + struct.pack("<I", 5) + b"INFOx\0", b"id3 " + struct.pack("<I", 4) + b"ID3\0"]
+    for tail in (chunks[0], chunks[0][:-1], chunks[0] + chunks[1], chunks[1][:-2],
+                 b"odd " + struct.pack("<I", 0), b"TAG" + bytes(125)):
+        for padded in {content, content[:44 + samples]}:  # an odd number of bytes may be padded or not
+            assert np.array_equal(heard(padded + tail), heard(content))
+    empty = encoded(np.zeros(0, np.float32), "WAV")
+    with pytest.raises(UserError, match="no samples"):
+        read_audio(empty + chunks[0])
+
+
+def test_several_files_in_one_are_all_heard_whatever_their_formats():
+    contents = [encoded(speech(0.5, seed=i), *kind) for i, kind in enumerate(FORMATS[:-1])]
+    expected = np.concatenate(list(map(read_audio, contents)))
+    assert np.array_equal(heard(b"".join(contents[:-3]) + contents[-3]), np.concatenate([
+        *map(read_audio, contents[:-3]), read_audio(contents[-3])]))
+    assert len(expected) and len(heard(500 * contents[0])) == 500 * 8000
+
+
+@pytest.mark.parametrize("format, subtype", FORMATS)
+def test_a_file_that_is_cut_short_is_told_and_the_one_after_it_is_heard(format, subtype):
+    content = encoded(speech(6.0), format, subtype)
+    expected = heard(content)
+    for share in (0.5, 0.777):
+        cut = content[:int(share * len(content))]
+        assert " s" in loss(cut) and " s" in loss(cut + content)
+        assert np.array_equal(told(cut + content)[0][-len(expected):], expected)
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
+def test_recordings_of_unknown_length_that_follow_each_other_do_not_hear_the_other_header(format):
+    content = encoded(speech(), format, "PCM_16")
+    at = size_field(content, format)
+    unknown = content[:at] + b"\xff" * 4 + content[at + 4:]
+    assert np.array_equal(heard(unknown + unknown + content), np.tile(heard(content), 3))
+
+
+@pytest.mark.parametrize("frames, what", [(0, "all"), (100, "all"), (31999, "all"), (32000, "all"),
+                                          (64000, "2.0 s of 4.0 s"), (2**36 - 1, "2.0 s of 4294967.3 s")])
+def test_flac_is_heard_to_its_end_whatever_its_header_says(frames, what):
+    content = encoded(speech(), "FLAC")
+    number = (content[21] & 0xF0) << 32 | frames
+    lying = content[:21] + number.to_bytes(5, "big") + content[26:]
+    if what == "all":
+        assert np.array_equal(heard(lying), heard(content))
+        assert np.array_equal(heard(lying + lying), np.tile(heard(content), 2))
+        assert np.array_equal(heard(lying + b"TAG" + bytes(125)), heard(content))
+    else:
+        assert loss(lying) == f"cut short: {what}"
+    reason = loss(lying[:len(content) // 2])
+    assert reason.startswith(("damaged after 0.", "damaged after 1."))
+    assert (" of " in reason) == (frames > 31000)
+
+
+# Channels
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_channels_that_cancel_out_are_heard_as_the_loudest_from_start_to_end(format):
+    pause = np.zeros(RATE, np.float32)
+    samples = np.concatenate([pause, speech(), pause, speech(seed=1)])
+    noise = np.random.default_rng(0).normal(0, 1e-3, (len(samples), 2))  # apart, as of two microphones
+    found = heard(encoded(np.stack([samples, -0.9 * samples], axis=1) + noise, format))
+    expected = samples + noise[:, 0]
+    limit = 1e-3 if format in ("WAV", "FLAC") else 0.1
+    assert len(found) == len(expected) and np.abs(found - expected).max() < limit
+
+
+def test_other_channels_are_heard_as_their_mean():
+    one, other = speech(seed=0), np.roll(speech(seed=1), 4000)
+    for channels in ([one, other], [one, 0 * one], [one, one], [0.7 * one + 0.1, -0.2 * one]):
+        samples = np.stack(channels, axis=1)
+        assert np.array_equal(heard(encoded(samples, "WAV", "FLOAT")), samples.mean(axis=1))
+    offset = np.stack([one + 0.2, 0.2 - 0.9 * one], axis=1)  # the mean is a constant
+    assert np.array_equal(heard(encoded(offset, "WAV", "FLOAT")), offset[:, 0])
+
+
+# Pipes
+
+
+@pytest.fixture
+def pipe():
+    """A function that makes bytes the standard input, as a pipe or as a file."""
+    saved = os.dup(0)
+
+    def feed(content):
+        out, into = os.pipe()
+        assert os.write(into, content) == len(content) < 65536  # fits the pipe's buffer
+        os.close(into)
+        os.dup2(out, 0)
+        os.close(out)
+
+    yield feed
+    os.dup2(saved, 0)
+    os.close(saved)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_pipe_is_heard_to_its_end_whatever_its_header_says(pipe, subtype, channels):
+    content = encoded(np.stack([speech(0.4)] * channels, axis=1), "WAV", subtype)
+    at, chunk = size_field(content, "WAV"), b"LIST" + struct.pack("<I", 4) + b"INFO"
+    expected = heard(content)
+    right = int.from_bytes(content[at:at + 4], "little")
+    for size, tail in ((right, b""), (right, chunk), (0, b""), (1200, b""), (0xFFFFFFFF, b""),
+                       (0x7FFFF000, b"")):
+        pipe(content[:at] + size.to_bytes(4, "little") + content[at + 4:] + tail)
+        samples, reasons = told("-")
+        assert not reasons and np.array_equal(samples, expected)
+    pipe(content[:len(content) // 2])
+    assert told("-")[1] == ["cut short: 0.2 s of 0.4 s"]
+
+
+def test_standard_input_that_is_a_file_is_read_as_one(pipe, tmp_path):
+    path = tmp_path / "a.mp3"
+    path.write_bytes(2 * variable(speech()))
+    file = os.open(path, os.O_RDONLY)
+    os.dup2(file, 0)
+    os.close(file)
+    assert np.array_equal(read_audio("-"), heard(str(path)))
+
+
+# Rates, and what is refused
+
+
+def test_audio_files_become_mono_at_16_khz(tmp_path):
+    path = tmp_path / "stereo.wav"
+    stereo = 0.1 * np.random.default_rng(0).normal(0, 1, (8000, 2))
+    soundfile.write(path, stereo, 8000, subtype="FLOAT")
+    for source in (str(path), path.read_bytes()):
+        waveform = read_audio(source)
+        assert waveform.dtype == np.float32 and waveform.shape == (16000,)
+    same = speech()
+    assert resample(same, 16000) is same
+
+
+def test_audio_that_cannot_be_used_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.wav").write_text("not audio")
+    empty, wrong = encoded(np.zeros(0)), encoded(np.array([0.0, np.nan]), "WAV", "FLOAT")
+    for source, reason in ((str(tmp_path / "no.wav"), "file missing"),
+                           (str(tmp_path / "text.wav"), "cannot be decoded"), (b"", "cannot be decoded"), (empty, "no samples"), (wrong, "not finite")):
+        with pytest.raises(UserError, match=reason):
+            read_audio(source)
+
+
+@pytest.mark.parametrize("rate", [1, 3999, 400_000])
+def test_a_rate_whose_filter_would_take_gigabytes_is_refused(rate):
+    with pytest.raises(UserError, match=f"sample rate {rate}: it must be 4000 to 384000"):
+        next(audio.resampled(iter([np.zeros(10, np.float32)]), rate, RATE))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22254, 44100, 48000])
+def test_resampling_in_blocks_is_resampling_the_whole(rate):
+    samples = np.random.default_rng(0).normal(0, 0.1, int(rate * 1.037)).astype(np.float32)
+    blocks = np.array_split(samples, [1, 50, 51, rate // 3, rate // 2])
+    near = round(rate / 25) * 25
+    expected = torchaudio.functional.resample(torch.from_numpy(samples), near, RATE).numpy()
+    in_blocks = np.concatenate(list(audio.resampled(iter(blocks), rate, RATE)))
+    for found in (in_blocks, resample(samples, rate)):
+        assert len(found) == len(expected) and np.abs(found - expected).max() < 1e-5
+
+
+# Pieces
+
+
+def test_cutting_loses_no_sample_reads_no_further_than_it_must_and_finds_the_pauses():
+    rng = np.random.default_rng(0)
+    loud = [rng.normal(0, 0.1, int(seconds * RATE)) for seconds in (3.1, 3.4, 2.8, 3.3, 1.0)]
+    samples = np.concatenate([part for piece in loud for part in (piece, rng.normal(0.3, 0.001, RATE // 4))]).astype(np.float32)
+    consumed = 0
+
+    def blocks():
+        nonlocal consumed
+        for block in np.array_split(samples, 100):
+            consumed += len(block)
+            yield block
+
+    pieces = []
+    for piece in audio.cut_at_pauses(blocks(), RATE, 4.0):
+        pieces.append(piece)
+        assert len(piece) <= 4 * RATE and consumed <= sum(map(len, pieces)) + 4 * RATE + len(samples) // 50
+    assert np.array_equal(np.concatenate(pieces), samples)
+    pauses = np.cumsum([len(part) + RATE // 4 for part in loud]) - RATE // 8  # their middles
+    cuts = np.cumsum([len(piece) for piece in pieces])[:-1]
+    assert len(cuts) == 4 and np.abs(cuts - pauses[:4]).max() < RATE // 20
+    assert np.array_equal(np.concatenate(list(audio.regroup(iter(pieces), 999))), samples)
+    assert {len(block) for block in audio.regroup(iter(pieces), 999)} == {999, len(samples) % 999}
+    assert [len(block) for block in audio.regroup(iter(pieces), 0)] == [len(samples)]
