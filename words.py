@@ -14,7 +14,7 @@ import torch
 
 import decode
 from conformer import receptive_field
-from tokenizer import UNKNOWN_MARK, Tokenizer
+from tokenizer import Tokenizer
 from transforms import Frontend
 
 # Chinese and Japanese characters, which no space parts: radicals, 々 〆 〇 and other signs, kana,
