@@ -69,7 +69,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_endings(trainer, folder):
-    """Signals and full disks: one line, the right exit status, and no process left behind."""
+    """Signals, full disks and files of others: one line, the right exit status, and no process left behind."""
     try:
         yield
     except Stopped as stopped:
@@ -86,10 +86,11 @@ def one_line_endings(trainer, folder):
     except (OSError, UserError) as error:
         if hasattr(trainer.strategy.launcher, "procs"):
             trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this process started would wait for it for ever
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not getattr(error, "filename", None):
             raise
-        raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, then go on with --resume: the last "
-                        "checkpoint is whole") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror}; {'make room there' if full else 'put that right'}, then go "
+                        "on with --resume: the last checkpoint is whole") from error
 
 
 class LastCheckpoint(Checkpoint):

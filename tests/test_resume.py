@@ -237,6 +237,17 @@ def test_an_attempt_that_fails_before_its_first_update_leaves_everything(data, e
     assert contents(ended) == before
 
 
+@pytest.mark.parametrize("name", ["steps.jsonl", "logs"])
+def test_what_cannot_be_written_is_one_line(data, ended, name):
+    """A permission would not stop root."""
+    (ended / name).rename(ended / "old")
+    (ended / name).write_text("no folder") if name == "logs" else (ended / name).mkdir()
+    before = contents(ended)
+    with pytest.raises(UserError, match=f"{name}: .*; put that right, then go on with --resume"):
+        run(data, ended, "--max_epochs", 3, "--resume")
+    assert contents(ended) == before
+
+
 def test_logs_of_others_stay(data, tmp_path):
     """Such as those that a cluster writes beside ours."""
     (tmp_path / "run" / "logs").mkdir(parents=True)
