@@ -13,6 +13,7 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from cli import UserError
 
@@ -43,6 +44,16 @@ def read_weights_only(path: str, mmap: bool = False):
     except Exception as error:  # what is damaged makes torch.load raise nearly anything
         reason = getattr(error, "strerror", None) or f"damaged, or something else ({type(error).__name__})"
         raise UserError(reason) from error
+
+
+def not_finite(checkpoint: dict) -> str | None:
+    """The first of a checkpoint's weights, statistics, averages and moments of the optimizer that is not finite: a model with
+    such hears nothing, and training it goes nowhere."""
+    for part in ("state_dict", "current_model_state", "optimizer_states"):
+        for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+                return f"{part}{keystr(names)}"
+    return None
 
 
 def write_model(checkpoint: dict, folder: str) -> None:

@@ -13,7 +13,6 @@ import pytorch_lightning as L
 import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch.utils._pytree import keystr, tree_flatten_with_path
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
@@ -425,6 +424,9 @@ class U2(L.LightningModule):
     def on_save_checkpoint(self, checkpoint):
         """Plain data beside the weights: a .ckpt is all that a later command needs."""
         self.steps.flush()  # before the checkpoint: the log of a resumed run is never behind it
+        if name := hub.not_finite(checkpoint):  # no gradient was at fault, else it had been skipped: the step was too long
+            raise UserError(f"step {self.global_step}: {name} is not finite any more, so that nothing is saved; lower --lr and "
+                            "go on with --resume: the checkpoint before is whole")
         checkpoint.update(model_options=asdict(self.options), optim_options=asdict(self.optim),
                           frontend=asdict(self.frontend), tokenizer=self.tokenizer.to_dict(),
                           skips={"in_a_row": self.skips_in_a_row, "in_all": self.skips_in_all})
@@ -466,14 +468,6 @@ def read_checkpoint(path: str) -> dict:
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
-    check_finite(checkpoint, path)
+    if name := hub.not_finite(checkpoint):
+        raise UserError(f"{path}: damaged by training: {name} is not finite; use a checkpoint from before")
     return checkpoint
-
-
-def check_finite(checkpoint: dict, path: str) -> None:
-    """UserError where weights, statistics, an average or the optimizer's moments are not all finite: such a model hears nothing,
-    and training it goes nowhere."""
-    for part in ("state_dict", "current_model_state", "optimizer_states"):
-        for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise UserError(f"{path}: damaged by training: {part}{keystr(names)} is not finite; use a checkpoint from before")

@@ -69,7 +69,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_endings(trainer, folder):
-    """Signals and full disks: one line, the right exit status, and no process left behind."""
+    """Signals, full disks and files of others: one line, the right exit status, and no process left behind."""
     try:
         yield
     except Stopped as stopped:
@@ -79,13 +79,18 @@ def one_line_endings(trainer, folder):
         print(f"\n{signal.Signals(status - STOP).name} at step {step}: {folder}/last.ckpt is saved; the same command with "
               "--resume goes on", file=sys.stderr)
         sys.exit(status)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # of a signal, of which Lightning makes a status of its own
+            raise error.__context__ from None
+        raise
     except (OSError, UserError) as error:
         if hasattr(trainer.strategy.launcher, "procs"):
             trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this process started would wait for it for ever
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not getattr(error, "filename", None):
             raise
-        raise UserError(f"{error.filename or folder}: {error.strerror}; make room there, then go on with --resume: the last "
-                        "checkpoint is whole") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror}; {'make room there' if full else 'put that right'}, then go "
+                        "on with --resume: the last checkpoint is whole") from error
 
 
 class LastCheckpoint(Checkpoint):
@@ -186,6 +191,8 @@ class BestCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.score = best_score(self.path)
+        if self.score == math.inf and os.path.exists(self.path):
+            rank_zero_info(f"note: {self.path} is damaged; the model of the next validation takes its place")
 
     def on_validation_end(self, trainer, module):
         score = float(trainer.callback_metrics["val_cer_mean"])
@@ -198,9 +205,11 @@ class BestCheckpoint(Checkpoint):
 
 
 def best_score(path: str) -> float:
-    """The val_cer_mean of the best.ckpt at `path`; infinite where there is none that can be read."""
+    """The val_cer_mean of the best.ckpt at `path`; infinite where there is none that can be used."""
     try:
         checkpoint = hub.read_weights_only(path, mmap=True)
+        if hub.not_finite(checkpoint):
+            return math.inf
         if "best_score" in checkpoint:
             return float(checkpoint["best_score"])
         states = checkpoint["callbacks"].values()  # of a version that left the score to Lightning
@@ -218,6 +227,9 @@ class Average(WeightAveraging):
     def on_train_batch_end(self, trainer, module, *arguments):
         if not module.update_skipped:
             super().on_train_batch_end(trainer, module, *arguments)
+
+    def on_train_end(self, trainer, module):
+        """Leaves the weights where they are: a validation may follow, whose best.ckpt is to go on from them as last.ckpt does."""
 
 
 class Place(NamedTuple):

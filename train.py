@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -106,7 +105,7 @@ def main(argv):
     check_source(options.init_from, source, model_options, frontend)
     check_sources_stay(options, given["overwrite"])
     tokenizer = read_tokenizer(options.tokenizer, data_roots[0])
-    place = check_resume(resume, checkpoint, given, before, model_options, frontend, tokenizer) if resume else Place()
+    place = check_resume(resume, checkpoint, given, before, options, model_options, frontend, tokenizer) if resume else Place()
 
     if optim.gradient_checkpointing:
         keep_freed_memory(SPARING)
@@ -255,8 +254,8 @@ def read_resumable(path: str) -> dict:
     return checkpoint
 
 
-def check_resume(path: str, checkpoint: dict, given: dict, before: dict, model_options: ModelOptions, frontend: Frontend,
-                 tokenizer) -> Place:
+def check_resume(path: str, checkpoint: dict, given: dict, before: dict, options: RunOptions, model_options: ModelOptions,
+                 frontend: Frontend, tokenizer) -> Place:
     """Where the checkpoint left its run, and a note of the options that change from there on; UserError where it belongs to
     another model, frontend or tokenizer, or where an option would change nothing any more."""
     differ = [f"{name} {saved}, not {asked}" for name, (saved, asked) in
@@ -268,13 +267,19 @@ def check_resume(path: str, checkpoint: dict, given: dict, before: dict, model_o
     for name in ("init_from", "cmvn"):
         if name in given and given[name] != before.get(name):
             raise UserError(f"--{name} has no effect with --resume: {path} has its weights already; leave it out")
-    if "averaging_state" in checkpoint and given.get("ema_decay") == 0:
-        raise UserError(f"--ema_decay 0: {path} averages its weights; leave it out, or start anew with --init_from {path}")
+    if "averaging_state" in checkpoint and not options.ema_decay:  # (an older checkpoint does not say its decay)
+        raise UserError(f"--ema_decay 0: {path} averages its weights; give its decay, or start anew with --init_from {path}")
     changed = [f"--{name} {given[name]} (before: {value})" for name, value in before.items()
                if name in given and as_list(given[name]) != as_list(value)]
+    place = find_place(path, checkpoint)
+    reached = [f"--{name} {most}" for name, most, done in (("max_epochs", options.max_epochs, place.epochs),
+                                                           ("max_steps", options.max_steps, place.updates)) if -1 < most <= done]
+    if reached and (changed or place.epochs > options.max_epochs > -1):
+        raise UserError(f"{path} has done {place.epochs} epochs and {place.updates} updates: {' '.join(reached)} leaves nothing to "
+                        "train, and no other option would have an effect; give more")
     if changed:
         rank_zero_info(f"note: {path} goes on with {', '.join(changed)}")
-    return find_place(path, checkpoint)
+    return place
 
 
 def as_list(value):
@@ -300,14 +305,18 @@ def only_writer(folder: str):
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror}); choose another") from error
+    logs = os.path.join(folder, "logs")
+    before = files_of(logs)
     try:
         with alone(os.path.join(folder, LOCK), f"--output_dir {folder}"):
             yield
     finally:
         if not os.path.exists(os.path.join(folder, "run.json")):  # the run failed before it began: its log is empty
-            shutil.rmtree(os.path.join(folder, "logs"), ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
+            for path in set(files_of(logs)) - set(before):
+                os.remove(path)
+        for path in (logs, folder):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
 
 
 class Start(L.Callback):
@@ -342,8 +351,9 @@ def read_metrics(folder: str) -> dict:
 
 
 def files_of(path: str) -> list[str]:
-    """The file `path`, or those within the folder `path`."""
-    within = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    """The file `path`, or TensorBoard's within the folder `path`, where others may put their own logs."""
+    within = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+              if name.startswith(("events.out.tfevents", "hparams.yaml"))]
     return within or [path] * os.path.isfile(path)
 
 

@@ -134,6 +134,8 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"final.pt: {name} is no tensor")
+    if name := hub.not_finite({"state_dict": weights}):
+        raise UserError(f"final.pt: {name} is not finite; use a model from before")
     return weights
 
 

@@ -86,7 +86,26 @@ def test_the_best_of_a_run_that_ended_between_two_validations_survives_too(data,
     assert (tmp_path / "run" / "best.ckpt").read_bytes() == best
 
 
+@pytest.mark.parametrize("damage", ["cut short", "not finite"])
+def test_a_damaged_best_is_said_and_replaced(data, ended, damage, caplog):
+    unbeatable(ended / "best.ckpt")
+    if damage == "not finite":
+        poison(ended / "best.ckpt", "state_dict")
+    else:
+        os.truncate(ended / "best.ckpt", 1000)
+    run(data, ended, "--max_epochs", 3, "--resume")
+    assert load_checkpoint(str(ended / "best.ckpt")) and record(ended)["metrics"]["best_val_cer_mean"] > 0
+    assert [message for message in caplog.messages if "best.ckpt is damaged" in message]
+
+
 # Options
+
+
+def forget_options(path):
+    """As in an older version's checkpoint."""
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["run_options"]
+    torch.save(checkpoint, path)
 
 
 def learning_rates(monkeypatch, data, output, *words):
@@ -134,6 +153,35 @@ def test_what_is_not_given_at_a_resume_stays_as_the_run_had_it(data, tmp_path, w
     options = [record(tmp_path / name)["options"] for name in ("whole", "cut")]
     places = "output_dir", "resume", "checkpoint_every_n_steps"
     assert {**options[0], **dict.fromkeys(places)} == {**options[1], **dict.fromkeys(places)}
+
+
+@pytest.mark.parametrize("words, reached, older", [
+    (("--max_epochs", 1), "--max_epochs 1", False), (("--max_epochs", 2, "--lr", 5e-4), "--max_epochs 2", False),
+    (("--max_steps", 20), "--max_epochs 2", False), (("--max_epochs", 3, "--max_steps", 8), "--max_steps 8", False),
+    (("--max_epochs", 1), "--max_epochs 1", True)], ids=str)
+def test_what_comes_after_the_end_of_a_run_is_refused(data, ended, words, reached, older):
+    if older:
+        forget_options(ended / "last.ckpt")
+    before = contents(ended)
+    with pytest.raises(UserError, match=f"has done 2 epochs and 8 updates: {reached} leaves nothing to train"):
+        run(data, ended, "--resume", *words)
+    assert contents(ended) == before
+
+
+def test_an_older_checkpoint_s_average_is_not_dropped(data, tmp_path):
+    run(data, tmp_path / "run", "--max_steps", 1, "--ema_decay", 0.5)
+    forget_options(tmp_path / "run" / "last.ckpt")
+    with pytest.raises(UserError, match="--ema_decay 0: .*last.ckpt averages its weights; give its decay"):
+        run(data, tmp_path / "run", "--max_steps", 2, "--resume")
+
+
+def test_the_best_of_a_last_validation_goes_on_as_the_newest_does(data, tmp_path):
+    """With an average, too: both hold the weights that were trained, beside it."""
+    run(data, tmp_path / "run", "--max_steps", 3, "--ema_decay", 0.5)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    run(data, tmp_path / "run", "--max_steps", 5, "--resume")
+    run(data, tmp_path / "copy", "--max_steps", 5, "--resume", tmp_path / "copy" / "best.ckpt")
+    assert same(*(weights(tmp_path / name / "last.ckpt") for name in ("run", "copy")))
 
 
 @pytest.mark.parametrize("words, reason", [
@@ -187,6 +235,29 @@ def test_an_attempt_that_fails_before_its_first_update_leaves_everything(data, e
         patch.setattr("conformer.U2Conformer.loss", lambda *_: (_ for _ in ()).throw(MemoryError()))
         run(data, ended, "--max_epochs", 3, word)
     assert contents(ended) == before
+
+
+@pytest.mark.parametrize("name", ["steps.jsonl", "logs"])
+def test_what_cannot_be_written_is_one_line(data, ended, name):
+    """A permission would not stop root."""
+    (ended / name).rename(ended / "old")
+    (ended / name).write_text("no folder") if name == "logs" else (ended / name).mkdir()
+    before = contents(ended)
+    with pytest.raises(UserError, match=f"{name}: .*; put that right, then go on with --resume"):
+        run(data, ended, "--max_epochs", 3, "--resume")
+    assert contents(ended) == before
+
+
+def test_logs_of_others_stay(data, tmp_path):
+    """Such as those that a cluster writes beside ours."""
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "job.out").write_text("mine")
+    with failing("on_fit_start"):
+        run(data, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["logs", "job.out"]
+    run(data, tmp_path / "run", "--max_steps", 1)
+    run(data, tmp_path / "run", "--max_steps", 1, "--overwrite")
+    assert (tmp_path / "run" / "logs" / "job.out").read_text() == "mine"
 
 
 def test_another_run_is_not_touched_by_a_resume(data, ended, finished, tmp_path):
@@ -276,6 +347,22 @@ def test_a_signal_before_the_first_update_ends_behind_it(data, tmp_path, number)
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["before Lightning", "in its setup", "in that of the last validation"])
+def test_a_signal_while_something_is_set_up_has_its_status(data, ended, number, call, monkeypatch):
+    original, calls = train.SpeechDataModule.setup, []
+
+    def setup(self, stage):
+        calls.append(stage)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        original(self, stage)
+
+    monkeypatch.setattr(train.SpeechDataModule, "setup", setup)
+    assert in_child(lambda: run(data, ended, "--max_steps", 9, "--max_epochs", 3, "--resume")) == 128 + number
+    assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == (9 if call == 3 else 8)
+
+
 def test_a_run_that_was_killed_before_it_began_is_in_nobody_s_way(data, tmp_path):
     def body():
         train.MemoryCheck.on_train_start = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -335,6 +422,15 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(data, en
         with pytest.raises(UserError, match=f"last.ckpt: damaged by training: {part}.* is not finite"):
             attempt()
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_not_finite_any_more_is_not_saved(data, ended):
+    """A finite gradient, but too long a step."""
+    before = contents(ended)
+    with pytest.raises(UserError, match=r"step 12: state_dict.* is not finite any more, so that nothing is saved; lower --lr"):
+        run(data, ended, "--max_epochs", 3, "--resume", "--lr", 1e30, "--weight_decay", 1e30)
+    assert {name: contents(ended)[name] for name in ("best.ckpt", "last.ckpt")} == {
+        name: before[name] for name in ("best.ckpt", "last.ckpt")}
 
 
 def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypatch):

@@ -335,6 +335,7 @@ KEY = "encoder.encoders.0.self_attn.linear_v.bias"
     (lambda w, k: w.update({k + "s": w[k]}), f"{KEY}s belongs to nothing"),
     (lambda w, k: w.update({k: w[k][1:]}), f"{KEY} has shape .11,., not train.yaml's .12,."),
     (lambda w, k: w.update({k: 1.0}), f"{KEY} is no tensor"),
+    (lambda w, k: w.update({k: w[k] * torch.nan}), f"{KEY}.* is not finite"),
     (lambda w, k: w.clear(), "no weights by name")])
 def test_every_weight_is_accounted_for(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
