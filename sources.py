@@ -5,6 +5,7 @@ file is read; which split it is of is decided here, by names alone. What is join
 and what is left out is named.
 """
 
+import codecs
 import collections
 import csv
 import functools
@@ -113,6 +114,8 @@ def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict
     under one name. A note says what --split_map does not: what is renamed, joined or left out.
     What is left out is not opened: it may be damaged, or have no text."""
     wanted = dict(item.partition("=")[::2] for item in options.split_map)
+    if len(wanted) < len(options.split_map):
+        raise UserError(f"--split_map {' '.join(options.split_map)} names a split twice; once will do")
     for old, new in wanted.items():
         if not new:
             raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")
@@ -304,8 +307,8 @@ def find_tables(folder: Folder) -> list[Table]:
     """All metadata and parquet files, each with its split.
 
     The split is the first usual name among a file's folders and, of parquet files, in its own name.
-    Where none is usual, it is the one beside usual ones, or the first; metadata there may have a
-    column `split`.
+    Where none is usual, metadata may say it itself; else it is the one beside usual ones, or the
+    first.
     """
     tables = readme_tables(folder)
     paths = {}  # file: those names
@@ -322,8 +325,8 @@ def find_tables(folder: Folder) -> list[Table]:
         place, records = known[file], None
         if place is None and not is_parquet(file):
             records = read_metadata(file)
-            if not names or any("split" in record for record in records):
-                tables += top_tables("/".join(names) or ".", file, records)
+            if found := top_tables("/".join(names), file, records):
+                tables += found
                 continue
         if place is None:
             place = max((place for place in range(len(names)) if tuple(names[:place]) in above),
@@ -342,9 +345,9 @@ def first_usual(names: list[str], file: str) -> int | None:
     return places[0] if places else None
 
 
-def top_tables(config: str, path: str, records: list[dict]) -> list[Table]:
+def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
     """Metadata above the splits: a column `split`, or the folder in each file_name, says whose a
-    row is."""
+    row is. Those of a folder below the source need not: then [], and its name is the split's."""
     if any("split" in record for record in records):
         names = [string(record.get("split"), path).strip() for record in records]
         where = "column split"
@@ -355,6 +358,8 @@ def top_tables(config: str, path: str, records: list[dict]) -> list[Table]:
                   for level in range(max(map(len, folders)))]
         names = next((level for level in levels if any(map(usual, level))), None)
         where = "folder in file_name"
+    if names is None and folder:
+        return []
     if names is None:
         raise UserError(f"{path} has neither a column split nor names that begin with a split's "
                         "folder (train/a.wav); add one, or move it with its files to "
@@ -365,7 +370,7 @@ def top_tables(config: str, path: str, records: list[dict]) -> list[Table]:
     rows = collections.defaultdict(list)
     for record, name in zip(records, names):
         rows[name].append(record)
-    return [Table(config, name, path, own) for name, own in rows.items()]
+    return [Table(folder or ".", name, path, own) for name, own in rows.items()]
 
 
 def readme_tables(folder: Folder) -> list[Table]:
@@ -429,9 +434,11 @@ def read_metadata(path: str) -> list[dict]:
             content = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        other = "UTF-16" if error.object.startswith(marks) else "LATIN1"
         raise UserError(f"{path} is not in UTF-8: line {line} has the byte "
-                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f LATIN1 -t "
-                        "UTF-8, if it is in Latin-1)") from None
+                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
+                        f"-t UTF-8, if it is in {other})") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     columns, records = (read_jsonl if path.lower().endswith(".jsonl") else read_csv)(path, content)
@@ -450,6 +457,8 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     records, line = [], 1
     try:  # `line` is where the next row begins
+        while reader.fieldnames == []:  # a blank line
+            reader.fieldnames = None
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for record in itertools.chain([{None: columns}], reader):  # the header may have some, too
             if found := swallowed(record, os.path.dirname(path)):

@@ -124,6 +124,8 @@ def test_files_that_others_say_are_there_and_are_not_are_told(src, capsys):
 def test_joined_renamed_and_left_out_splits_are_named(src, capsys):
     for name in ("train.100", "train.360", "validation", "podcasts"):
         parquet(src / f"{name}.parquet")
+    with pytest.raises(UserError, match="names a split twice"):
+        run(src, "--split_map", "train.100=train", "train.100=dev")
     run(src)
     assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
         f" train.100, train.360 of {src}", f" validation of {src}"]
@@ -202,7 +204,8 @@ def test_audio_without_metadata_is_refused_with_what_to_do(src):
     ("file_name,text\ndata/train/a.wav,one\ndata/dev/b.wav,two\n", "metadata.csv"),
     ('{"file_name": "train/a.wav", "text": "one"}\n{"file_name": "dev/b.wav", "text": "two"}\n',
      "metadata.jsonl"),
-    ("file_name,text,split\ntrain/a.wav,one,train\ndev/b.wav,two,dev\n", "data/metadata.csv"),
+    ("\n\nfile_name,text,split\ntrain/a.wav,one,train\ndev/b.wav,two,dev\n", "data/metadata.csv"),
+    ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "data/metadata.csv"),
 ])
 def test_metadata_at_the_top_says_by_column_or_folder_whose_its_rows_are(content, file, src):
     for name in ("a.wav", "x/b.wav", "train/a.wav", "dev/b.wav", "data/train/a.wav",
@@ -409,7 +412,8 @@ def test_another_divider_than_the_comma_is_told(divider, src):
     ('{"file_name": "a.wav"}\n', "no column transcription or text"),
     ('{"file_name": "a.wav", "text": ["a"]}\n', "metadata.jsonl: a list is neither text"),
     ('\n{"file_name": ["a.wav"], "text": "a"}\n', "line 2: a list is neither text"),
-    ("\n", "no rows"), (b"\xff", "not in UTF-8: line 1")])
+    ("\n", "no rows"), (b"\xff", "UTF-8: line 1 .* if it is in LATIN1"),
+    ("a".encode("utf-16"), "line 1 .* if it is in UTF-16")])
 def test_jsonl_that_cannot_be_read_is_one_line_that_says_where(content, message, src):
     put(src / "train/metadata.jsonl", content)
     with pytest.raises(UserError, match=message):
