@@ -115,7 +115,7 @@ def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict
     What is left out is not opened: it may be damaged, or have no text."""
     wanted = dict(item.partition("=")[::2] for item in options.split_map)
     if len(wanted) < len(options.split_map):
-        raise UserError(f"--split_map {' '.join(options.split_map)} names a split twice; once will do")
+        raise UserError(f"--split_map {' '.join(options.split_map)} names a split twice")
     for old, new in wanted.items():
         if not new:
             raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")

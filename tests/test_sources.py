@@ -412,7 +412,8 @@ def test_another_divider_than_the_comma_is_told(divider, src):
     ('{"file_name": "a.wav"}\n', "no column transcription or text"),
     ('{"file_name": "a.wav", "text": ["a"]}\n', "metadata.jsonl: a list is neither text"),
     ('\n{"file_name": ["a.wav"], "text": "a"}\n', "line 2: a list is neither text"),
-    ("\n", "no rows"), (b"\xff", "UTF-8: line 1 .* if it is in LATIN1"),
+    ("\n", "no rows"),
+    (b"\xff", "UTF-8: line 1 .* if it is in LATIN1"),
     ("a".encode("utf-16"), "line 1 .* if it is in UTF-16")])
 def test_jsonl_that_cannot_be_read_is_one_line_that_says_where(content, message, src):
     put(src / "train/metadata.jsonl", content)
