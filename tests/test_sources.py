@@ -388,6 +388,24 @@ def test_rows_that_a_stray_quotation_mark_swallows_are_told_with_their_lines(con
         run(src)
 
 
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(st.permutations(["file_name", "text", "speaker"]), st.sampled_from(["\n", "\r\n"]),
+       st.lists(st.integers(0, 200), min_size=1, max_size=4))
+def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, places):
+    rows = [dict(zip(columns, columns)), *({"file_name": f"{i}.wav", "text": f"text {i}",
+                                            "speaker": "anna"} for i in range(6))]
+    content = newline.join(",".join(row[column] for column in columns) for row in rows)
+    starts = [0, *(i + 1 for i, c in enumerate(content) if c in ",\n")]
+    for place in places:  # half of them where a field begins
+        place = starts[place % len(starts)] if place % 2 else place
+        content = content[:place] + '"' + content[place:]
+    try:
+        columns, records = sources.read_csv("metadata.csv", content)
+    except UserError:
+        return
+    assert "file_name" not in columns or len(records) == 6
+
+
 def test_a_text_may_have_line_breaks_and_commas(src):
     put(src / "train/metadata.csv", 'file_name,text,speaker\n'
         '0.wav,"one, two, three\nfour, five, six\n\nseven.",s\n1.wav,a,s\n')
