@@ -8,6 +8,7 @@ Axes: B batch, T frames, F mel bins, U labels, N samples.
 
 import json
 import math
+import operator
 import os
 import signal
 import threading
@@ -143,6 +144,12 @@ def shard_paths(root: Path, split: str) -> list[Path]:
     shards = sorted((path for path in (root / split).iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     if not shards:
         raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
+    others = sorted(path.name for path in (root / split).iterdir()
+                    if path.is_dir() and not path.name.isdecimal() and not path.name.startswith("."))
+    if others:
+        rank_zero_info(f"{root / split}: left out {', '.join(others)}; shards are called 0, 1, ...")
+    if (absent := int(shards[-1].name) + 1 - len(shards)) > 0:
+        rank_zero_info(f"{root / split}: {absent} of the shards 0 .. {shards[-1].name} absent")
     return [path / "data" if (path / "data" / "state.json").is_file() else path for path in shards]
 
 
@@ -397,7 +404,7 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
         path = Path(root) / "prepare.json"
         try:
             text = path.read_text() if path.exists() else '{"sample_rate": 16000}'
-            rates[root] = int(json.loads(text)["sample_rate"])
+            rates[root] = operator.index(json.loads(text)["sample_rate"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} says no sample_rate ({error}); prepare it again") from error
     (first, rate), *_ = rates.items()

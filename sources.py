@@ -5,6 +5,7 @@ file is read; which split it is of is decided here, by names alone. What is join
 and what is left out is named.
 """
 
+import codecs
 import collections
 import csv
 import functools
@@ -37,7 +38,7 @@ SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.ot
                "valid": "dev", "val": "dev", "dev": "dev", "dev_other": "dev_other",
                "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean",
                "eval_clean": "eval_clean", "eval_other": "eval_other"}
-SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is a part of train
+SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is of train
 NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 AUDIO_COLUMNS = ("audio", "file_name", "path", "file")
@@ -108,10 +109,13 @@ def demo_source() -> dict[str, list[Split]]:
     return splits
 
 
-def select_splits(splits: dict[str, list[Split]], options) -> dict[str, list[Split]]:
+def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict[str, list[Split]]:
     """Renames splits: those of --split_map only, or all with the usual names. Several may join
-    under one name. A note says what --split_map does not: what is renamed, joined or left out."""
+    under one name. A note says what --split_map does not: what is renamed, joined or left out.
+    What is left out is not opened: it may be damaged, or have no text."""
     wanted = dict(item.partition("=")[::2] for item in options.split_map)
+    if len(wanted) < len(options.split_map):
+        raise UserError(f"--split_map {' '.join(options.split_map)} names a split twice")
     for old, new in wanted.items():
         if not new:
             raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")
@@ -130,7 +134,7 @@ def select_splits(splits: dict[str, list[Split]], options) -> dict[str, list[Spl
     for note, old in notes.items():
         if old:
             print(f"note: {', '.join(old)} of {options.source}: {note}", flush=True)
-    return {new: [part for name in old for part in splits[name]] for new, old in names.items()}
+    return {new: [part for name in old for part in splits[name]()] for new, old in names.items()}
 
 
 def usual(name: str) -> str | None:
@@ -144,16 +148,17 @@ def choose_column(columns, wanted: str | None, names, place: str,
     found = [c for c in ([wanted] if wanted else names) if c in columns]
     if not found:
         raise UserError(f"{place} has no column {wanted or ' or '.join(names)}; its columns are "
-                        f"{', '.join(map(str, columns))}: name one with {flag}")
+                        f"{', '.join(map(str, columns))}: name one with {flag}, or leave the split "
+                        "out by --split_map, which names the others")
     return found[0]
 
 
-def string(value) -> str:
+def string(value, place: str) -> str:
     """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError
     for bytes, lists and dicts."""
     if isinstance(value, (bytes, list, dict)):
-        raise UserError(f"a {type(value).__name__} is neither text nor speaker; name the column of "
-                        "the text with --text_column")
+        raise UserError(f"{place}: a {type(value).__name__} is neither text nor speaker; name the "
+                        "column of the text with --text_column")
     return "" if value is None else str(value)
 
 
@@ -239,8 +244,10 @@ def nfc(name: str) -> str:
 
 def alike(name: str) -> str:
     """The same for names that are easily taken for each other: in another case, in another Unicode
-    form, or with what Latin-1 makes of the bytes of one that is not in UTF-8 on disk."""
-    return nfc(re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)).casefold()
+    form, with a space at an end, or with what Latin-1 makes of the bytes of one that is not in
+    UTF-8 on disk."""
+    name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)
+    return nfc(name).casefold().strip()
 
 
 def outside(source: str, path: str) -> str:
@@ -261,7 +268,7 @@ def is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
 
-def folder_source(folder: Folder, options) -> dict[str, list[Split]]:
+def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]]]:
     tables = choose_config(find_tables(folder), folder.source, options.config)
     folder.read.update(table.path for table in tables)
     if not tables:
@@ -270,25 +277,38 @@ def folder_source(folder: Folder, options) -> dict[str, list[Split]]:
                         f"parquet files{there and f', only {there}'}; lay the speech out as "
                         "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
                         "file_name and text")
-    splits = collections.defaultdict(list)
+    splits, shards = collections.defaultdict(list), collections.Counter()
     for table in tables:
         splits[table.split].append(table)
-    for name, parts in splits.items():
-        kinds = {os.path.splitext(part.path)[1].lower(): part.path for part in parts}
-        if len(kinds) > 1:
-            raise UserError(f"{folder.source}: split {name} has "
-                            f"{' and '.join(sorted(kinds.values()))}; take one of them away, or "
-                            "move it to a folder of its own")
-    return {name: [parquet_split(folder, name, part.path, options) for part in parts]
-            if is_parquet(parts[0].path) else [metadata_split(folder, parts, options)]
+        stem = os.path.splitext(table.path)[0]
+        if found := SHARD.search(stem):
+            shards[stem[:found.start()], found[1]] += 1
+    for (stem, total), count in shards.items():
+        if count < int(total):
+            print(f"note: of {stem}-*-of-{total} only {count} are there; get the others, or go on "
+                  "without them", flush=True)
+    return {name: functools.partial(open_tables, folder, name, parts, options)
             for name, parts in splits.items()}
+
+
+def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list[Split]:
+    """What the split `name` is made of."""
+    kinds = {os.path.splitext(table.path)[1].lower(): table.path for table in tables}
+    if len(kinds) > 1:
+        raise UserError(f"{folder.source}: split {name} has "
+                        f"{' and '.join(sorted(kinds.values()))}; take one of them away, or move "
+                        "it to a folder of its own")
+    if is_parquet(tables[0].path):
+        return [parquet_split(folder, name, table.path, options) for table in tables]
+    return [metadata_split(folder, tables, options)]
 
 
 def find_tables(folder: Folder) -> list[Table]:
     """All metadata and parquet files, each with its split.
 
     The split is the first usual name among a file's folders and, of parquet files, in its own name.
-    Where none is usual, it is the one beside usual ones, or the first.
+    Where none is usual, metadata may say it itself; else it is the one beside usual ones, or the
+    first.
     """
     tables = readme_tables(folder)
     paths = {}  # file: those names
@@ -302,14 +322,16 @@ def find_tables(folder: Folder) -> list[Table]:
     known = {file: first_usual(names, file) for file, names in paths.items()}
     above = {tuple(paths[file][:place]) for file, place in known.items() if place is not None}
     for file, names in paths.items():
-        if not names:
-            tables += top_tables(file)
-            continue
-        place = known[file]
+        place, records = known[file], None
+        if place is None and not is_parquet(file):
+            records = read_metadata(file)
+            if found := top_tables("/".join(names), file, records):
+                tables += found
+                continue
         if place is None:
             place = max((place for place in range(len(names)) if tuple(names[:place]) in above),
                         default=0)
-        tables.append(Table("/".join(names[:place]) or ".", names[place], file))
+        tables.append(Table("/".join(names[:place]) or ".", names[place], file, records))
     return tables
 
 
@@ -323,12 +345,12 @@ def first_usual(names: list[str], file: str) -> int | None:
     return places[0] if places else None
 
 
-def top_tables(path: str) -> list[Table]:
+def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
     """Metadata above the splits: a column `split`, or the folder in each file_name, says whose a
-    row is."""
-    records = read_metadata(path)
+    row is. Those of a folder below the source need not: then [], and its name is the split's."""
     if any("split" in record for record in records):
-        names, where = [string(record.get("split")).strip() for record in records], "column split"
+        names = [string(record.get("split"), path).strip() for record in records]
+        where = "column split"
     else:
         files = [(record.get("file_name") or "").replace("\\", "/") for record in records]
         folders = [os.path.normpath(file).split("/")[:-1] for file in files]
@@ -336,6 +358,8 @@ def top_tables(path: str) -> list[Table]:
                   for level in range(max(map(len, folders)))]
         names = next((level for level in levels if any(map(usual, level))), None)
         where = "folder in file_name"
+    if names is None and folder:
+        return []
     if names is None:
         raise UserError(f"{path} has neither a column split nor names that begin with a split's "
                         "folder (train/a.wav); add one, or move it with its files to "
@@ -343,8 +367,10 @@ def top_tables(path: str) -> list[Table]:
     if "" in names:
         raise UserError(f"{path}: row {names.index('') + 1} names no split by its "
                         f"{where}, as others do; name it there")
-    return [Table(".", name, path, [record for record, own in zip(records, names) if own == name])
-            for name in dict.fromkeys(names)]
+    rows = collections.defaultdict(list)
+    for record, name in zip(records, names):
+        rows[name].append(record)
+    return [Table(folder or ".", name, path, own) for name, own in rows.items()]
 
 
 def readme_tables(folder: Folder) -> list[Table]:
@@ -356,15 +382,19 @@ def readme_tables(folder: Folder) -> list[Table]:
                 for part in data_files(config)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         return []  # no README, or one that says nothing of files
-    tables, files = [], set(folder.files)
+    tables, files, absent = [], set(folder.files), []
     for config, split, pattern in said:
         path = os.path.normpath(os.path.join(folder.path, pattern))
         if "://" in pattern or outside(folder.source, path):
             raise UserError(f"{folder.source}/README.md: {pattern} of configuration {config} lies "
                             f"outside {folder.source}; move it there, and say so in README.md")
         path = glob.escape(folder.path) + path[len(folder.path):]
-        tables += [Table(config, split, file) for file in sorted(glob.glob(path, recursive=True))
-                   if file in files and is_parquet(file)]
+        found = [file for file in sorted(glob.glob(path, recursive=True)) if file in files]
+        tables += [Table(config, split, file) for file in found if is_parquet(file)]
+        absent += [] if found else [f"{pattern} (split {split})"]
+    if tables and absent:
+        print(f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing is "
+              "there; get it, or go on without it", flush=True)
     return list(dict.fromkeys(tables))
 
 
@@ -404,9 +434,11 @@ def read_metadata(path: str) -> list[dict]:
             content = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        other = "UTF-16" if error.object.startswith(marks) else "LATIN1"
         raise UserError(f"{path} is not in UTF-8: line {line} has the byte "
-                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f LATIN1 -t "
-                        "UTF-8, if it is in Latin-1)") from None
+                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
+                        f"-t UTF-8, if it is in {other})") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     columns, records = (read_jsonl if path.lower().endswith(".jsonl") else read_csv)(path, content)
@@ -425,8 +457,10 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     records, line = [], 1
     try:  # `line` is where the next row begins
-        columns, line = list(reader.fieldnames or ()), reader.line_num + 1
-        for record in reader:
+        while reader.fieldnames == []:  # a blank line
+            reader.fieldnames = None
+        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        for record in itertools.chain([{None: columns}], reader):  # the header may have some, too
             if found := swallowed(record, os.path.dirname(path)):
                 raise UserError(f"{path}: one field of the row in lines {line} to "
                                 f"{reader.line_num} holds {found!r}, which looks like a row of its "
@@ -437,7 +471,7 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
     except csv.Error as error:
         raise UserError(f"{path} is no CSV file from line {line} on: {error}; is a quotation mark "
                         "left open, or not doubled within quotation marks?") from None
-    return columns, records
+    return columns, records[1:]
 
 
 def swallowed(record: dict, folder: str) -> str:
@@ -468,7 +502,7 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
         try:
             record = json.loads(line)
             if "file_name" in record:
-                record["file_name"] = string(record["file_name"])
+                record["file_name"] = string(record["file_name"], f"{path}: line {number}")
             for name, value in record.items():
                 if name != "file_name" and isinstance(value, str):
                     value.encode()  # raises where JSON has escaped half of a surrogate pair
@@ -486,10 +520,11 @@ def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
         columns = [column for column in dict.fromkeys(itertools.chain(*records)) if column]
         text = choose_column(columns, options.text_column, TEXT_COLUMNS, table.path)
         speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
-        parts.append((os.path.dirname(table.path), records, text, speaker))
+        parts.append((table.path, records, text, speaker))
 
     def texts():
-        return (string(record.get(text)) for _, records, text, _ in parts for record in records)
+        return (string(record.get(text), path) for path, records, text, _ in parts
+                for record in records)
 
     def rows():
         return used_once([row for part in parts for row in metadata_rows(folder, *part)])
@@ -498,15 +533,15 @@ def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
                  texts, rows)
 
 
-def metadata_rows(folder: Folder, place: str, records: list[dict], text: str,
+def metadata_rows(folder: Folder, table: str, records: list[dict], text: str,
                   speaker: str | None) -> Iterator[Row]:
     for record in records:
         name = record.get("file_name") or ""
-        path, reason = folder.find(place, name)
+        path, reason = folder.find(os.path.dirname(table), name)
         if None in record:  # where DictReader puts what has no column
             reason = "more fields than columns; put a text with commas between quotation marks"
-        yield Row(name, path, string(record.get(text)), string(speaker and record.get(speaker)),
-                  reason)
+        yield Row(name, path, string(record.get(text), table),
+                  string(speaker and record.get(speaker), table), reason)
 
 
 def used_once(rows: list[Row]) -> Iterator[Row]:
@@ -555,7 +590,7 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
                        options)
 
 
-def hub_source(source: str, options) -> dict[str, list[Split]]:
+def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
     try:
         loaded = datasets.load_dataset(source, options.config)
     except Exception as error:  # datasets raises many kinds, some of them bare
@@ -566,10 +601,13 @@ def hub_source(source: str, options) -> dict[str, list[Split]]:
     def batches(data, columns):
         return data.select_columns(columns).with_format("arrow").iter(BATCH)
 
-    return {name: [arrow_split(data.features.arrow_schema, len(data),
-                               functools.partial(batches, data), lambda path: (path, ""), source,
-                               f"split {name} of {source}", options)]
-            for name, data in loaded.items()}
+    def open_split(name):
+        data = loaded[name]
+        return [arrow_split(data.features.arrow_schema, len(data),
+                            functools.partial(batches, data), lambda path: (path, ""), source,
+                            f"split {name} of {source}", options)]
+
+    return {name: functools.partial(open_split, name) for name in loaded}
 
 
 def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: str,
@@ -589,7 +627,7 @@ def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: 
 
     def words(cell):
         try:
-            return string(cell.as_py())
+            return string(cell.as_py(), path)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not in UTF-8: {error.object!r}; write it anew") from None
 
@@ -629,9 +667,11 @@ def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
     if isinstance(content, bytes) or "array" not in cell or not cell["array"].is_valid:
         return content if isinstance(content, bytes) else None, name, ""
     try:  # as the file that it could have been: so it meets the same checks
-        array = cell["array"].values.to_numpy(zero_copy_only=False).astype("float32")
-        file, rate = io.BytesIO(), cell["sampling_rate"].as_py()
-        soundfile.write(file, array, rate, "FLOAT", format="WAV")
+        array = cell["array"].values.to_numpy(zero_copy_only=False)
+        array = array.astype("float32") if array.dtype.kind == "f" else array
+        kind = "FLOAT" if array.dtype.kind == "f" else f"PCM_{8 * array.itemsize}"  # 16 or 32 bits
+        file, rate = io.BytesIO(), int(cell["sampling_rate"].as_py())
+        soundfile.write(file, array, rate, kind, format="WAV")
         return file.getvalue(), name, ""
     except Exception as error:  # of NumPy, Arrow and soundfile
         return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"

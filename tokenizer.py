@@ -280,7 +280,7 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
 
     added: {token: id} of what was added to the vocabulary. config: what tokenizer_config.json says.
     """
-    if any(isinstance(i, dict) for i in vocabulary.values()):
+    if vocabulary and all(isinstance(i, dict) for i in vocabulary.values()):
         languages = ", ".join(list(vocabulary)[:5])
         raise UserError(f"it holds the vocabularies of several languages ({languages}, ...); give its "
                         "folder, with a target_lang in its tokenizer_config.json")

@@ -72,6 +72,15 @@ def test_shards_come_in_numeric_order_whether_at_k_or_k_data(tmp_path):
     assert audio_lengths(get_concat_dataset([tmp_path], "train")).tolist() == [1000 + shard for shard in range(12)]
 
 
+def test_a_shard_of_another_name_or_one_that_is_absent_is_told(tmp_path, caplog):
+    for name in ("0", "3", "4/data", "part_5"):
+        save(tmp_path / "train" / name, [1000])
+    with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
+        assert len(get_concat_dataset([tmp_path], "train")) == 3
+    assert caplog.messages == [f"{tmp_path}/train: left out part_5; shards are called 0, 1, ...",
+                               f"{tmp_path}/train: 2 of the shards 0 .. 4 absent"]
+
+
 @pytest.mark.parametrize("spelling", ["same", "dots", "link", "linked split", "linked shard"])
 def test_the_same_rows_twice_are_refused_however_they_are_spelt(root, tmp_path, spelling):
     other = {"same": root, "dots": root / "train/..", "link": tmp_path / "link"}.get(spelling, tmp_path / "other")

@@ -102,7 +102,8 @@ def test_no_command_compares_a_model_with_rows_of_another_rate(command, folder):
                       str(folder / "8000"), "--split", "dev"])
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sample_rate": "x"}', "null"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sample_rate": "x"}', "null",
+                                     '{"sample_rate": 1e999}', '{"sample_rate": 8000.5}'])
 def test_a_mark_that_cannot_be_read_is_one_line(content, tmp_path):
     (tmp_path / "prepare.json").write_text(content)
     with pytest.raises(UserError, match="prepare.json says no sample_rate"):

@@ -100,9 +100,32 @@ def test_parquet_files_are_the_splits_that_their_names_say(files, expected, src)
     assert counts(run(src)[0]) == {name: 2 * expected.count(name) for name in expected}
 
 
+def test_a_split_that_is_left_out_may_have_no_text_or_be_damaged(src):
+    parquet(src / "train.parquet")
+    parquet(src / "unlabelled.parquet", audio=[sound()])
+    put(src / "broken.parquet", "version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="unlabelled.parquet has no column .* --split_map"):
+        run(src, "--split_map", "train=train", "unlabelled=dev")
+    assert counts(run(src, "--split_map", "train=train")[0]) == {"train": 2}
+
+
+def test_files_that_others_say_are_there_and_are_not_are_told(src, capsys):
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "dev-00000-of-00001"):
+        parquet(src / f"{name}.parquet")
+    assert counts(run(src)[0]) == {"train": 4, "dev": 2}
+    assert capsys.readouterr().out.splitlines()[0].startswith(
+        f"note: of {src}/train-*-of-00003 only 2 are there")
+    put(src / "README.md", README.replace("a*", "[train-*, test-*]"))
+    run(src)
+    assert "README.md names test-* (split train), b.parquet (split train)" in (
+        capsys.readouterr().out)
+
+
 def test_joined_renamed_and_left_out_splits_are_named(src, capsys):
     for name in ("train.100", "train.360", "validation", "podcasts"):
         parquet(src / f"{name}.parquet")
+    with pytest.raises(UserError, match="names a split twice"):
+        run(src, "--split_map", "train.100=train", "train.100=dev")
     run(src)
     assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
         f" train.100, train.360 of {src}", f" validation of {src}"]
@@ -181,6 +204,8 @@ def test_audio_without_metadata_is_refused_with_what_to_do(src):
     ("file_name,text\ndata/train/a.wav,one\ndata/dev/b.wav,two\n", "metadata.csv"),
     ('{"file_name": "train/a.wav", "text": "one"}\n{"file_name": "dev/b.wav", "text": "two"}\n',
      "metadata.jsonl"),
+    ("\n\nfile_name,text,split\ntrain/a.wav,one,train\ndev/b.wav,two,dev\n", "data/metadata.csv"),
+    ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "data/metadata.csv"),
 ])
 def test_metadata_at_the_top_says_by_column_or_folder_whose_its_rows_are(content, file, src):
     for name in ("a.wav", "x/b.wav", "train/a.wav", "dev/b.wav", "data/train/a.wav",
@@ -203,6 +228,15 @@ def test_metadata_at_the_top_that_does_not_say_it_is_refused(content, message, s
     put(src / "metadata.csv", content)
     with pytest.raises(UserError, match=message):
         run(src)
+
+
+def test_folders_whose_metadata_have_the_same_splits_are_not_mixed(src):
+    for name in ("en", "de"):
+        put(src / name / "metadata.csv", "file_name,text,split\na.wav,one,train\n")
+        put(src / name / "a.wav")
+    with pytest.raises(UserError, match=r"the split train more than once, .* --config \(de, en\)"):
+        run(src)
+    assert counts(run(src, "--config", "en")[0]) == {"train": 1}
 
 
 def test_each_split_may_have_its_own_kind_of_table_but_only_one(src):
@@ -298,6 +332,18 @@ def test_arrays_with_their_rate_are_read_without_a_decoder(src):
     assert rows[1]["length"] == 1600
 
 
+@pytest.mark.parametrize("kind, scale", [("int16", 2**15), ("int32", 2**31), ("float64", 1)])
+def test_arrays_of_whole_numbers_are_samples_of_so_many_bits(kind, scale, src):
+    wave = np.array([0.5, -0.25, 0.125])
+    kind = pa.struct({"array": pa.list_(pa.from_numpy_dtype(kind)), "sampling_rate": pa.float64()})
+    audio = pa.array([{"array": list(map(int if scale > 1 else float, wave * scale)),
+                       "sampling_rate": 16000.0}], kind)
+    parquet(src / "train.parquet", audio=audio, text=["hello"])
+    run(src)
+    rows = datasets.load_from_disk(str(src.parent / "root/train/0"))
+    assert rows[0]["input_values"] == list(wave)
+
+
 def test_parquet_of_several_row_groups_is_read_to_its_end(src):
     texts = pa.array([f"row {i}" for i in range(70)])
     table = pa.table({"audio": [sound()] * 70, "text": texts.dictionary_encode()})
@@ -329,6 +375,7 @@ SWALLOWED = {  # content: lines
     '"file_name",text\n"1.wav,hello\n2.wav",bye\n': "2 to 3",
     'file_name,text\n1.wav,"hello\ngone.flac,yes\nbye"\n': "2 to 4",
     'file_name,text\n1.wav,"hello\ngone.xyz,yes\n2.wav,bye"\n': "2 to 4",
+    'file_name,text,"speaker\n1.wav,hello,anna\n2.wav,hi,ben"\n3.wav,bye,eve\n': "1 to 3",
 }
 
 
@@ -339,6 +386,24 @@ def test_rows_that_a_stray_quotation_mark_swallows_are_told_with_their_lines(con
     put(src / "train/metadata.csv", content)
     with pytest.raises(UserError, match=f"lines {SWALLOWED[content]} .* a row of its own"):
         run(src)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(st.permutations(["file_name", "text", "speaker"]), st.sampled_from(["\n", "\r\n"]),
+       st.lists(st.integers(0, 200), min_size=1, max_size=4))
+def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, places):
+    rows = [dict(zip(columns, columns)), *({"file_name": f"{i}.wav", "text": f"text {i}",
+                                            "speaker": "anna"} for i in range(6))]
+    content = newline.join(",".join(row[column] for column in columns) for row in rows)
+    starts = [0, *(i + 1 for i, c in enumerate(content) if c in ",\n")]
+    for place in places:  # half of them where a field begins
+        place = starts[place % len(starts)] if place % 2 else place
+        content = content[:place] + '"' + content[place:]
+    try:
+        columns, records = sources.read_csv("metadata.csv", content)
+    except UserError:
+        return
+    assert "file_name" not in columns or len(records) == 6
 
 
 def test_a_text_may_have_line_breaks_and_commas(src):
@@ -363,8 +428,11 @@ def test_another_divider_than_the_comma_is_told(divider, src):
     ("[" * 99999, "line 1 is no JSON object"),
     ('{"text": "a"}\n', "no column file_name; its columns are text"),
     ('{"file_name": "a.wav"}\n', "no column transcription or text"),
-    ('{"file_name": "a.wav", "text": ["a"]}\n', "a list is neither text"),
-    ("\n", "no rows"), (b"\xff", "not in UTF-8: line 1")])
+    ('{"file_name": "a.wav", "text": ["a"]}\n', "metadata.jsonl: a list is neither text"),
+    ('\n{"file_name": ["a.wav"], "text": "a"}\n', "line 2: a list is neither text"),
+    ("\n", "no rows"),
+    (b"\xff", "UTF-8: line 1 .* if it is in LATIN1"),
+    ("a".encode("utf-16"), "line 1 .* if it is in UTF-16")])
 def test_jsonl_that_cannot_be_read_is_one_line_that_says_where(content, message, src):
     put(src / "train/metadata.jsonl", content)
     with pytest.raises(UserError, match=message):
@@ -378,13 +446,14 @@ def test_a_name_composed_otherwise_is_the_same_and_other_near_misses_are_named(s
     nfd, nfc = (unicodedata.normalize(form, "caf\u00e9.wav") for form in ("NFD", "NFC"))
     for name in (nfd, "x.WAV", "d/y.wav", "Z.wav", "deep/q.wav"):
         put(src / "train" / name)
-    names = [nfc, "x.wav", "d\\y.wav", "z.wav", "q.wav", "gone.wav"]
+    names = [nfc, "x.wav", "d\\y.wav", "z.wav", "q.wav", "gone.wav", "Z.wav "]
     put(src / "train/metadata.csv",
-        "file_name,text\n" + "".join(f"{name},text {i}\n" for i, name in enumerate(names)))
+        "file_name, text\n" + "".join(f"{name}, text {i}\n" for i, name in enumerate(names)))
     missing = "file missing; there is "
     assert run(src) == ({"train": ["text 0"]}, {
         "x.wav": missing + "x.WAV", "d\\y.wav": missing + "d/y.wav", "z.wav": missing + "Z.wav",
-        "q.wav": missing + "deep/q.wav", "gone.wav": "file missing"})
+        "q.wav": missing + "deep/q.wav", "gone.wav": "file missing",
+        "Z.wav ": missing + "Z.wav"})
 
 
 def test_of_two_files_with_one_name_the_one_that_is_spelled_alike_is_used(src):

@@ -189,6 +189,7 @@ def test_the_language_of_a_nested_vocabulary_is_the_one_that_the_folder_names(tm
     ({"target_lang": "spa"}, {}, "target_lang 'spa' is none of vocab.json's"), ({"added_tokens_decoder": {}}, {"vocab": {"spa": {"a": 0}}}, "languages"),
     ({"pad_token": "<none>"}, {}, "no pad token (<none>)"),
     ({}, {"special_tokens_map": {"pad_token": "[PAD]"}}, "differ on pad_token: <pad> or [PAD]"),
+    ({"added_tokens_decoder": {}}, {"vocab": {"version": "1.0", "model": {"vocab": {"a": 0}}}}, "save_pretrained"),
     ({}, {"added_tokens": {"un": 16}}, "differ on the id of 'un': 16 or 15"), ({}, {"added_tokens": {"un": 4}}, "'un'"),
     ({"added_tokens_decoder": {"17": {"content": "x", "single_word": True}}}, {}, "single_word of the added token 'x'"),
     ({"added_tokens_decoder": {"4": {"content": "x"}}}, {}, "the tokens 'c' and 'x' have the same id 4"),
