@@ -14,6 +14,7 @@ import io
 import os
 import signal
 import sys
+import time
 import types
 import typing
 
@@ -68,6 +69,7 @@ def build(cls, given: dict, **defaults):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+DYING = 2.0  # seconds for which a process that was killed may yet hold a lock
 SPARING = 2**24  # of keep_freed_memory, where memory counts more than time
 
 
@@ -144,12 +146,14 @@ def alone(path: str, what: str):
     The lock ends with the process, however that ends, and children do not inherit it. The file is gone afterwards. Raises
     UserError, naming `what`, where another process holds it or it cannot be made.
     """
+    ends = time.monotonic() + DYING
     try:
-        file = _lock(path)
-    except BlockingIOError:
-        raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place") from None
+        while (file := _lock(path)) is None and time.monotonic() < ends:
+            time.sleep(0.05)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if file is None:
+        raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place")
     try:
         yield
     finally:
@@ -159,19 +163,18 @@ def alone(path: str, what: str):
 
 
 def _lock(path: str):
-    """The open file, locked. Raises BlockingIOError where another process holds it."""
+    """The open file, locked; None where another process holds it."""
     while True:
         file = open(path, "a")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        except PermissionError:  # EACCES, which POSIX allows for EAGAIN
-            file.close()
-            raise BlockingIOError from None
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
                 return file
             file.close()
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
             raise
         file.close()  # who held it has removed it meanwhile: lock the file that is there now
