@@ -477,15 +477,17 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
 def swallowed(record: dict, folder: str) -> str:
     """A line that a stray quotation mark has drawn into a field, or "".
 
-    Texts may have line breaks. But a line that has the name of a file between its commas is a row.
+    Texts may have line breaks. But a line that has the name of a file between its commas is a row,
+    and what has more fields than there are columns is two rows in one, as is a header of two lines.
     """
     endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
     for field in [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]:
         lines = field.splitlines()
         for line in lines if len(lines) > 1 else ():
             cells = [cell.strip().strip('"') for cell in line.split(",")]
-            if any(os.path.isfile(os.path.join(folder, cell)) or
-                   len(cells) > 1 and ending(cell) in endings for cell in cells if cell):
+            if line.strip() and (None in record or any(
+                    os.path.isfile(os.path.join(folder, cell)) or
+                    len(cells) > 1 and ending(cell) in endings for cell in cells if cell)):
                 return line
     return ""
 

@@ -375,6 +375,7 @@ SWALLOWED = {  # content: lines
     '"file_name",text\n"1.wav,hello\n2.wav",bye\n': "2 to 3",
     'file_name,text\n1.wav,"hello\ngone.flac,yes\nbye"\n': "2 to 4",
     'file_name,text\n1.wav,"hello\ngone.xyz,yes\n2.wav,bye"\n': "2 to 4",
+    'speaker,text,file_name\na,hi,"1.wav\na",bye,2.wav\n': "2 to 3",
     'file_name,text,"speaker\n1.wav,hello,anna\n2.wav,hi,ben"\n3.wav,bye,eve\n': "1 to 3",
 }
 
@@ -388,7 +389,7 @@ def test_rows_that_a_stray_quotation_mark_swallows_are_told_with_their_lines(con
         run(src)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(st.permutations(["file_name", "text", "speaker"]), st.sampled_from(["\n", "\r\n"]),
        st.lists(st.integers(0, 200), min_size=1, max_size=4))
 def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, places):
@@ -403,7 +404,7 @@ def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, p
         columns, records = sources.read_csv("metadata.csv", content)
     except UserError:
         return
-    assert "file_name" not in columns or len(records) == 6
+    assert "file_name" not in columns or sum(any(row.values()) for row in records) == 6
 
 
 def test_a_text_may_have_line_breaks_and_commas(src):
