@@ -478,16 +478,20 @@ def swallowed(record: dict, folder: str) -> str:
     """A line that a stray quotation mark has drawn into a field, or "".
 
     Texts may have line breaks. But a line that has the name of a file between its commas is a row,
-    and what has more fields than there are columns is two rows in one, as is a header of two lines.
+    what has more fields than columns and two such names is two rows, and no header has two lines.
     """
     endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
-    for field in [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]:
+    fields = [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]
+    cells = {line: [cell.strip().strip('"') for cell in line.split(",")]
+             for field in fields for line in field.splitlines()}
+    named = sum(ending(cell) in endings for parts in cells.values() for cell in parts)
+    fused = None in record and (named > 1 or "file_name" not in record)
+    for field in fields:
         lines = field.splitlines()
         for line in lines if len(lines) > 1 else ():
-            cells = [cell.strip().strip('"') for cell in line.split(",")]
-            if line.strip() and (None in record or any(
-                    os.path.isfile(os.path.join(folder, cell)) or
-                    len(cells) > 1 and ending(cell) in endings for cell in cells if cell)):
+            if line.strip() and (fused or any(os.path.isfile(os.path.join(folder, cell)) or
+                                              len(cells[line]) > 1 and ending(cell) in endings
+                                              for cell in cells[line] if cell)):
                 return line
     return ""
 
