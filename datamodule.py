@@ -532,6 +532,10 @@ class SpeechDataModule(L.LightningDataModule):
         dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
         return [dataset[[(epoch, int(row)) for row in plan[i]]] for i in dict.fromkeys(largest)]
 
+    def dev_checksum(self) -> int:
+        """Of its lengths and labels."""
+        return zlib.crc32(audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"]))
+
     def longest_dev_batch(self) -> Batch:
         """Of this rank; the one that needs most memory."""
         batches = eval_plan(self.splits["dev"], self.frontend, self.options, *self.ranks())

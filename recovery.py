@@ -259,7 +259,8 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     return {"seed": data.seed, "rows of train": f"{len(rows)} (checksum {checksum:08x})",
             "labels of train": f"(checksum {data.label_checksum:08x})", "max_batch_seconds": seconds,
             "batch_size": None if seconds else data.options.batch_size or 16, "group_by_length": data.options.group_by_length,
-            "accumulate_grad_batches": accumulate_grad_batches, "processes": world_size}
+            "accumulate_grad_batches": accumulate_grad_batches, "processes": world_size,
+            "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum():08x})"}
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
@@ -269,6 +270,9 @@ def check_plan(place: Place, plan: dict, data) -> None:
     that make the same batches of all processes together. Raises UserError else. At an epoch's end any plan will do.
     """
     differ = {name: (value, plan[name]) for name, value in (place.plan or plan).items() if value != plan[name]}
+    if dev := differ.pop("dev", None):
+        rank_zero_info(f"note: {place.path} was validated on {dev[0]} of dev, which is now {dev[1]}: the best before and from here "
+                       "on are not comparable")
     if not differ or place.batches and same_steps(place, plan, data, set(differ)):
         return
     said = "; ".join(f"{name} {before}, not {now}" for name, (before, now) in differ.items())

@@ -198,6 +198,14 @@ def test_what_cannot_take_effect_is_refused_before_anything_is_written(data, end
     assert contents(ended) == before
 
 
+def test_another_dev_is_said(data, ended, tmp_path, caplog):
+    other = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(other / "dev")
+    shutil.copytree(other / "train", other / "dev")
+    run(other, ended, "--max_epochs", 3, "--resume")
+    assert [line for line in caplog.messages if "validated on 2 rows" in line and "which is now 8 rows" in line]
+
+
 def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, finished, tmp_path):
     source = shutil.copy(finished / "best.ckpt", tmp_path / "source.ckpt")
     words = ["--data_root", str(data), "--output_dir", str(tmp_path / "run"), "--init_from", str(source), "--num_workers", "0",
