@@ -78,8 +78,8 @@ def test_training_scoring_and_transcribing_see_the_same_frames(rate, folder):
     ("16000", ["--sample_rate", "8000"], "the model hears 8000; prepare .* --sample_rate 8000"),
     ("8000", ["--init_from", "run16000/best.ckpt"], "8000 has 8000 samples .* hears 16000"),
     ("16000", ["--init_from", "run8000/best.ckpt"], "16000 has 16000 samples .* hears 8000"),
-    ("8000", ["--resume", "run16000/last.ckpt"], "the model hears 16000"),
-    ("16000", ["--resume", "run8000/last.ckpt"], "the model hears 8000"),
+    ("8000", ["--max_steps", "2", "--resume", "run16000/last.ckpt"], "the model hears 16000"),
+    ("16000", ["--max_steps", "2", "--resume", "run8000/last.ckpt"], "the model hears 8000"),
 ])
 def test_training_at_another_rate_than_the_datas_is_refused_before_anything_is_written(
         root, more, message, folder, monkeypatch):
