@@ -135,7 +135,8 @@ def test_a_file_or_folder_goes_before_the_hub(made, monkeypatch):
 @pytest.mark.parametrize("error", [
     LocalEntryNotFoundError("Check your internet connection.\nMore lines."),
     RepositoryNotFoundError.__new__(RepositoryNotFoundError, "401 Client Error.\nMore."), OSError(28, "No space left")])
-def test_what_the_hub_does_not_give_is_one_line(error, monkeypatch):
+def test_what_the_hub_does_not_give_is_one_line(error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run lies in the default output_dir
     snapshot(monkeypatch, error)
     for main, flag in ((transcribe.main, "--checkpoint"), (export.main, "--checkpoint"), (train.main, "--init_from")):
         said = refused([flag, "org/name", *(["a.wav"] if main is transcribe.main else [])], main)
