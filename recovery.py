@@ -260,7 +260,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
             "labels of train": f"(checksum {data.label_checksum:08x})", "max_batch_seconds": seconds,
             "batch_size": None if seconds else data.options.batch_size or 16, "group_by_length": data.options.group_by_length,
             "accumulate_grad_batches": accumulate_grad_batches, "processes": world_size,
-            "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum():08x})"}
+            "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})"}
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
