@@ -1,20 +1,18 @@
-"""Options as frozen dataclasses, flags generated from them, errors that are one clear line, files that are whole.
+"""Options as frozen dataclasses, flags generated from them, errors that are one clear line.
 
 A command declares its options once, as fields of a frozen dataclass; `parse` turns the fields into argparse flags and
 the given flags back into an instance. What a flag is called, its type, default and help live in one place.
 """
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
-import errno
-import fcntl
 import io
 import os
+import re
+import reprlib
 import signal
 import sys
-import time
 import types
 import typing
 
@@ -24,6 +22,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 class UserError(Exception):
     """Bad input from outside: says in one line what is wrong, where, and what to do. Commands exit with status 2."""
+
+
+# What moves a terminal's cursor, ends a line, turns the direction of text round, or is in no encoding.
+UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel, BRIEF.maxstring = 2, 200
+
+
+def shown(text, room: int = 1000) -> str:
+    """What a stranger wrote (a name on disk, a token, a value of a file), on one line that a terminal can only show:
+    escaped as in Python, and where it is longer than `room` characters, its beginning and its end."""
+    if not isinstance(text, str):
+        text = BRIEF.repr(text)
+    if len(text) > room:
+        text = f"{text[:room * 2 // 3]} ... {text[-room // 4:]}"
+    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def option(default, help: str, choices=None):
@@ -69,7 +85,6 @@ def build(cls, given: dict, **defaults):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-DYING = 2.0  # seconds for which a process that was killed may yet hold a lock
 SPARING = 2**24  # of keep_freed_memory, where memory counts more than time
 
 
@@ -106,7 +121,7 @@ def run(main) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
@@ -115,66 +130,3 @@ def run(main) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def write_whole(path: str, content) -> None:
-    """Writes bytes to `path`, whole or not at all, whatever is killed or pulled meanwhile: the file is the old or the new one.
-
-    Raises UserError where it cannot be written, as on a full disk; the old one is still there.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: else its name may reach the disk before its content
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another place") from error
-    with contextlib.suppress(OSError):  # some network file systems cannot
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def alone(path: str, what: str):
-    """Within it no other process on this machine, nor on others that share a file system with POSIX locks, holds the file `path`.
-
-    The lock ends with the process, however that ends, and children do not inherit it. The file is gone afterwards. Raises
-    UserError, naming `what`, where another process holds it or it cannot be made.
-    """
-    ends = time.monotonic() + DYING
-    try:
-        while (file := _lock(path)) is None and time.monotonic() < ends:
-            time.sleep(0.05)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    if file is None:
-        raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(path)
-        file.close()
-
-
-def _lock(path: str):
-    """The open file, locked; None where another process holds it."""
-    while True:
-        file = open(path, "a")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-                return file
-            file.close()
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return None
-            raise
-        file.close()  # who held it has removed it meanwhile: lock the file that is there now

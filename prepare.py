@@ -25,6 +25,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 import cli
+import files
 import tokenizer as tk
 from audio import RATES, read_audio, resample
 from cli import UserError, option
@@ -248,7 +249,7 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {options.data_root}: {error}") from None
-    with cli.alone(os.path.join(folder, f".{name}.lock"), options.data_root):
+    with files.alone(os.path.join(folder, f".{name}.lock"), options.data_root):
         return prepare_alone(options, root, os.path.join(folder, f".{name}.partial"))
 
 
@@ -269,7 +270,7 @@ def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int
             csv.writer(file).writerows([("split", "file_name", "reason"), *rejected])
         if options.sample_rate != 16000:
             mark = json.dumps({"sample_rate": options.sample_rate}).encode()
-            cli.write_whole(os.path.join(partial, "prepare.json"), mark)
+            files.write_whole(os.path.join(partial, "prepare.json"), mark)
         tk.save_tokenizer(tokenizer, os.path.join(partial, "tokenizer.json"))
         publish(partial, root)
     except OSError as error:

@@ -31,7 +31,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import hub
-from cli import UserError, write_whole
+from cli import UserError
+from files import write_whole
 
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
 SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-from cli import UserError, build, make_parser, option, run, write_whole
+from cli import UserError, build, make_parser, option, run
+from files import write_whole
 from context import HotwordOptions, load_hotwords
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions

@@ -18,7 +18,8 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
 import hub
-from cli import UserError, write_whole
+from cli import UserError
+from files import write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error

@@ -22,7 +22,8 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-from cli import SPARING, UserError, alone, build, keep_freed_memory, make_parser, option, run, write_whole
+from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run
+from files import alone, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint

@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
-from cli import UserError, build, make_parser, option, run, write_whole
+from cli import UserError, build, make_parser, option, run
+from files import write_whole
 from context import ContextGraph, HotwordOptions, load_hotwords
 from decode import MODES, SearchOptions
 from model import load_checkpoint

@@ -20,7 +20,8 @@ import torch
 import yaml
 
 import hub
-from cli import UserError, make_parser, run, write_whole
+from cli import UserError, make_parser, run
+from files import write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 import cli
+import files
 
-HOLD = "import sys, time, cli\nwith cli.alone(sys.argv[1], 'it'):\n print('held', flush=True)\n time.sleep(60)"
+HOLD = "import sys, time, files\nwith files.alone(sys.argv[1], 'it'):\n print('held', flush=True)\n time.sleep(60)"
 
 
 @pytest.fixture
@@ -24,21 +25,21 @@ def holder(tmp_path):
 
 
 def test_a_lock_is_held_by_one_process_and_not_by_a_dead_one(tmp_path, holder):
-    with pytest.raises(cli.UserError, match="^it: another process"), cli.alone(str(tmp_path / "lock"), "it"):
+    with pytest.raises(cli.UserError, match="^it: another process"), files.alone(str(tmp_path / "lock"), "it"):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with cli.alone(str(tmp_path / "lock"), "it"):
+    with files.alone(str(tmp_path / "lock"), "it"):
         assert os.listdir(tmp_path) == ["lock"]
     assert os.listdir(tmp_path) == []
 
 
 def test_a_child_does_not_inherit_a_lock(tmp_path):
-    with cli.alone(str(tmp_path / "lock"), "it"):
+    with files.alone(str(tmp_path / "lock"), "it"):
         child = os.fork()
         if not child:
             try:
-                with cli.alone(str(tmp_path / "lock"), "it"):
+                with files.alone(str(tmp_path / "lock"), "it"):
                     os._exit(1)
             except cli.UserError:
                 os._exit(0)
@@ -46,7 +47,7 @@ def test_a_child_does_not_inherit_a_lock(tmp_path):
 
 
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
-    with pytest.raises(cli.UserError, match="cannot be written"), cli.alone(str(tmp_path / "none" / "lock"), "it"):
+    with pytest.raises(cli.UserError, match="cannot be written"), files.alone(str(tmp_path / "none" / "lock"), "it"):
         pass
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("cli", "containers"), ("hub",), ("transforms", "sampler", "tokenizer", "conformer", "decode", "demo"),
+FLOORS = (("cli", "containers"), ("files",), ("hub",), ("transforms", "sampler", "tokenizer", "conformer", "decode", "demo"),
           ("stream", "words", "audio", "context"), ("datamodule", "model", "recovery", "sources"), ("onnx_graphs",), ("onnx_checks",),
           ("prepare", "train", "score", "transcribe", "align", "compare", "wenet_import", "bench"), ("export", "torture"),
           ("parity",))

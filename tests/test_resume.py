@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cli
+import files
 import train
 from cli import UserError
 from model import load_checkpoint
@@ -302,7 +303,7 @@ def test_what_a_run_is_made_from_is_not_overwritten(data, ended, flag):
 
 
 def test_two_trainings_do_not_share_a_folder(data, ended):
-    with cli.alone(str(ended / train.LOCK), "the first"):
+    with files.alone(str(ended / train.LOCK), "the first"):
         before = contents(ended)
         assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--resume")) == 2
         assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--overwrite")) == 2

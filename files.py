@@ -1,0 +1,125 @@
+"""Files: read whole where they are small and honest, written whole or not at all, one writer at a time."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import stat
+import time
+
+from cli import UserError
+
+DYING = 2.0  # seconds for which a process that was killed may yet hold a lock
+SMALL = 2**24  # bytes: no vocabulary, list of words or set of options is as large
+
+
+# Reading
+
+
+def read_small(path: str, limit: int = SMALL) -> bytes:
+    """The content of a file that somebody names. Raises OSError, also for a pipe or a device, which may have no end and
+    where nobody writes is waited for for ever; ValueError where the file is longer than `limit` bytes."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if stat.S_ISDIR(mode := os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "a pipe or a device, where a file is needed", path)
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"longer than {limit} bytes")
+    return content
+
+
+def read_text(path: str, limit: int = SMALL) -> str:
+    """The same as text, with a byte order mark or without. Raises OSError, ValueError."""
+    return read_small(path, limit).decode("utf-8-sig")
+
+
+def parse_json(text: str):
+    """Raises ValueError for what is no JSON, is nested too deep, or holds a number that is not finite."""
+    try:
+        return json.loads(text, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is not finite")
+    return value
+
+
+def read_json(path: str, limit: int = SMALL) -> dict:
+    """The JSON object in a file. Raises OSError, ValueError."""
+    data = parse_json(read_text(path, limit))
+    if not isinstance(data, dict):
+        raise ValueError(f"{os.path.basename(path)} holds no JSON object")
+    return data
+
+
+# Writing
+
+
+def write_whole(path: str, content) -> None:
+    """Writes bytes to `path`, whole or not at all, whatever is killed or pulled meanwhile: the file is the old or the new one.
+
+    Raises UserError where it cannot be written, as on a full disk; the old one is still there.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: else its name may reach the disk before its content
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another place") from error
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def alone(path: str, what: str):
+    """Within it no other process on this machine, nor on others that share a file system with POSIX locks, holds the file `path`.
+
+    The lock ends with the process, however that ends, and children do not inherit it. The file is gone afterwards. Raises
+    UserError, naming `what`, where another process holds it or it cannot be made.
+    """
+    ends = time.monotonic() + DYING
+    try:
+        while (file := _lock(path)) is None and time.monotonic() < ends:
+            time.sleep(0.05)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if file is None:
+        raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        file.close()
+
+
+def _lock(path: str):
+    """The open file, locked; None where another process holds it."""
+    while True:
+        file = open(path, "a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                return file
+            file.close()
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise
+        file.close()  # who held it has removed it meanwhile: lock the file that is there now
