@@ -10,7 +10,7 @@ synthetic speech only estimates it.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -19,23 +19,24 @@ from tqdm import tqdm
 
 import demo
 from audio import resample
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, make_parser, option, options_class, run
 from decode import MODES, SearchOptions
 from model import load_checkpoint
 from transforms import extract
 from words import Word, align_words, frame_times
 
 
-@dataclass(frozen=True)
+@options_class
 class AlignOptions:
     checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
     split: str = option("eval_clean", "whose sentences and voices", choices=("dev", "eval_clean"))
-    sentences: int = option(100, "how many")
+    sentences: int = option(100, "how many", at_least=1, at_most=max(demo.UTTERANCES.values()))
     mode: str = option("attention_rescoring", "search", choices=MODES)
-    delay: float = option(0.0, "seconds to take off all times, as in transcribe.py")
+    delay: float = option(0.0, "seconds to take off all times, as in transcribe.py",
+                          at_least=-60.0, at_most=60.0)
 
     def __post_init__(self):
-        if not 1 <= self.sentences <= demo.UTTERANCES[self.split]:
+        if self.sentences > demo.UTTERANCES[self.split]:
             raise UserError(f"--sentences {self.sentences}: {self.split} has 1 to {demo.UTTERANCES[self.split]}")
 
 

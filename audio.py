@@ -24,13 +24,13 @@ import torchaudio
 
 from cli import UserError
 from containers import METADATA, UNKNOWN, Part, at, parts
+from transforms import RATES
 
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {
     "aif", "aifc", "mp2", "oga", "opus", "sph"}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
 SECONDS = 60  # seconds to resample at a time: what that takes is several times as large
 QUIET = 0.2  # seconds over which loudness is measured to find a pause
-RATES = (4000, 384_000)  # sample rates of recordings; the filter of others may take gigabytes
 LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of larger ones overflow
 CANCELLED = 0.01  # of the loudest channel's power: a mean with less is of channels that cancel out
 WIDTHS = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1,

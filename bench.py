@@ -30,7 +30,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +42,7 @@ import torchaudio
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
-from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run
+from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run
 from conformer import PRESETS, Linear, ModelOptions, U2Conformer, for_few_rows, receptive_field
 from sampler import LengthGroupedSampler
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
@@ -63,46 +63,39 @@ RATE, FRAMES_A_SECOND = 16000, 100
 AUGMENT = Augment(max_trim=50)  # all of it
 
 
-@dataclass(frozen=True)
+@options_class
 class BenchOptions:
     preset: str = option("base", "size of the model; the reference of `share` is base", choices=tuple(PRESETS))
     json: bool = option(False, "print one JSON object instead of the table")
-    seconds: float = option(5.0, "repeat each measurement for so long")
+    seconds: float = option(5.0, "repeat each measurement for so long", at_least=0.0, at_most=3600.0)
 
 
-@dataclass(frozen=True)
+@options_class
 class DataOptions:
     """What only `data` takes."""
 
     data_root: str = option("data/bench", "where the made-up corpus is, or will be made")
-    rows: int = option(620_000, "rows of it")
+    rows: int = option(620_000, "rows of it", at_least=100, at_most=10**8)
     loader_root: str | None = option(None, "data that prepare.py wrote, for the loader's speed instead of noise")
 
-    def __post_init__(self):
-        if self.rows < 100:
-            raise UserError(f"--rows {self.rows}: make it at least 100")
 
-
-@dataclass(frozen=True)
+@options_class
 class TrainOptions:
     """What only `train` takes."""
 
-    frames: int = option(FRAMES, "feature frames of an utterance; share is for the default alone")
+    frames: int = option(FRAMES, "feature frames of an utterance; share is for the default alone",
+                         at_least=50, at_most=10**5)
     precision: str = option("32", "numbers of the matrix products; share is for 32 alone", choices=("32", "bf16-mixed"))
     gradient_checkpointing: bool = option(False, "as train.py has it")
     compile: bool = option(False, "as train.py has it")
 
-    def __post_init__(self):
-        if self.frames < 50:
-            raise UserError(f"--frames {self.frames}: make it at least 50")
 
-
-@dataclass(frozen=True)
+@options_class
 class GrowthOptions:
     """What only `growth` takes."""
 
     png: str = option("growth.png", "where the picture goes")
-    hours: float = option(1.0, "how much sound is streamed")
+    hours: float = option(1.0, "how much sound is streamed", above=0, at_most=100.0)
 
 
 def main(argv: list[str]) -> None:

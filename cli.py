@@ -1,12 +1,13 @@
 """Options as frozen dataclasses, flags generated from them, errors that are one clear line.
 
 A command declares its options once, as fields of a frozen dataclass; `parse` turns the fields into argparse flags and
-the given flags back into an instance. What a flag is called, its type, default and help live in one place.
+the given flags back into an instance. What a flag is called, its type, default, bounds and help live in one place.
 """
 
 import argparse
 import ctypes
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -36,15 +37,81 @@ def shown(text, room: int = 1000) -> str:
     """What a stranger wrote (a name on disk, a token, a value of a file), on one line that a terminal can only show:
     escaped as in Python, and where it is longer than `room` characters, its beginning and its end."""
     if not isinstance(text, str):
-        text = BRIEF.repr(text)
+        try:
+            text = BRIEF.repr(text)
+        except ValueError:  # of a whole number with thousands of digits
+            text = f"a {type(text).__name__} too long to show"
     if len(text) > room:
         text = f"{text[:room * 2 // 3]} ... {text[-room // 4:]}"
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def option(default, help: str, choices=None):
-    """A dataclass field that becomes the flag --NAME. `default` of dict or list is not allowed: options are immutable."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices=None, at_least=None, above=None, at_most=None):
+    """A field of an options_class that becomes the flag --NAME. `default` of dict or list is not allowed: options are
+    immutable. A number has a lower and an upper bound: what is not finite lies beyond one of them."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least,
+                                                        "above": above, "at_most": at_most})
+
+
+def options_class(cls):
+    """Makes `cls` a frozen dataclass, whose every instance is checked, wherever its values come from: UserError where one
+    is of another type than its field's, none of its choices, or beyond its bounds."""
+    own = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_option(field, kinds(type(self))[field.name], getattr(self, field.name))
+        if own:
+            own(self)
+
+    cls.__post_init__ = __post_init__
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text without NUL"}
+
+
+class Kind(typing.NamedTuple):
+    """What a field holds: a `type`, `many` of it in a tuple, or None, where that is `optional`."""
+
+    type: type
+    many: bool
+    optional: bool
+
+
+@functools.cache
+def kinds(cls) -> dict[str, Kind]:
+    """The kind of each field, by name."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        parts = typing.get_args(hint)
+        optional, many = isinstance(hint, types.UnionType), typing.get_origin(hint) is tuple  # int | None, tuple[float, ...]
+        found[name] = Kind(parts[0] if optional or many else hint, many, optional)
+    return found
+
+
+def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
+    """UserError where the value is none for the field."""
+    if value is None and kind.optional:
+        return
+    if kind.many and not isinstance(value, tuple):
+        raise UserError(f"--{field.name} {shown(value, 100)}: it must be a list")
+    for one in value if kind.many else (value,):
+        typed = isinstance(one, (int, float) if kind.type is float else kind.type)
+        if not typed or isinstance(one, bool) != (kind.type is bool) or kind.type is str and "\0" in one:
+            raise UserError(f"--{field.name} {shown(one, 100)}: it must be {TYPES[kind.type]}")
+        if field.metadata["choices"] and one not in field.metadata["choices"]:
+            raise UserError(f"--{field.name} {shown(one, 100)}: choose one of {', '.join(field.metadata['choices'])}")
+        if bounds := bounds_of(field):
+            low, high = field.metadata["above"], field.metadata["at_most"]
+            if not (low < one <= high if low is not None else field.metadata["at_least"] <= one <= high):
+                raise UserError(f"--{field.name} {shown(one, 100)}: it must lie {bounds}")
+
+
+def bounds_of(field: dataclasses.Field) -> str:
+    """"" where it has none."""
+    at_least, above, at_most = map(field.metadata.get, ("at_least", "above", "at_most"))
+    return "" if at_most is None else f"within {at_least} .. {at_most}" if above is None else f"above {above}, at most {at_most}"
 
 
 def make_parser(description: str, *classes) -> argparse.ArgumentParser:
@@ -63,19 +130,17 @@ def make_parser(description: str, *classes) -> argparse.ArgumentParser:
 
 def add_options(parser: argparse.ArgumentParser, cls) -> None:
     """Adds one flag per field of the dataclass `cls` (as its own help group)."""
-    hints = typing.get_type_hints(cls)
     group = parser.add_argument_group(cls.__name__)
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):  # int | None -> int
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        extra = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']} (default: {field.default})"}
-        if kind is bool:
+        kind, bounds = kinds(cls)[field.name], bounds_of(field)
+        extra = {"default": argparse.SUPPRESS,
+                 "help": f"{field.metadata['help']} (default: {field.default}{bounds and '; '}{bounds})"}
+        if kind.type is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **extra)
             continue
-        if typing.get_origin(kind) is tuple:  # tuple[float, ...] takes any number of values
-            kind, extra["nargs"] = typing.get_args(kind)[0], "*"
-        group.add_argument(f"--{field.name}", type=kind, choices=field.metadata["choices"], **extra)
+        if kind.many:
+            extra["nargs"] = "*"
+        group.add_argument(f"--{field.name}", type=kind.type, choices=field.metadata["choices"], **extra)
 
 
 def build(cls, given: dict, **defaults):

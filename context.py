@@ -6,25 +6,24 @@ and icefall: Aho and Corasick 1975 (doi:10.1145/360825.360855), a trie with a li
 Phrases are sequences of tokens: one of whole words in characters is also found inside of longer words.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError, option
+from cli import UserError, option, options_class
 from tokenizer import quoted
 
 
-@dataclass(frozen=True)
+@options_class
 class HotwordOptions:
     """Phrases to favour in prefix beam search and in the rescoring of what it finds. Raises UserError."""
 
     hotwords: str | None = option(None, "file of phrases to favour, one a line, which may end in its own score: new york :2")
-    context_score: float = option(1.0, "with --hotwords: what each token of a phrase adds to a score")
+    context_score: float = option(
+        1.0, "with --hotwords: what each token of a phrase adds to a score",
+        above=0, at_most=1000.0)
 
     def __post_init__(self):
-        if not 0 < self.context_score < float("inf"):
-            raise UserError(f"--context_score {self.context_score}: it must be a number above 0")
         if self.hotwords is None and self.context_score != type(self).context_score:
             raise UserError("--context_score has no effect without --hotwords; give both or neither")
 

@@ -14,7 +14,6 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cli import UserError, option
+from cli import UserError, option, options_class
 from conformer import subsampled_length
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
@@ -40,29 +39,37 @@ EVAL_SECONDS = 200.0  # of audio in a batch that is only heard, padding included
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
 
-@dataclass(frozen=True)
+@options_class
 class DataOptions:
     """Batches, filter and workers. Raises UserError for sizes that contradict each other."""
 
-    batch_size: int | None = option(None, "rows per batch and device; 16 unless --max_batch_seconds is given")
-    max_batch_seconds: float | None = option(None, "instead of --batch_size: seconds of audio per batch, padding included")
+    batch_size: int | None = option(
+        None, "rows per batch and device; 16 unless --max_batch_seconds is given",
+        at_least=1, at_most=2**16)
+    max_batch_seconds: float | None = option(
+        None, "instead of --batch_size: seconds of audio per batch, padding included",
+        above=0, at_most=1e6)
     group_by_length: bool = option(True, "batches of rows alike in length; otherwise plain shuffling")
-    num_workers: int | None = option(None, "loader processes, one thread each; default: cores - 2, at most 4")
+    num_workers: int | None = option(
+        None, "loader processes, one thread each; default: cores - 2, at most 4",
+        at_least=0, at_most=256)
     filter: bool = option(True, "drop training rows that CTC cannot learn from")
-    output_len_prob: float = option(1.0, "share of a row's encoder frames that its labels may need")
-    min_frame: int = option(10, "fewest feature frames of a training row")
-    max_frame: int = option(10240, "most feature frames of a training row")
-    limit_rows: int | None = option(None, "use only the first rows of every split")
+    output_len_prob: float = option(1.0, "share of a row's encoder frames that its labels may need",
+                                    at_least=0.0, at_most=1.0)
+    min_frame: int = option(10, "fewest feature frames of a training row",
+                            at_least=0, at_most=10**7)
+    max_frame: int = option(10240, "most feature frames of a training row",
+                            at_least=1, at_most=10**7)
+    limit_rows: int | None = option(None, "use only the first rows of every split",
+                                    at_least=1, at_most=10**9)
     features_on_device: bool = option(False, "features and masks on the training device, not in the loader: the same numbers")
 
     def __post_init__(self):
         if self.batch_size is not None and self.max_batch_seconds is not None:
             raise UserError("--batch_size and --max_batch_seconds: give one of them")
-        for name in ("batch_size", "max_batch_seconds", "limit_rows"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise UserError(f"--num_workers {self.num_workers}: it must be at least 0")
+        if self.min_frame > self.max_frame:
+            raise UserError(f"--min_frame {self.min_frame} --max_frame {self.max_frame}: no row lies between them; lower "
+                            "--min_frame or raise --max_frame")
 
 
 class Batch(NamedTuple):

@@ -10,7 +10,6 @@ WeNet; attention rescoring, U2 (arXiv:2012.05481, section 3.3) and its right-to-
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -19,33 +18,32 @@ import numpy as np
 import torch
 import torchaudio
 
-from cli import UserError, option
+from cli import UserError, option, options_class
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
 CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
 
 
-@dataclass(frozen=True)
+@options_class
 class SearchOptions:
     """How an utterance is decoded, whatever the mode; the fields are arguments of model.decode. Raises UserError."""
 
-    beam_size: int = option(10, "hypotheses that a beam search keeps")
-    chunk_size: int = option(-1, "encoder frames (40 ms each with conv2d) in a chunk; -1: full context")
-    left_chunks: int = option(-1, "chunks before its own that a frame sees; -1: all")
-    ctc_weight: float = option(0.5, "weight of the CTC score in attention_rescoring")
-    reverse_weight: float = option(0.3, "share of the right-to-left decoder in attention_rescoring")
+    beam_size: int = option(10, "hypotheses that a beam search keeps", at_least=1, at_most=100)
+    chunk_size: int = option(
+        -1, "encoder frames (40 ms each with conv2d) in a chunk; -1: full context",
+        at_least=-1, at_most=5000)
+    left_chunks: int = option(-1, "chunks before its own that a frame sees; -1: all",
+                              at_least=-1, at_most=5000)
+    ctc_weight: float = option(0.5, "weight of the CTC score in attention_rescoring",
+                               at_least=0.0, at_most=5.0)
+    reverse_weight: float = option(0.3, "share of the right-to-left decoder in attention_rescoring",
+                                   at_least=0.0, at_most=1.0)
 
     def __post_init__(self):
-        if self.beam_size < 1:
-            raise UserError(f"--beam_size {self.beam_size}: a beam keeps at least 1 hypothesis")
-        if self.chunk_size < 1 and self.chunk_size != -1:
-            raise UserError(f"--chunk_size {self.chunk_size}: give at least 1 encoder frame, or -1 for full context")
-        if self.left_chunks < -1:
-            raise UserError(f"--left_chunks {self.left_chunks}: give at least 0 chunks, or -1 for all")
+        if self.chunk_size == 0:
+            raise UserError("--chunk_size 0: give at least 1 encoder frame, or -1 for full context")
         if self.left_chunks >= 0 and self.chunk_size == -1:
             raise UserError(f"--left_chunks {self.left_chunks} means nothing at full context; give --chunk_size too")
-        if not 0 <= self.reverse_weight <= 1:
-            raise UserError(f"--reverse_weight {self.reverse_weight}: it is a share, from 0 to 1")
 
 
 class Hypothesis(NamedTuple):

@@ -16,13 +16,12 @@ all of the above. The folder, and after the upload ORG/NAME, can stand for a che
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
 
 import torch
 
 import hub
 from audio import read_audio
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, make_parser, option, options_class, run
 from compare import SCORES, read_scores, show
 from model import U2, load_checkpoint, read_checkpoint
 from onnx_checks import check, synthetic_sound
@@ -35,13 +34,15 @@ ONNX_FILES = {"README.md", "hear.py", "tokens.txt", "encoder.onnx", "ctc.onnx", 
 HUB_FILES = {"README.md", "onnx", *hub.FILES}
 
 
-@dataclass(frozen=True)
+@options_class
 class ExportOptions:
     checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote, a --hub_dir, or org/name on the hub")
     out: str = option("runs/demo/export", "folder to make")
     hub_dir: str | None = option(None, "folder for the hub to make, in place of --out")
     audio: tuple[str, ...] = option((), "recordings to check the export on; none: a synthetic sound")
-    max_int8_cer: float = option(0.1, "share of the float models' tokens that int8 may hear otherwise")
+    max_int8_cer: float = option(
+        0.1, "share of the float models' tokens that int8 may hear otherwise",
+        at_least=0.0, at_most=1.0)
     overwrite: bool = option(False, "replace --out or --hub_dir, where it holds nothing but what this command writes")
 
 

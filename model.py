@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import pytorch_lightning as L
 import torch
@@ -19,7 +19,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 import decode
 import hub
 import stream
-from cli import UserError, option
+from cli import UserError, option, options_class
 from conformer import ModelOptions, U2Conformer, draw_chunk, for_few_rows, subsampled_length
 from tokenizer import Tokenizer
 from transforms import Frontend
@@ -32,25 +32,24 @@ VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in e
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
 
-@dataclass(frozen=True)
+@options_class
 class OptimOptions:
     """Optimizer, schedule, and the guard against gradients that are not finite."""
 
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
-    lr: float = option(1e-3, "peak learning rate")
-    weight_decay: float = option(0.01, "weight decay")
+    lr: float = option(1e-3, "peak learning rate", above=0, at_most=10.0)
+    weight_decay: float = option(0.01, "weight decay", at_least=0.0, at_most=10.0)
     scheduler: str = option("onecycle", "OneCycleLR over the whole run, or WeNet's warm-up and decay by 1/sqrt(step)",
                             choices=("onecycle", "warmup"))
-    warmup_steps: int = option(500, "steps until the peak learning rate, at most 30 %% of a onecycle run")
-    freeze_encoder_epochs: int = option(0, "with --init_from: epochs that leave the encoder as it came")
-    max_skips: int = option(50, "stop after this many skipped updates in a row")
+    warmup_steps: int = option(
+        500, "steps until the peak learning rate, at most 30 %% of a onecycle run",
+        at_least=0, at_most=10**9)
+    freeze_encoder_epochs: int = option(
+        0, "with --init_from: epochs that leave the encoder as it came", at_least=0, at_most=10**6)
+    max_skips: int = option(50, "stop after this many skipped updates in a row",
+                            at_least=1, at_most=10**6)
     gradient_checkpointing: bool = option(False, "recompute the encoder's blocks in backward: less memory, more time")
     compile: bool = option(False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)")
-
-    def __post_init__(self):
-        for name, least in (("lr", 0), ("weight_decay", 0), ("warmup_steps", 0), ("freeze_encoder_epochs", 0), ("max_skips", 1)):
-            if not least <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be a number from {least} on")
 
 
 class StepLog:

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import warnings
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import onnx
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from cli import UserError, option
+from cli import UserError, option, options_class
 from conformer import Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
 from stream import MAX_POSITION
@@ -26,18 +25,19 @@ from transforms import Frontend, log_mel_filters
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and later read it
 
 
-@dataclass(frozen=True)
+@options_class
 class ChunkOptions:
     """What a streaming graph is made for."""
 
-    chunk_size: int = option(16, "encoder frames in a chunk of the streaming model")
-    left_chunks: int = option(4, "chunks before its own that a frame of the streaming model sees")
+    chunk_size: int = option(16, "encoder frames in a chunk of the streaming model",
+                             at_least=1, at_most=1000)
+    left_chunks: int = option(4, "chunks before its own that a frame of the streaming model sees",
+                              at_least=1, at_most=1000)
 
     def __post_init__(self):
-        if self.chunk_size < 1:
-            raise UserError(f"--chunk_size {self.chunk_size}: give at least 1 encoder frame")
-        if self.left_chunks < 1:
-            raise UserError(f"--left_chunks {self.left_chunks}: give at least 1 chunk; sherpa-onnx streams with no other")
+        if self.cache_size + self.chunk_size > MAX_POSITION:
+            raise UserError(f"--chunk_size {self.chunk_size} --left_chunks {self.left_chunks}: they span "
+                            f"{self.cache_size + self.chunk_size} encoder frames; at most {MAX_POSITION} can be told apart")
 
     @property
     def cache_size(self) -> int:

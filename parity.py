@@ -13,7 +13,7 @@ drown it: the samples are multiplied by 4,096, and the mean of the features is m
 import copy
 import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import NamedTuple
 
 import sherpa_onnx
@@ -22,7 +22,7 @@ import torchaudio
 import torchaudio.compliance.kaldi as kaldi
 from torchmetrics.functional.text import char_error_rate
 
-from cli import build, make_parser, option, run
+from cli import build, make_parser, option, options_class, run
 from compare import print_table
 from export import check_supported, token_lines, write_onnx
 from model import U2, load_checkpoint
@@ -36,7 +36,7 @@ OWN, SO_FAR, SHERPA = "the model's", "the model's, so far", "sherpa-onnx's"  # f
 LOUDER = 4096.0
 
 
-@dataclass(frozen=True)
+@options_class
 class ParityOptions:
     checkpoint: str = option("runs/an4/best.ckpt", "checkpoint that train.py wrote; one on log_mel has no rows of sherpa-onnx")
     data_root: str = option("data/an4", "data that prepare.py wrote")

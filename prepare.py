@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import unicodedata
-from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -27,9 +26,10 @@ from tqdm import tqdm
 import cli
 import files
 import tokenizer as tk
-from audio import RATES, read_audio, resample
-from cli import UserError, option
+from audio import read_audio, resample
+from cli import UserError, option, options_class
 from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
+from transforms import RATES
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
 # What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
@@ -39,14 +39,16 @@ QUIET = 20  # steps of 16 bits: in nothing that stays within so many is anything
 EDGE = 160  # samples: 10 ms
 
 
-@dataclass(frozen=True)
+@options_class
 class PrepareOptions(SourceOptions):
     demo: bool = option(False, "make the synthetic demo corpus instead of reading a source")
     data_root: str | None = option(None, "folder to write; with --demo data/demo if not given")
-    sample_rate: int = option(16000, "samples per second of the rows")
+    sample_rate: int = option(16000, "samples per second of the rows",
+                              at_least=RATES[0], at_most=RATES[1])
     tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, .ckpt, vocab.json or transformers folder")
-    vocab_size: int | None = option(None, "number of tokens of --tokenizer bpe; 500 if not given")
-    shard_rows: int = option(2000, "rows of a shard")
+    vocab_size: int | None = option(None, "number of tokens of --tokenizer bpe; 500 if not given",
+                                    at_least=1, at_most=10**6)
+    shard_rows: int = option(2000, "rows of a shard", at_least=1, at_most=10**6)
     overwrite: bool = option(False, "replace the data that an earlier run left in data_root")
     lowercase: bool = option(False, "write all text in lower case, Unicode's: I becomes i in any language")
     uppercase: bool = option(False, "write all text in upper case")
@@ -295,11 +297,9 @@ def parse(argv: list[str]) -> PrepareOptions:
         raise UserError(f"--{sorted(unused)[0]} has no effect here; leave it out")
     if options.lowercase and options.uppercase:
         raise UserError("give --lowercase or --uppercase, not both")
-    if not RATES[0] <= options.sample_rate <= RATES[1] or options.sample_rate % 25:
+    if options.sample_rate % 25:
         raise UserError(f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. "
                         f"{RATES[1]}, in steps of 25")
-    if options.shard_rows < 1:
-        raise UserError("--shard_rows must be 1 or more")
     return options
 
 

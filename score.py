@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import datasets
 import numpy as np
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, make_parser, option, options_class, run
 from files import write_whole
 from context import HotwordOptions, load_hotwords
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
@@ -33,7 +33,7 @@ from transforms import extract
 from words import join
 
 
-@dataclass(frozen=True)
+@options_class
 class ScoreOptions:
     checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
     data_root: str = option("data/demo", "data that prepare.py wrote")
@@ -41,9 +41,13 @@ class ScoreOptions:
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))
     stream: bool = option(False, "hear every row piece by piece, in chunks of --chunk_size, 16 unless given")
     concatenate: bool = option(False, "with --stream: all rows are one long recording, with endpoints where they fall")
-    batch_size: int = option(16, "most utterances decoded together, of like lengths; fewer where they would be more than "
-                                 f"{EVAL_SECONDS:g} s")
-    examples: int = option(0, "print so many utterances, what was said above what was heard in the last mode")
+    batch_size: int = option(
+        16, "most utterances decoded together, of like lengths; fewer where they would be more than "
+        f"{EVAL_SECONDS:g} s",
+        at_least=1, at_most=2**16)
+    examples: int = option(
+        0, "print so many utterances, what was said above what was heard in the last mode",
+        at_least=0, at_most=10**9)
     details: str | None = option(None, "file to write: a JSON line per utterance, what was said, heard and wrong")
 
     def __post_init__(self):
@@ -51,8 +55,6 @@ class ScoreOptions:
             raise UserError(f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of them out")
         if self.concatenate and not self.stream:
             raise UserError("--concatenate has no effect without --stream; give both or neither")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size}: it must be at least 1")
         if self.details and not os.path.isdir(os.path.dirname(self.details) or "."):
             raise UserError(f"--details {self.details}: no such folder; make it first")
 

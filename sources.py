@@ -17,7 +17,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import datasets
@@ -28,7 +27,7 @@ import yaml
 
 import demo
 import tokenizer as tk
-from cli import UserError, option
+from cli import UserError, option, options_class
 from audio import EXTENSIONS
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
@@ -49,7 +48,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 BATCH = 16  # rows of a parquet file read at a time: they fit into memory, however long they are
 
 
-@dataclass(frozen=True)
+@options_class
 class SourceOptions:
     source: str | None = option(
         None, "folder of SRC/{split}/metadata.csv or .jsonl, folder of parquet files, or a hub "

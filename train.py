@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 
 import pytorch_lightning as L
 import torch
@@ -22,7 +21,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run
+from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run
 from files import alone, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
@@ -36,7 +35,7 @@ from transforms import Augment, Frontend, read_cmvn
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs")  # --overwrite removes
 
 
-@dataclass(frozen=True)
+@options_class
 class RunOptions:
     """The run: where, how long, on what."""
 
@@ -45,30 +44,30 @@ class RunOptions:
     init_from: str | None = option(None, "start from this checkpoint's weights, model options and frontend (fine-tuning)")
     cmvn: str | None = option(None, "global_cmvn file for fbank; default: computed over train, or that of --init_from")
     tokenizer: str | None = option(None, "tokenizer.json, vocab.json, transformers folder or .ckpt; default DATA_ROOT/tokenizer.json")
-    max_epochs: int = option(20, "epochs, unless --max_steps comes first")
-    max_steps: int = option(-1, "updates, -1 for no limit")
-    accumulate_grad_batches: int = option(1, "batches per update")
-    gradient_clip_val: float = option(5.0, "largest gradient norm, 0 for no clipping")
+    max_epochs: int = option(20, "epochs, unless --max_steps comes first",
+                             at_least=-1, at_most=10**6)
+    max_steps: int = option(-1, "updates, -1 for no limit", at_least=-1, at_most=10**9)
+    accumulate_grad_batches: int = option(1, "batches per update", at_least=1, at_most=10**6)
+    gradient_clip_val: float = option(5.0, "largest gradient norm, 0 for no clipping",
+                                      at_least=0.0, at_most=1e6)
     precision: str = option("32", "arithmetic", choices=("32", "16-mixed", "bf16-mixed", "16"))
     accelerator: str = option("auto", "Lightning's accelerator: auto, cpu, gpu ...")
     devices: str = option("auto", "number of devices, or Lightning's list of them")
-    num_nodes: int = option(1, "machines")
+    num_nodes: int = option(1, "machines", at_least=1, at_most=10**4)
     strategy: str = option("auto", "Lightning's strategy: auto, ddp, ...")
-    seed: int = option(0, "seed of weights, plan, augmentation, dropout and chunks")
-    ema_decay: float = option(0.0, "validate and keep an exponential average of the weights, e.g. 0.998; 0: off")
-    check_val_every_n_epoch: int = option(1, "epochs between validations")
-    checkpoint_every_n_steps: int | None = option(None, "also write last.ckpt every so many updates")
-    checkpoint_every_n_minutes: float | None = option(None, "also write last.ckpt every so many minutes")
+    seed: int = option(0, "seed of weights, plan, augmentation, dropout and chunks",
+                       at_least=0, at_most=2**32 - 1)
+    ema_decay: float = option(
+        0.0, "validate and keep an exponential average of the weights, e.g. 0.998; 0: off",
+        at_least=0.0, at_most=0.999999)
+    check_val_every_n_epoch: int = option(1, "epochs between validations",
+                                          at_least=1, at_most=10**6)
+    checkpoint_every_n_steps: int | None = option(
+        None, "also write last.ckpt every so many updates", at_least=1, at_most=10**9)
+    checkpoint_every_n_minutes: float | None = option(
+        None, "also write last.ckpt every so many minutes", at_least=0.0, at_most=1e6)
 
     def __post_init__(self):
-        limits = {"seed": (0, 2**32 - 1), "max_epochs": (-1, math.inf), "max_steps": (-1, math.inf),
-                  "accumulate_grad_batches": (1, math.inf), "gradient_clip_val": (0, math.inf), "num_nodes": (1, math.inf),
-                  "ema_decay": (0, 0.999999), "check_val_every_n_epoch": (1, math.inf),
-                  "checkpoint_every_n_steps": (1, math.inf), "checkpoint_every_n_minutes": (0, math.inf)}
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name} {value}: it must lie within {low} .. {high}")
         if 0 in (self.max_epochs, self.max_steps) or self.max_epochs == self.max_steps == -1:
             raise UserError(f"--max_epochs {self.max_epochs} --max_steps {self.max_steps}: a run needs an end, and a step")
 
@@ -101,7 +100,7 @@ def main(argv):
     model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
     frontend = build(Frontend, given, **(source["frontend"] if source else before or {"sample_rate": rows_rate(data_roots)}))
     augment, data_options = build(Augment, given, **before), build(DataOptions, without_rivals(given, before))
-    check(options, model_options)
+    check(options)
     check_unused(given, options, frontend)
     check_source(options.init_from, source, model_options, frontend)
     check_sources_stay(options, given["overwrite"])
@@ -170,14 +169,8 @@ def without_rivals(given: dict, before: dict) -> dict:
     return {**{name: value for name, value in before.items() if rivals.get(name) not in given}, **given}
 
 
-def check(options: RunOptions, model_options: ModelOptions) -> None:
+def check(options: RunOptions) -> None:
     """Refuses in one line what would fail late or not at all as asked."""
-    width, heads = model_options.output_size, model_options.attention_heads
-    if width % heads or width % (model_options.decoder_attention_heads or heads) or width % 2:
-        raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
-                        "--decoder_attention_heads")
-    if not model_options.causal and model_options.cnn_module_kernel % 2 == 0:
-        raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {model_options.cnn_module_kernel}")
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")

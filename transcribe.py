@@ -20,7 +20,6 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
-from cli import UserError, build, make_parser, option, run
+from cli import UserError, build, make_parser, option, options_class, run
 from files import write_whole
 from context import ContextGraph, HotwordOptions, load_hotwords
 from decode import MODES, SearchOptions
@@ -42,7 +41,7 @@ from words import Transcript, Word, align_words, as_ctm, as_json, as_srt, as_vtt
 POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
 
 
-@dataclass(frozen=True)
+@options_class
 class TranscribeOptions:
     checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
     mode: str = option("attention_rescoring", "search; --stream is always attention_rescoring", choices=MODES)
@@ -50,17 +49,20 @@ class TranscribeOptions:
     format: str = option("txt", "text alone, or with the times of words", choices=("txt", "json", "srt", "vtt", "ctm"))
     output_dir: str | None = option(None, "folder for a file per recording, named as it is below the PATH; else stdout")
     overwrite: bool = option(False, "replace files in --output_dir that exist")
-    max_seconds: float = option(20.0, "longest piece that is heard at once; best what the model was trained on")
-    batch_seconds: float = option(200.0, "most seconds of audio in a batch, padding included; memory grows with it")
-    delay: float = option(0.0, "seconds to take off all times; align.py measures how late a checkpoint is")
+    max_seconds: float = option(
+        20.0, "longest piece that is heard at once; best what the model was trained on",
+        at_least=1.0, at_most=3600.0)
+    batch_seconds: float = option(
+        200.0, "most seconds of audio in a batch, padding included; memory grows with it",
+        at_least=1.0, at_most=1e6)
+    delay: float = option(
+        0.0, "seconds to take off all times; align.py measures how late a checkpoint is",
+        at_least=-60.0, at_most=60.0)
     raw: bool = option(False, "standard input is samples without a header: 16-bit little-endian mono at the model's rate")
 
     def __post_init__(self):
         if self.overwrite and not self.output_dir:
             raise UserError("--overwrite has no effect without --output_dir; give both or neither")
-        for name in ("max_seconds", "batch_seconds"):
-            if not getattr(self, name) >= 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give at least 1 second")
 
 
 class Recording(NamedTuple):

@@ -8,7 +8,6 @@ Axes: N samples, T frames, F mel bins.
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -18,44 +17,40 @@ import torch
 import torchaudio
 import torchaudio.compliance.kaldi as kaldi
 
-from cli import UserError, option
+from cli import UserError, option, options_class
 
-
+RATES = (4000, 384_000)  # samples per second of recordings; the filter of others may take gigabytes
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
 
 
-@dataclass(frozen=True)
+@options_class
 class Frontend:
     """How samples become features; travels in the checkpoint. Raises UserError for values that make no frame."""
 
     frontend: str = option("log_mel", "log_mel, or Kaldi's fbank with global CMVN, as WeNet trains on",
                            choices=("log_mel", "fbank"))
-    sample_rate: int = option(16000, "samples per second of input_values; train.py takes DATA_ROOT's")
-    num_mel_bins: int = option(80, "mel filters, the width of the features")
-    frame_length: int = option(25, "window of a frame in ms; also the FFT's length")
-    frame_shift: int = option(10, "distance between frames in ms")
+    sample_rate: int = option(
+        16000, "samples per second of input_values; train.py takes DATA_ROOT's",
+        at_least=RATES[0], at_most=RATES[1])
+    num_mel_bins: int = option(80, "mel filters, the width of the features",
+                               at_least=1, at_most=512)
+    frame_length: int = option(25, "window of a frame in ms; also the FFT's length",
+                               at_least=1, at_most=200)
+    frame_shift: int = option(10, "distance between frames in ms", at_least=1, at_most=200)
     window: str = option("hamming", "window function of log_mel (fbank's is povey)", choices=("hamming", "hann"))
     mean_var_norm: bool = option(True, "give every waveform zero mean and unit variance; log_mel only")
-    high_freq: float = option(0.0, "upper end of fbank's filters in Hz, or, 0 or less, how far from half the sample rate; "
-                                   "WeNet's is 0, sherpa-onnx's own -400")
+    high_freq: float = option(
+        0.0, "upper end of fbank's filters in Hz, or, 0 or less, how far from half the sample rate; "
+        "WeNet's is 0, sherpa-onnx's own -400",
+        at_least=-RATES[1] / 2, at_most=RATES[1] / 2)
 
     def __post_init__(self):
-        for name in ("sample_rate", "num_mel_bins", "frame_length", "frame_shift"):
-            if getattr(self, name) < 1:
-                raise UserError(f"frontend: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.window_samples < 2 or self.shift_samples < 1:
-            raise UserError(f"frontend: frame_length {self.frame_length} or frame_shift {self.frame_shift} ms is too short "
-                            f"at {self.sample_rate} samples per second; raise it")
         if self.frontend == "fbank" and self.num_mel_bins < 4:
-            raise UserError(f"frontend: num_mel_bins is {self.num_mel_bins}; fbank needs at least 4")
+            raise UserError(f"--num_mel_bins {self.num_mel_bins}: --frontend fbank needs at least 4")
         half = self.sample_rate / 2
         if not LOW_FREQ < self.high_freq + (self.high_freq <= 0) * half <= half:
-            raise UserError(f"frontend: high_freq is {self.high_freq:g}; it must be within {LOW_FREQ:g} and {half:g} Hz, or at most "
+            raise UserError(f"--high_freq {self.high_freq:g}: it must be within {LOW_FREQ:g} and {half:g} Hz, or at most "
                             "0 to count from there")
-        if self.window not in ("hamming", "hann"):
-            raise UserError(f"frontend: window is {self.window!r}; choose hamming or hann")
-        if self.frontend not in ("log_mel", "fbank"):
-            raise UserError(f"frontend: it is {self.frontend!r}; choose log_mel or fbank")
 
     @property
     def is_wenets(self) -> bool:
@@ -71,30 +66,33 @@ class Frontend:
         return self.sample_rate * self.frame_shift // 1000
 
 
-@dataclass(frozen=True)
+@options_class
 class Augment:
-    """Augmentation of training examples with WeNet's semantics. Raises UserError for negative sizes or speeds <= 0."""
+    """Augmentation of training examples with WeNet's semantics."""
 
-    speeds: tuple[float, ...] = option((0.9, 1.0, 1.1), "speeds to choose from, per example; none: off")
-    num_freq_masks: int = option(2, "frequency masks per example; 0: off")
-    max_freq_mask: int = option(10, "widest frequency mask in mel bins")
-    num_time_masks: int = option(2, "time masks per example; 0: off")
-    max_time_mask: int = option(50, "longest time mask in frames")
-    num_subs: int = option(3, "stretches replaced by earlier frames (spec_sub) per example; 0: off")
-    max_sub: int = option(30, "longest replaced stretch in frames")
-    max_trim: int = option(0, "most frames cut from the end (spec_trim; 50 is usual); 0: off")
-    dither: float = option(1.0, "deviation of the noise added before fbank, in steps of 16-bit samples; 0: off")
+    speeds: tuple[float, ...] = option(
+        (0.9, 1.0, 1.1), "speeds to choose from, per example; none: off",
+        at_least=0.1, at_most=10.0)
+    num_freq_masks: int = option(2, "frequency masks per example; 0: off", at_least=0, at_most=100)
+    max_freq_mask: int = option(10, "widest frequency mask in mel bins", at_least=0, at_most=512)
+    num_time_masks: int = option(2, "time masks per example; 0: off", at_least=0, at_most=100)
+    max_time_mask: int = option(50, "longest time mask in frames", at_least=0, at_most=10000)
+    num_subs: int = option(3, "stretches replaced by earlier frames (spec_sub) per example; 0: off",
+                           at_least=0, at_most=100)
+    max_sub: int = option(30, "longest replaced stretch in frames", at_least=0, at_most=10000)
+    max_trim: int = option(0, "most frames cut from the end (spec_trim; 50 is usual); 0: off",
+                           at_least=0, at_most=10000)
+    dither: float = option(
+        1.0, "deviation of the noise added before fbank, in steps of 16-bit samples; 0: off",
+        at_least=0.0, at_most=32768.0)
 
     def __post_init__(self):
-        if any(speed <= 0 for speed in self.speeds):
-            raise UserError(f"augment: speeds are {self.speeds}; each must be above 0")
+        if len(self.speeds) > 100:
+            raise UserError(f"--speeds: {len(self.speeds)} of them; give at most 100")
         for count, size in (("num_freq_masks", "max_freq_mask"), ("num_time_masks", "max_time_mask"),
                             ("num_subs", "max_sub")):
-            if getattr(self, count) < 0 or getattr(self, count) and getattr(self, size) < 1:
-                raise UserError(f"augment: {count} must be at least 0 and, unless it is 0, {size} at least 1")
-        for name in ("max_trim", "dither"):
-            if getattr(self, name) < 0:
-                raise UserError(f"augment: {name} is {getattr(self, name)}; it must be at least 0")
+            if getattr(self, count) and not getattr(self, size):
+                raise UserError(f"--{size} 0: it must be at least 1, unless --{count} is 0")
 
 
 # Lengths, known before any audio is read. They take Python ints and NumPy arrays alike.

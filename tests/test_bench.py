@@ -70,7 +70,7 @@ def test_train_takes_other_lengths_precisions_and_ways_to_run_the_encoder(capsys
     found = last_line(capsys, "train", "--frames", "60", "--gradient_checkpointing", "--compile", "--precision", "bf16-mixed")
     assert ways[:2] == [True, True] and set(ways[4:]) == {(True, True)}
     assert found["audio_hours"] == pytest.approx(bench.ROWS * 0.6 / found["step_s"])
-    with pytest.raises(UserError, match="--frames 49: make it at least 50"):
+    with pytest.raises(UserError, match="--frames 49: it must lie within 50 .. "):
         last_line(capsys, "train", "--frames", "49")
 
 

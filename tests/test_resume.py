@@ -433,9 +433,12 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(data, en
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_not_finite_any_more_is_not_saved(data, ended):
+def test_what_is_not_finite_any_more_is_not_saved(data, ended, monkeypatch):
     """A finite gradient, but too long a step."""
     before = contents(ended)
+    bounds = train.OptimOptions.__dataclass_fields__
+    for name in ("lr", "weight_decay"):
+        monkeypatch.setattr(bounds[name], "metadata", {**bounds[name].metadata, "at_most": 1e30})
     with pytest.raises(UserError, match=r"step 12: state_dict.* is not finite any more, so that nothing is saved; lower --lr"):
         run(data, ended, "--max_epochs", 3, "--resume", "--lr", 1e30, "--weight_decay", 1e30)
     assert {name: contents(ended)[name] for name in ("best.ckpt", "last.ckpt")} == {

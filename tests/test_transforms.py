@@ -258,7 +258,7 @@ def test_the_frontend_travels_as_plain_data():
 
 @pytest.mark.parametrize("cls, options", [
     (Frontend, {"num_mel_bins": 0}), (Frontend, {"num_mel_bins": 3, "frontend": "fbank"}),
-    (Frontend, {"frame_length": 1, "sample_rate": 900}), (Frontend, {"window": "boxcar"}), (Frontend, {"frame_shift": 0}),
+    (Frontend, {"frame_length": 0}), (Frontend, {"window": "boxcar"}), (Frontend, {"frame_shift": 0}),
     (Augment, {"speeds": (1.0, 0.0)}), (Augment, {"num_subs": -1}), (Augment, {"max_time_mask": 0}),
     (Augment, {"max_trim": -1})])
 def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):
@@ -308,7 +308,7 @@ def test_fbank_ends_where_kaldis_does(high_freq):
 
 @pytest.mark.parametrize("high_freq", [8001.0, 20.0, -7980.0, float("nan")])
 def test_filters_that_end_nowhere_are_refused(high_freq):
-    with pytest.raises(UserError, match="frontend: high_freq is "):
+    with pytest.raises(UserError, match="--high_freq "):
         dataclasses.replace(FBANK, high_freq=high_freq)
 
 
