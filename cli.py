@@ -143,7 +143,7 @@ def add_options(parser: argparse.ArgumentParser, cls) -> None:
         group.add_argument(f"--{field.name}", type=kind.type, choices=field.metadata["choices"], **extra)
 
 
-def build(cls, given: dict, **defaults):
+def build(cls, given: dict, /, **defaults):
     """An instance of `cls`: the flags given on the command line, over `defaults` (a preset), over the field defaults."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {**{k: v for k, v in defaults.items() if k in names}, **{k: v for k, v in given.items() if k in names}}
@@ -172,8 +172,28 @@ def interrupt(number, _) -> None:
     raise KeyboardInterrupt(number)
 
 
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was too small; torch says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+        words in str(error) for words in OUT_OF_MEMORY)
+
+
+def bad_luck(error: Exception) -> str:
+    """What to say of an error that no place has foreseen and that is no mistake of the program: a file that cannot be read
+    or written, or memory that is too small; else ""."""
+    if isinstance(error, OSError):
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{where}{error.strerror or error}; put that right, or name another place"
+    if out_of_memory(error):
+        return f"the memory is too small ({(str(error).splitlines() or ['MemoryError'])[0][:150]}); choose a smaller model or batch"
+    return ""
+
+
 def run(main) -> None:
-    """Calls main(argv); a UserError becomes one line on stderr and exit status 2, a signal another
+    """Calls main(argv); a UserError, or bad luck, becomes one line on stderr and exit status 2, a signal another
     and 128 + its number. Signals that the parent ignores, as nohup does, stay ignored."""
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show, be it a name on disk, is no reason to fail
@@ -185,8 +205,10 @@ def run(main) -> None:
             signal.signal(number, interrupt)
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"{program}: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
+    except Exception as error:
+        if not (reason := str(error) if isinstance(error, UserError) else bad_luck(error)):
+            raise
+        print(f"{program}: error: {shown(' '.join(reason.split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT

@@ -349,7 +349,8 @@ class U2(L.LightningModule):
         self.validated_step = self.global_step
         self.reset_metrics()
         shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
-        rank_zero_info(f"epoch {self.current_epoch + 1}, step {self.global_step}: "
+        epoch = self.current_epoch + (self.trainer.state.fn == "fit")  # behind a training that one is over already
+        rank_zero_info(f"epoch {epoch}, step {self.global_step}: "
                        + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown))
 
     def reset_metrics(self):

@@ -31,10 +31,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import hub
-from cli import UserError
+from cli import UserError, out_of_memory
 from files import write_whole
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
 SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
 
 
@@ -358,8 +357,8 @@ class MemoryCheck(L.Callback):
             batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
             with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
                 run(trainer, module, batch)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is a CPU's
-            if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
             return (f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does not fit the memory of "
                     f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); {advice}")

@@ -16,7 +16,6 @@ import warnings
 
 import pytorch_lightning as L
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
@@ -32,6 +31,7 @@ from sampler import check_share
 from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
 
+LOCK = ".lock"
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs")  # --overwrite removes
 
 
@@ -39,6 +39,7 @@ OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl"
 class RunOptions:
     """The run: where, how long, on what."""
 
+    data_root: tuple[str, ...] = option(("data/demo",), "data roots that prepare.py made")
     output_dir: str = option("runs/demo", "where checkpoints, logs and run.json go")
     preset: str = option("tiny", "size of the model; single numbers can be overridden", choices=tuple(PRESETS))
     init_from: str | None = option(None, "start from this checkpoint's weights, model options and frontend (fine-tuning)")
@@ -70,6 +71,8 @@ class RunOptions:
     def __post_init__(self):
         if 0 in (self.max_epochs, self.max_steps) or self.max_epochs == self.max_steps == -1:
             raise UserError(f"--max_epochs {self.max_epochs} --max_steps {self.max_steps}: a run needs an end, and a step")
+        if not self.data_root:
+            raise UserError("--data_root: give at least one")
 
 
 OPTIONS = RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend
@@ -79,8 +82,6 @@ OF_THE_MACHINE = "output_dir", "accelerator", "devices", "num_nodes", "strategy"
 
 def parse(argv):
     parser = make_parser(__doc__, *OPTIONS)
-    parser.add_argument("--data_root", nargs="+", default=argparse.SUPPRESS,
-                        help="data roots that prepare.py made (default: data/demo)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", nargs="?", const="", metavar="CKPT", default=argparse.SUPPRESS,
                        help="go on, from OUTPUT_DIR/last.ckpt unless named; what is not given is as the run had it")
@@ -92,30 +93,32 @@ def main(argv):
     given = parse(argv)
     folder, resume = find_run(given)
     checkpoint = read_resumable(resume) if resume else {}
-    before = options_of(checkpoint) if resume else {}
-    options = build(RunOptions, given, **before, output_dir=folder)
-    data_roots = given.get("data_root") or before.get("data_root") or ["data/demo"]
+    check_options(resume, checkpoint)
+    before = options_of(checkpoint)
+    options = build(RunOptions, given, **{**before, "output_dir": folder})
     source = read_checkpoint(options.init_from) if options.init_from and not resume else None
+    check_options(options.init_from, source or {})
     sizes = before if resume and "preset" not in given else source["model_options"] if source else PRESETS[options.preset]
     model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
-    frontend = build(Frontend, given, **(source["frontend"] if source else before or {"sample_rate": rows_rate(data_roots)}))
+    heard = source["frontend"] if source else before or {"sample_rate": rows_rate(options.data_root)}
+    frontend = build(Frontend, given, **heard)
     augment, data_options = build(Augment, given, **before), build(DataOptions, without_rivals(given, before))
     check(options)
     check_unused(given, options, frontend)
     check_source(options.init_from, source, model_options, frontend)
     check_sources_stay(options, given["overwrite"])
-    tokenizer = read_tokenizer(options.tokenizer, data_roots[0])
+    tokenizer = read_tokenizer(options.tokenizer, options.data_root[0])
     place = check_resume(resume, checkpoint, given, before, options, model_options, frontend, tokenizer) if resume else Place()
 
     if optim.gradient_checkpointing:
         keep_freed_memory(SPARING)
     L.seed_everything(options.seed, workers=False, verbose=False)
-    data = SpeechDataModule(data_roots=data_roots, tokenizer=tokenizer, frontend=frontend, augment=augment,
+    data = SpeechDataModule(data_roots=options.data_root, tokenizer=tokenizer, frontend=frontend, augment=augment,
                             options=data_options, input_layer=model_options.input_layer, seed=options.seed)
     data.start_batch = place.batches
     data.setup("fit")  # before Lightning says anything: what is wrong with the data is one line
     everything = {name: value for some in (options, data_options, model_options, optim, augment, frontend)
-                  for name, value in dataclasses.asdict(some).items()} | {"data_root": data_roots}
+                  for name, value in dataclasses.asdict(some).items()}
     start = Start(folder, given["overwrite"], place, {**everything, **given})
     trainer = make_trainer(options, start, {name: value for name, value in everything.items() if name not in OF_THE_MACHINE})
     check_processes(trainer, data)
@@ -145,6 +148,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
     resume = None if named is None else named or os.path.join(folder, "last.ckpt")
     if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")):
         return folder, resume  # the process of rank 0 has checked, and may have begun to write
+    check_place(folder)
     there = set(os.listdir(folder)) - {LOCK, "logs"} if os.path.isdir(folder) else ()  # of a run that was killed before it began
     if not there or given["overwrite"]:
         return folder, resume
@@ -157,10 +161,33 @@ def find_run(given: dict) -> tuple[str, str | None]:
     return folder, resume
 
 
+def check_place(folder: str) -> None:
+    """UserError where the run could not write all of its files. Looks only: nothing is written or removed yet."""
+    there = folder
+    while not os.path.lexists(there):
+        there = os.path.dirname(there) or "."
+    refuse(there, "folder", folder)
+    for name in (*OUTPUTS, LOCK) if there == folder else ():
+        if os.path.lexists(path := os.path.join(folder, name)):
+            if os.path.islink(path):
+                raise UserError(f"--output_dir {folder}: {path} is a link; move it away, or choose another")
+            refuse(path, "folder" if name == "logs" else "file", folder)
+            for log in files_of(path) if name == "logs" else ():
+                refuse(os.path.dirname(log), "folder", folder)
+
+
+def refuse(path: str, kind: str, folder: str) -> None:
+    """UserError where `path` is no such kind of thing, or may not be changed."""
+    if not (os.path.isdir if kind == "folder" else os.path.isfile)(path):
+        raise UserError(f"--output_dir {folder}: {path} is no {kind}; move it away, or choose another")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK * (kind == "folder")):
+        raise UserError(f"--output_dir {folder}: {path} cannot be written, or not be read; choose another")
+
+
 def options_of(checkpoint: dict) -> dict:
     """All options of the run that a checkpoint is from; those of an older version's checkpoint are not all in it."""
-    return {**checkpoint["model_options"], **checkpoint["optim_options"], **checkpoint["frontend"],
-            **checkpoint.get("run_options", {})}
+    parts = ("model_options", "optim_options", "frontend", "run_options")
+    return {name: value for part in parts for name, value in checkpoint.get(part, {}).items()}
 
 
 def without_rivals(given: dict, before: dict) -> dict:
@@ -248,6 +275,15 @@ def read_resumable(path: str) -> dict:
     return checkpoint
 
 
+def check_options(path: str, checkpoint: dict) -> None:
+    """UserError, naming `path`, where the options in a checkpoint are none."""
+    try:
+        for kind in OPTIONS:
+            build(kind, {}, **options_of(checkpoint))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def check_resume(path: str, checkpoint: dict, given: dict, before: dict, options: RunOptions, model_options: ModelOptions,
                  frontend: Frontend, tokenizer) -> Place:
     """Where the checkpoint left its run, and a note of the options that change from there on; UserError where it belongs to
@@ -287,9 +323,6 @@ def say_schedule(checkpoint: dict, model: U2, place: Place) -> None:
         rank_zero_info(f"note: the learning rate was planned for {planned} updates and is now for {model.total_steps}: from "
                        f"update {place.updates} on it goes on as if it had always been. For a new cycle from these weights: "
                        f"--init_from {place.path} --output_dir ANOTHER")
-
-
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -381,8 +414,9 @@ def make_trainer(options: RunOptions, start: Start, to_keep: dict) -> L.Trainer:
             gradient_clip_val=options.gradient_clip_val or None, check_val_every_n_epoch=options.check_val_every_n_epoch,
             callbacks=callbacks + [best, last], plugins=[WholeFiles()], logger=TensorBoardLogger(folder, name="logs", version=""),
             use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=10, enable_model_summary=False)
-    except (MisconfigurationException, ValueError, ImportError, ModuleNotFoundError) as error:
-        raise UserError(f"Lightning refuses these options: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # it has a dozen kinds for values of --accelerator, --devices, --strategy that are none
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Lightning refuses these options: {reason}") from error
 
 
 def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
