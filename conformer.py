@@ -482,7 +482,8 @@ class ConvRelu(torch.autograd.Function):
         total = grad.new_zeros(grad.size(1), kernel * kernel * x.size(1))
         for utterance, rows in zip(x, grad.permute(0, 2, 3, 1).flatten(1, 2)):  # (C,T,F), (T'*F',D)
             windows = utterance.permute(1, 2, 0).unfold(0, kernel, stride).unfold(1, kernel, stride)  # (T',F',C,k,k)
-            total += outer_product(rows, windows.permute(0, 1, 3, 4, 2).reshape(len(rows), -1))
+            windows = windows.permute(0, 1, 3, 4, 2).reshape(len(rows), -1)
+            total += outer_product(rows, windows.contiguous())  # oneDNN takes no view whose rows overlap, as with F' = 1
         return total.view(-1, kernel, kernel, x.size(1)).permute(0, 3, 1, 2)  # (D,k,k,C) -> (D,C,k,k)
 
 
