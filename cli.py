@@ -68,7 +68,7 @@ def options_class(cls):
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text without NUL"}
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, neither empty nor with a NUL"}
 
 
 class Kind(typing.NamedTuple):
@@ -98,7 +98,7 @@ def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
         raise UserError(f"--{field.name} {shown(value, 100)}: it must be a list")
     for one in value if kind.many else (value,):
         typed = isinstance(one, (int, float) if kind.type is float else kind.type)
-        if not typed or isinstance(one, bool) != (kind.type is bool) or kind.type is str and "\0" in one:
+        if not typed or isinstance(one, bool) != (kind.type is bool) or kind.type is str and (not one or "\0" in one):
             raise UserError(f"--{field.name} {shown(one, 100)}: it must be {TYPES[kind.type]}")
         if field.metadata["choices"] and one not in field.metadata["choices"]:
             raise UserError(f"--{field.name} {shown(one, 100)}: choose one of {', '.join(field.metadata['choices'])}")

@@ -55,8 +55,11 @@ class ScoreOptions:
             raise UserError(f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of them out")
         if self.concatenate and not self.stream:
             raise UserError("--concatenate has no effect without --stream; give both or neither")
-        if self.details and not os.path.isdir(os.path.dirname(self.details) or "."):
+        folder = self.details and (os.path.dirname(self.details) or ".")
+        if folder and not os.path.isdir(folder):
             raise UserError(f"--details {self.details}: no such folder; make it first")
+        if folder and (os.path.isdir(self.details) or not os.access(folder, os.W_OK | os.X_OK)):
+            raise UserError(f"--details {self.details}: it is a folder, or cannot be written; choose another")
 
 
 def main(argv: list[str]) -> None:

@@ -164,8 +164,14 @@ def find_run(given: dict) -> tuple[str, str | None]:
 def check_place(folder: str) -> None:
     """UserError where the run could not write all of its files. Looks only: nothing is written or removed yet."""
     there = folder
-    while not os.path.lexists(there):
-        there = os.path.dirname(there) or "."
+    while True:
+        try:
+            os.lstat(there)
+            break
+        except FileNotFoundError:
+            there = os.path.dirname(there) or "."
+        except (OSError, ValueError) as error:  # too long a name, or none at all
+            raise UserError(f"--output_dir {folder}: cannot be made ({error}); choose another") from error
     refuse(there, "folder", folder)
     for name in (*OUTPUTS, LOCK) if there == folder else ():
         if os.path.lexists(path := os.path.join(folder, name)):
