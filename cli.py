@@ -68,7 +68,8 @@ def options_class(cls):
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, neither empty nor with a NUL"}
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, not empty, without NUL, and not longer than a path can be"}
+LONGEST_PATH = 4096  # bytes, Linux's
 
 
 class Kind(typing.NamedTuple):
@@ -98,7 +99,7 @@ def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
         raise UserError(f"--{field.name} {shown(value, 100)}: it must be a list")
     for one in value if kind.many else (value,):
         typed = isinstance(one, (int, float) if kind.type is float else kind.type)
-        if not typed or isinstance(one, bool) != (kind.type is bool) or kind.type is str and (not one or "\0" in one):
+        if not typed or isinstance(one, bool) != (kind.type is bool) or kind.type is str and not is_text(one):
             raise UserError(f"--{field.name} {shown(one, 100)}: it must be {TYPES[kind.type]}")
         if field.metadata["choices"] and one not in field.metadata["choices"]:
             raise UserError(f"--{field.name} {shown(one, 100)}: choose one of {', '.join(field.metadata['choices'])}")
@@ -106,6 +107,10 @@ def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
             low, high = field.metadata["above"], field.metadata["at_most"]
             if not (low < one <= high if low is not None else field.metadata["at_least"] <= one <= high):
                 raise UserError(f"--{field.name} {shown(one, 100)}: it must lie {bounds}")
+
+
+def is_text(value: str) -> bool:
+    return "\0" not in value and 0 < len(value) < LONGEST_PATH
 
 
 def bounds_of(field: dataclasses.Field) -> str:
@@ -183,10 +188,12 @@ def out_of_memory(error: Exception) -> bool:
 
 def bad_luck(error: Exception) -> str:
     """What to say of an error that no place has foreseen and that is no mistake of the program: a file that cannot be read
-    or written, or memory that is too small; else ""."""
+    or written, what is nested without end, or memory that is too small; else ""."""
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{where}{error.strerror or error}; put that right, or name another place"
+    if isinstance(error, RecursionError):
+        return "something in a file or a name is nested too deep"
     if out_of_memory(error):
         return f"the memory is too small ({(str(error).splitlines() or ['MemoryError'])[0][:150]}); choose a smaller model or batch"
     return ""

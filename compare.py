@@ -1,17 +1,23 @@
 """Tables runs side by side: python compare.py [RUN_DIR ...]
 
 Reads each run's run.json (train.py writes it) and, where present, scores.jsonl (JSON lines that score.py printed).
-Shows the last validation of each run, the options in which the runs differ, and the scores. Rates are fractions.
+Shows the last validation of each run, the options in which the runs differ, and the scores, with those options of score.py
+that change a score and are not as it has them by itself. Rates are fractions.
 """
 
 import glob
 import json
 import os
+from dataclasses import asdict
 
 import cli
+from decode import SearchOptions
+from files import parse_json, read_small
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
-SCORES = ("split", "mode", "stream", "chunk_size", "left_chunks", "utterances", "wer", "cer", "rtf")
+ASKED = ("split", "mode", "stream", "chunk_size", "left_chunks")  # of a score, always shown
+RESULTS = ("utterances", "wer", "cer", "rtf")
+ORIGINS = ("data_root", "checkpoint")  # shown where scores differ in them
 PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not what
 
 
@@ -28,10 +34,11 @@ def main(argv: list[str]) -> None:
     if names:
         print("\noptions that differ")
         print_table(("run", *names), [[run, *map(record["options"].get, names)] for run, record in records.items()])
-    scores = [[run, *map(score.get, SCORES)] for run in records for score in read_scores(run)]
+    scores = [{**score, "run": run} for run in records for score in read_scores(run)]
     if scores:
+        names = score_columns(scores)
         print("\nscores")
-        print_table(("run", *SCORES), scores)
+        print_table(("run", *names), [[*map(score.get, ("run", *names))] for score in scores])
 
 
 def read_run(folder: str) -> dict:
@@ -51,14 +58,39 @@ def read_run(folder: str) -> dict:
 
 
 def read_scores(folder: str) -> list[dict]:
-    """The scores of a run, the newest of each split, mode and context; lines that are not scores are passed over."""
+    """The scores of a run, the newest of those that were asked for alike; lines that are no scores, or are cut, are passed over.
+    `checkpoint` is the name of its file alone. Raises UserError where the file cannot be read."""
     newest = {}
     path = os.path.join(folder, "scores.jsonl")
-    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
-        if line.startswith("{"):
-            score = json.loads(line)
-            newest[tuple(map(score.get, ("split", "mode", "stream", "chunk_size", "left_chunks")))] = score
+    try:
+        lines = read_small(path).decode(errors="replace").splitlines() if os.path.lexists(path) else ()
+    except (OSError, ValueError) as error:
+        raise cli.UserError(f"{path}: cannot be read ({error}); keep there what score.py printed") from error
+    for line in lines:
+        try:
+            score = parse_json(line)
+        except ValueError:  # an example, or the line that a killed score.py had begun
+            continue
+        if isinstance(score, dict) and {"mode", *RESULTS} <= score.keys():
+            score["checkpoint"] = os.path.basename(str(score.get("checkpoint", "best.ckpt")))
+            asked = {name: value for name, value in score.items()
+                     if name not in RESULTS and value is not None and value is not False}
+            newest[json.dumps(asked, sort_keys=True)] = score
     return list(newest.values())
+
+
+def unusual(score: dict) -> list[str]:
+    """Names of the options of a score that change it, are not in ASKED, and are not as score.py has them by itself."""
+    usual = asdict(SearchOptions())
+    return [name for name, value in score.items() if name not in ("run", *ASKED, *RESULTS, *ORIGINS)
+            and value is not None and value is not False and value != usual.get(name)]
+
+
+def score_columns(scores: list[dict]) -> list[str]:
+    """Names of what tells the scores apart, and of their results."""
+    names = dict.fromkeys(name for score in scores for name in unusual(score))
+    origins = [name for name in ORIGINS if any(score.get(name) != scores[0].get(name) for score in scores)]
+    return [*ASKED, *names, *origins, *RESULTS]
 
 
 def validation_row(run: str, record: dict) -> list:

@@ -22,7 +22,7 @@ import torch
 import hub
 from audio import read_audio
 from cli import UserError, build, make_parser, option, options_class, run
-from compare import SCORES, read_scores, show
+from compare import read_scores, score_columns, show, unusual
 from model import U2, load_checkpoint, read_checkpoint
 from onnx_checks import check, synthetic_sound
 from onnx_graphs import ChunkOptions, cache_inputs, piece_samples, sherpa_graphs, waveform_graphs, wenet_graphs, write_graph
@@ -256,12 +256,16 @@ def write_hub(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: s
 
 
 def numbers(checkpoint: str) -> str:
-    """What score.py said of a best.ckpt, beside it, as Markdown; how to get it where it is not there or older."""
+    """What score.py said of a best.ckpt, beside it, as Markdown, without hotwords and with its own beam and weights; how to get
+    it where it is not there or older."""
     folder, name = os.path.split(checkpoint)
     if name == "best.ckpt" and is_newer(os.path.join(folder, "scores.jsonl"), checkpoint):
-        rows = [SCORES, ["---"] * len(SCORES), *(map(show, map(score.get, SCORES)) for score in read_scores(folder))]
-        return "\n".join(["By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full context.", "",
-                          *(f"| {' | '.join(row)} |" for row in rows)])
+        scores = [score for score in read_scores(folder) if score["checkpoint"] == name and not unusual(score)]
+        columns = score_columns(scores) if scores else []
+        rows = [columns, ["---"] * len(columns), *(map(show, map(score.get, columns)) for score in scores)]
+        if scores:
+            return "\n".join(["By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full context.",
+                              "", *(f"| {' | '.join(row)} |" for row in rows)])
     return "None yet. `python score.py --checkpoint ORG/NAME --data_root DATA --split dev --mode all` prints them."
 
 

@@ -84,8 +84,9 @@ def main(argv: list[str]) -> None:
             hypotheses, seconds = recognize_stream(model, dataset, search, context)
         else:
             hypotheses, seconds = recognize(model, tokenizer, frontend, dataset, mode, options, search, context)
-        scores.append({"split": options.split, "mode": mode, "stream": options.stream, **asdict(search),
-                       **(asdict(words) if context else {}), "utterances": len(references),
+        scores.append({"checkpoint": options.checkpoint, "data_root": options.data_root, "split": options.split,
+                       "mode": mode, "stream": options.stream, "concatenate": options.concatenate,
+                       **asdict(search), **(asdict(words) if context else {}), "utterances": len(references),
                        "wer": float(word_error_rate(hypotheses, references)),
                        "cer": float(char_error_rate(hypotheses, references)),
                        "rtf": round(seconds / duration, 5)})

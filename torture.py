@@ -4,7 +4,6 @@ Checks that every checkpoint found after a kill loads, and that each run ends bi
 weights, averages, optimizer, schedule, steps.jsonl. Exit status 1 where not. Trains on noise, on the CPU, in a temporary folder.
 """
 
-import argparse
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 import train
+from cli import build, make_parser, option, options_class, run
 from model import read_checkpoint
 from tokenizer import save_tokenizer, train_char
 
@@ -31,11 +31,14 @@ KINDS = ("--num_workers 0 --batch_size 2 --checkpoint_every_n_steps 1",
 KEPT = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "skips", "global_step")
 
 
+@options_class
+class TortureOptions:
+    kills: int = option(200, "how many", at_least=0, at_most=10**6)
+    seed: int = option(0, "of the times of the kills", at_least=0, at_most=2**32 - 1)
+
+
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="how many (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
-    args = parser.parse_args(argv)
+    args = build(TortureOptions, vars(make_parser(__doc__, TortureOptions).parse_args(argv)))
     torch.set_num_threads(1)  # and no pool of threads, which would not survive the forks
     datasets.disable_progress_bars()
     counts, rng, expected, shown = Counter(), random.Random(args.seed), {}, 0
@@ -162,4 +165,4 @@ def left(output: Path) -> list:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(lambda argv: sys.exit(main(argv)))

@@ -3,15 +3,29 @@
 What could swell or wait runs as a command of its own, with little memory and a deadline: a bomb fails, and freezes nothing.
 """
 
+import argparse
+import importlib
 import os
+import random
+import re
 import resource
+import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import soundfile
+import torch
 
 import cli
+from conformer import ModelOptions
+from model import U2, OptimOptions
+from tokenizer import save_tokenizer, train_char
+from transforms import Frontend
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 6 * 2**30  # bytes of address space; torch and datasets alone take 3 to 4
@@ -65,6 +79,124 @@ def test_what_is_shown_is_short_whatever_holds_it():
 
 # ------------------------------------------------------------------------------------------------------- tracebacks
 
+VALUES = ("0", "-1", "1", "2", "0.5", "-0.0", "nan", "inf", "-inf", "1e308", "1e-308", "1" + 30 * "0", "9" * 5000, "", "x",
+          "\0", "\u00e9", "caf\udce9", "\x1b[2J\n", "x" * 300, "x/" * 3000, "1 2", "\uff12", "/dev/null", "/proc/self/mem", ".")
+SIZES = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
+         "--r_num_blocks 1 --decoder_linear_units 32 --accelerator cpu")
+# Every command, with what it takes to work in the folder of `place`.
+COMMANDS = {
+    "train": f"--data_root data --output_dir new {SIZES}", "score": "--checkpoint best.ckpt --data_root data --split dev",
+    "transcribe": "--checkpoint best.ckpt source/train/0.wav", "align": "--checkpoint best.ckpt",
+    "export": "--checkpoint best.ckpt --out new", "parity": "--checkpoint best.ckpt --data_root data",
+    "prepare": "--source source --data_root new", "bench": "growth", "torture": "--kills 1", "compare": ".",
+    "wenet_import": "source --out new.ckpt"}
+
+
+class Reached(Exception):
+    """The work has begun, so the options hold."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, a source of data, and a checkpoint on fbank with random weights."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    for split in ("train", "dev"):
+        rows = [rng.standard_normal(8000).astype(np.float32) for _ in range(2)]
+        columns = {"input_values": rows, "labels": [{"input_ids": [4, 5]}] * 2, "text": ["ab"] * 2}
+        datasets.Dataset.from_dict(columns).save_to_disk(str(folder / "data" / split / "0"))
+        (folder / "source" / split).mkdir(parents=True)
+        soundfile.write(folder / "source" / split / "0.wav", rows[0] / 10, 16000)
+        (folder / "source" / split / "metadata.csv").write_text("file_name,text\n0.wav,abc\n")
+    tokenizer = train_char(["abcdefgh"])
+    save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
+    sizes = dict(zip(SIZES.replace("--", "").split()[:-2:2], map(int, SIZES.split()[1:-2:2])))
+    model = U2(options=ModelOptions(**sizes), optim=OptimOptions(), frontend=Frontend(frontend="fbank"), tokenizer=tokenizer)
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, folder / "best.ckpt")
+    return folder
+
+
+def flags(name) -> list:
+    """The actions of a command's parser."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv: found.extend(self._actions) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            importlib.import_module(name).main([])
+    return [action for action in found if action.option_strings and action.dest != "help"]
+
+
+def reached(*_, **__):
+    raise Reached
+
+
+def train_a_little(trainer, model, datamodule, **_):
+    """What stands for Lightning's fit: a step over the largest batch, where the model has not been left unmade."""
+    if not next(model.parameters()).is_meta:
+        batch = datamodule.largest_batches()[0]
+        model.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"].backward()
+    raise Reached
+
+
+def small(**options):
+    """A U2, made for real where it takes little memory."""
+    with torch.device("meta"):
+        model = U2(**options)
+    return model if sum(p.numel() for p in model.parameters()) > 10**7 else U2(**options)
+
+
+def work_is_short(patch):
+    """Lets commands end where their long work begins, or do little of it."""
+    import align, bench, export, parity, sources, torture, train
+    patch.setattr(train.L.Trainer, "fit", train_a_little)
+    patch.setattr(train, "U2", small)
+    patch.setattr(align.demo, "plan", lambda *_: [align.demo.Utterance("ab", "f1", 150, 50)])
+    patch.setattr(align.demo, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
+    patch.setattr(align, "summary", lambda _: defaultdict(float, words=1))
+    patch.setattr(export, "write_checked", lambda model, options, chunks, folder: export.texts(model, chunks) and [])
+    patch.setattr(parity, "hear", reached)
+    patch.setattr(torture, "unbroken", reached)
+    patch.setattr(sources, "hub_source", reached)
+    for what, (_, *takes) in bench.COMMANDS.items():
+        patch.setitem(bench.COMMANDS, what, (lambda *_: {}, *takes))
+
+
+def outcome(name, words, capsys) -> str | None:
+    """None where the command `name` runs, else the line that it refuses with. Anything else is an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *words])
+        try:
+            cli.run(importlib.import_module(name).main)
+        except Reached:
+            return None
+        except SystemExit as ended:
+            if ended.code != 2:
+                raise
+            *_, line = capsys.readouterr().err.splitlines()
+            assert ": error: " in line and len(line) < 1200 and line.isprintable(), line
+            return line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monkeypatch, capsys):
+    """A few of the values that are drawn for each, and the bounds that it has itself."""
+    rng, counts = random.Random(name), Counter()
+    for path in place.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    work_is_short(monkeypatch)
+    for flag in flags(name):
+        bounds = re.findall(r"(?:within |above )(\S+?)(?: \.\.|,) (?:at most )?([^\s)]+)", flag.help)
+        for value in (*rng.sample(VALUES, 3), *(bounds[0] if bounds else ())):
+            words = [flag.option_strings[-1]] + ([value] if flag.nargs != 0 else [])
+            line = outcome(name, [*COMMANDS[name].split(), *words], capsys)
+            counts[line is None] += 1
+            for made in ("new", "new.ckpt"):
+                shutil.rmtree(tmp_path / made, ignore_errors=True)
+    assert counts[True] or name in ("compare", "wenet_import")
+    assert counts[False] or name == "compare"  # which has no flags
 
 # ----------------------------------------------------------------------------------------------------------- streams
 
