@@ -422,7 +422,7 @@ def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
 def test_formats_are_spelled_as_their_players_want_them():
     transcript = words.Transcript("a b.wav", "so <it> goes", 3725.5, [
         Word("so", 0.5, 0.75, 0.9), Word("<it>", 0.8, 1.0, 0.25), Word("goes", 3723.9996, 3725.0, 1.0)])
-    assert words.as_ctm(transcript).splitlines()[1] == "a_b.wav 1 0.800 0.200 <it> 0.2500"
+    assert words.as_ctm(transcript).splitlines()[1] == "a%20b.wav 1 0.800 0.200 <it> 0.2500"
     assert words.as_srt(transcript) == ("1\n00:00:00,500 --> 00:00:01,500\nso <it>\n\n"
                                         "2\n01:02:04,000 --> 01:02:05,000\ngoes\n\n")
     assert words.as_vtt(transcript).startswith("WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nso &lt;it&gt;\n\n01:02:04.000")
