@@ -146,8 +146,8 @@ class Standard(io.TextIOWrapper):
             send_nowhere(self.fileno())  # or the interpreter would try again when it ends
             if isinstance(error, BrokenPipeError):
                 raise KeyboardInterrupt(signal.SIGPIPE) from None
-            raise UserError(f"standard output cannot be written ({error.strerror}); make room, or send "
-                            "it elsewhere") from error
+            raise UserError(f"standard output cannot be written ({error.strerror}); make room, or "
+                            "send it elsewhere") from error
 
 
 def send_nowhere(descriptor: int) -> None:

@@ -148,8 +148,8 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
         print(shown(f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: "
                     f"{told}"))
     if changed:
-        print(shown(f"{name}: the labels of {changed} rows say something else than their text, because "
-                    f"the tokenizer cannot tell it apart: {change}"))
+        print(shown(f"{name}: the labels of {changed} rows say something else than their text, "
+                    f"because the tokenizer cannot tell it apart: {change}"))
     return writer.rows
 
 

@@ -77,8 +77,8 @@ def one_line_endings(trainer, folder):
         status, step = stopped.args
         if not trainer.is_global_zero:
             sys.exit(0)  # Lightning would kill rank 0 for another status
-        print(f"\n{signal.Signals(status - STOP).name} at step {step}: {shown(folder)}/last.ckpt is "
-              "saved; the same command with --resume goes on", file=sys.stderr)
+        print(f"\n{signal.Signals(status - STOP).name} at step {step}: {shown(folder)}/last.ckpt "
+              "is saved; the same command with --resume goes on", file=sys.stderr)
         sys.exit(status)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # of a signal, of which Lightning makes a status of its own

@@ -285,8 +285,8 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
             shards[stem[:found.start()], found[1]] += 1
     for (stem, total), count in shards.items():
         if count < int(total):
-            print(shown(f"note: of {stem}-*-of-{total} only {count} are there; get the others, or go "
-                        "on without them"), flush=True)
+            print(shown(f"note: of {stem}-*-of-{total} only {count} are there; get the others, or "
+                        "go on without them"), flush=True)
     return {name: functools.partial(open_tables, folder, name, parts, options)
             for name, parts in splits.items()}
 
