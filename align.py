@@ -8,7 +8,6 @@ to give transcribe.py --delay so that the true text is neither late nor early on
 synthetic speech only estimates it.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from difflib import SequenceMatcher
@@ -21,6 +20,7 @@ import demo
 from audio import resample
 from cli import UserError, build, make_parser, option, options_class, run
 from decode import MODES, SearchOptions
+from files import json_text
 from model import load_checkpoint
 from transforms import extract
 from words import Word, align_words, frame_times
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
         print(f"{name:10} {numbers['words']:6} {numbers['start_error_ms']:7.1f} ms {numbers['start_late_ms']:7.1f} "
               f"{numbers['end_error_ms']:7.1f} ms {numbers['end_late_ms']:7.1f}")
     late = (result["true_text"]["start_late_ms"] + result["true_text"]["end_late_ms"]) / 2
-    print(json.dumps({**asdict(options), **asdict(search), **result, "delay": round(options.delay + late / 1000, 3)}))
+    delay = round(options.delay + late / 1000, 3)
+    print(json_text({**asdict(options), **asdict(search), **result, "delay": delay}))
 
 
 def spelled_as(tokenizer, text: str) -> str:

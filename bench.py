@@ -21,7 +21,6 @@ growth  how that grows, and a picture of it in --png: seconds and memory of a tr
         seconds of setup over the rows of a corpus.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -43,6 +42,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run
+from files import json_text
 from conformer import PRESETS, Linear, ModelOptions, U2Conformer, for_few_rows, receptive_field
 from sampler import LengthGroupedSampler
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
                 raise UserError(f"--{name} is not for `{given['what']}`; leave it out")
     options = build(BenchOptions, given)
     results = command(options, *(build(kind, given) for kind in takes))
-    print(json.dumps(results) if options.json else as_table(results))
+    print(json_text(results) if options.json else as_table(results))
 
 
 def as_table(results: dict) -> str:

@@ -5,10 +5,14 @@ the given flags back into an instance. What a flag is called, its type, default,
 """
 
 import argparse
+import codecs
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import io
+import json
+import logging
 import os
 import re
 import reprlib
@@ -16,6 +20,7 @@ import signal
 import sys
 import types
 import typing
+import warnings
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -44,6 +49,11 @@ def shown(text, room: int = 1000) -> str:
     if len(text) > room:
         text = f"{text[:room * 2 // 3]} ... {text[-room // 4:]}"
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(message) -> str:
+    """The same of a message, the lines of which are joined by spaces."""
+    return shown(" ".join(str(message).split()))
 
 
 def option(default, help: str, choices=None, at_least=None, above=None, at_most=None):
@@ -199,28 +209,102 @@ def bad_luck(error: Exception) -> str:
     return ""
 
 
+class Standard(io.TextIOWrapper):
+    """Standard output or standard error, where the disk may be full and the reader may have gone.
+
+    Standard output raises UserError for that, or KeyboardInterrupt(SIGPIPE) where nobody reads on,
+    as after `head`; what is written from there on is lost. What standard error cannot take is lost
+    at once: nobody could be told, and the work does not depend on it.
+    """
+
+    def __init__(self, stream, raises: bool):
+        super().__init__(stream.buffer, stream.encoding, "code_points",
+                         line_buffering=stream.line_buffering, write_through=stream.write_through)
+        self.raises = raises
+
+    def write(self, text: str) -> int:
+        self.attempt(super().write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(super().flush)
+
+    def attempt(self, do, *arguments) -> None:
+        try:
+            do(*arguments)
+        except OSError as error:
+            if not self.raises:
+                return
+            send_nowhere(self.fileno())  # or the interpreter would try again when it ends
+            if isinstance(error, BrokenPipeError):
+                raise KeyboardInterrupt(signal.SIGPIPE) from None
+            raise UserError(f"standard output cannot be written ({error.strerror}); make room, or "
+                            "send it elsewhere") from error
+
+
+def send_nowhere(descriptor: int) -> None:
+    """What is written to the descriptor is lost from here on, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+class Line(logging.LogRecord):
+    """What a library logs, on one line that a terminal can only show."""
+
+    def getMessage(self) -> str:
+        return one_line(super().getMessage())
+
+
+def prepare_streams() -> None:
+    """Makes standard output and standard error a Standard each, which shows what its encoding lacks
+    as JSON does. The number of a closed stream goes to no file that the command opens."""
+    codecs.register_error("code_points", lambda error: (
+        json.dumps(error.object[error.start:error.end])[1:-1], error.end))
+    for name, mode in (("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: a mode that makes what is read or written fail all the same
+            stream = open(os.open(os.devnull, mode), "r" if name == "stdin" else "w", closefd=False)
+            setattr(sys, f"__{name}__", stream)
+        if name != "stdin" and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, Standard(stream, raises=name == "stdout"))
+        elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="code_points")
+    logging.setLogRecordFactory(Line)
+    warnings.formatwarning = lambda message, category, file, line, _=None: (
+        f"{file}:{line}: {category.__name__}: {one_line(message)}\n")
+
+
 def run(main) -> None:
     """Calls main(argv); a UserError, or bad luck, becomes one line on stderr and exit status 2, a signal another
-    and 128 + its number. Signals that the parent ignores, as nohup does, stay ignored."""
+    and 128 + its number, without a line where standard output has lost its reader. Signals that the
+    parent ignores, as nohup does, stay ignored."""
     keep_freed_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show, be it a name on disk, is no reason to fail
-        sys.stdout.reconfigure(errors="backslashreplace")
+    prepare_streams()
     program = os.path.basename(sys.argv[0])
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if before[number] != signal.SIG_IGN:
             signal.signal(number, interrupt)
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except SystemExit:  # after --help, or where one recording of several has failed
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except Exception as error:
         if not (reason := str(error) if isinstance(error, UserError) else bad_luck(error)):
             raise
-        print(f"{program}: error: {shown(' '.join(reason.split()))}", file=sys.stderr)
+        print(f"{shown(program)}: error: {one_line(reason)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        print(f"{program}: interrupted ({signal.Signals(number).name})", file=sys.stderr)
+        if number != signal.SIGPIPE:
+            print(f"{shown(program)}: interrupted ({signal.Signals(number).name})", file=sys.stderr)
         sys.exit(128 + number)
     finally:
+        with contextlib.suppress(UserError, KeyboardInterrupt):  # the one error is said already
+            sys.stdout.flush()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -108,7 +108,7 @@ def differing(records: dict[str, dict]) -> list[str]:
 
 def print_table(header, rows) -> None:
     """Columns as wide as their widest cell; numbers with 4 decimals, "-" for what is not known."""
-    cells = [list(header)] + [[show(value) for value in row] for row in rows]
+    cells = [list(map(show, header))] + [[show(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -120,8 +120,8 @@ def show(value) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
     if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value)) or "none"
-    return "-" if value is None else str(value)
+        value = " ".join(map(str, value)) or "none"
+    return "-" if value is None else cli.shown(value, 200)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ all of the above. The folder, and after the upload ORG/NAME, can stand for a che
 
 import contextlib
 import os
+import re
 import shutil
 
 import torch
 
 import hub
 from audio import read_audio
-from cli import UserError, build, make_parser, option, options_class, run
+from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
 from compare import read_scores, score_columns, show, unusual
 from model import U2, load_checkpoint, read_checkpoint
 from onnx_checks import check, synthetic_sound
@@ -240,7 +241,7 @@ def write_hub(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: s
     try:
         check_supported(model)
     except UserError as error:
-        lines, onnx = [f"without ONNX files: {error}"], f"No ONNX files: {error}."
+        lines, onnx = [f"without ONNX files: {error}"], f"No ONNX files: {markdown(error)}."
     else:
         os.mkdir(os.path.join(folder, "onnx"))
         lines = write_checked(model, options, chunks, os.path.join(folder, "onnx"))
@@ -262,11 +263,16 @@ def numbers(checkpoint: str) -> str:
     if name == "best.ckpt" and is_newer(os.path.join(folder, "scores.jsonl"), checkpoint):
         scores = [score for score in read_scores(folder) if score["checkpoint"] == name and not unusual(score)]
         columns = score_columns(scores) if scores else []
-        rows = [columns, ["---"] * len(columns), *(map(show, map(score.get, columns)) for score in scores)]
+        rows = [columns, ["---"] * len(columns), *([markdown(show(score.get(name))) for name in columns] for score in scores)]
         if scores:
             return "\n".join(["By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full context.",
                               "", *(f"| {' | '.join(row)} |" for row in rows)])
     return "None yet. `python score.py --checkpoint ORG/NAME --data_root DATA --split dev --mode all` prints them."
+
+
+def markdown(text: str) -> str:
+    """One line of text that Markdown shows as it is, be it in a table."""
+    return re.sub(r"[\\`*<>\[\]|&#!~$]|:(?=//)", r"\\\g<0>", one_line(text))
 
 
 def is_newer(path: str, than: str) -> bool:
@@ -325,15 +331,16 @@ def main(argv: list[str]) -> None:
         lines = (export_hub if options.hub_dir else export)(model, options, chunks)
     except UserError as error:
         raise UserError(f"{options.checkpoint}: {error}") from None
-    print("\n".join(lines))
+    print("\n".join(map(shown, lines)))
     if options.hub_dir:
-        print(f"{options.hub_dir}: fill in its README.md, then: hf upload ORG/NAME {options.hub_dir}")
+        folder = shown(options.hub_dir)
+        print(f"{folder}: fill in its README.md, then: hf upload ORG/NAME {folder}")
         return
     programs = ("onnxruntime alone: sherpa-onnx and WeNet's runtime do not compute log_mel" if frontend.frontend == "log_mel"
                 else "sherpa-onnx (model*.onnx)")
     if frontend.is_wenets:
         programs += " and WeNet's onnxruntime runtime (encoder.onnx, ctc.onnx, decoder.onnx)"
-    print(f"{options.out}: runs in {programs}; its README.md has the commands")
+    print(f"{shown(options.out)}: runs in {programs}; its README.md has the commands")
 
 
 if __name__ == "__main__":

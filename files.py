@@ -1,18 +1,23 @@
 """Files: read whole where they are small and honest, written whole or not at all, one writer at a time."""
 
 import contextlib
+import csv
 import errno
 import fcntl
+import io
 import json
 import math
 import os
+import re
 import stat
 import time
 
-from cli import UserError
+from cli import UNSHOWN, UserError, shown
 
 DYING = 2.0  # seconds for which a process that was killed may yet hold a lock
 SMALL = 2**24  # bytes: no vocabulary, list of words or set of options is as large
+# Where a spreadsheet finds a formula: where a cell begins, or what some of them take for one.
+FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 
 
 # Reading
@@ -60,6 +65,23 @@ def read_json(path: str, limit: int = SMALL) -> dict:
 
 
 # Writing
+
+
+def json_text(data, **format) -> str:
+    """JSON, as json.dumps formats it. A number that is not finite becomes null, which other readers
+    than Python's know, and what a terminal would not just show is escaped."""
+    data = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    return UNSHOWN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}",
+                       json.dumps(data, **format))
+
+
+def csv_text(rows) -> str:
+    """Rows of strings as CSV. Cells are as `shown`, and what a spreadsheet would take for a formula
+    gets an apostrophe before it, as OWASP advises."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([shown(FORMULA.sub(r"\1'", cell), math.inf) for cell in row]
+                               for row in rows)
+    return text.getvalue()
 
 
 def write_whole(path: str, content) -> None:

@@ -3,7 +3,6 @@
 The network is conformer.py's; this file adds training, decoding and the checkpoint.
 """
 
-import json
 import math
 import os
 import warnings
@@ -20,6 +19,7 @@ import decode
 import hub
 import stream
 from cli import UserError, option, options_class
+from files import json_text
 from conformer import ModelOptions, U2Conformer, draw_chunk, for_few_rows, subsampled_length
 from tokenizer import Tokenizer
 from transforms import Frontend
@@ -83,8 +83,8 @@ class StepLog:
             for (step, _, _, skipped), *parts in zip(waiting, *of_ranks):
                 losses = [loss for _, losses in parts for loss in losses]
                 loss = sum(losses) / len(losses)
-                line = {"step": step, "loss": loss if math.isfinite(loss) else None, "rows": sum((rows for rows, _ in parts), [])}
-                file.write(json.dumps(line | ({"skipped": True} if skipped else {})) + "\n")
+                line = {"step": step, "loss": loss, "rows": sum((rows for rows, _ in parts), [])}
+                file.write(json_text(line | ({"skipped": True} if skipped else {})) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -318,7 +318,7 @@ class U2(L.LightningModule):
         step = self.trainer.global_step
         if self.trainer.is_global_zero and self.skip_log:
             with open(self.skip_log, "a") as file:
-                file.write(json.dumps({"step": step, "epoch": self.current_epoch, "rows": rows,
+                file.write(json_text({"step": step, "epoch": self.current_epoch, "rows": rows,
                                        "rows_with_nonfinite_loss": bad_rows}) + "\n")
         rank_zero_warn(f"step {step}: gradient not finite, update skipped; rows with non-finite loss: {bad_rows or 'none'}")
         if self.skips_in_a_row >= self.optim.max_skips:

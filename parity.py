@@ -22,7 +22,7 @@ import torchaudio
 import torchaudio.compliance.kaldi as kaldi
 from torchmetrics.functional.text import char_error_rate
 
-from cli import build, make_parser, option, options_class, run
+from cli import build, make_parser, option, options_class, run, shown
 from compare import print_table
 from export import check_supported, token_lines, write_onnx
 from model import U2, load_checkpoint
@@ -208,7 +208,8 @@ def main(argv: list[str]) -> None:
     dataset, references = load_data(tokenizer, frontend, ScoreOptions(**asdict(options)))
     rows = hear(model, chunks, list(waveforms_of(dataset)))
     header = ("#", "context", "features", "program", "weights", "CER", "as torch", *range(1, len(rows) + 1))
-    print(f"{options.checkpoint} on {options.data_root}, {options.split}: {len(references)} recordings; chunks of "
+    print(f"{shown(options.checkpoint)} on {shown(options.data_root)}, {shown(options.split)}: "
+          f"{len(references)} recordings; chunks of "
           f"{chunks.chunk_size}, {chunks.left_chunks} to the left. Under the numbers: tokens heard otherwise.\n")
     print_table(list(map(str, header)), table(model, rows, references))
     print(f"\nfloat32 on the same features, without dither:\n{same(rows)}")

@@ -8,10 +8,8 @@ all of it is written, or not at all.
 
 import collections
 import contextlib
-import csv
 import glob
 import itertools
-import json
 import logging
 import os
 import re
@@ -26,8 +24,7 @@ from tqdm import tqdm
 import cli
 import files
 import tokenizer as tk
-from audio import read_audio, resample
-from cli import UserError, option, options_class
+from cli import UserError, option, options_class, shown
 from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
 from transforms import RATES
 
@@ -121,7 +118,7 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
 def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, rejected: list) -> int:
     """Writes the shards folder/0, folder/1, ...; bad rows are added to `rejected`. Returns the rows kept."""
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
-    bar = tqdm(rows, desc=name, unit=" rows", total=sum(part.count for part in parts))
+    bar = tqdm(rows, desc=shown(name), unit=" rows", total=sum(part.count for part in parts))
     speakers, tokens, unknown = any(part.speakers for part in parts), 0, collections.Counter()
     examples, changed, change = {}, 0, ""
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
@@ -149,10 +146,11 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
                         f"{options.tokenizer}: {told}; "
                         "try --uppercase or --lowercase, or another --tokenizer")
     if unknown:
-        print(f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: {told}")
+        print(shown(f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: "
+                    f"{told}"))
     if changed:
-        print(f"{name}: the labels of {changed} rows say something else than their text, because the "
-              f"tokenizer cannot tell it apart: {change}")
+        print(shown(f"{name}: the labels of {changed} rows say something else than their text, "
+                    f"because the tokenizer cannot tell it apart: {change}"))
     return writer.rows
 
 
@@ -267,11 +265,10 @@ def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int
         rejected: list[tuple[str, str, str]] = []
         kept = sum(write_split(name, parts, os.path.join(partial, name), tokenizer, options, rejected)
                    for name, parts in splits.items())
-        with open(os.path.join(partial, "rejected.csv"), "w", encoding="utf-8", newline="",
-                  errors="backslashreplace") as file:  # names on disk need not be in UTF-8
-            csv.writer(file).writerows([("split", "file_name", "reason"), *rejected])
+        table = files.csv_text([("split", "file_name", "reason"), *rejected])
+        files.write_whole(os.path.join(partial, "rejected.csv"), table.encode())
         if options.sample_rate != 16000:
-            mark = json.dumps({"sample_rate": options.sample_rate}).encode()
+            mark = files.json_text({"sample_rate": options.sample_rate}).encode()
             files.write_whole(os.path.join(partial, "prepare.json"), mark)
         tk.save_tokenizer(tokenizer, os.path.join(partial, "tokenizer.json"))
         publish(partial, root)
@@ -280,7 +277,8 @@ def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if names := left_out():
-        print(f"note: {options.source}: neither read nor named by a row: {names}", flush=True)
+        note = f"note: {options.source}: neither read nor named by a row: {names}"
+        print(shown(note), flush=True)
     return kept, len(rejected)
 
 
@@ -309,8 +307,9 @@ def main(argv: list[str]) -> None:
     for library in ("datasets", "huggingface_hub", "fsspec"):  # their errors reach the user as ours, in one line
         logging.getLogger(library).setLevel(logging.CRITICAL)
     kept, rejected = prepare(options)
-    print(f"{options.data_root}: kept {kept} rows, rejected {rejected} rows"
-          + (f" (reasons in {os.path.join(options.data_root, 'rejected.csv')})" if rejected else ""))
+    root = shown(options.data_root)
+    print(f"{root}: kept {kept} rows, rejected {rejected} rows"
+          + (f" (reasons in {os.path.join(root, 'rejected.csv')})" if rejected else ""))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import hub
-from cli import UserError, out_of_memory
+from cli import UserError, out_of_memory, send_nowhere, shown
 from files import write_whole
 
 SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
@@ -76,8 +76,8 @@ def one_line_endings(trainer, folder):
         status, step = stopped.args
         if not trainer.is_global_zero:
             sys.exit(0)  # Lightning would kill rank 0 for another status
-        print(f"\n{signal.Signals(status - STOP).name} at step {step}: {folder}/last.ckpt is saved; the same command with "
-              "--resume goes on", file=sys.stderr)
+        print(f"\n{signal.Signals(status - STOP).name} at step {step}: {shown(folder)}/last.ckpt "
+              "is saved; the same command with --resume goes on", file=sys.stderr)
         sys.exit(status)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # of a signal, of which Lightning makes a status of its own
@@ -175,9 +175,7 @@ def leave_terminal() -> None:
     """Sends what is printed to a terminal that has hung up nowhere: there it would raise an error before the run is saved."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            send_nowhere(descriptor)
 
 
 class BestCheckpoint(Checkpoint):

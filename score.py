@@ -5,7 +5,7 @@ fractions over the whole split, as torchmetrics counts them. rtf is the time for
 of the data excluded, over the duration of the audio.
 """
 
-import json
+import math
 import os
 import sys
 import time
@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-from cli import UserError, build, make_parser, option, options_class, run
-from files import write_whole
+from cli import UserError, build, make_parser, option, options_class, run, shown
+from files import json_text, write_whole
 from context import HotwordOptions, load_hotwords
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     graph = load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
     dataset, references = load_data(tokenizer, frontend, options)
     if hint := unspelled(tokenizer, references):
-        print(f"score.py: note: {hint}", file=sys.stderr)
+        print(shown(f"score.py: note: {hint}"), file=sys.stderr)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
     scores, details = [], []
     for mode in MODES if options.mode == "all" else (options.mode,):
@@ -91,13 +91,15 @@ def main(argv: list[str]) -> None:
                        "cer": float(char_error_rate(hypotheses, references)),
                        "rtf": round(seconds / duration, 5)})
         details += [describe(mode, row, *pair) for row, pair in enumerate(zip(references, hypotheses))]
-    for reference, hypothesis in zip(references[:options.examples], hypotheses):
-        print(f"said   {reference}\nheard  {hypothesis}")
-    for score in scores:
-        print(json.dumps(score))
-    if options.details:
-        lines = "".join(json.dumps(detail, ensure_ascii=False) + "\n" for detail in details)
-        write_whole(options.details, lines.encode())
+    try:
+        if options.details:
+            lines = "".join(json_text(detail, ensure_ascii=False) + "\n" for detail in details)
+            write_whole(options.details, lines.encode())
+    finally:  # whichever of the two cannot be written, the other is
+        for reference, hypothesis in zip(references[:options.examples], hypotheses):
+            print(f"said   {shown(reference, math.inf)}\nheard  {shown(hypothesis, math.inf)}")
+        for score in scores:
+            print(json_text(score))
 
 
 def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:

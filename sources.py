@@ -27,7 +27,7 @@ import yaml
 
 import demo
 import tokenizer as tk
-from cli import UserError, option, options_class
+from cli import UserError, option, options_class, shown
 from audio import EXTENSIONS
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
@@ -132,7 +132,7 @@ def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict
     notes["left out by --split_map"] = [old for old in splits if wanted and old not in wanted]
     for note, old in notes.items():
         if old:
-            print(f"note: {', '.join(old)} of {options.source}: {note}", flush=True)
+            print(shown(f"note: {', '.join(old)} of {options.source}: {note}"), flush=True)
     return {new: [part for name in old for part in splits[name]()] for new, old in names.items()}
 
 
@@ -284,8 +284,8 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
             shards[stem[:found.start()], found[1]] += 1
     for (stem, total), count in shards.items():
         if count < int(total):
-            print(f"note: of {stem}-*-of-{total} only {count} are there; get the others, or go on "
-                  "without them", flush=True)
+            print(shown(f"note: of {stem}-*-of-{total} only {count} are there; get the others, or "
+                        "go on without them"), flush=True)
     return {name: functools.partial(open_tables, folder, name, parts, options)
             for name, parts in splits.items()}
 
@@ -392,8 +392,8 @@ def readme_tables(folder: Folder) -> list[Table]:
         tables += [Table(config, split, file) for file in found if is_parquet(file)]
         absent += [] if found else [f"{pattern} (split {split})"]
     if tables and absent:
-        print(f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing is "
-              "there; get it, or go on without it", flush=True)
+        print(shown(f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing "
+                    "is there; get it, or go on without it"), flush=True)
     return list(dict.fromkeys(tables))
 
 

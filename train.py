@@ -20,8 +20,8 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run
-from files import alone, write_whole
+from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run, shown
+from files import alone, json_text, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
@@ -459,7 +459,7 @@ def commit() -> str:
 def write_run(folder: str, record: dict) -> dict:
     """OUTPUT_DIR/run.json, whole or not at all."""
     record = {"command": " ".join(sys.argv), "commit": commit(), "seed": record["options"]["seed"], **record}
-    write_whole(os.path.join(folder, "run.json"), json.dumps(record, indent=1).encode())
+    write_whole(os.path.join(folder, "run.json"), json_text(record, indent=1).encode())
     return record
 
 
@@ -475,6 +475,7 @@ def finish(trainer, model, best, folder, record) -> None:
     record["metrics"] = {**metrics, "best_val_cer_mean": best, "steps": trainer.global_step,
                          "skipped_updates": model.skips_in_all}
     write_run(folder, record)
+    folder = shown(folder)
     if model.skips_in_all:
         print(f"{model.skips_in_all} updates were skipped; {folder}/skipped.jsonl names their rows")
     print(f"{folder}/best.ckpt: mean CER on dev, full context and chunk 16, {best:.4f}")

@@ -15,6 +15,7 @@ microphone or anything else that ffmpeg reads:
 
 import functools
 import glob
+import math
 import os
 import shutil
 import sys
@@ -29,14 +30,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
-from cli import UserError, build, make_parser, option, options_class, run
+from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
 from files import write_whole
 from context import ContextGraph, HotwordOptions, load_hotwords
 from decode import MODES, SearchOptions
 from model import load_checkpoint
 from stream import frame_ms, listen
 from transforms import extract
-from words import Transcript, Word, align_words, as_ctm, as_json, as_srt, as_vtt, frame_times, join, join_words
+from words import (Transcript, Word, align_words, as_ctm, as_json, as_srt, as_txt, as_vtt,
+                   frame_times, join, join_words)
 
 POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
 
@@ -163,10 +165,10 @@ def place(recordings: list[Recording], options: TranscribeOptions) -> list[str |
 
 
 def deliver(transcript: Transcript, output: str | None, format: str) -> None:
-    if format == "txt":
-        text = f"{transcript.text}\n" if output else f"{transcript.file}\t{transcript.text}\n"
-    else:
-        text = {"json": as_json, "ctm": as_ctm, "srt": as_srt, "vtt": as_vtt}[format](transcript)
+    spell = {"txt": as_txt, "json": as_json, "ctm": as_ctm, "srt": as_srt, "vtt": as_vtt}[format]
+    text = spell(transcript)
+    if format == "txt" and output:  # the name of which says what it is of
+        text = text.split("\t")[1]
     if output is None:
         with tqdm.external_write_mode(file=sys.stdout):
             print(text, end="", flush=True)
@@ -175,7 +177,7 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
         os.makedirs(os.path.dirname(output), exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: its folder cannot be made ({error.strerror}); choose another --output_dir") from None
-    write_whole(output, text.encode(errors="backslashreplace"))  # a name on disk may not be in UTF-8
+    write_whole(output, text.encode())
 
 
 def total_seconds(recordings: list[Recording]) -> float | None:
@@ -238,7 +240,7 @@ def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> It
 
 def tell(kind: str, recording: Recording, what: str) -> None:
     with tqdm.external_write_mode(file=sys.stderr):
-        print(f"transcribe.py: {kind}: {recording.path}: {' '.join(what.split())}", file=sys.stderr)
+        print(shown(f"transcribe.py: {kind}: {recording.path}: {one_line(what)}"), file=sys.stderr)
 
 
 def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording, failed: set[int]) -> Iterator[np.ndarray]:
@@ -337,7 +339,7 @@ def streamed(model, recordings: list[Recording], options: TranscribeOptions, sea
 
 def show(text: str, seconds: float, final: bool) -> None:
     """A line on stderr; on a terminal, one that what is heard next replaces until it is final."""
-    line = f"{seconds:8.2f} s {'=' if final else ' '} {text}"
+    line = f"{seconds:8.2f} s {'=' if final else ' '} {shown(text, math.inf)}"
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
         return

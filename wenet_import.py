@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import hub
-from cli import UserError, make_parser, run
+from cli import UserError, make_parser, run, shown
 from files import write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint
@@ -497,11 +497,11 @@ def main(argv: list[str]) -> None:
     if os.path.exists(args.out) and not args.overwrite:
         raise UserError(f"--out {args.out} exists; name another, or add --overwrite")
     if args.export:
-        print(export_model(args.export, args.out))
+        print(shown(export_model(args.export, args.out)))
     elif not args.out.endswith(".ckpt"):
         raise UserError(f"--out {args.out}: a checkpoint's name ends in .ckpt")
     else:
-        print(import_model(args.exp_dir, args.out))
+        print(shown(import_model(args.exp_dir, args.out)))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""When each word was said and how sure the model is of it, and the formats that carry this: JSON, ctm, SubRip, WebVTT.
+"""When each word was said, how sure the model is of it, and the formats: text, JSON, ctm, srt, vtt.
 
 Times come from CTC: the tokens are aligned to the encoder's frames (decode.align), and a frame is a place in the recording
 through what it sees of it. Axes: T encoder frames, V vocabulary. All times are in seconds.
 """
 
-import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
+from urllib.parse import quote
 
 import torch
 
 import decode
+from cli import UNSHOWN, shown
 from conformer import receptive_field
+from files import json_text
 from tokenizer import Tokenizer
 from transforms import Frontend
 
@@ -27,6 +30,8 @@ OPENING, CLOSING = ("Ps", "Pi"), ("Pe", "Pf", "Po", "Pd", "Pc")  # categories of
 LINE, LINES = 42, 2  # a cue of subtitles: so many columns in so many lines,
 LONGEST_CUE, SHORTEST_CUE = 7.0, 1.0  # so many seconds, and no less where the next leaves room;
 PAUSE = 0.7  # a longer one ends it
+# What a column of ctm cannot hold, what would make its line a comment, and the sign of escapes.
+NO_COLUMN = re.compile(rf"[%\s]|^;|{UNSHOWN.pattern}")
 
 
 class Word(NamedTuple):
@@ -152,28 +157,48 @@ def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
+def as_txt(transcript: Transcript) -> str:
+    """One line: file and text, with a tab between. Tabs, line breaks and what a terminal would not
+    just show are escaped in both, as Python does."""
+    return f"{shown(transcript.file, math.inf)}\t{shown(transcript.text, math.inf)}\n"
+
+
 def as_json(transcript: Transcript) -> str:
     """One line: file, text, duration and words, each with word, start, end and confidence."""
     words = [{"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
               "confidence": round(word.confidence, 4)} for word in transcript.words]
     fields = {**transcript._asdict(), "duration": round(transcript.duration, 3), "words": words}
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+    return json_text(fields, ensure_ascii=False) + "\n"
 
 
 def as_ctm(transcript: Transcript) -> str:
-    """A line per word: file, channel, start, duration, word, confidence (NIST's ctm). White space in `file` becomes _."""
-    name = "_".join(transcript.file.split())
+    """A line per word: file, channel, start, duration, word, confidence (NIST's ctm).
+
+    White space in `file` is escaped as in an address on the web, %20 for a space, and so are %,
+    controls and a semicolon that would begin a comment: two recordings never have one name.
+    """
+    name = NO_COLUMN.sub(lambda found: percent(found[0]), transcript.file)
     lines = []
-    for word in transcript.words:
+    for word in printable(transcript.words):
         duration = round(word.end, 3) - round(word.start, 3)  # so that sums, too, end before the next
-        lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {word.text} {word.confidence:.4f}\n")
+        text = "_".join(word.text.split())
+        lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {text} {word.confidence:.4f}\n")
     return "".join(lines)
 
 
+def percent(character: str) -> str:
+    """%XX for each byte; of a name that is not in UTF-8, for the byte that is on disk."""
+    errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
+    return quote(character.encode(errors=errors), safe="")
+
+
 def as_srt(transcript: Transcript) -> str:
-    """SubRip."""
-    return "".join(f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{text}\n\n"
-                   for number, (start, end, text) in enumerate(cues(transcript.words), 1))
+    """SubRip, which has no escapes: an arrow as between its times is another one in a text."""
+    parts = []
+    for number, (start, end, text) in enumerate(cues(transcript.words), 1):
+        text = text.replace("-->", "\u2192")
+        parts.append(f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{text}\n\n")
+    return "".join(parts)
 
 
 def as_vtt(transcript: Transcript) -> str:
@@ -185,6 +210,11 @@ def as_vtt(transcript: Transcript) -> str:
     return "".join(parts)
 
 
+def printable(words: list[Word]) -> list[Word]:
+    """The words that show anything, as `shown`: none ends a line or a cue."""
+    return [word._replace(text=shown(word.text, math.inf)) for word in words if word.text.strip()]
+
+
 def clock(seconds: float, point: str) -> str:
     """hh:mm:ss, the decimal point that the format wants, milliseconds."""
     rest, ms = divmod(round(seconds * 1000), 1000)
@@ -194,7 +224,7 @@ def clock(seconds: float, point: str) -> str:
 def cues(words: list[Word]) -> list[tuple[float, float, str]]:
     """(start, end, text of at most LINES lines) of subtitles: as many words as there is room and time for, up to a pause."""
     groups = []
-    for word in words:
+    for word in printable(words):
         group = groups[-1] if groups else []
         if (group and word.start - group[-1].end < PAUSE and word.end - group[0].start <= LONGEST_CUE
                 and len(lines_of([*group, word])) <= LINES):

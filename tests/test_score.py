@@ -1,5 +1,6 @@
 """score.py and compare.py on a small checkpoint with random weights; unknown flags of transcribe.py, too."""
 
+import io
 import json
 import subprocess
 import sys
@@ -99,6 +100,22 @@ def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unkn
     tokenizer = from_vocab({token: i for i, token in enumerate(["<pad>", "<unk>", "|", "A", "B"])}, config={"do_lower_case": True})
     assert score.unspelled(tokenizer, ["a b", ""]) == ""
     assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"])) and "'A' x 1" in hint and hint.endswith("with --lowercase")
+
+
+def test_a_score_and_its_details_are_not_lost_with_one_another(world, capsys, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise cli.UserError("full")
+
+    argv = "--mode", "ctc_greedy_search", "--details"
+    argv = "--checkpoint", world / "best.ckpt", "--data_root", world / "data", *argv
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        status, _, err = call(capsys, score, *argv, tmp_path / "details")
+    assert status == 2 and "full" in err[-1] and len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
+    monkeypatch.setattr(score, "write_whole", Full.write)
+    status, out, err = call(capsys, score, *argv, tmp_path / "none")
+    assert status == 2 and "full" in err[-1] and json.loads(out[-1])["utterances"] == len(TEXTS)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -17,6 +17,7 @@ from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (w
 
 import align
 import audio
+import cli
 import demo
 import transcribe
 import words
@@ -422,7 +423,7 @@ def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
 def test_formats_are_spelled_as_their_players_want_them():
     transcript = words.Transcript("a b.wav", "so <it> goes", 3725.5, [
         Word("so", 0.5, 0.75, 0.9), Word("<it>", 0.8, 1.0, 0.25), Word("goes", 3723.9996, 3725.0, 1.0)])
-    assert words.as_ctm(transcript).splitlines()[1] == "a_b.wav 1 0.800 0.200 <it> 0.2500"
+    assert words.as_ctm(transcript).splitlines()[1] == "a%20b.wav 1 0.800 0.200 <it> 0.2500"
     assert words.as_srt(transcript) == ("1\n00:00:00,500 --> 00:00:01,500\nso <it>\n\n"
                                         "2\n01:02:04,000 --> 01:02:05,000\ngoes\n\n")
     assert words.as_vtt(transcript).startswith("WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nso &lt;it&gt;\n\n01:02:04.000")
@@ -459,6 +460,19 @@ def test_align_refuses_a_tokenizer_that_cannot_spell_its_sentences(world, capsys
     pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
     status, out, err = call(capsys, align, "--checkpoint", world / "best.ckpt", "--sentences", 30)
     assert status == 2 and out == [] and "cannot spell" in err[-1]
+
+
+@pytest.mark.parametrize("output", [[], ["--output_dir", "{}/out"]])
+def test_a_reader_that_has_enough_ends_it_quietly_and_files_are_no_matter_of_stdout(
+        world, capsys, tmp_path, monkeypatch, output):
+    soundfile.write(tmp_path / "a.wav", waveform(0), RATE)
+    reading, writing = os.pipe()
+    os.close(reading)
+    pipe = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", cli.Standard(pipe, raises=True))
+    status, _, err = hear(capsys, world, *[word.format(tmp_path) for word in output], tmp_path / "a.wav")
+    assert (status, err) == (0 if output else 141, [])
+    assert not output or (tmp_path / "out" / "a.txt").read_text().strip()
 
 
 @pytest.mark.parametrize("format", ["json", "ctm", "txt"])
