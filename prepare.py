@@ -24,6 +24,7 @@ from tqdm import tqdm
 import cli
 import files
 import tokenizer as tk
+from audio import read_audio, resample
 from cli import UserError, option, options_class, shown
 from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
 from transforms import RATES
