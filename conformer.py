@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from cli import option
+from cli import UserError, option
 
 # What a preset does not name keeps the default of ModelOptions; every name can be overridden by its flag.
 PRESETS = {
@@ -57,6 +57,14 @@ class ModelOptions:
     length_normalized_loss: bool = option(False, "attention loss per label instead of per utterance")
     use_dynamic_chunk: bool = option(True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
     use_dynamic_left_chunk: bool = option(False, "also draw how many chunks to the left are seen in training")
+
+    def __post_init__(self):
+        width, heads = self.output_size, self.attention_heads
+        if width % heads or width % (self.decoder_attention_heads or heads) or width % 2:
+            raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
+                            "--decoder_attention_heads")
+        if not self.causal and self.cnn_module_kernel % 2 == 0:
+            raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

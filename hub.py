@@ -154,8 +154,8 @@ def not_finite(checkpoint: dict) -> str | None:
     such hears nothing, and training it goes nowhere."""
     for part in ("state_dict", "current_model_state", "optimizer_states"):
         for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-                return f"{part}{keystr(names)}"
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.float().isfinite().all():
+                return shown(part + keystr(names), 200)
     return None
 
 

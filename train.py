@@ -101,7 +101,7 @@ def main(argv):
     model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
     frontend = build(Frontend, given, **(source["frontend"] if source else before or {"sample_rate": rows_rate(data_roots)}))
     augment, data_options = build(Augment, given, **before), build(DataOptions, without_rivals(given, before))
-    check(options, model_options)
+    check(options)
     check_unused(given, options, frontend)
     check_source(options.init_from, source, model_options, frontend)
     check_sources_stay(options, given["overwrite"])
@@ -170,14 +170,8 @@ def without_rivals(given: dict, before: dict) -> dict:
     return {**{name: value for name, value in before.items() if rivals.get(name) not in given}, **given}
 
 
-def check(options: RunOptions, model_options: ModelOptions) -> None:
+def check(options: RunOptions) -> None:
     """Refuses in one line what would fail late or not at all as asked."""
-    width, heads = model_options.output_size, model_options.attention_heads
-    if width % heads or width % (model_options.decoder_attention_heads or heads) or width % 2:
-        raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
-                        "--decoder_attention_heads")
-    if not model_options.causal and model_options.cnn_module_kernel % 2 == 0:
-        raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {model_options.cnn_module_kernel}")
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
