@@ -64,7 +64,7 @@ class ModelOptions:
             raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
                             "--decoder_attention_heads")
         if not self.causal and self.cnn_module_kernel % 2 == 0:
-            raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}")
+            raise UserError(f"--cnn_module_kernel {self.cnn_module_kernel}: a convolution that is not causal needs an odd kernel")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,8 +335,6 @@ class ConvolutionModule(nn.Module):
     def __init__(self, o: ModelOptions):
         super().__init__()
         width, kernel, causal = o.output_size, o.cnn_module_kernel, o.causal
-        if not causal and kernel % 2 == 0:
-            raise ValueError(f"cnn_module_kernel {kernel}: a convolution that is not causal needs an odd kernel")
         self.causal, self.kernel = causal, kernel
         self.pointwise_conv1 = Linear(width, 2 * width)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, groups=width)

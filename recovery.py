@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import errno
 import io
-import json
 import math
 import os
 import signal
@@ -32,7 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import hub
 from cli import UserError
-from files import write_whole
+from files import SMALL, parse_json, write_whole
 
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
 SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
@@ -42,11 +41,11 @@ def cut_log(path: str, step: int) -> None:
     """Keeps the lines of updates before `step`, as far as they are whole."""
     with open(path, "rb+") as file:
         end = 0
-        for line in file:
+        for line in iter(lambda: file.readline(SMALL), b""):
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                if not line.endswith(b"\n") or parse_json(line.decode())["step"] >= step:
                     break
-            except ValueError:  # a machine that lost its power may leave anything
+            except (ValueError, LookupError, TypeError):  # a machine that lost its power may leave anything
                 break
             end += len(line)
         file.truncate(end)

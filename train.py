@@ -23,7 +23,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, run
-from files import alone, write_whole
+from files import alone, read_json, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
@@ -339,10 +339,10 @@ class Start(L.Callback):
 def read_metrics(folder: str) -> dict:
     """Those of run.json, which stay until there are others."""
     try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
-            return json.load(file)["metrics"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+        metrics = read_json(os.path.join(folder, "run.json")).get("metrics")
+    except (OSError, ValueError):
+        metrics = None
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def files_of(path: str) -> list[str]:
@@ -359,7 +359,7 @@ def clear_output(folder: str, old: list[str], step: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
     for name in ("steps.jsonl", "skipped.jsonl"):
-        if os.path.exists(os.path.join(folder, name)):
+        if os.path.isfile(os.path.join(folder, name)):
             cut_log(os.path.join(folder, name), step)
 
 
