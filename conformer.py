@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError, option
+from cli import option
 
 # What a preset does not name keeps the default of ModelOptions; every name can be overridden by its flag.
 PRESETS = {
@@ -57,14 +57,6 @@ class ModelOptions:
     length_normalized_loss: bool = option(False, "attention loss per label instead of per utterance")
     use_dynamic_chunk: bool = option(True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
     use_dynamic_left_chunk: bool = option(False, "also draw how many chunks to the left are seen in training")
-
-    def __post_init__(self):
-        width, heads = self.output_size, self.attention_heads
-        if width % heads or width % (self.decoder_attention_heads or heads) or width % 2:
-            raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
-                            "--decoder_attention_heads")
-        if not self.causal and self.cnn_module_kernel % 2 == 0:
-            raise UserError(f"--cnn_module_kernel {self.cnn_module_kernel}: a convolution that is not causal needs an odd kernel")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,6 +327,8 @@ class ConvolutionModule(nn.Module):
     def __init__(self, o: ModelOptions):
         super().__init__()
         width, kernel, causal = o.output_size, o.cnn_module_kernel, o.causal
+        if not causal and kernel % 2 == 0:
+            raise ValueError(f"cnn_module_kernel {kernel}: a convolution that is not causal needs an odd kernel")
         self.causal, self.kernel = causal, kernel
         self.pointwise_conv1 = Linear(width, 2 * width)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, groups=width)

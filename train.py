@@ -27,8 +27,8 @@ from files import alone, read_json, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
-from recovery import (Average, BestCheckpoint, LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log,
-                      find_place, make_plan, one_line_endings)
+from recovery import (Average, BestCheckpoint, LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, check_state,
+                      cut_log, find_place, make_plan, one_line_endings)
 from sampler import check_share
 from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
@@ -101,7 +101,7 @@ def main(argv):
     model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
     frontend = build(Frontend, given, **(source["frontend"] if source else before or {"sample_rate": rows_rate(data_roots)}))
     augment, data_options = build(Augment, given, **before), build(DataOptions, without_rivals(given, before))
-    check(options)
+    check(options, model_options)
     check_unused(given, options, frontend)
     check_source(options.init_from, source, model_options, frontend)
     check_sources_stay(options, given["overwrite"])
@@ -121,6 +121,9 @@ def main(argv):
     trainer = make_trainer(options, start, {name: value for name, value in everything.items() if name not in OF_THE_MACHINE})
     check_processes(trainer, data)
     check_plan(place, make_plan(data, trainer.world_size, options.accumulate_grad_batches), data)
+    if place.batches > data.train_batches(trainer.world_size):
+        raise UserError(f"{resume}: it was saved behind {place.batches} batches of an epoch, which has not as many; resume on the "
+                        "data that it was made with")
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size, place),
                skip_log=os.path.join(folder, "skipped.jsonl"), step_log=os.path.join(folder, "steps.jsonl"))
@@ -170,8 +173,14 @@ def without_rivals(given: dict, before: dict) -> dict:
     return {**{name: value for name, value in before.items() if rivals.get(name) not in given}, **given}
 
 
-def check(options: RunOptions) -> None:
+def check(options: RunOptions, model_options: ModelOptions) -> None:
     """Refuses in one line what would fail late or not at all as asked."""
+    width, heads = model_options.output_size, model_options.attention_heads
+    if width % heads or width % (model_options.decoder_attention_heads or heads) or width % 2:
+        raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
+                        "--decoder_attention_heads")
+    if not model_options.causal and model_options.cnn_module_kernel % 2 == 0:
+        raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {model_options.cnn_module_kernel}")
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
@@ -246,6 +255,7 @@ def read_resumable(path: str) -> dict:
     checkpoint = read_checkpoint(path)
     if "loops" not in checkpoint:
         raise UserError(f"{path} has no state of training to go on from; --init_from starts a new run from its weights")
+    check_state(path, checkpoint)
     return checkpoint
 
 
@@ -359,7 +369,7 @@ def clear_output(folder: str, old: list[str], step: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
     for name in ("steps.jsonl", "skipped.jsonl"):
-        if os.path.isfile(os.path.join(folder, name)):
+        if os.path.exists(os.path.join(folder, name)):
             cut_log(os.path.join(folder, name), step)
 
 
