@@ -511,7 +511,7 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
     try:
         check_model(checkpoint)
-    except (UserError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+    except (UserError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 "
                         f"({shown(str(error), 200)})") from error
     if name := hub.not_finite(checkpoint):
