@@ -4,12 +4,12 @@ Reads each run's run.json (train.py writes it) and, where present, scores.jsonl 
 Shows the last validation of each run, the options in which the runs differ, and the scores. Rates are fractions.
 """
 
-import contextlib
 import glob
+import json
 import os
 
 import cli
-import files
+from files import read_json
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
 SCORES = ("split", "mode", "stream", "chunk_size", "left_chunks", "utterances", "wer", "cer", "rtf")
@@ -39,7 +39,7 @@ def read_run(folder: str) -> dict:
     """The run.json of a run. Raises UserError when it is missing or damaged."""
     path = os.path.join(folder, "run.json")
     try:
-        record = files.read_json(path)
+        record = read_json(path)
         if isinstance(record["options"], dict) and isinstance(record["metrics"], dict):
             return record
         reason = "options or metrics are no objects"
@@ -52,14 +52,11 @@ def read_run(folder: str) -> dict:
 
 def read_scores(folder: str) -> list[dict]:
     """The scores of a run, the newest of each split, mode and context; lines that are not scores are passed over."""
-    newest, path = {}, os.path.join(folder, "scores.jsonl")
-    try:
-        text = files.read_text(path) if os.path.exists(path) else ""
-    except (OSError, ValueError) as error:
-        raise cli.UserError(f"{path}: {getattr(error, 'strerror', None) or error}; move it away, or put that right") from None
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a line that was cut, or is of something else
-            score = files.parse_json(line)
+    newest = {}
+    path = os.path.join(folder, "scores.jsonl")
+    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
+        if line.startswith("{"):
+            score = json.loads(line)
             newest[tuple(map(score.get, ("split", "mode", "stream", "chunk_size", "left_chunks")))] = score
     return list(newest.values())
 
