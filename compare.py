@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import cli
 from decode import SearchOptions
-from files import parse_json, read_small
+from files import parse_json, read_json, read_small
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
 ASKED = ("split", "mode", "stream", "chunk_size", "left_chunks")  # of a score, always shown
@@ -45,15 +45,14 @@ def read_run(folder: str) -> dict:
     """The run.json of a run. Raises UserError when it is missing or damaged."""
     path = os.path.join(folder, "run.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-        if isinstance(record, dict) and isinstance(record["options"], dict) and isinstance(record["metrics"], dict):
+        record = read_json(path)
+        if isinstance(record["options"], dict) and isinstance(record["metrics"], dict):
             return record
         reason = "options or metrics are no objects"
     except OSError as error:
         reason = error.strerror
     except (ValueError, KeyError) as error:
-        reason = f"damaged ({error})"
+        reason = f"damaged ({cli.shown(str(error), 100)})"
     raise cli.UserError(f"{path}: {reason}; name the OUTPUT_DIR of a run that train.py made")
 
 

@@ -6,12 +6,17 @@ and icefall: Aho and Corasick 1975 (doi:10.1145/360825.360855), a trie with a li
 Phrases are sequences of tokens: one of whole words in characters is also found inside of longer words.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError, option, options_class
+from cli import UserError, option, options_class, shown
+from files import read_text
 from tokenizer import quoted
+
+LARGEST_SCORE = 1000.0  # of a token, in natural logarithms: no sound outweighs it
+MANY_TOKENS = 2**20  # of all phrases
 
 
 @options_class
@@ -31,16 +36,19 @@ class HotwordOptions:
 class ContextGraph(NamedTuple):
     """The automaton of S states; 0 is the start, where nothing is matched."""
 
-    keys: np.ndarray  # sorted 2**32 * state + token, of all steps that go on with a phrase
+    keys: np.ndarray  # sorted 2**32 * state + token, of the trie's steps
     targets: np.ndarray  # the states that they lead to
+    link: np.ndarray  # (S,) the state of the longest beginning of a phrase that what was matched ends with
     held: np.ndarray  # (S,) the bonus of the phrase that has begun, to be given back if it breaks off
     whole: np.ndarray  # (S,) the bonus of all phrases that end here, to keep
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """States and tokens that broadcast to each other -> the states behind the tokens, and the bonus of the step."""
-        targets = self.find(states * 2**32 + tokens)
-        targets = np.where(targets > 0, targets, self.find(tokens))  # else the token may begin a phrase
-        return targets, self.held[targets] - self.held[states] + self.whole[targets]
+        before, targets = states, self.find(states * 2**32 + tokens)
+        while (missing := (targets == 0) & (states > 0)).any():
+            states = np.where(missing, self.link[states], 0)
+            targets = np.where(missing, self.find(states * 2**32 + tokens), targets)
+        return targets, self.held[targets] - self.held[before] + self.whole[targets]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
@@ -52,30 +60,31 @@ class ContextGraph(NamedTuple):
 
 
 def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
-    """The automaton of phrases (token ids, at least one; bonus per token). What two share has the larger bonus."""
-    children, bonus, ends = [{}], [0.0], set()
+    """The automaton of phrases (token ids, at least one; bonus per token). What two share has the larger bonus. Time and memory
+    grow as the number of tokens."""
+    trie, parents, last, depths, bonus, ends = {}, [0], [0], [0], [0.0], set()
     for tokens, score in phrases:
         state = 0
         for token in tokens:
-            if token not in children[state]:
-                children[state][token] = len(children)
-                children.append({})
+            if (child := trie.setdefault(2**32 * state + token, len(parents))) == len(parents):
+                parents.append(state)
+                last.append(token)
+                depths.append(depths[state] + 1)
                 bonus.append(score)
-            state = children[state][token]
+            state = child
             bonus[state] = max(bonus[state], score)
         ends.add(state)
-    held, whole, link = np.zeros(len(children)), np.zeros(len(children)), [0] * len(children)
-    steps = children[:1] + [{}] * (len(children) - 1)  # with those of the link, but not those of the start
-    queue = [0]
-    for state in queue:  # which grows: states by depth, so that links, which are less deep, are complete
-        for token, child in children[state].items():
-            link[child] = state and (steps[link[state]].get(token) or children[0].get(token, 0))
-            held[child] = held[state] + bonus[child]
-            whole[child] = whole[link[child]] + (held[child] if child in ends else 0.0)
-            steps[child] = (steps[link[child]] if link[child] else {}) | children[child]
-            queue.append(child)
-    pairs = sorted((2**32 * state + token, target) for state in queue for token, target in steps[state].items())
-    return ContextGraph(*np.array(pairs, np.int64).T, held, whole)
+    held, whole, link = [0.0] * len(parents), [0.0] * len(parents), [0] * len(parents)
+    for state in sorted(range(1, len(parents)), key=depths.__getitem__):  # links lead to states that are less deep
+        parent, key = link[parents[state]], last[state]
+        while parent and 2**32 * parent + key not in trie:
+            parent = link[parent]
+        link[state] = trie.get(2**32 * parent + key, 0) if parents[state] else 0
+        held[state] = held[parents[state]] + bonus[state]
+        whole[state] = whole[link[state]] + (held[state] if state in ends else 0.0)
+    keys = np.array(list(trie), np.int64)
+    order = keys.argsort()  # the trie's targets are 1, 2, ... in the order in which they were made
+    return ContextGraph(keys[order], order + 1, *map(np.array, (link, held, whole)))
 
 
 def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
@@ -85,13 +94,17 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
     cannot spell.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.readlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        lines = re.split("\r\n?|\n", read_text(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise UserError(f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line") from error
-    phrases = [read_phrase(line, f"--hotwords {path}, line {number}", tokenizer, score)
-               for number, line in enumerate(lines, 1) if line.strip()]
+    phrases, left = [], MANY_TOKENS
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            phrases.append(read_phrase(line, f"--hotwords {path}, line {number}", tokenizer, score))
+            left -= len(phrases[-1][0])
+        if left < 0:
+            raise UserError(f"--hotwords {path}: its phrases have more than {MANY_TOKENS} tokens; leave out those that matter least")
     if not phrases:
         raise UserError(f"--hotwords {path}: no phrase in it; write one a line")
     return make_graph(phrases)
@@ -105,11 +118,12 @@ def read_phrase(line: str, place: str, tokenizer, score: float) -> tuple[list[in
             score = float(last[1:])
         except ValueError:
             score = 0.0
-        if not 0 < score < float("inf"):
-            raise UserError(f"{place}: {last} is no score; write a number above 0 behind the colon")
+        if not 0 < score <= LARGEST_SCORE:
+            raise UserError(f"{place}: {shown(last, 100)} is no score; write a number above 0 behind the colon, and at most "
+                            f"{LARGEST_SCORE:g}")
     tokens, unknown = tokenizer.encode(line), sorted(set(tokenizer.unknown(line)))
     if unknown or not tokens:
-        what = " ".join(map(quoted, unknown)) or quoted(line)
+        what = " ".join(map(quoted, unknown[:10])) or quoted(line[:40])
         raise UserError(f"{place}: the tokenizer cannot spell {what}; write as its transcripts do (case "
                         "counts) or leave the phrase out")
     return tokens, score

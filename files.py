@@ -12,10 +12,13 @@ import re
 import stat
 import time
 
+import yaml
+
 from cli import UNSHOWN, UserError, shown
 
 DYING = 2.0  # seconds for which a process that was killed may yet hold a lock
 SMALL = 2**24  # bytes: no vocabulary, list of words or set of options is as large
+MANY_NODES = 2**18  # of YAML: no set of options has as many
 # Where a spreadsheet finds a formula: where a cell begins, or what some of them take for one.
 FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 
@@ -23,14 +26,24 @@ FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 # Reading
 
 
+def open_file(path: str):
+    """A file that somebody names, open to be read as bytes. Raises OSError, also for a pipe or a device, which may have no end
+    and where nobody writes is waited for for ever."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError:
+        raise OSError(errno.EINVAL, "a name with NUL in it", path) from None
+    if stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "a pipe or a device, where a file is needed"
+    raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, reason, path)
+
+
 def read_small(path: str, limit: int = SMALL) -> bytes:
-    """The content of a file that somebody names. Raises OSError, also for a pipe or a device, which may have no end and
-    where nobody writes is waited for for ever; ValueError where the file is longer than `limit` bytes."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if stat.S_ISDIR(mode := os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "a pipe or a device, where a file is needed", path)
+    """The content of a file that somebody names. Raises OSError as open_file does; ValueError where the file is longer than
+    `limit` bytes."""
+    with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"longer than {limit} bytes")
@@ -62,6 +75,37 @@ def read_json(path: str, limit: int = SMALL) -> dict:
     if not isinstance(data, dict):
         raise ValueError(f"{os.path.basename(path)} holds no JSON object")
     return data
+
+
+def parse_yaml(text: str):
+    """Raises ValueError, which quotes nothing of the text, for what is no YAML, is nested too deep, or has aliases that stand for
+    more than a text of that kind ever says."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is not None and written_out(root, {}) > MANY_NODES:
+            raise ValueError("its aliases stand for too much")
+        return None if root is None else loader.construct_document(root)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"line {line}: {error.problem}"[:100]) from None
+    except yaml.YAMLError:
+        raise ValueError("characters that no YAML holds") from None
+    finally:
+        loader.dispose()
+
+
+def written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes a node of YAML stands for, if its aliases are written out; infinitely many where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = () if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        known[id(node)] = 1 + sum(written_out(part, known) for part in parts)
+    return known[id(node)]
 
 
 # Writing

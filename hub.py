@@ -4,10 +4,14 @@ model.safetensors has the weights, config.json the options and the frontend, tok
 model card and the ONNX files beside them. What a resumed training would need besides stays in the .ckpt.
 """
 
+import io
 import json
 import os
+import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 
 import huggingface_hub
 import safetensors.torch
@@ -15,10 +19,17 @@ import torch
 from safetensors import SafetensorError
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from cli import UserError
+from cli import UserError, shown
+from files import SMALL, open_file, read_json
 
 WEIGHTS, CONFIG, TOKENIZER = FILES = "model.safetensors", "config.json", "tokenizer.json"
 CONFIG_PARTS = ("model_options", "optim_options", "frontend")  # of a checkpoint
+# What the pickles of torch.save name where they hold tensors and plain data.
+GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+           *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"))}
+DEEP = 100  # more than any state of a training nests
+MANY_STEPS, MANY_PARTS = 2**21, 2**22  # of a pickle and of what it makes: some 80,000 tensors
+MARK, FILLED = object(), {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # of pickle's opcodes: what fills a value
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
 
@@ -36,14 +47,106 @@ def locate(name: str) -> str:
 
 
 def read_weights_only(path: str, mmap: bool = False):
-    """What torch.save wrote, tensors on the CPU, without running any code that is in it. Raises UserError, with the reason alone,
-    where it is something else."""
+    """What torch.save wrote, tensors on the CPU, without running any code that is in it or taking more memory than the file has
+    bytes. Raises UserError, with the reason alone, where it is something else."""
     try:
+        size = check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of a TorchScript archive, which is refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        check_plain(data, size)
+        return data
+    except UserError:
+        raise
     except Exception as error:  # what is damaged makes torch.load raise nearly anything
         reason = getattr(error, "strerror", None) or f"damaged, or something else ({type(error).__name__})"
         raise UserError(reason) from error
+
+
+def check_archive(path: str) -> int:
+    """The size in bytes of a file of torch.save. Raises an Exception where reading it could take far more memory, or end the
+    process: compressed or overlapping records, and pickles that check_pickle refuses."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(4) != b"PK\3\4":  # from before torch 1.6: five pickles, and then numbers
+            file.seek(0)
+            pickles = io.BytesIO(file.read(SMALL))
+            for _ in range(5):
+                check_pickle(pickles)
+            return size
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            # A comment, or something before the first record, would let torch see another directory than zipfile does.
+            if archive.comment or min(record.header_offset for record in records):
+                raise UserError("damaged: an archive within another")
+            if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
+                raise UserError("its records are compressed, which torch.save never does; save it anew")
+            for record in records:
+                if record.filename.lower().endswith(".pkl"):  # torch takes capitals, too
+                    check_pickle(io.BytesIO(archive.open(record).read(SMALL)))
+    return size
+
+
+def check_pickle(file) -> None:
+    """Raises UnpicklingError unless the pickle in an open file makes nothing but tensors and plain data, with tuples not nested
+    deep: Python ends with a segmentation fault where it makes a key of 100,000 nested ones, and torch's own list of what is
+    harmless has bytearray(n), which takes n bytes.
+
+    The stack machine is followed with a number in each value's place, how deep it nests, or its name, of a global.
+    """
+    stack, memo = [], {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name, popped = opcode.name, []
+        if count > MANY_STEPS:
+            raise pickle.UnpicklingError("too many tensors")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            continue
+        before = opcode.stack_before
+        if pickletools.markobject in before:
+            while (value := stack.pop()) is not MARK:
+                popped.append(value)
+            before = before[:before.index(pickletools.markobject)]
+        popped += [stack.pop() for _ in before]
+        if name == "GLOBAL":
+            if argument not in GLOBALS:
+                raise pickle.UnpicklingError(f"{argument} is not needed")
+            stack.append(argument)
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            stack.append(MARK)
+        elif name == "REDUCE" and popped[1] == "collections OrderedDict" and popped[0]:
+            raise pickle.UnpicklingError("a dict copied from another")
+        elif opcode.stack_after:
+            numbers = [value for value in popped if isinstance(value, int)]
+            filled = numbers.pop() if name in FILLED and numbers else 0
+            depth = max(filled, 1 + max(numbers, default=-1))
+            if depth > DEEP:
+                raise pickle.UnpicklingError("nested too deep")
+            stack.append(depth)
+
+
+def check_plain(data, size: int) -> None:
+    """Raises UserError unless `data`, of a file of `size` bytes, is made of dicts, lists, tensors and the like, not deep, and
+    holds no more bytes, though parts of it may be there more than once."""
+    waiting, nodes, held = [(data, 0)], 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        nodes += 1
+        if depth > DEEP or nodes > MANY_PARTS:
+            raise UserError("nested too deep, or within itself")
+        if isinstance(value, dict):
+            if not all(type(key) in (str, int) for key in value):
+                raise UserError("a name in it is neither text nor a whole number")
+            waiting += [(part, depth + 1) for part in value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, torch.Tensor):
+            held += value.numel() * value.element_size()
+            if held > 2 * size:  # (what is tied is there twice)
+                raise UserError("its tensors repeat numbers, for more than the file holds")
+        elif not isinstance(value, (str, bytes, int, float, bool, type(None))):
+            raise UserError(f"a {type(value).__name__} in it")
 
 
 def not_finite(checkpoint: dict) -> str | None:
@@ -51,8 +154,8 @@ def not_finite(checkpoint: dict) -> str | None:
     such hears nothing, and training it goes nowhere."""
     for part in ("state_dict", "current_model_state", "optimizer_states"):
         for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-                return f"{part}{keystr(names)}"
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.float().isfinite().all():
+                return shown(part + keystr(names), 200)
     return None
 
 
@@ -76,14 +179,5 @@ def read_model(folder: str) -> dict:
         config, tokenizer = (read_json(os.path.join(folder, name)) for name in (CONFIG, TOKENIZER))
         weights = safetensors.torch.load_file(os.path.join(folder, WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged ({error}); get it again") from error
+        raise UserError(f"{folder}: damaged ({shown(str(error), 200)}); get it again") from error
     return {"state_dict": weights, "tokenizer": tokenizer, **{part: config[part] for part in CONFIG_PARTS if part in config}}
-
-
-def read_json(path: str) -> dict:
-    """Raises OSError, or ValueError for what is no JSON object."""
-    with open(path, encoding="utf-8") as file:
-        data = json.load(file)
-    if not isinstance(data, dict):
-        raise ValueError(f"{os.path.basename(path)} holds no JSON object")
-    return data

@@ -18,7 +18,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 import decode
 import hub
 import stream
-from cli import UserError, option, options_class
+from cli import UserError, option, options_class, shown
 from files import json_text
 from conformer import ModelOptions, U2Conformer, draw_chunk, for_few_rows, subsampled_length
 from tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from transforms import Frontend
 VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
     f"net.{decoder}.{layer}" for decoder in ("decoder", "right_decoder")
     for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")}
+FEWEST_OF_A_BLOCK = 14  # weights, of a transformer's: two norms, three linear layers of attention, two behind them
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
@@ -109,6 +110,26 @@ def blame(features, row_losses):
     return torch.where(sound.all(), row_losses, torch.where(sound, 0.0, torch.nan))
 
 
+def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) -> U2Conformer:
+    return U2Conformer(options, frontend.num_mel_bins, tokenizer.vocab_size, tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id)
+
+
+def skeleton(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer, weights: int) -> U2Conformer:
+    """The network with the shapes of its weights, but without memory for them, to compare a file of so many `weights` with.
+
+    Raises UserError where the options make no network, or one of more blocks than the file can hold the weights of.
+    """
+    try:
+        right = options.r_num_blocks if options.reverse_weight > 0 or options.keep_right_decoder else 0
+        blocks = options.num_blocks + options.decoder_num_blocks + right
+        if FEWEST_OF_A_BLOCK * blocks > weights:
+            raise UserError(f"its options ask for {shown(blocks, 20)} blocks, which {weights} weights do not make")
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            return make_net(options, frontend, tokenizer)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"no network can be made of its options ({shown(str(error), 100)})") from error
+
+
 class U2(L.LightningModule):
     """U2/U2++ with its training. `total_steps` (optimizer steps of the run) is what OneCycleLR needs; `skip_log` and
     `step_log` are the paths of skipped.jsonl and steps.jsonl, None for no log. Feature lengths are in frames; chunk sizes
@@ -119,8 +140,7 @@ class U2(L.LightningModule):
         super().__init__()
         self.options, self.optim, self.frontend, self.tokenizer = options, optim, frontend, tokenizer
         self.total_steps, self.seed, self.skip_log = total_steps, seed, skip_log
-        self.net = U2Conformer(options, frontend.num_mel_bins, tokenizer.vocab_size,
-                               tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id)
+        self.net = make_net(options, frontend, tokenizer)
         self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
         for suffix in VALIDATION_CHUNKS:
             self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = CharErrorRate(), WordErrorRate()
@@ -441,23 +461,44 @@ class U2(L.LightningModule):
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
     """(model in evaluation mode, tokenizer, frontend) of what read_checkpoint reads. Raises UserError for what is not ours."""
     checkpoint = read_checkpoint(path)
-    try:
-        tokenizer, frontend = Tokenizer.from_dict(checkpoint["tokenizer"]), Frontend(**checkpoint["frontend"])
-        model = U2(options=ModelOptions(**checkpoint["model_options"]), optim=OptimOptions(**checkpoint["optim_options"]),
-                   frontend=frontend, tokenizer=tokenizer)
-        model.load_state_dict(checkpoint["state_dict"])
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 ({error})"[:300]) from error
+    options, optim, frontend, tokenizer = make_parts(checkpoint)
+    model = U2(options=options, optim=optim, frontend=frontend, tokenizer=tokenizer)
+    model.load_state_dict(checkpoint["state_dict"])
     return for_few_rows(model.to(device).eval()), tokenizer, frontend
+
+
+def make_parts(checkpoint: dict) -> tuple[ModelOptions, OptimOptions, Frontend, Tokenizer]:
+    """What a checkpoint says in plain data. Raises UserError, TypeError and the like where it says something else."""
+    return (ModelOptions(**checkpoint["model_options"]), OptimOptions(**checkpoint["optim_options"]),
+            Frontend(**checkpoint["frontend"]), Tokenizer.from_dict(checkpoint["tokenizer"]))
+
+
+def check_model(checkpoint: dict) -> None:
+    """UserError unless the options, the tokenizer and the weights of a checkpoint are such and fit each other. It takes no
+    memory for the network that the options describe."""
+    options, _, frontend, tokenizer = make_parts(checkpoint)
+    weights = checkpoint["state_dict"]
+    if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
+        raise UserError("state_dict holds no weights by name")
+    net = skeleton(options, frontend, tokenizer, len(weights))
+    expected = {f"net.{name}": value for name, value in net.state_dict().items()}
+    if differ := expected.keys() ^ weights.keys():
+        raise UserError(f"{shown(min(differ), 100)} is {'missing' if min(differ) in expected else 'left over'}")
+    for name, value in expected.items():
+        given = weights[name]
+        if given.shape != value.shape or given.is_floating_point() != value.is_floating_point():
+            raise UserError(f"{name} has shape {shown(tuple(given.shape), 100)} of {given.dtype}, not {tuple(value.shape)} of "
+                            f"{value.dtype}")
 
 
 def read_checkpoint(path: str) -> dict:
     """The checkpoint's dict, tensors on the CPU, of a .ckpt, a folder for the hub or a hub repository org/name, which have no
-    state of training. Raises UserError where it is missing, unreadable or not ours."""
+    state of training. Raises UserError where it is missing, unreadable or not ours; what it returns has passed check_model."""
     place = hub.locate(path)
     if os.path.isdir(place):
         checkpoint = hub.read_model(place)
-    elif not os.path.isfile(place):
+    elif not os.path.exists(place):
         raise UserError(f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt")
     else:
         try:
@@ -468,6 +509,11 @@ def read_checkpoint(path: str) -> dict:
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
+    try:
+        check_model(checkpoint)
+    except (UserError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 "
+                        f"({shown(str(error), 200)})") from error
     if name := hub.not_finite(checkpoint):
         raise UserError(f"{path}: damaged by training: {name} is not finite; use a checkpoint from before")
     return checkpoint

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import errno
 import io
-import json
 import math
 import os
 import signal
@@ -24,6 +23,7 @@ import numpy as np
 import pytorch_lightning as L
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.strategies import FSDPStrategy
@@ -32,7 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import hub
 from cli import UserError, out_of_memory, send_nowhere, shown
-from files import write_whole
+from files import SMALL, parse_json, write_whole
 
 SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
 
@@ -41,11 +41,11 @@ def cut_log(path: str, step: int) -> None:
     """Keeps the lines of updates before `step`, as far as they are whole."""
     with open(path, "rb+") as file:
         end = 0
-        for line in file:
+        for line in iter(lambda: file.readline(SMALL), b""):
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                if not line.endswith(b"\n") or parse_json(line.decode())["step"] >= step:
                     break
-            except ValueError:  # a machine that lost its power may leave anything
+            except (ValueError, LookupError, TypeError):  # a machine that lost its power may leave anything
                 break
             end += len(line)
         file.truncate(end)
@@ -168,6 +168,7 @@ class LastCheckpoint(Checkpoint):
         checkpoint["run_options"] = self.options
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
+        check_restored(trainer, module, checkpoint)
         settle(checkpoint["loops"]["fit_loop"])
 
 
@@ -208,11 +209,12 @@ def best_score(path: str) -> float:
         checkpoint = hub.read_weights_only(path, mmap=True)
         if hub.not_finite(checkpoint):
             return math.inf
-        if "best_score" in checkpoint:
-            return float(checkpoint["best_score"])
-        states = checkpoint["callbacks"].values()  # of a version that left the score to Lightning
-        return next(float(state["best_model_score"]) for state in states if "best_model_score" in state)
-    except (UserError, LookupError, TypeError, AttributeError, StopIteration):
+        if "best_score" not in checkpoint:
+            states = checkpoint["callbacks"].values()  # of a version that left the score to Lightning
+            checkpoint["best_score"] = next(state["best_model_score"] for state in states if "best_model_score" in state)
+        score = float(checkpoint["best_score"])
+        return math.inf if math.isnan(score) else score
+    except (UserError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, StopIteration):
         return math.inf
 
 
@@ -225,6 +227,10 @@ class Average(WeightAveraging):
     def on_train_batch_end(self, trainer, module, *arguments):
         if not module.update_skipped:
             super().on_train_batch_end(trainer, module, *arguments)
+
+    def on_load_checkpoint(self, trainer, module, checkpoint):
+        with refusing(trainer.ckpt_path, "current_model_state, averaging_state"):
+            super().on_load_checkpoint(trainer, module, checkpoint)
 
     def on_train_end(self, trainer, module):
         """Leaves the weights where they are: a validation may follow, whose best.ckpt is to go on from them as last.ckpt does."""
@@ -242,11 +248,74 @@ class Place(NamedTuple):
 
 
 def find_place(path: str, checkpoint: dict) -> Place:
-    loop = checkpoint["loops"]["fit_loop"]
-    epoch = loop["epoch_progress"]["current"]["ready"] - 1
-    over = epoch_is_over(loop)
-    batches = 0 if over else loop["epoch_loop.batch_progress"]["current"]["ready"]
-    return Place(path, epoch, epoch + over, batches, checkpoint["global_step"], checkpoint.get("plan"))
+    """Raises UserError where the checkpoint does not say it."""
+    with refusing(path, "loops"):
+        loop = checkpoint["loops"]["fit_loop"]
+        epoch = loop["epoch_progress"]["current"]["ready"] - 1
+        over = epoch_is_over(loop)
+        batches = 0 if over else loop["epoch_loop.batch_progress"]["current"]["ready"]
+        if not all(fits(number, 0) for number in (epoch, batches, checkpoint["global_step"])):
+            raise TypeError
+        return Place(path, epoch, epoch + over, batches, checkpoint["global_step"], checkpoint.get("plan"))
+
+
+def fits(given, like) -> bool:
+    """Whether a part of a checkpoint has the names and types of `like`; numbers are not negative, and none is immense."""
+    if isinstance(like, dict):
+        return isinstance(given, dict) and all(name in given and fits(given[name], part) for name, part in like.items())
+    typed = type(given) in ((int, float) if isinstance(like, float) else (type(like),))
+    return typed and (not isinstance(like, (int, float)) or 0 <= given < 2**53)
+
+
+def damaged(path: str, part: str) -> UserError:
+    return UserError(f"{path}: its state of training is damaged ({part}); --init_from starts a new run from its weights")
+
+
+@contextlib.contextmanager
+def refusing(path: str, part: str):
+    """What goes wrong within it is the fault of that part of the checkpoint."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise damaged(path, part) from error
+
+
+def check_state(path: str, checkpoint: dict) -> None:
+    """UserError unless what a resumed run reads of a checkpoint, whose weights have been checked, before its training begins is
+    what a run has saved; check_restored looks at the rest."""
+    parts = {"loops": {"fit_loop": {}}, "callbacks": {}, "pytorch-lightning_version": "", "lr_schedulers": [], "optimizer_states": []}
+    newer = {"skips": {"in_a_row": 0, "in_all": 0}, "plan": {"processes": 0}, "run_options": {}}  # older checkpoints have none
+    for part, like in (parts | {part: like for part, like in newer.items() if part in checkpoint}).items():
+        if not fits(checkpoint.get(part), like):
+            raise damaged(path, part)
+    with refusing(path, "pytorch-lightning_version"):
+        Version(checkpoint["pytorch-lightning_version"])
+    with refusing(path, "lr_schedulers"):
+        [scheduler] = checkpoint["lr_schedulers"]
+        if not fits({"total_steps": 0, **scheduler}, {"last_epoch": 0, "total_steps": 0}):
+            raise TypeError
+
+
+def check_restored(trainer, module, checkpoint: dict) -> None:
+    """UserError where what Lightning's loops, a callback or the optimizer would go on from is not of the kind that they save."""
+    path, states, plugin = trainer.ckpt_path, checkpoint["callbacks"], trainer.precision_plugin
+    parts = [("loops", checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict())]
+    parts += [(key, states[key], callback.state_dict()) for callback in trainer.callbacks if (key := callback.state_key) in states]
+    if (name := type(plugin).__qualname__) in checkpoint:
+        parts.append((name, checkpoint[name], plugin.state_dict()))
+    for name, given, like in parts:
+        if not fits(given, like):
+            raise damaged(path, name)
+    if isinstance(trainer.strategy, FSDPStrategy):
+        return  # which names what others number
+    shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
+    with refusing(path, "optimizer_states"):
+        [optimizer] = checkpoint["optimizer_states"]
+        for number, state in optimizer["state"].items():
+            if state["step"].numel() != 1 or not state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[number]:
+                raise TypeError
+        if [group["params"] for group in optimizer["param_groups"]] != [list(shapes)]:
+            raise TypeError
 
 
 def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
@@ -267,13 +336,13 @@ def check_plan(place: Place, plan: dict, data) -> None:
     Within an epoch it can where the rest of the epoch stays the same: with the same plan, or with other processes and batches
     that make the same batches of all processes together. Raises UserError else. At an epoch's end any plan will do.
     """
-    differ = {name: (value, plan[name]) for name, value in (place.plan or plan).items() if value != plan[name]}
+    differ = {name: (value, plan.get(name)) for name, value in (place.plan or plan).items() if value != plan.get(name)}
     if dev := differ.pop("dev", None):
-        rank_zero_info(f"note: {place.path} was validated on {dev[0]} of dev, which is now {dev[1]}: the best before and from here "
+        rank_zero_info(f"note: {place.path} was validated on {shown(dev[0], 50)} of dev, which is now {dev[1]}: the best before and from here "
                        "on are not comparable")
     if not differ or place.batches and same_steps(place, plan, data, set(differ)):
         return
-    said = "; ".join(f"{name} {before}, not {now}" for name, (before, now) in differ.items())
+    said = shown("; ".join(f"{shown(name, 50)} {shown(str(before), 50)}, not {now}" for name, (before, now) in differ.items()), 500)
     if place.batches:
         raise UserError(f"{place.path} was saved within an epoch that is planned with {said}; give the same, or the same rows "
                         "per update by --batch_size times all --devices, or resume from a checkpoint at an epoch's end")

@@ -23,12 +23,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import soundfile
-import yaml
 
 import demo
 import tokenizer as tk
 from cli import UserError, option, options_class, shown
 from audio import EXTENSIONS
+from files import parse_yaml, read_text
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
@@ -375,11 +375,11 @@ def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
 def readme_tables(folder: Folder) -> list[Table]:
     """The parquet files of a hub copy that its README gives to splits; [] where it does not."""
     try:
-        with open(os.path.join(folder.path, "README.md"), encoding="utf-8") as file:
-            card = yaml.safe_load(re.match(r"---\n(.*?\n)---", file.read(), re.DOTALL)[1])
+        text = read_text(os.path.join(folder.path, "README.md"), 2**20)
+        card = parse_yaml(re.match(r"---\n(.*?\n)---", text, re.DOTALL)[1])
         said = [(str(config["config_name"]), *part) for config in card["configs"]
                 for part in data_files(config)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []  # no README, or one that says nothing of files
     tables, files, absent = [], set(folder.files), []
     for config, split, pattern in said:

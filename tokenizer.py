@@ -18,8 +18,8 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
 import hub
-from cli import UserError
-from files import write_whole
+from cli import UserError, shown
+from files import parse_json, read_json, read_text, write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
 UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
@@ -28,6 +28,9 @@ BPE_SPACE = "\u2581"
 # and fillers.
 NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
                      "\U000e0000-\U000e0fff]")
+# What no transcript holds and no line of a file: controls, ends of lines, and halves of characters.
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+LONGEST_TOKEN, LARGEST_VOCABULARY = 256, 2**21  # characters, of one token and of all
 HAN = re.compile("([\u4e00-\u9fff])")  # the Chinese characters that WeNet never hands to sentencepiece
 # What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what such a token
 # is called in a vocab.json, in the order in which transformers appends those that are missing.
@@ -53,6 +56,11 @@ def quoted(piece: str) -> str:
     return f"'{piece}'" if seen else " ".join(f"U+{ord(c):04X}" for c in piece)
 
 
+def brief(value) -> str:
+    """A value of a file for a message: its beginning, as in Python."""
+    return shown(repr(value) if isinstance(value, str) else value, 100)
+
+
 def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
     """For a message: what a tokenizer did not know, how often each occurs, and where."""
     told = [f"{quoted(piece)} x {count}"
@@ -60,6 +68,26 @@ def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -
             for piece, count in unknown.most_common(10)]
     rest = len(unknown) - len(told)
     return ", ".join(told) + (f" and {rest} others" if rest else "")
+
+
+def check_parts(tokens, ids, space, merges, sentencepiece, wav2vec2) -> None:
+    """UserError where a part of a Tokenizer is not what its docstring says."""
+    added = wav2vec2["added"] if wav2vec2 else []
+    texts = [*tokens, space, *added, *(part for pair in merges or () for part in pair)]
+    if isinstance(tokens, str) or isinstance(added, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError("a token is no text")
+    if any(len(text) > LONGEST_TOKEN for text in texts) or sum(map(len, texts)) > LARGEST_VOCABULARY:
+        raise UserError(f"a token is longer than {LONGEST_TOKEN} characters, or all are longer than {LARGEST_VOCABULARY}")
+    if strange := next(filter(None, map(CONTROLS.search, texts)), None):
+        raise UserError(f"a token holds the control character {quoted(strange[0])}; take it out")
+    if not all(type(i) is int and 0 <= i < len(tokens) for i in ids):
+        raise UserError(f"its special ids {shown(ids, 100)} are not all of its {len(tokens)} tokens")
+    if any(len(pair) != 2 for pair in merges or ()):
+        raise UserError("a merge is not of two tokens")
+    if sentencepiece and not (isinstance(sentencepiece["model"], str) and type(sentencepiece["han"]) is bool):
+        raise UserError("its sentencepiece model is none")
+    if wav2vec2 and type(wav2vec2["do_lower_case"]) is not bool:
+        raise UserError("do_lower_case is neither true nor false")
 
 
 class Tokenizer:
@@ -71,10 +99,12 @@ class Tokenizer:
     case and without its Chinese characters, each of which is a token}; None for all others.
     wav2vec2: of transformers' vocabularies, {"do_lower_case": whether the tokens are in upper case and
     texts in lower case, "added": the tokens that were added to the vocabulary}; None for all others.
+    Raises UserError for other types, ids beyond the vocabulary, and tokens that are very long or hold control characters.
     """
 
     def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None,
                  sentencepiece=None, wav2vec2=None):
+        check_parts(tokens, (blank_id, unk_id, sos_id, eos_id), space, merges, sentencepiece, wav2vec2)
         self.tokens = list(tokens)
         self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
         self.space, self.merges, self.sentencepiece = space, merges, sentencepiece
@@ -209,7 +239,7 @@ class Tokenizer:
         try:
             return cls(**data)
         except Exception as error:  # tokenizers raises bare Exceptions for bad merges
-            raise UserError(f"not a tokenizer of ours: {error}; make one with prepare.py") from None
+            raise UserError(f"not a tokenizer of ours: {shown(str(error), 200)}; make one with prepare.py") from None
 
 
 def split_off(text: str, tokens: set[str]) -> list[str]:
@@ -252,7 +282,7 @@ def train_char(texts) -> Tokenizer:
     """A tokenizer of the characters that occur in `texts`, in code point order. Raises UserError if there are none."""
     characters = set()
     for text in texts:
-        characters.update(normalize_text(text))
+        characters.update(CONTROLS.sub("", normalize_text(text)))  # which are unknown to it
     if not characters:
         raise UserError("no text to train a tokenizer on: the transcripts of the train split are empty")
     return Tokenizer(tokens=SPECIALS + sorted(characters), blank_id=0, unk_id=1, sos_id=2, eos_id=3)
@@ -269,7 +299,7 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
     bpe = tokenizers.Tokenizer(BPE(unk_token=SPECIALS[1]))
     bpe.pre_tokenizer = Metaspace(BPE_SPACE)
     trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
-    bpe.train_from_iterator(map(normalize_text, texts), trainer)
+    bpe.train_from_iterator((CONTROLS.sub("", normalize_text(text)) for text in texts), trainer)
     model = json.loads(bpe.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     return Tokenizer(tokens=tokens, blank_id=0, unk_id=1, sos_id=2, eos_id=3, space=BPE_SPACE,
@@ -282,15 +312,15 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
     added: {token: id} of what was added to the vocabulary. config: what tokenizer_config.json says.
     """
     if vocabulary and all(isinstance(i, dict) for i in vocabulary.values()):
-        languages = ", ".join(list(vocabulary)[:5])
+        languages = shown(", ".join(list(vocabulary)[:5]), 100)
         raise UserError(f"it holds the vocabularies of several languages ({languages}, ...); give its "
                         "folder, with a target_lang in its tokenizer_config.json")
     tokens = {}
     for token, i in [*vocabulary.items(), *added.items()]:
         if vocabulary.get(token, i) != i:
-            raise UserError(f"the token {token!r} has two ids, {vocabulary[token]} and {i}")
+            raise UserError(f"the token {brief(token)} has two ids, {brief(vocabulary[token])} and {brief(i)}")
         if tokens.setdefault(i, token) != token:
-            raise UserError(f"the tokens {tokens[i]!r} and {token!r} have the same id {i}")
+            raise UserError(f"the tokens {brief(tokens[i])} and {brief(token)} have the same id {brief(i)}")
     if not all(isinstance(i, int) for i in tokens) or sorted(tokens) != list(range(len(tokens))):
         raise UserError("not a vocab.json: it must map tokens to the ids 0, 1, 2, ... without gaps")
     tokens, special = [tokens[i] for i in range(len(tokens))], {}
@@ -299,7 +329,7 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
         names = [config[option]] if config.get(option) else names
         found = [tokens.index(name) for name in names if name in tokens]
         if not found and role == "blank":
-            raise UserError(f"the vocabulary has no pad token ({', '.join(names)}), which CTC needs as its blank")
+            raise UserError(f"the vocabulary has no pad token ({shown(', '.join(names), 100)}), which CTC needs as its blank")
         special[f"{role}_id"] = found[0] if found else len(tokens)
         if not found:
             tokens.append(names[0])
@@ -316,7 +346,7 @@ def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tok
     """
     for option, supported in WAV2VEC2_OPTIONS.items():
         if config.get(option) not in supported:
-            raise UserError(f"tokenizer_config.json: {option} {config[option]!r} is not supported, only "
+            raise UserError(f"tokenizer_config.json: {option} {brief(config[option])} is not supported, only "
                             f"{supported[1]!r}")
     chosen = {"do_lower_case": config.get("do_lower_case")}
     for option in (*(option for option, *_ in VOCAB_NAMES.values()), "word_delimiter_token"):
@@ -324,24 +354,24 @@ def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tok
         told = {token["content"] if isinstance(token, dict) else token for token in told}
         if len(told) > 1:
             raise UserError("special_tokens_map.json and tokenizer_config.json differ on "
-                            f"{option}: {' or '.join(sorted(told))}")
+                            f"{option}: {shown(' or '.join(sorted(told)), 100)}")
         chosen[option] = next(iter(told), None)
     if len(chosen["word_delimiter_token"] or " ") > 1:
-        raise UserError(f"word_delimiter_token {chosen['word_delimiter_token']!r} is not supported, only "
+        raise UserError(f"word_delimiter_token {brief(chosen['word_delimiter_token'])} is not supported, only "
                         "a single character")
     if language := config.get("target_lang"):
         if not isinstance(vocabulary.get(language), dict):
-            raise UserError(f"target_lang {language!r} is none of vocab.json's languages")
+            raise UserError(f"target_lang {brief(language)} is none of vocab.json's languages")
         vocabulary = vocabulary[language]
     for i, token in config.get("added_tokens_decoder", {}).items():
         content = token["content"]
         if added.setdefault(content, int(i)) != int(i):
             raise UserError("added_tokens.json and tokenizer_config.json differ on the id of "
-                            f"{content!r}: {added[content]} or {i}")
+                            f"{brief(content)}: {brief(added[content])} or {shown(i, 20)}")
         whole = content in vocabulary and len(content) > 1  # which takes the spaces beside it anyway
         for flag in ("single_word", *(() if whole else ("lstrip", "rstrip"))):
             if token.get(flag):
-                raise UserError(f"{flag} of the added token {content!r} is not supported")
+                raise UserError(f"{flag} of the added token {brief(content)} is not supported")
     return from_vocab(vocabulary, added, chosen)
 
 
@@ -359,12 +389,11 @@ def load_tokenizer(path: str) -> Tokenizer:
             if not os.path.exists(os.path.join(path, WAV2VEC2_FILES[0])):
                 raise UserError(f"neither {hub.TOKENIZER} nor {WAV2VEC2_FILES[0]} is in it")
             names = [os.path.join(path, name) for name in WAV2VEC2_FILES]
-            data = [hub.read_json(name) if os.path.exists(name) else {} for name in names]
+            data = [read_json(name) if os.path.exists(name) else {} for name in names]
         elif path.endswith(".ckpt"):
             data = hub.read_weights_only(path, mmap=True)["tokenizer"]
         else:
-            with open(path, encoding="utf-8-sig") as file:
-                data = json.load(file)
+            data = parse_json(read_text(path))
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
         raise UserError(f"cannot read a tokenizer from {path}: {reason or unreadable}; give the path of one of these") from None
@@ -376,7 +405,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(unreadable)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # of JSON of another shape
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # of JSON of another shape
         raise UserError(f"{path}: not what Wav2Vec2CTCTokenizer.save_pretrained writes; save it anew") from None
 
 

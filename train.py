@@ -7,7 +7,6 @@ rows of every update), skipped.jsonl (updates that the guard skipped) and Tensor
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -21,12 +20,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run, shown
-from files import alone, json_text, write_whole
+from files import alone, json_text, read_json, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
-from recovery import (Average, BestCheckpoint, LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, cut_log,
-                      find_place, make_plan, one_line_endings)
+from recovery import (Average, BestCheckpoint, LastCheckpoint, MemoryCheck, Place, WholeFiles, check_plan, check_state,
+                      cut_log, find_place, make_plan, one_line_endings)
 from sampler import check_share
 from tokenizer import check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
@@ -123,6 +122,9 @@ def main(argv):
     trainer = make_trainer(options, start, {name: value for name, value in everything.items() if name not in OF_THE_MACHINE})
     check_processes(trainer, data)
     check_plan(place, make_plan(data, trainer.world_size, options.accumulate_grad_batches), data)
+    if place.batches > data.train_batches(trainer.world_size):
+        raise UserError(f"{resume}: it was saved behind {place.batches} batches of an epoch, which has not as many; resume on the "
+                        "data that it was made with")
     model = U2(options=model_options, optim=optim, frontend=frontend, tokenizer=tokenizer, seed=options.seed,
                total_steps=count_steps(options, data, trainer.world_size, place),
                skip_log=os.path.join(folder, "skipped.jsonl"), step_log=os.path.join(folder, "steps.jsonl"))
@@ -278,6 +280,7 @@ def read_resumable(path: str) -> dict:
     checkpoint = read_checkpoint(path)
     if "loops" not in checkpoint:
         raise UserError(f"{path} has no state of training to go on from; --init_from starts a new run from its weights")
+    check_state(path, checkpoint)
     return checkpoint
 
 
@@ -377,10 +380,10 @@ class Start(L.Callback):
 def read_metrics(folder: str) -> dict:
     """Those of run.json, which stay until there are others."""
     try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
-            return json.load(file)["metrics"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+        metrics = read_json(os.path.join(folder, "run.json")).get("metrics")
+    except (OSError, ValueError):
+        metrics = None
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def files_of(path: str) -> list[str]:

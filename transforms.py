@@ -7,7 +7,6 @@ Axes: N samples, T frames, F mel bins.
 """
 
 import dataclasses
-import json
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import torchaudio
 import torchaudio.compliance.kaldi as kaldi
 
 from cli import UserError, option, options_class
+from files import parse_json, read_text
 
 RATES = (4000, 384_000)  # samples per second of recordings; the filter of others may take gigabytes
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
@@ -304,24 +304,25 @@ def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     Both hold sums over frames. Raises UserError for anything else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        if text.lstrip().startswith("{"):
-            sums = json.loads(text)
-            total, squares, count = np.array(sums["mean_stat"]), np.array(sums["var_stat"]), sums["frame_num"]
-        else:  # [ sums .. count newline sums of squares .. 0 ]
-            total, squares = np.array(text.replace("[", " ").replace("]", " ").split(), np.float64).reshape(2, -1)
-            total, squares, count = total[:-1], squares[:-1], total[-1]
-        if not count > 0:
-            raise ValueError("it counts no frames")
-        mean = total / count
-        istd = 1 / np.sqrt(np.maximum(squares / count - mean**2, 1e-20))
-        if mean.ndim != 1 or mean.shape != istd.shape or not np.isfinite([mean, istd]).all():
-            raise ValueError("the sums are not those of features")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no global CMVN, in JSON or Kaldi's text ({error})"
-        raise UserError(f"{path}: {reason}; name a global_cmvn file, or leave it out") from None
-    return torch.from_numpy(mean).float(), torch.from_numpy(istd).float()
+        text = read_text(path)
+        with np.errstate(all="ignore"):
+            if text.lstrip().startswith("{"):
+                sums = parse_json(text)
+                total, squares, count = np.array(sums["mean_stat"]), np.array(sums["var_stat"]), sums["frame_num"]
+            else:  # [ sums .. count newline sums of squares .. 0 ]
+                total, squares = np.array(text.replace("[", " ").replace("]", " ").split(), np.float64).reshape(2, -1)
+                total, squares, count = total[:-1], squares[:-1], total[-1]
+            mean = total / count
+            istd = 1 / np.sqrt(np.maximum(squares / count - mean**2, 1e-20))
+            mean, istd = mean.astype(np.float32), istd.astype(np.float32)
+        if not (count > 0 and mean.ndim == 1 and mean.shape == istd.shape and np.isfinite([mean, istd]).all()):
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a global_cmvn file, or leave it out") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError):  # which quote what is there, be it another's secret
+        raise UserError(f"{path}: no global CMVN, sums over at least one frame in JSON or Kaldi's text; name a global_cmvn file, or "
+                        "leave it out") from None
+    return torch.from_numpy(mean), torch.from_numpy(istd)
 
 
 # Features -> features

@@ -21,10 +21,10 @@ import yaml
 
 import hub
 from cli import UserError, make_parser, run, shown
-from files import write_whole
+from files import parse_yaml, read_small, read_text, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
-from model import U2, OptimOptions, load_checkpoint
-from tokenizer import BPE_SPACE, Tokenizer, unit_lines
+from model import U2, OptimOptions, load_checkpoint, skeleton
+from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
 from transforms import Frontend, read_cmvn
 
 # WeNet's options and defaults, section by section. First those that are options of ours:
@@ -100,10 +100,12 @@ def from_wenet(weights: dict, net: U2Conformer) -> dict[str, torch.Tensor]:
     for names, verdict in ((expected.keys() - given.keys(), "is missing"),
                            (given.keys() - expected.keys(), "belongs to nothing that train.yaml describes")):
         if names:
-            raise UserError(f"final.pt: {min(names)} {verdict}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
+            raise UserError(f"final.pt: {shown(min(names), 100)} {verdict}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
     for name, value in expected.items():
         if given[name].shape != value.shape:
             raise UserError(f"final.pt: {name} has shape {tuple(given[name].shape)}, not train.yaml's {tuple(value.shape)}")
+        if given[name].is_floating_point() != value.is_floating_point():
+            raise UserError(f"final.pt: {name} is of {given[name].dtype}, not {value.dtype}")
     ours = {}
     for name, value in net.state_dict().items():
         parts = [given[part] for part in wenet_names(name, net)]
@@ -134,7 +136,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
         raise UserError("final.pt: holds no weights by name")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"final.pt: {name} is no tensor")
+            raise UserError(f"final.pt: {shown(name, 100)} is no tensor")
     if name := hub.not_finite({"state_dict": weights}):
         raise UserError(f"final.pt: {name} is not finite; use a model from before")
     return weights
@@ -146,12 +148,11 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 
 def read_config(path: str) -> dict:
     try:
-        with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
+        config = parse_yaml(read_text(path, 2**18))  # a second's work for YAML's parser; WeNet's have 2 kB
     except OSError as error:
         raise UserError(f"train.yaml: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"train.yaml: no YAML, or damaged ({error})"[:200]) from None
+    except ValueError as error:
+        raise UserError(f"train.yaml: no YAML, or damaged ({error})") from None
     if not isinstance(config, dict):
         raise UserError("train.yaml: holds no options by name")
     return config
@@ -167,7 +168,7 @@ def section(config: dict, name: str) -> dict:
 def choose(config: dict, name: str, default: str, choices) -> str:
     value = config.get(name, default)
     if value not in tuple(choices):
-        raise UserError(f"train.yaml: {name} {value!r} is not supported, only {' and '.join(choices)}")
+        raise UserError(f"train.yaml: {name} {brief(value)} is not supported, only {' and '.join(choices)}")
     return value
 
 
@@ -180,20 +181,20 @@ def take(config: dict, name: str, defaults: dict, fixed: dict, free=()) -> dict:
         elif key in free:
             continue
         elif key in fixed and (value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool)):
-            raise UserError(f"train.yaml: {name}: {key} {value!r} is not supported, only {fixed[key]!r}")
+            raise UserError(f"train.yaml: {name}: {key} {brief(value)} is not supported, only {fixed[key]!r}")
         elif key not in fixed:
-            raise UserError(f"train.yaml: {name}: {key} is not supported")
+            raise UserError(f"train.yaml: {name}: {shown(key, 100)} is not supported")
     return {key: given.get(key, default) for key, default in defaults.items()}
 
 
 def check_value(where: str, value, default, choices) -> None:
     kind = type(default)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise UserError(f"{where} is {value!r}; it must be {kind.__name__}")
+        raise UserError(f"{where} is {brief(value)}; it must be {kind.__name__}")
     if choices and value not in choices:
-        raise UserError(f"{where} {value!r} is not supported, only {' and '.join(choices)}")
+        raise UserError(f"{where} {brief(value)} is not supported, only {' and '.join(choices)}")
     if kind is float and not 0 <= value <= 1 or kind is int and value < min(default, 1):
-        raise UserError(f"{where} is {value!r}, out of range")
+        raise UserError(f"{where} is {brief(value)}, out of range")
 
 
 def read_options(config: dict, weights: dict) -> ModelOptions:
@@ -245,14 +246,13 @@ def find(folder: str, named, *usual: str) -> str:
     for name in names:
         if os.path.isfile(path := os.path.join(folder, name)):
             return path
-    raise UserError(f"no {names[0]} in it" + (f", which train.yaml names as {named}" if named else ""))
+    raise UserError(f"no {shown(names[0], 100)} in it" + (f", which train.yaml names as {shown(str(named), 100)}" if named else ""))
 
 
 def read_units(path: str) -> list[str]:
     """The tokens of a units.txt, lines of `token id`, in the order of their ids."""
     try:
-        with open(path, encoding="utf-8") as file:
-            pairs = [line.split() for line in file.read().split("\n") if line.strip()]
+        pairs = [line.split() for line in read_text(path).split("\n") if line.strip()]
         ids = {token: int(i) for token, i in pairs}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "each line must hold a token and its id"
@@ -272,10 +272,9 @@ def read_sentencepiece(config: dict, folder: str, tokens: list[str] | None) -> d
     if not named and len(usual) != 1:
         raise UserError("its tokens are pieces of a sentencepiece model; put that one model into it, as NAME.model")
     try:
-        with open(find(folder, named, *usual), "rb") as file:
-            model = file.read()
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
+        model = read_small(path := find(folder, named, *usual))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not model:
         raise UserError("the sentencepiece model is an empty file")
     return {"model": base64.b64encode(model).decode(), "han": kind != "sentencepiece"}
@@ -287,7 +286,7 @@ def check_tokenizer_conf(config: dict) -> None:
         choose(config, "tokenizer", "char", ["char", "bpe", "sentencepiece"])
     for name in ("non_lang_syms_path", "connect_symbol", *(["split_with_space"] if kind != "bpe" else [])):
         if conf.get(name):
-            raise UserError(f"train.yaml: tokenizer_conf: {name} {conf[name]!r} is not supported; where no transcript needs "
+            raise UserError(f"train.yaml: tokenizer_conf: {name} {brief(conf[name])} is not supported; where no transcript needs "
                             "it, remove it")
 
 
@@ -299,7 +298,7 @@ def read_tokenizer(config: dict, folder: str) -> Tokenizer:
     try:
         tokens = tokens or pieces_of(model)
         if config.get("output_dim", len(tokens)) != len(tokens):
-            raise UserError(f"train.yaml: output_dim is {config['output_dim']}, but there are {len(tokens)} tokens")
+            raise UserError(f"train.yaml: output_dim is {brief(config['output_dim'])}, but there are {len(tokens)} tokens")
         space = "<space>" if "<space>" in tokens else BPE_SPACE
         return Tokenizer(tokens=tokens, space=space, sentencepiece=model, **special_ids(config, tokens))
     except (RuntimeError, OSError, ImportError) as error:
@@ -319,12 +318,12 @@ def special_ids(config: dict, tokens: list[str]) -> dict[str, int]:
     known = {token: i for i, token in enumerate(tokens)}
     blank = section(config, "ctc_conf").get("ctc_blank_id", known.get("<blank>", named.get("<blank>", 0)))
     if blank != known.get("<blank>", blank):
-        raise UserError(f"train.yaml: ctc_blank_id is {blank}, but <blank> is token {known['<blank>']}")
+        raise UserError(f"train.yaml: ctc_blank_id is {brief(blank)}, but <blank> is token {known['<blank>']}")
     ids = {"blank_id": blank, "unk_id": known.get("<unk>", named.get("<unk>", blank)),
            "sos_id": named.get("<sos>", len(tokens) - 1), "eos_id": named.get("<eos>", len(tokens) - 1)}
     for name, value in ids.items():
         if type(value) is not int or not 0 <= value < len(tokens):
-            raise UserError(f"train.yaml: {name} {value!r} is none of the {len(tokens)} tokens")
+            raise UserError(f"train.yaml: {name} {brief(value)} is none of the {len(tokens)} tokens")
     return ids
 
 
@@ -366,10 +365,8 @@ def load_wenet(exp_dir: str) -> tuple[U2, Tokenizer, Frontend]:
         config = read_config(os.path.join(exp_dir, "train.yaml"))
         weights = read_weights(os.path.join(exp_dir, "final.pt"))
         options, frontend, tokenizer = read_options(config, weights), read_frontend(config), read_tokenizer(config, exp_dir)
-        try:
-            model = U2(options=options, optim=OptimOptions(), frontend=frontend, tokenizer=tokenizer)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"train.yaml: no model can be made of it ({error})"[:200]) from error
+        from_wenet(weights, skeleton(options, frontend, tokenizer, len(weights)))  # before memory is taken for the model
+        model = U2(options=options, optim=OptimOptions(), frontend=frontend, tokenizer=tokenizer)
         load_cmvn(model, config, exp_dir, weights)
         model.net.load_state_dict(from_wenet(weights, model.net))
     except UserError as error:
