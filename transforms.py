@@ -22,6 +22,7 @@ from cli import UserError, option
 
 
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
+LOUDEST = 2.0**31  # samples: recordings may hold the steps of integers; the squares of larger ones overflow
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,16 @@ class Augment:
 
 
 # Lengths, known before any audio is read. They take Python ints and NumPy arrays alike.
+
+
+def check_samples(samples: np.ndarray) -> tuple[int, str]:
+    """How many of the samples (N,) or (N, channels) come before the first that no microphone gives, and what is wrong
+    with that one; (N, "") where all are sound."""
+    if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:  # which nan is not
+        return len(samples), ""
+    first = int((~(np.abs(samples) <= LOUDEST)).reshape(len(samples), -1).any(axis=1).argmax())
+    loudest = np.abs(samples[first]).max()
+    return first, f"samples as large as {loudest:.0e}; full scale is 1" if np.isfinite(loudest) else "samples are not finite"
 
 
 def num_frames(num_samples, frontend: Frontend):
