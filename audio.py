@@ -269,8 +269,8 @@ def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part,
     known, levels = levels is not None, levels or Levels(sound.channels)
     try:
         for block in blocks:
-            sound_ends, reason = check_samples(block)
-            block = block[:sound_ends]
+            good, reason = check_samples(block)
+            block = block[:good]
             if not known:
                 levels.add(block)
             count += len(block)

@@ -6,6 +6,8 @@ ROOT/rejected.csv the rows that could not be used, ROOT/prepare.json a sample ra
 all of it is written, or not at all.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import collections
 import contextlib
 import csv

@@ -5,6 +5,8 @@ fractions over the whole split, as torchmetrics counts them. rtf is the time for
 of the data excluded, over the duration of the audio.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import json
 import os
 import sys

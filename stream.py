@@ -127,14 +127,15 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
 
 def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
     """The pieces, each with False, then an empty one with True; an error is raised behind that, after what came before it."""
-    error = None
+    error, count = None, 0
     try:
         for piece in pieces:
             samples = as_samples(piece)
-            sound_ends, reason = check_samples(samples.numpy())
-            yield samples[:sound_ends], False
+            good, reason = check_samples(samples.numpy())
+            yield samples[:good], False
+            count += good
             if reason:
-                raise UserError(f"{reason}; mend the recording, or leave it out")
+                raise UserError(f"sample {count} of the stream: {reason}; mend the recording, or leave it out")
     except Exception as failure:
         error = failure
     yield torch.zeros(0), True
@@ -145,8 +146,8 @@ def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bo
 def as_samples(piece) -> torch.Tensor:
     """A piece of a waveform as (n,) float32 on the CPU. Raises UserError for what is none."""
     if not isinstance(piece, torch.Tensor) or piece.dim() != 1 or not piece.is_floating_point():
-        kind = f"{piece.dtype} {tuple(piece.shape)}" if hasattr(piece, "shape") else type(piece).__name__
-        raise UserError(f"a piece of the waveform is {kind}; give tensors (n,) of floats, full scale 1")
+        kind = type(piece).__name__ + (f" {piece.dtype} {tuple(piece.shape)}" if hasattr(piece, "shape") else "")
+        raise UserError(f"a piece of the stream is a {kind}; give tensors (n,) of floats, full scale 1")
     return piece.detach().float().cpu()
 
 

@@ -13,13 +13,18 @@ microphone or anything else that ffmpeg reads:
   ffmpeg -loglevel error -i INPUT -f wav - | python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import contextlib
 import functools
 import glob
 import os
+import select
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +47,7 @@ from stream import frame_ms, listen
 from transforms import extract
 from words import Transcript, Word, align_words, as_ctm, as_json, as_srt, as_vtt, frame_times, join, join_words
 
+LINGER = 1.0  # seconds after Ctrl-C for which standard input is heard: its writer, too, may have been told to end
 POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
 
 
@@ -263,7 +269,7 @@ def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording,
 @contextlib.contextmanager
 def ended_by_signals():
     """Within it the first signal that asks the command to end ends standard input instead, so that all that came is heard.
-    Gives a list that will hold its number. A second one ends the command."""
+    Gives a list that will hold the signal's number. A second one ends the command."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     signals = []
@@ -273,9 +279,10 @@ def ended_by_signals():
         restore()
         if number == signal.SIGHUP:
             leave_terminal()
-        nowhere = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nowhere, 0)  # a read that waits goes on there, too, and finds the end
-        os.close(nowhere)
+        rest, (out, into) = os.dup(0), os.pipe()
+        os.dup2(out, 0)  # a read that waits goes on there, too, and finds the end
+        os.close(out)
+        threading.Thread(target=pour, args=(rest, into), daemon=True).start()
 
     def restore():
         for number, handler in handlers.items():
@@ -287,6 +294,16 @@ def ended_by_signals():
         yield signals
     finally:
         restore()
+
+
+def pour(source: int, into: int) -> None:
+    """Copies what is in a pipe, and what comes within LINGER seconds, to another and closes that."""
+    ends = time.monotonic() + LINGER
+    while (left := ends - time.monotonic()) > 0 and select.select([source], [], [], left)[0]:
+        if not (content := os.read(source, 2**16)):
+            break
+        os.write(into, content)
+    os.close(into)
 
 
 def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:

@@ -104,7 +104,7 @@ class Augment:
 def check_samples(samples: np.ndarray) -> tuple[int, str]:
     """How many of the samples (N,) or (N, channels) come before the first that no microphone gives, and what is wrong
     with that one; (N, "") where all are sound."""
-    if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:  # which nan is not
+    if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:  # nan is not
         return len(samples), ""
     first = int((~(np.abs(samples) <= LOUDEST)).reshape(len(samples), -1).any(axis=1).argmax())
     loudest = np.abs(samples[first]).max()
