@@ -8,6 +8,8 @@ to give transcribe.py --delay so that the true text is neither late nor early on
 synthetic speech only estimates it.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 from collections.abc import Iterator
 from dataclasses import asdict
 from difflib import SequenceMatcher

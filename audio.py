@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import re
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,18 +24,17 @@ import torch
 import torchaudio
 
 from cli import UserError
-from containers import METADATA, UNKNOWN, Part, at, parts
-from transforms import RATES
+from containers import METADATA, UNKNOWN, Part, at, header, parts
+from transforms import RATES, check_samples
 
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {
     "aif", "aifc", "mp2", "oga", "opus", "sph"}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
 SECONDS = 60  # seconds to resample at a time: what that takes is several times as large
 QUIET = 0.2  # seconds over which loudness is measured to find a pause
-LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of larger ones overflow
 CANCELLED = 0.01  # of the loudest channel's power: a mean with less is of channels that cancel out
-WIDTHS = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1,
-          "ALAW": 1}  # bytes
+WIDTHS = {"PCM_U8": 1, "PCM_S8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8,
+          "ULAW": 1, "ALAW": 1}  # bytes
 # Of libsndfile's log
 NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)
 ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's too
@@ -61,9 +61,9 @@ def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
     """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at
     `sample_rate`.
 
-    Any format that soundfile decodes; on a pipe wav, whose header need not know the length, and
-    others that need no seeking (flac and mp3 do). raw: no header, 16-bit little-endian mono at
-    `sample_rate`. damaged: told why, where a file that has begun cannot be read on or ends too
+    Any format that soundfile decodes; on a pipe wav, aiff, au, caf and w64, whose header need not
+    know the length, of samples that are not compressed. raw: no header, 16-bit little-endian mono
+    at `sample_rate`. damaged: told why, where a file that has begun cannot be read on or ends too
     early; without it that is an error. Raises UserError with the reason alone (no file name), at
     the start or after some blocks, for what is missing, undecodable, empty, not finite or louder
     than any sound, and for rates beyond RATES.
@@ -93,33 +93,47 @@ def is_file(descriptor: int) -> bool:
 
 def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
     """Standard input as it comes."""
+    head, promised = (b"", 0) if raw else header(pipe_bytes)
+    if not (raw or head):
+        raise ValueError("it does not begin as wav, aiff, au, caf or w64")
     how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate,
            "channels": 1} if raw else {}
-    with Forward(0, closefd=False, **how) as sound:
-        width = WIDTHS.get(sound.subtype, 0) * sound.channels
-        known = width and sound.frames * width < UNKNOWN[4] - width  # else nothing is promised
-        blocks = itertools.chain(blocks_of(sound), beyond(sound, width))
-        part = Part([], sound.frames if known else 0)
-        blocks = mono(sound, blocks, part, None, damaged)
+    with Forward(io.BytesIO(head), **how) as sound:
+        width = WIDTHS.get(sound.subtype, 0) * sound.channels  # bytes of a sample of all channels
+        if not width:
+            raise ValueError(f"its samples are {sound.subtype}")
+        promised = promised if promised < UNKNOWN[4] else 0
+        blocks = pcm_blocks(sound, width, promised)
+        blocks = mono(sound, blocks, Part([], promised // width), None, damaged)
         yield from resampled(blocks, sound.samplerate, sample_rate)
 
 
-def beyond(sound: soundfile.SoundFile, width: int) -> Iterator[np.ndarray]:
-    """What a pipe holds after the samples that a wav header promises: more, where that says 0 or
-    was never written anew.
+def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterator[np.ndarray]:
+    """The samples behind the header `sound`, also those after the bytes promised: more, where that
+    says 0 or was never written anew.
 
-    Not the chunks that may follow. width: bytes of a sample of all channels, 0 where they cannot be
-    read without a header.
+    Not the chunks that may follow.
     """
-    head = b""
-    while sound.format in ("WAV", "WAVEX") and (more := os.read(0, 4 * width - len(head))):
-        head += more
-    if head and head[:4] not in METADATA:
-        how = {"format": "RAW", "subtype": sound.subtype, "endian": "LITTLE",
-               "samplerate": sound.samplerate, "channels": sound.channels}
-        for source in (io.BytesIO(head), 0):
-            with Forward(source, closefd=False, **how) as more:
-                yield from blocks_of(more)
+    order = "BIG" if sound.format in ("AIFF", "AU", "CAF") else "LITTLE"
+    how = {"format": "RAW", "subtype": sound.subtype, "samplerate": sound.samplerate,
+           "endian": order if sound.endian == "FILE" else sound.endian, "channels": sound.channels}
+    place, size = 0, block_size(sound) * width
+    while content := pipe_bytes(min(size, promised - place) if place < promised else size):
+        if place == promised and content[:4] in METADATA:
+            return
+        yield soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True, **how)[0]
+        place += len(content)
+
+
+def pipe_bytes(size: int) -> bytes:
+    """So many bytes of standard input, fewer at its end."""
+    content = bytearray()
+    while len(content) < size:
+        select.select([0], [], [])  # a pipe may have been set not to wait
+        if not (more := os.read(0, min(size - len(content), 2**16))):
+            break
+        content += more
+    return bytes(content)
 
 
 def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.ndarray]:
@@ -225,8 +239,7 @@ def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Itera
     """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what
     could be decoded.
     """
-    size = max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
-    left = sound.frames
+    size, left = block_size(sound), sound.frames
     while left > 0:  # of a pipe, more than is left would be read and lost
         block = np.full((size, sound.channels), np.nan, np.float32)
         try:
@@ -242,6 +255,10 @@ def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Itera
         yield block[:count]
 
 
+def block_size(sound: soundfile.SoundFile) -> int:
+    return max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
+
+
 def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part,
          levels: "Levels | None", damaged) -> Iterator[np.ndarray]:
     """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are
@@ -251,15 +268,15 @@ def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part,
     known, levels = levels is not None, levels or Levels(sound.channels)
     try:
         for block in blocks:
-            loudest = max(block.max(initial=0), -block.min(initial=0))
-            if not np.isfinite(loudest):
-                raise UserError("samples are not finite")
-            if loudest > LOUDEST:
-                raise UserError(f"samples as large as {loudest:.0e}; full scale is 1")
+            good, reason = check_samples(block)
+            block = block[:good]
             if not known:
                 levels.add(block)
             count += len(block)
-            yield levels.mix(block)
+            if len(block):
+                yield levels.mix(block)
+            if reason:
+                raise UserError(f"{reason} after {count / rate:.1f} s" if damaged else reason)
     except soundfile.LibsndfileError as failure:
         error = "" if 0 < count == part.frames else failure.error_string  # what follows is no sound
     promised = part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0)
@@ -336,15 +353,21 @@ def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iter
     margin, step = rate // 25, rate // 5  # whole numbers of samples at either rate: nothing drifts
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
     waiting = np.zeros(margin, np.float32)
-    for block in blocks:
-        waiting = np.concatenate((waiting, block))
-        while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
-            out = resampler(torch.from_numpy(waiting[:steps * step + 2 * margin])).numpy()
-            yield out[sample_rate // 25:][:steps * (sample_rate // 5)]
-            waiting = waiting[steps * step:]
+    error = None
+    try:
+        for block in blocks:
+            waiting = np.concatenate((waiting, block))
+            while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
+                out = resampler(torch.from_numpy(waiting[:steps * step + 2 * margin])).numpy()
+                yield out[sample_rate // 25:][:steps * (sample_rate // 5)]
+                waiting = waiting[steps * step:]
+    except UserError as failure:  # what came before it is heard to its end
+        error = failure
     length = -(-(len(waiting) - margin) * sample_rate // rate)
     out = resampler(torch.from_numpy(np.pad(waiting, (0, margin)))).numpy()
     yield out[sample_rate // 25:][:length]
+    if error:
+        raise error
 
 
 # Pieces

@@ -21,6 +21,8 @@ growth  how that grows, and a picture of it in --png: seconds and memory of a tr
         seconds of setup over the rows of a corpus.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import os
 import shutil
 import statistics

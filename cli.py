@@ -180,6 +180,17 @@ def keep_freed_memory(size: int = 2**30) -> None:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a command to end
 
 
+def end_at_once(number, _) -> None:
+    """Ends a command that has done nothing yet."""
+    os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n".encode(errors="replace"))
+    os._exit(128 + number)
+
+
+if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))) == os.path.dirname(os.path.abspath(__file__)):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what a command imports takes seconds
+        signal.signal(signal.SIGINT, end_at_once)
+
+
 def interrupt(number, _) -> None:
     """Ends a command by way of its `finally` clauses, which further signals do not disturb."""
     for other in SIGNALS:

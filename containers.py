@@ -7,7 +7,7 @@ is a seekable binary file, `start` and `stop` are places in it.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 
@@ -87,11 +87,12 @@ class Chunks(NamedTuple):
     order: str
     align: int
     data: bytes = b"data"  # how the name of the samples begins
+    ahead: int = 0  # bytes that the chunk of the samples has ahead of them
 
 
 CHUNKS = {b"RIFF": Chunks(12, 4, 4, "little", 2), b"RF64": Chunks(12, 4, 4, "little", 2),
-          b"RIFX": Chunks(12, 4, 4, "big", 2), b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND"),
-          b"caff": Chunks(8, 4, 8, "big", 1), b"riff": Chunks(40, 16, 8, "little", 8)}
+          b"RIFX": Chunks(12, 4, 4, "big", 2), b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND", 8),
+          b"caff": Chunks(8, 4, 8, "big", 1, ahead=4), b"riff": Chunks(40, 16, 8, "little", 8)}
 NAME = re.compile(rb"[ -~]{4}")  # of a chunk
 UNKNOWN = {4: 0x7F000000, 8: 2**62}  # by bytes of the size: what is promised on a pipe, or more
 METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEAK", b"smpl",
@@ -99,6 +100,7 @@ METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEA
 HEAD = (rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
         rb"\.snd\x00\x00")  # of the next file
 MPEG_IN_WAV = (0x50, 0x55)
+LONGEST_HEADER = 2**24  # bytes, on a pipe: a recorder may put a picture there
 
 
 def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
@@ -162,6 +164,34 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
         if head[:4] in METADATA and place > stop:
             return stop  # only it is cut short
     return stop if place - stop < kind.align else 0  # the last padding may be missing
+
+
+def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
+    """What a pipe holds ahead of its samples, as a file without any, and how many bytes of samples
+    it promises.
+
+    read gives so many bytes, fewer at the end. Of formats without such a header there is b"".
+    """
+    head = read(8)
+    if head[:4] in (b".snd", b"dns."):
+        order = "big" if head[:4] == b".snd" else "little"
+        promised, body = int.from_bytes(read(4), order), int.from_bytes(head[4:], order)
+        return head + bytes(4) + read(min(max(body, 24) - 12, LONGEST_HEADER)), promised
+    if not (kind := CHUNKS.get(head[:4])):
+        return b"", 0
+    wide, head = 0, head.replace(b"RF64", b"RIFF") + read(kind.first - 8)
+    while len(head) < LONGEST_HEADER and (chunk := read(kind.name + kind.size)):
+        size = chunk_size(kind, chunk)
+        if chunk[:4] == kind.data:
+            none = kind.ahead + (24 if kind.name == 16 else 0)
+            empty = chunk[:kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
+            return head + empty, wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
+        body = read(min(size + -size % kind.align, LONGEST_HEADER))
+        if chunk[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
+            wide = int.from_bytes(body[8:16], "little")
+        else:
+            head += chunk + body
+    return b"", 0
 
 
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:

@@ -85,6 +85,17 @@ def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothe
     return _from_nbest([tokens], [math.fsum(log_probs)], [times])
 
 
+def blank_wins(log_probs: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
+    """log_probs (...,V) -> (...) bool: whether no token is likelier than the blank."""
+    return log_probs[..., blank_id] >= log_probs.amax(dim=-1)
+
+
+def without_text(hypothesis: Hypothesis) -> Hypothesis:
+    """What is heard in an utterance in all of whose frames the blank wins: nothing, whatever many unlikely paths add up to
+    and an attention decoder makes of it."""
+    return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
+
+
 def align(hypothesis: Hypothesis, log_probs: torch.Tensor, length: int, blank_id: int = 0) -> Hypothesis:
     """The hypothesis with times for its whole n-best: the likeliest frame of each token on the best CTC path of it.
 

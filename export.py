@@ -13,6 +13,8 @@ and `hf upload ORG/NAME runs/demo/hub`. The folder has the weights, the options 
 all of the above. The folder, and after the upload ORG/NAME, can stand for a checkpoint in every command.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import contextlib
 import os
 import re

@@ -10,6 +10,8 @@ well, and sherpa-onnx is also set to the model's. Whole recordings it hears with
 drown it: the samples are multiplied by 4,096, and the mean of the features is moved by as much.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import copy
 import math
 import tempfile

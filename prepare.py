@@ -6,6 +6,8 @@ ROOT/rejected.csv the rows that could not be used, ROOT/prepare.json a sample ra
 all of it is written, or not at all.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import collections
 import contextlib
 import glob
@@ -21,7 +23,6 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-import cli
 import files
 import tokenizer as tk
 from audio import read_audio, resample

@@ -5,6 +5,8 @@ fractions over the whole split, as torchmetrics counts them. rtf is the time for
 of the data excluded, over the duration of the audio.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import math
 import os
 import sys
@@ -29,7 +31,7 @@ from model import load_checkpoint
 from sampler import eval_batches
 from stream import cut, listen
 from tokenizer import check_maker, most_frequent, normalize_text
-from transforms import extract
+from transforms import check_samples, extract
 from words import join
 
 
@@ -151,7 +153,7 @@ def recognize(model, tokenizer, frontend, dataset, mode: str, options: ScoreOpti
     batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=EVAL_SECONDS * frontend.sample_rate)
     for keys in tqdm(batches, desc=mode, unit=" batches"):  # longest first: memory runs out early or never
         rows = [row for _, row in keys]
-        batch = [torch.from_numpy(waveforms[row]["input_values"].astype(np.float32)) for row in rows]
+        batch = [waveform_of(row, waveforms[row]) for row in rows]
         began = time.perf_counter()
         features = [features_of(waveform) for waveform in batch]
         lengths = torch.tensor([len(frames) for frames in features])
@@ -186,8 +188,16 @@ def recognize_long(model, dataset, search: SearchOptions, context) -> tuple[list
 
 def waveforms_of(dataset) -> Iterator[torch.Tensor]:
     """The rows' samples, (N,) float32."""
-    for row in dataset.select_columns(["input_values"]).with_format("numpy"):
-        yield torch.from_numpy(row["input_values"].astype(np.float32))
+    for row, values in enumerate(dataset.select_columns(["input_values"]).with_format("numpy")):
+        yield waveform_of(row, values)
+
+
+def waveform_of(row: int, values: dict) -> torch.Tensor:
+    """The samples (N,) float32 of a row. Raises UserError for what no microphone gives."""
+    samples = values["input_values"].astype(np.float32)
+    if reason := check_samples(samples)[1]:
+        raise UserError(f"row {row} of the split: {reason}; mend the recording and prepare it again, or leave it out")
+    return torch.from_numpy(samples)
 
 
 def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:

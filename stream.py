@@ -14,7 +14,7 @@ import torch
 import decode
 from cli import UserError
 from conformer import Encoder, receptive_field, subsampled_length
-from transforms import feature_state, stream_features
+from transforms import check_samples, feature_state, stream_features
 
 # An utterance ends after so many ms of blanks, of blanks behind some text, or of speech: WeNet's rules 1 to 3.
 SILENCE, SILENCE_AFTER_TEXT, LONGEST = 5000, 1000, 20000
@@ -98,11 +98,12 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
 
     model: a model.U2. After every piece that completed a chunk comes what was heard so far, by CTC prefix search; at the
     end of an utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
-    context: a context.ContextGraph of hotwords.
+    context: a context.ContextGraph of hotwords. Raises UserError for a piece that is none, whose samples are not finite or
+    louder than transforms.LOUDEST: after what was heard up to there, as every error that `pieces` raises.
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
-    beam, memory, frames, silent = decode.prefix_start(context=context), [], 0, 0
+    beam, memory, frames, silent, spoken = decode.prefix_start(context=context), [], 0, 0, False
     for samples, last in with_last(pieces):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
@@ -111,22 +112,43 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
         memory.append(out)
         frames += out.size(1)
         silent = trailing_blanks(log_probs[0, :, model.net.blank_id], silent)
+        spoken = spoken or not bool(decode.blank_wins(log_probs, model.net.blank_id).all())
         (heard,), seconds = decode.prefix_result(beam), (first_frame + frames) * frame_ms(model) / 1000
+        heard = heard if spoken else decode.without_text(heard)
         if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames):
             memory = torch.cat(memory, dim=1)
             yield Heard(second_pass(model, heard, memory, search), first_frame, seconds, True, memory)
             first_frame += frames
             state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
-            beam, memory, frames, silent = decode.prefix_start(context=context), [], 0, 0
+            beam, memory, frames, silent, spoken = decode.prefix_start(context=context), [], 0, 0, False
         elif out.size(1):
             yield Heard(heard, first_frame, seconds, False)
 
 
 def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The pieces, each with False, then an empty one with True."""
-    for piece in pieces:
-        yield piece, False
+    """The pieces, each with False, then an empty one with True; an error is raised behind that, after what came before it."""
+    error, count = None, 0
+    try:
+        for piece in pieces:
+            samples = as_samples(piece)
+            good, reason = check_samples(samples.numpy())
+            yield samples[:good], False
+            count += good
+            if reason:
+                raise UserError(f"sample {count} of the stream: {reason}; mend the recording, or leave it out")
+    except Exception as failure:
+        error = failure
     yield torch.zeros(0), True
+    if error:
+        raise error
+
+
+def as_samples(piece) -> torch.Tensor:
+    """A piece of a waveform as (n,) float32 on the CPU. Raises UserError for what is none."""
+    if not isinstance(piece, torch.Tensor) or piece.dim() != 1 or not piece.is_floating_point():
+        kind = type(piece).__name__ + (f" {piece.dtype} {tuple(piece.shape)}" if hasattr(piece, "shape") else "")
+        raise UserError(f"a piece of the stream is a {kind}; give tensors (n,) of floats, full scale 1")
+    return piece.detach().float().cpu()
 
 
 def frame_ms(model) -> int:

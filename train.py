@@ -4,6 +4,8 @@ Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was 
 rows of every update), skipped.jsonl (updates that the guard skipped) and TensorBoard logs.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import argparse
 import contextlib
 import dataclasses

@@ -13,12 +13,19 @@ microphone or anything else that ffmpeg reads:
   ffmpeg -loglevel error -i INPUT -f wav - | python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
+import contextlib
 import functools
 import glob
 import math
 import os
+import select
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -30,16 +37,18 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
-from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
+from cli import SIGNALS, UserError, build, make_parser, one_line, option, options_class, run, shown
 from files import write_whole
 from context import ContextGraph, HotwordOptions, load_hotwords
 from decode import MODES, SearchOptions
 from model import load_checkpoint
+from recovery import leave_terminal
 from stream import frame_ms, listen
 from transforms import extract
 from words import (Transcript, Word, align_words, as_ctm, as_json, as_srt, as_txt, as_vtt,
                    frame_times, join, join_words)
 
+LINGER = 1.0  # seconds after Ctrl-C for which standard input is heard: its writer, too, may have been told to end
 POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
 
 
@@ -103,14 +112,14 @@ def main(argv: list[str]) -> None:
     model, tokenizer, _ = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     context = load_hotwords(hotwords.hotwords, tokenizer, hotwords.context_score) if hotwords.hotwords else None
     search = Search(options.mode, searching, context)
-    failed = set()
+    failed = {}
     with tqdm(total=total_seconds(recordings), disable=options.stream or None, bar_format=(
             "{percentage:3.0f} %|{bar}| {n:.0f} of {total_fmt} s{postfix}")) as bar:
         transcribe = streamed if options.stream else whole
         for number, transcript in transcribe(model, recordings, options, search, failed, bar):
             deliver(transcript, outputs[number], options.format)
     if failed:
-        sys.exit(2)
+        sys.exit(max(failed.values()))
 
 
 def check_given(given: dict, options: TranscribeOptions) -> None:
@@ -197,9 +206,10 @@ def total_seconds(recordings: list[Recording]) -> float | None:
 # ------------------------------------------------------------------------------------------------------ piece by piece
 
 
-def whole(model, recordings: list[Recording], options: TranscribeOptions, search: Search, failed: set[int],
+def whole(model, recordings: list[Recording], options: TranscribeOptions, search: Search, failed: dict[int, int],
           bar: tqdm) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of each recording that can be read, in order; the others' numbers go to `failed`."""
+    """(number, transcript) of each recording that can be read, in order; `failed` gets the exit status for the numbers of the
+    others."""
     heard = defaultdict(list)  # number -> what was heard in its pieces, as far as they are known
     rate = model.frontend.sample_rate
     for pool in pools(read_pieces(recordings, options, rate, failed), POOL * options.batch_seconds * rate):
@@ -212,20 +222,20 @@ def whole(model, recordings: list[Recording], options: TranscribeOptions, search
 
 
 def assemble(number: int, recordings: list[Recording], heard: list[Heard],
-             failed: set[int]) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of the recording, or nothing."""
-    if number not in failed:  # which may have happened after some pieces
+             failed: dict[int, int]) -> Iterator[tuple[int, Transcript]]:
+    """(number, transcript) of the recording, or nothing where a file failed: it can be mended and heard again, a pipe not."""
+    if number not in failed or recordings[number].path == "-":
         yield number, Transcript(recordings[number].path, join(part.text for part in heard),
                                  sum(part.seconds for part in heard),
                                  join_words(part.words for part in heard))
 
 
-def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: int, failed: set[int]) -> Iterator[Piece]:
+def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: int, failed: dict[int, int]) -> Iterator[Piece]:
     """What can be read of all recordings, one after the other."""
     for number, recording in enumerate(recordings):
         offset = 0
-        blocks = cut_at_pauses(blocks_of(recording, options, rate), rate, options.max_seconds)
-        for samples in readable(blocks, number, recording, failed):
+        blocks = readable(blocks_of(recording, options, rate), number, recording, failed)
+        for samples in cut_at_pauses(blocks, rate, options.max_seconds):
             yield Piece(number, offset / rate, samples)
             offset += len(samples)
 
@@ -243,16 +253,61 @@ def tell(kind: str, recording: Recording, what: str) -> None:
         print(shown(f"transcribe.py: {kind}: {recording.path}: {one_line(what)}"), file=sys.stderr)
 
 
-def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording, failed: set[int]) -> Iterator[np.ndarray]:
-    """The blocks up to an error, which is told, or up to Ctrl-C where a pipe may have no other end."""
+def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording,
+             failed: dict[int, int]) -> Iterator[np.ndarray]:
+    """The blocks up to an error, which is told, or, of standard input, up to a signal: a pipe may have no other end."""
     try:
-        yield from blocks
+        with ended_by_signals() if recording.path == "-" else contextlib.nullcontext([]) as signals:
+            yield from blocks
     except KeyboardInterrupt:
-        if recording.path != "-":
+        if recording.path != "-" or signals:
             raise
     except UserError as error:
-        failed.add(number)
+        failed[number] = 2
         tell("error", recording, str(error))
+    if signals and signals[0] != signal.SIGINT:
+        failed[number] = 128 + signals[0]
+        tell("note", recording, f"interrupted ({signal.Signals(signals[0]).name})")
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """Within it the first signal that asks the command to end ends standard input instead, so that all that came is heard.
+    Gives a list that will hold the signal's number. A second one ends the command."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    signals = []
+
+    def end(number, _):
+        signals.append(number)
+        restore()
+        if number == signal.SIGHUP:
+            leave_terminal()
+        rest, (out, into) = os.dup(0), os.pipe()
+        os.dup2(out, 0)  # a read that waits goes on there, too, and finds the end
+        os.close(out)
+        threading.Thread(target=pour, args=(rest, into), daemon=True).start()
+
+    def restore():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in handlers:
+            signal.signal(number, end)
+        yield signals
+    finally:
+        restore()
+
+
+def pour(source: int, into: int) -> None:
+    """Copies what is in a pipe, and what comes within LINGER seconds, to another and closes that."""
+    ends = time.monotonic() + LINGER
+    while (left := ends - time.monotonic()) > 0 and select.select([source], [], [], left)[0]:
+        if not (content := os.read(source, 2**16)):
+            break
+        os.write(into, content)
+    os.close(into)
 
 
 def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
@@ -315,14 +370,14 @@ def timed(model, tokens: list[int], log_probs: torch.Tensor, offset: float, opti
 # --------------------------------------------------------------------------------------------------------- as a stream
 
 
-def streamed(model, recordings: list[Recording], options: TranscribeOptions, search: Search, failed: set[int],
+def streamed(model, recordings: list[Recording], options: TranscribeOptions, search: Search, failed: dict[int, int],
              bar: tqdm) -> Iterator[tuple[int, Transcript]]:
     """The same, heard as it comes; of each utterance, what is heard so far goes to stderr whenever it changes."""
     rate = model.frontend.sample_rate
     size = max(search.options.chunk_size, 0) * frame_ms(model) * rate // 1000
     for number, recording in enumerate(recordings):
         texts, words, shown, seconds = [], [], "", 0.0
-        blocks = readable(regroup(blocks_of(recording, options, rate), size), number, recording, failed)
+        blocks = regroup(readable(blocks_of(recording, options, rate), number, recording, failed), size)
         for heard in listen(model, map(torch.from_numpy, blocks), search.options, context=search.context):
             text, seconds = model.tokenizer.decode(heard.hypothesis.tokens), heard.seconds
             if heard.final:
@@ -333,7 +388,7 @@ def streamed(model, recordings: list[Recording], options: TranscribeOptions, sea
             if text and (heard.final or text != shown):
                 show(text, heard.seconds, heard.final)
             shown = text
-        if number not in failed:
+        if number not in failed or seconds:  # what was shown is not lost
             yield number, Transcript(recording.path, join(texts), seconds, join_words(words))
 
 

@@ -8,6 +8,8 @@ are looked for in EXP_DIR first, whatever folder train.yaml puts them in. What w
 refused by name. Dropouts that are apart in WeNet (positions, the decoders') are the encoder's two here.
 """
 
+import cli  # first: from here on Ctrl-C is one line, also within the imports
+
 import base64
 import dataclasses
 import glob
