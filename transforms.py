@@ -8,6 +8,7 @@ Axes: N samples, T frames, F mel bins.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -427,41 +428,70 @@ def extract(frontend: Frontend):
     return lambda waveform: transform({"input_values": waveform}, None)["features"]
 
 
+# Seconds over which a stream's mean and variance are taken. Less forgets a loud noise sooner, but hears the sentence rather
+# than the speaker; README has what was measured. A stream's property, not the checkpoint's: training knows nothing of it.
+STREAM_WINDOW = 5.0
+LOUDEST = 2.0  # full scale is 1, and decoders of lossy formats overshoot a little; what is beyond is no sound
+
+
+def audible(samples: torch.Tensor) -> torch.Tensor:
+    """The samples (n,) of a stream, which nothing can deafen: within LOUDEST, and 0 for nan."""
+    return samples.nan_to_num(0.0).clamp(-LOUDEST, LOUDEST)
+
+
+def moments(samples: torch.Tensor, past: torch.Tensor, window: float) -> torch.Tensor:
+    """Statistics (3,) float64 of a stream with `samples` (n,) behind `past`, its statistics so far: how many samples count,
+    their sum, their sum of squares.
+
+    All samples weigh the same until there are `window` of them. From then on each new one scales all others by
+    window / (window + 1), which keeps the count at `window`. So the statistics do not depend on how a stream is cut.
+    """
+    wide, count = samples.double(), past[0] + torch.arange(samples.size(0) + 1)  # (n+1,), before each sample and at the end
+    over = (count - window).clamp(min=0)
+    weights = ((over - over[-1]) * math.log1p(1 / window)).exp()  # those of the past and, but for the last, of samples
+    weighted = weights[:-1] * wide
+    sums = torch.stack((weighted.sum(), (weighted * wide).sum()))
+    return torch.cat((count[-1:].clamp(max=window), weights[:1] * past[1:] + sums))
+
+
+def normalize(samples: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+    """Samples (n,) with zero mean and unit variance according to `statistics`, as mean_var_norm has it."""
+    mean = statistics[1] / statistics[0]
+    scale = ((statistics[2] / statistics[0] - mean * mean).clamp(min=0) + 1e-7).rsqrt()
+    return (samples - mean.float()) * scale.float()
+
+
 class FeatureState(NamedTuple):
     """What a stream of samples leaves behind for the frames to come."""
 
     samples: torch.Tensor  # (n,) float32, less than a window and a shift
-    count: int  # samples so far, and their sum and sum of squares: the statistics of mean_var_norm
-    total: float
-    squares: float
+    statistics: torch.Tensor  # (3,) float64, of `moments`
 
 
 def feature_state() -> FeatureState:
     """The state before the first sample."""
-    return FeatureState(torch.zeros(0), 0, 0.0, 0.0)
+    return FeatureState(torch.zeros(0), torch.zeros(3, dtype=torch.float64))
 
 
 def stream_features(frontend: Frontend):
     """A function (samples (n,), state) -> (features (T,F) of the frames now complete, new state), n >= 0.
 
-    fbank gives the frames of `extract`, to rounding. mean_var_norm wants the whole utterance; here it takes the samples so
-    far, so the first frames of a log_mel stream are scaled by less knowledge than the last.
+    fbank gives the frames of `extract`, to rounding. mean_var_norm wants the whole utterance; here it takes what the last
+    STREAM_WINDOW seconds say, up to the last of `samples`: the first frames of a log_mel stream are scaled by less
+    knowledge than the last, and by less in shorter pieces.
     """
     normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
+    window = STREAM_WINDOW * frontend.sample_rate
     chain = Compose([*features_chain(dataclasses.replace(frontend, mean_var_norm=False)), transpose])
 
     def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:
-        wide, waiting = samples.double(), torch.cat((state.samples, samples))
-        state = FeatureState(waiting, state.count + len(wide), state.total + float(wide.sum()),
-                             state.squares + float(wide.square().sum()))
+        samples = audible(samples)
+        waiting, statistics = torch.cat((state.samples, samples)), moments(samples, state.statistics, window)
         frames = int(num_frames(len(waiting), frontend))
         if not frames:
-            return torch.zeros(0, frontend.num_mel_bins), state
+            return torch.zeros(0, frontend.num_mel_bins), FeatureState(waiting, statistics)
         ready = waiting[:(frames - 1) * frontend.shift_samples + frontend.window_samples]
-        if normalised:
-            mean = state.total / state.count
-            ready = (ready - mean) * (max(state.squares / state.count - mean**2, 0.0) + 1e-7) ** -0.5
-        features = chain({"input_values": ready}, None)["features"]
-        return features, state._replace(samples=waiting[frames * frontend.shift_samples:])
+        features = chain({"input_values": normalize(ready, statistics) if normalised else ready}, None)["features"]
+        return features, FeatureState(waiting[frames * frontend.shift_samples:], statistics)
 
     return advance
