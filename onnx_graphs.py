@@ -21,7 +21,8 @@ from cli import UserError, option
 from conformer import Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
 from stream import MAX_POSITION, piece_samples
-from transforms import STREAM_WINDOW, Frontend, audible, feature_state, log_mel_filters, moments, normalize
+from transforms import (PEAK, STREAM_WINDOW, Frontend, feature_state, finite, log_mel_filters, moments,
+                        normalize)
 
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and later read it
 
@@ -181,7 +182,8 @@ class OfflineWaveform(nn.Module):
     def forward(self, waveform):
         """(n,) float32 in [-1, 1] -> log_probs (1,T',V), log_probs_lens (1,)."""
         if self.frontend.mean_var_norm:
-            waveform = normalize(waveform, moments(waveform, feature_state().statistics, math.inf))
+            nothing = feature_state().statistics
+            waveform = normalize(waveform, moments(waveform, nothing, window=math.inf, peak=math.inf))
         feats = self.log_mel(at_least(waveform, self.frontend.window_samples, dim=0))
         return self.offline(feats, torch.ones_like(feats[:, 0, 0], dtype=torch.int64) * feats.size(1))
 
@@ -197,12 +199,12 @@ class StreamingWaveform(nn.Module):
     def forward(self, waveform, samples, statistics, feats, *rest):
         """waveform (n,) float32 of a chunk -> log_probs (1,T',V), next_samples, next_statistics, next_feats, caches.
 
-        samples (k,) and feats (1,m,F) are what the last call left, at the beginning empty; statistics (3,) is of
-        transforms.moments, at the beginning zeros.
+        samples (k,) and feats (1,m,F) are what the last call left, at the beginning empty; statistics (3,)
+        is of transforms.moments, at the beginning zeros.
         """
-        waveform = audible(waveform)
+        waveform = finite(waveform)
         samples = torch.cat((samples, waveform))
-        statistics = moments(waveform, statistics, STREAM_WINDOW * self.frontend.sample_rate)
+        statistics = moments(waveform, statistics, STREAM_WINDOW * self.frontend.sample_rate, PEAK)
         new = self.log_mel(normalize(samples, statistics) if self.frontend.mean_var_norm else samples)
         feats = torch.cat((feats, new), dim=1)
         log_probs, *caches = self.streaming(feats, *rest)
@@ -278,7 +280,7 @@ def waveform_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
     field, rate = receptive_field(model.options.input_layer)
     samples = torch.rand(model.frontend.window_samples - model.frontend.shift_samples)
     feats = torch.rand(1, field - rate, model.frontend.num_mel_bins)
-    state = {"samples": samples, "statistics": feature_state().statistics, "feats": feats}
+    state = {**feature_state()._asdict(), "samples": samples, "feats": feats}
     return [
         Graph("model.onnx", OfflineWaveform(model), {"waveform": torch.rand(20000)}, ("log_probs", "log_probs_lens"),
               {"waveform": {0: "n"}, "log_probs": {1: "T_out"}}, common_metadata(model) | kind | dict(

@@ -6,6 +6,7 @@ the keys, values and projected positions of the visible left chunks and the last
 section 2.3); in front of the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -96,14 +97,15 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
            context=None) -> Iterator[Heard]:
     """Recognises pieces of a waveform, each (n,) of any length n, as they come: two passes (U2, section 3.3).
 
-    model: a model.U2. After every chunk comes what was heard so far, by CTC prefix search; at the end of an utterance, the
-    same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
+    model: a model.U2. After every chunk comes what was heard so far, by CTC prefix search; at the end of
+    an utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one.
     context: a context.ContextGraph of hotwords.
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
     beam, memory, frames, silent = decode.prefix_start(context=context), [], 0, 0
-    for samples, last in in_chunks(model, pieces, search.chunk_size):
+    sizes = piece_samples(model, search.chunk_size) if search.chunk_size > 0 else (math.inf, math.inf)
+    for samples, last in in_chunks(with_last(pieces), *sizes):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
         log_probs = model.ctc_log_probs(out)  # (1,m,V)
@@ -122,26 +124,36 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
             yield Heard(heard, first_frame, seconds, False)
 
 
-def in_chunks(model, pieces: Iterable[torch.Tensor], chunk_size: int) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The samples that complete one chunk after the other, each with False; then the rest, which may be empty, with True.
-
-    log_mel is normalised by what is known at the end of its samples. Where those end with the chunks, it makes no
-    difference in what pieces the sound came.
-    """
-    size, later = piece_samples(model, chunk_size)
-    waiting, length = [], 0
+def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The pieces, each with False, then an empty one with True."""
     for piece in pieces:
+        yield piece, False
+    yield torch.zeros(0), True
+
+
+def in_chunks(pieces: Iterable[tuple[torch.Tensor, bool]], first: float,
+              later: float) -> Iterator[tuple[torch.Tensor, bool]]:
+    """What with_last gives, cut anew: `first` samples, then `later` at a time; what remains has True.
+
+    stream_features normalises samples by what is known at their end. With the same ends for the same
+    sound, the pieces in which the sound came make no difference.
+    """
+    waiting, length, size = [], 0, first
+    for piece, last in pieces:
         waiting.append(piece)
         length += len(piece)
-        while 0 < chunk_size and size <= length:
+        if length >= size or last:
             samples = torch.cat(waiting)
-            yield samples[:size], False
-            waiting, length, size = [samples[size:]], length - size, later
-    yield torch.cat([torch.zeros(0), *waiting]), True
+            while len(samples) >= size:
+                yield samples[:size], False
+                samples, size = samples[size:], later
+            waiting, length = [samples], len(samples)
+        if last:
+            yield samples, True
 
 
 def piece_samples(model, chunk_size: int) -> tuple[int, int]:
-    """Samples that make the first chunk of a stream, and each one after it."""
+    """Samples that make the first chunk of a stream, and each one after it; chunk_size at least 1."""
     frontend, (field, rate) = model.frontend, receptive_field(model.options.input_layer)
     first = ((chunk_size - 1) * rate + field - 1) * frontend.shift_samples + frontend.window_samples
     return first, chunk_size * rate * frontend.shift_samples
