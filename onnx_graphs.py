@@ -19,8 +19,9 @@ from torch import nn
 from cli import UserError, option, options_class
 from conformer import Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
-from stream import MAX_POSITION
-from transforms import Frontend, log_mel_filters
+from stream import MAX_POSITION, piece_samples
+from transforms import (PEAK, STREAM_WINDOW, Frontend, feature_state, finite, log_mel_filters, moments,
+                        normalize)
 
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and later read it
 
@@ -171,19 +172,6 @@ class LogMel(nn.Module):
         return F.conv1d(real * real + imag * imag, self.mel).log1p().transpose(1, 2)
 
 
-def moments(samples):
-    """(3,) float64: how many samples, their sum, their sum of squares."""
-    wide = samples.double()
-    return torch.stack((torch.ones_like(wide).sum(), wide.sum(), wide.square().sum()))
-
-
-def normalize(samples, statistics):
-    """Zero mean, unit variance according to `statistics`, as transforms.mean_var_norm and stream_features do it."""
-    mean = statistics[1] / statistics[0]
-    scale = ((statistics[2] / statistics[0] - mean * mean).clamp(min=0) + 1e-7).rsqrt()
-    return (samples - mean.float()) * scale.float()
-
-
 class OfflineWaveform(nn.Module):
     """Offline with the frontend in front of it."""
 
@@ -194,7 +182,8 @@ class OfflineWaveform(nn.Module):
     def forward(self, waveform):
         """(n,) float32 in [-1, 1] -> log_probs (1,T',V), log_probs_lens (1,)."""
         if self.frontend.mean_var_norm:
-            waveform = normalize(waveform, moments(waveform))
+            nothing = feature_state().statistics
+            waveform = normalize(waveform, moments(waveform, nothing, window=math.inf, peak=math.inf))
         feats = self.log_mel(at_least(waveform, self.frontend.window_samples, dim=0))
         return self.offline(feats, torch.ones_like(feats[:, 0, 0], dtype=torch.int64) * feats.size(1))
 
@@ -210,10 +199,12 @@ class StreamingWaveform(nn.Module):
     def forward(self, waveform, samples, statistics, feats, *rest):
         """waveform (n,) float32 of a chunk -> log_probs (1,T',V), next_samples, next_statistics, next_feats, caches.
 
-        samples (k,) and feats (1,m,F) are what the last call left, at the beginning empty; statistics (3,) is of `moments`.
+        samples (k,) and feats (1,m,F) are what the last call left, at the beginning empty; statistics (3,)
+        is of transforms.moments, at the beginning zeros.
         """
+        waveform = finite(waveform)
         samples = torch.cat((samples, waveform))
-        statistics = statistics + moments(waveform)
+        statistics = moments(waveform, statistics, STREAM_WINDOW * self.frontend.sample_rate, PEAK)
         new = self.log_mel(normalize(samples, statistics) if self.frontend.mean_var_norm else samples)
         feats = torch.cat((feats, new), dim=1)
         log_probs, *caches = self.streaming(feats, *rest)
@@ -241,13 +232,6 @@ def window_frames(model: U2, chunk_size: int) -> int:
     """Feature frames that make a chunk of encoder frames."""
     field, rate = receptive_field(model.options.input_layer)
     return (chunk_size - 1) * rate + field
-
-
-def piece_samples(model: U2, chunk_size: int) -> tuple[int, int]:
-    """Samples that make the first chunk of a stream, and each one after it."""
-    frontend, rate = model.frontend, receptive_field(model.options.input_layer)[1]
-    first = (window_frames(model, chunk_size) - 1) * frontend.shift_samples + frontend.window_samples
-    return first, chunk_size * rate * frontend.shift_samples
 
 
 def cache_inputs(model: U2, chunks: ChunkOptions, index: int) -> dict[str, torch.Tensor]:
@@ -296,7 +280,7 @@ def waveform_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
     field, rate = receptive_field(model.options.input_layer)
     samples = torch.rand(model.frontend.window_samples - model.frontend.shift_samples)
     feats = torch.rand(1, field - rate, model.frontend.num_mel_bins)
-    state = {"samples": samples, "statistics": moments(samples), "feats": feats}
+    state = {**feature_state()._asdict(), "samples": samples, "feats": feats}
     return [
         Graph("model.onnx", OfflineWaveform(model), {"waveform": torch.rand(20000)}, ("log_probs", "log_probs_lens"),
               {"waveform": {0: "n"}, "log_probs": {1: "T_out"}}, common_metadata(model) | kind | dict(

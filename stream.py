@@ -6,6 +6,7 @@ the keys, values and projected positions of the visible left chunks and the last
 section 2.3); in front of the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -96,15 +97,16 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
            context=None) -> Iterator[Heard]:
     """Recognises pieces of a waveform, each (n,) of any length n, as they come: two passes (U2, section 3.3).
 
-    model: a model.U2. After every piece that completed a chunk comes what was heard so far, by CTC prefix search; at the
-    end of an utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
+    model: a model.U2. After every chunk comes what was heard so far, by CTC prefix search; at the end of an
+    utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
     context: a context.ContextGraph of hotwords. Raises UserError for a piece that is none, whose samples are not finite or
     louder than transforms.LOUDEST: after what was heard up to there, as every error that `pieces` raises.
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
     beam, memory, frames, silent, spoken = decode.prefix_start(context=context), [], 0, 0, False
-    for samples, last in with_last(pieces):
+    sizes = piece_samples(model, search.chunk_size) if search.chunk_size > 0 else (math.inf, math.inf)
+    for samples, last in in_chunks(with_last(pieces), *sizes):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
         log_probs = model.ctc_log_probs(out)  # (1,m,V)
@@ -149,6 +151,34 @@ def as_samples(piece) -> torch.Tensor:
         kind = type(piece).__name__ + (f" {piece.dtype} {tuple(piece.shape)}" if hasattr(piece, "shape") else "")
         raise UserError(f"a piece of the stream is a {kind}; give tensors (n,) of floats, full scale 1")
     return piece.detach().float().cpu()
+
+
+def in_chunks(pieces: Iterable[tuple[torch.Tensor, bool]], first: float,
+              later: float) -> Iterator[tuple[torch.Tensor, bool]]:
+    """What with_last gives, cut anew: `first` samples, then `later` at a time; what remains has True.
+
+    stream_features normalises samples by what is known at their end. With the same ends for the same
+    sound, the pieces in which the sound came make no difference.
+    """
+    waiting, length, size = [], 0, first
+    for piece, last in pieces:
+        waiting.append(piece)
+        length += len(piece)
+        if length >= size or last:
+            samples = torch.cat(waiting)
+            while len(samples) >= size:
+                yield samples[:size], False
+                samples, size = samples[size:], later
+            waiting, length = [samples], len(samples)
+        if last:
+            yield samples, True
+
+
+def piece_samples(model, chunk_size: int) -> tuple[int, int]:
+    """Samples that make the first chunk of a stream, and each one after it; chunk_size at least 1."""
+    frontend, (field, rate) = model.frontend, receptive_field(model.options.input_layer)
+    first = ((chunk_size - 1) * rate + field - 1) * frontend.shift_samples + frontend.window_samples
+    return first, chunk_size * rate * frontend.shift_samples
 
 
 def frame_ms(model) -> int:

@@ -7,6 +7,7 @@ Axes: N samples, T frames, F mel bins.
 """
 
 import dataclasses
+import math
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -437,41 +438,73 @@ def extract(frontend: Frontend):
     return lambda waveform: transform({"input_values": waveform}, None)["features"]
 
 
+# A stream's mean and variance tell of so many seconds; README has what was measured. A checkpoint
+# does not hold the number, so every model streams with it.
+STREAM_WINDOW = 5.0
+PEAK = 2.0  # the most that a sample counts there: full scale is 1, and lossy formats overshoot a little
+
+
+def finite(samples: torch.Tensor) -> torch.Tensor:
+    """Samples (n,) of a finite power, 0 for nan: no sample can spoil what comes after it in a stream."""
+    return samples.nan_to_num(0.0).clamp(-1e9, 1e9)
+
+
+def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak: float) -> torch.Tensor:
+    """Statistics (3,) float64 of a waveform: how many samples count, their sum, their sum of squares.
+
+    `samples` (n,), clipped to [-peak, peak], come behind those of which `past` (3,) tells. All weigh the
+    same until there are `window` of them. From then on each new sample scales what was there, itself
+    included, by window / (window + 1), which keeps the count. Pieces of any length give the same.
+    """
+    wide = samples.double().clamp(-peak, peak)
+    count = past[0] + torch.arange(samples.size(0) + 1)  # (n+1,) before each sample and behind the last
+    over = (count - window).clamp(min=0)  # how often the past was scaled until then
+    weights = ((over - over[-1]) * math.log1p(1 / window)).exp()
+    weighted = weights[:-1] * wide
+    sums = torch.stack((weighted.sum(), (weighted * wide).sum()))
+    return torch.cat((count[-1:].clamp(max=window), weights[:1] * past[1:] + sums))
+
+
+def normalize(samples: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+    """Samples (n,) at zero mean and unit variance by `statistics` (3,), as mean_var_norm has them."""
+    mean = statistics[1] / statistics[0]
+    variance = (statistics[2] / statistics[0] - mean * mean).clamp(min=0)
+    return (samples - mean.float()) * (variance + 1e-7).rsqrt().float()
+
+
 class FeatureState(NamedTuple):
     """What a stream of samples leaves behind for the frames to come."""
 
     samples: torch.Tensor  # (n,) float32, less than a window and a shift
-    count: int  # samples so far, and their sum and sum of squares: the statistics of mean_var_norm
-    total: float
-    squares: float
+    statistics: torch.Tensor  # (3,) float64, of `moments`
 
 
 def feature_state() -> FeatureState:
     """The state before the first sample."""
-    return FeatureState(torch.zeros(0), 0, 0.0, 0.0)
+    return FeatureState(torch.zeros(0), torch.zeros(3, dtype=torch.float64))
 
 
 def stream_features(frontend: Frontend):
     """A function (samples (n,), state) -> (features (T,F) of the frames now complete, new state), n >= 0.
 
-    fbank gives the frames of `extract`, to rounding. mean_var_norm wants the whole utterance; here it takes the samples so
-    far, so the first frames of a log_mel stream are scaled by less knowledge than the last.
+    fbank gives the frames of `extract`, to rounding. mean_var_norm wants the whole utterance; here it
+    takes the last STREAM_WINDOW seconds up to the end of `samples`. So the first frames of a log_mel
+    stream are scaled by less knowledge than later ones, above all where the first piece is short.
     """
     normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
+    window = STREAM_WINDOW * frontend.sample_rate
     chain = Compose([*features_chain(dataclasses.replace(frontend, mean_var_norm=False)), transpose])
 
     def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:
-        wide, waiting = samples.double(), torch.cat((state.samples, samples))
-        state = FeatureState(waiting, state.count + len(wide), state.total + float(wide.sum()),
-                             state.squares + float(wide.square().sum()))
+        samples = finite(samples)
+        waiting = torch.cat((state.samples, samples))
+        statistics = moments(samples, state.statistics, window, PEAK)
         frames = int(num_frames(len(waiting), frontend))
         if not frames:
-            return torch.zeros(0, frontend.num_mel_bins), state
+            return torch.zeros(0, frontend.num_mel_bins), FeatureState(waiting, statistics)
         ready = waiting[:(frames - 1) * frontend.shift_samples + frontend.window_samples]
-        if normalised:
-            mean = state.total / state.count
-            ready = (ready - mean) * (max(state.squares / state.count - mean**2, 0.0) + 1e-7) ** -0.5
+        ready = normalize(ready, statistics) if normalised else ready
         features = chain({"input_values": ready}, None)["features"]
-        return features, state._replace(samples=waiting[frames * frontend.shift_samples:])
+        return features, FeatureState(waiting[frames * frontend.shift_samples:], statistics)
 
     return advance

@@ -18,11 +18,11 @@ from cli import UserError
 from conformer import ModelOptions, subsampled_length
 from export import BLANK, ExportOptions, export as export_model, main, token_lines
 from model import U2, OptimOptions
-from onnx_checks import call, given_of, greedy, network_stream, network_whole, synthetic_sound
+from onnx_checks import call, given_of, graph_stream, greedy, network_stream, network_whole, synthetic_sound
 from onnx_graphs import Chunk, ChunkOptions, cache_inputs
 from stream import MAX_POSITION
 from tokenizer import Tokenizer, train_char
-from transforms import Frontend, extract
+from transforms import STREAM_WINDOW, Frontend, extract
 from wenet_import import load_wenet
 
 TINY = dict(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5, decoder_num_blocks=1,
@@ -248,6 +248,18 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
         done = subprocess.run([sys.executable, "hear.py", name, "sound.wav"], cwd=folder, capture_output=True, text=True)
         assert done.stdout == "".join(token_of(model, i) for i in expected) + "\n", done.stderr
     assert not list(folder.glob("encoder.onnx"))
+
+
+@torch.no_grad()
+def test_the_streaming_graph_forgets_as_a_stream_does(log_mel):
+    """Louder and quieter than a window ago, a click, and samples that are no sound."""
+    model, folder, _ = log_mel
+    sound = torch.cat([gain * SOUND for gain in (3, 3, 0.1, 0.1, 1)])  # two windows
+    sound[100], sound[40000:40400] = 1e4, float("nan")
+    expected = model.ctc_log_probs(network_stream(model, CHUNKS, sound))
+    assert len(expected) > STREAM_WINDOW * 1.5 * 25 and expected.isfinite().all()
+    heard = graph_stream(model, session_of(folder, "model-streaming.onnx"), CHUNKS, sound)
+    np.testing.assert_allclose(heard, expected, atol=1e-4)
 
 
 def token_of(model, i):

@@ -39,7 +39,7 @@ import words
 from conformer import ModelOptions
 from model import U2, OptimOptions
 from tokenizer import save_tokenizer, train_char
-from transforms import Frontend
+from transforms import STREAM_WINDOW, Frontend, feature_state, stream_features
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 6 * 2**30  # bytes of address space; torch and datasets alone take 3 to 4
@@ -359,6 +359,40 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     assert counts[False] or name == "compare"  # which has no flags
 
 # ----------------------------------------------------------------------------------------------------------- streams
+
+
+def noise(seconds, loudness, seed=0):
+    return loudness * torch.randn(int(16000 * seconds), generator=torch.Generator().manual_seed(seed))
+
+
+def click(samples, value):
+    samples[100] = value
+    return samples
+
+
+DEAFENING = {
+    "a click at the start": click(torch.zeros(800), 1e4), "a click in sound": click(noise(1, 0.05), -1e30),
+    "20 s of loud noise": noise(20, 0.5), "20 s of a constant": torch.full((320000,), 0.9),
+    "much too loud": noise(5, 1e6), "a row of nan": torch.full((16000,), math.nan),
+    "one infinity": click(noise(1, 0.05), -math.inf), "half a minute of nothing": torch.zeros(480000)}
+
+
+@pytest.mark.parametrize("frontend", [Frontend(), Frontend(frontend="fbank")], ids=["log_mel", "fbank"])
+@pytest.mark.parametrize("attack", DEAFENING)
+def test_no_sound_deafens_a_stream_for_good(attack, frontend):
+    """After ten windows a stream hears what one hears that was spared; after a click, after two."""
+    advance, quiet = stream_features(frontend), noise(1, 0.02, seed=1)
+
+    def heard(state):
+        for _ in range(int(STREAM_WINDOW * (2 if "click" in attack else 10))):
+            features, state = advance(quiet, state)
+            assert features.isfinite().all()
+        return features
+
+    hurt, state = advance(DEAFENING[attack], feature_state())
+    assert len(hurt) and hurt.isfinite().all()
+    torch.testing.assert_close(heard(state), heard(feature_state()), rtol=0, atol=0.5)
+
 
 
 # --------------------------------------------------------------------------------------------------- small, but wrong

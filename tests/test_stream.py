@@ -1,6 +1,7 @@
 """Fed in pieces, the encoder gives what it gives for the whole; and what is built on that."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from decode import SearchOptions
 from model import U2, OptimOptions
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, stream, stream_state, trailing_blanks
 from tokenizer import train_char
-from transforms import Frontend, extract, feature_state, stream_features
+from transforms import Frontend, extract, feature_state, moments, stream_features
 
 CONTEXTS = list(itertools.product((1, 4, 16, 25), (-1, 0, 1, 4)))
 
@@ -173,6 +174,45 @@ def test_mean_var_norm_in_a_stream_uses_the_statistics_so_far_and_ends_with_thos
     torch.testing.assert_close(pieces[-1], whole[-1], rtol=1e-3, atol=1e-3)
 
 
+def test_the_statistics_of_a_stream_are_a_window_that_forgets_sample_by_sample():
+    samples, window = 3 * noise(300), 100.0
+    count, total, squares = 0.0, 0.0, 0.0
+    for sample in samples.clamp(-2, 2).tolist():
+        keep = min(window / (count + 1), 1.0)
+        count, total, squares = keep * (count + 1), keep * (total + sample), keep * (squares + sample**2)
+    for pieces in (300, 7, 1, random_pieces(300, 40, seed=0)):
+        statistics = feature_state().statistics
+        for piece in samples.split(pieces):
+            statistics = moments(piece, statistics, window, peak=2.0)
+        assert statistics.tolist() == pytest.approx([count, total, squares], rel=1e-9)
+
+
+def streamed_features(waveform, pieces, frontend=Frontend()):
+    """(T,F), and the state behind the waveform."""
+    advance, state, parts = stream_features(frontend), feature_state(), []
+    for piece in waveform.split(pieces):
+        features, state = advance(piece, state)
+        parts.append(features)
+    return torch.cat(parts), state
+
+
+def test_what_a_stream_knows_of_the_loudness_does_not_depend_on_how_it_was_cut():
+    waveform = torch.cat([gain * noise(48000, dtype=torch.float32) for gain in (0.01, 0.3, 0.05)])
+    whole, expected = streamed_features(waveform, 1600)
+    for pieces in (800, 6400, random_pieces(len(waveform) - 1600, 5000, seed=1) + [1600]):
+        features, state = streamed_features(waveform, pieces)
+        torch.testing.assert_close(state.statistics, expected.statistics, rtol=1e-9, atol=0)
+        torch.testing.assert_close(features[-1], whole[-1], rtol=1e-5, atol=1e-5)  # both pieces end here
+
+
+def test_after_an_hour_the_statistics_are_those_of_the_last_window():
+    block, statistics = noise(1000, dtype=torch.float32), feature_state().statistics
+    for _ in range(3600):  # an hour at 1,000 samples per second
+        statistics = moments(block, statistics, 10000.0, peak=math.inf)
+    mean, squares = float(block.mean()), float(block.square().mean())
+    assert statistics.tolist() == pytest.approx([10000, 10000 * mean, 10000 * squares], rel=0.02)
+
+
 # Recognition
 
 
@@ -221,3 +261,17 @@ def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):
     assert [heard.first_frame * frame_ms(model) / 1000 for heard in finals[1:]] == [heard.seconds for heard in finals[:-1]]
     frames = subsampled_length(extract(model.frontend)(waveform).size(0), "conv2d")
     assert finals[-1].seconds == frames * frame_ms(model) / 1000
+
+
+@pytest.mark.parametrize("chunk_size", [4, -1])
+def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkeypatch, chunk_size):
+    monkeypatch.setattr(model, "frontend", Frontend())
+    waveform = torch.cat([gain * noise(40000, dtype=torch.float32) for gain in (0.3, 0.01)])
+    search = SearchOptions(chunk_size=chunk_size, left_chunks=2 if chunk_size > 0 else -1, beam_size=3)
+    expected = list(listen(model, [waveform], search))
+    assert len(expected) == (31 if chunk_size > 0 else 1)  # 498 frames make 124 encoder frames
+    for pieces in (waveform.split(777), cut(model, waveform, chunk_size),
+                   waveform.split(random_pieces(len(waveform), 9000, seed=2))):
+        for heard, meant in zip(listen(model, pieces, search), expected, strict=True):
+            assert heard.hypothesis == meant.hypothesis and heard.seconds == meant.seconds
+            assert not heard.final or torch.equal(heard.memory, meant.memory)
