@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_conformer import VARIANTS, network
 
+import decode
 from cli import UserError
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
-from decode import SearchOptions
+from decode import MODES, SearchOptions
 from model import U2, OptimOptions
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, stream, stream_state, trailing_blanks
 from tokenizer import train_char
@@ -221,3 +222,88 @@ def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):
     assert [heard.first_frame * frame_ms(model) / 1000 for heard in finals[1:]] == [heard.seconds for heard in finals[:-1]]
     frames = subsampled_length(extract(model.frontend)(waveform).size(0), "conv2d")
     assert finals[-1].seconds == frames * frame_ms(model) / 1000
+
+
+def mostly_blank(model, monkeypatch, spoken=()):
+    """Has CTC say blank with 0.9 in every frame, and with 0.1 one and the same token; in `spoken` frames, the token with 0.9."""
+    def log_probs(memory):
+        probs = torch.full((*memory.shape[:2], model.tokenizer.vocab_size), 1e-6)
+        probs[..., 0], probs[..., 3] = 0.9, 0.1
+        probs[:, spoken, 0], probs[:, spoken, 3] = 0.1, 0.9
+        return probs.log()
+
+    monkeypatch.setattr(model, "ctc_log_probs", log_probs)
+    monkeypatch.setattr(model.net, "ctc_log_probs", log_probs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_the_blank_wins_in_every_frame_there_is_no_text(model, monkeypatch, mode):
+    memory, lengths = noise(3, 200, 16, dtype=torch.float32), torch.tensor([200, 100, 0])
+    monkeypatch.setattr(model, "attention_search", lambda *_: [decode.Hypothesis([4], -1.0, [], [[4]], [-1.0], [[]])] * 3)
+    mostly_blank(model, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "without_text", lambda row: row)
+        resurrected = [row.tokens for row in model.search(memory, lengths, mode)]
+    assert (resurrected == [[], [], []]) == (mode == "ctc_greedy_search")
+    for row in model.search(memory, lengths, mode):
+        assert (row.tokens, row.nbest, row.times, row.nbest_times) == ([], [[]], [], [[]]) and len(row.nbest_scores) == 1
+    mostly_blank(model, monkeypatch, spoken=[150])  # in the first row only; behind the end of the second
+    assert [bool(row.tokens) for row in model.search(memory, lengths, mode)] == [True, False, False]
+
+
+def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_the_rule_of_silence(model, monkeypatch):
+    mostly_blank(model, monkeypatch)
+    heard = list(listen(model, cut(model, torch.zeros(60 * 16000), 16), SearchOptions(chunk_size=16)))
+    assert not any(guess.hypothesis.tokens for guess in heard)
+    ends = [guess.seconds for guess in heard if guess.final]
+    assert len(ends) > 10 and max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk
+
+
+def test_an_hour_of_a_stream_takes_no_more_memory_than_minutes(model, monkeypatch):
+    sizes, real = [], model.stream
+
+    def watched(features, state, last):
+        kept = [state.feats, *(part for keys, inputs in state.blocks for part in (*(keys or ()), inputs) if part is not None)]
+        sizes.append(sum(part.untyped_storage().nbytes() for part in kept))
+        return real(features, state, last)
+
+    monkeypatch.setattr(model, "stream", watched)
+    pieces = (0.1 * noise(10240, dtype=torch.float32) for _ in range(150))
+    finals = [heard for heard in listen(model, pieces, SearchOptions(chunk_size=16, beam_size=2)) if heard.final]
+    assert len(finals) > 3 and max(sizes[75:]) <= max(sizes[:75])
+
+
+SOUND = 0.1 * noise(40000, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bad, reason", [
+    (torch.tensor([0.1, float("nan")]), "sample 30001 of the stream: samples are not finite"),
+    (torch.tensor([0.1, 1e10]), "sample 30001 of the stream: samples as large as 1e.10; full scale is 1"),
+    (torch.tensor([0.1, 1e300], dtype=torch.float64), "not finite"), (SOUND.short(), "Tensor torch.int16"),
+    (torch.stack((SOUND, SOUND)), r"Tensor torch.float32 \(2, 40000\)"), (SOUND[0], r"Tensor torch.float32 \(\)"),
+    (SOUND.numpy(), "ndarray float32"), (None, "NoneType"), (SOUND + 0j, "complex64"), (b"abc", "bytes")], ids=str)
+def test_a_piece_that_is_no_sound_is_refused_after_what_was_heard(model, bad, reason):
+    search = SearchOptions(chunk_size=16)
+    good = SOUND[:30000] if getattr(bad, "shape", ()) != (2,) else torch.cat((SOUND[:30000], torch.tensor([0.1])))
+    *_, expected = listen(model, [good], search)
+    heard = []
+    with pytest.raises(UserError, match=reason):
+        for guess in listen(model, [SOUND[:30000], bad, SOUND], search):
+            heard.append(guess)
+    assert heard[-1].final and heard[-1].hypothesis == expected.hypothesis and expected.seconds == heard[-1].seconds > 1
+
+
+def test_an_error_of_the_microphone_comes_after_what_was_heard_and_odd_pieces_are_none(model):
+    def breaking():
+        yield SOUND
+        raise OSError("unplugged")
+
+    search, heard = SearchOptions(chunk_size=16), []
+    *_, expected = listen(model, [SOUND], search)
+    with pytest.raises(OSError, match="unplugged"):
+        for guess in listen(model, breaking(), search):
+            heard.append(guess)
+    assert heard[-1].final and heard[-1].hypothesis == expected.hypothesis and expected.hypothesis.tokens
+    for pieces in ([SOUND[:0], SOUND, SOUND[:0]], [SOUND.double()], [SOUND.clone().requires_grad_()]):
+        assert list(listen(model, pieces, search))[-1].hypothesis == expected.hypothesis
+    assert [heard.hypothesis.tokens for heard in listen(model, [], search)] == [[]]
