@@ -104,14 +104,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a command t
 def end_at_once(number, _) -> None:
     """Ends a command that has done nothing yet."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n".encode(errors="replace"))
+        line = f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n"
+        os.write(2, line.encode(errors="replace"))
     os._exit(128 + number)
 
 
 def is_command() -> bool:
     """Whether the program that runs is one of this folder's."""
     program = getattr(sys.modules["__main__"], "__file__", None)
-    return bool(program) and os.path.dirname(os.path.abspath(program)) == os.path.dirname(os.path.abspath(__file__))
+    ours, its = (os.path.dirname(os.path.abspath(path or "/")) for path in (__file__, program))
+    return ours == its
 
 
 for _number in SIGNALS if is_command() else ():  # its imports take seconds

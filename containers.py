@@ -180,16 +180,17 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
     if not (kind := CHUNKS.get(head[:4])):
         return b"", 0
     wide, head = 0, bytearray(head.replace(b"RF64", b"RIFF") + read(kind.first - 8))
-    for _ in range(1000):  # more chunks are none
+    for _ in range(1000):  # no recorder writes as many chunks
         chunk = read(kind.name + kind.size)
-        if not chunk or len(head) > LONGEST_HEADER:
-            break
         size = chunk_size(kind, chunk)
         if chunk[:4] == kind.data:
             none = kind.ahead + (24 if kind.name == 16 else 0)
             empty = chunk[:kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
-            return bytes(head) + empty, wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
-        body = read(min(size + -size % kind.align, LONGEST_HEADER))
+            size = wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
+            return bytes(head) + empty, size
+        if not chunk or max(size, len(head)) > LONGEST_HEADER:
+            break
+        body = read(size + -size % kind.align)
         if chunk[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
             wide = int.from_bytes(body[8:16], "little")
         else:

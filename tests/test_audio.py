@@ -427,14 +427,17 @@ def test_a_pipe_is_heard_to_its_end_whatever_its_header_says(pipe, subtype, chan
     assert told("-")[1] == ["cut short: 0.2 s of 0.4 s"]
 
 
-PIPED = [("WAV", "PCM_16", "FILE"), ("WAV", "PCM_U8", "FILE"), ("WAV", "FLOAT", "BIG"), ("RF64", "PCM_16", "FILE"),
-         ("W64", "PCM_24", "FILE"), ("AIFF", "PCM_16", "FILE"), ("AIFF", "PCM_S8", "FILE"), ("AIFF", "PCM_16", "LITTLE"),
-         ("AU", "PCM_16", "FILE"), ("AU", "PCM_16", "LITTLE"), ("AU", "ULAW", "FILE"), ("CAF", "PCM_16", "FILE")]
+PIPED = [("WAV", "PCM_16", "FILE"), ("WAV", "PCM_U8", "FILE"), ("WAV", "FLOAT", "BIG"),
+         ("RF64", "PCM_16", "FILE"), ("W64", "PCM_24", "FILE"), ("AIFF", "PCM_16", "FILE"),
+         ("AIFF", "PCM_S8", "FILE"), ("AIFF", "PCM_16", "LITTLE"), ("AU", "PCM_16", "FILE"),
+         ("AU", "PCM_16", "LITTLE"), ("AU", "ULAW", "FILE"), ("CAF", "PCM_16", "FILE")]
 
 
 @pytest.mark.parametrize("format, subtype, endian", PIPED)
-def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(pipe, format, subtype, endian):
-    content = encoded(np.stack([speech(0.3), speech(0.3, seed=1)], axis=1), format, subtype, endian=endian)
+def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(
+        pipe, format, subtype, endian):
+    stereo = np.stack([speech(0.3), speech(0.3, seed=1)], axis=1)
+    content = encoded(stereo, format, subtype, endian=endian)
     expected, at = heard(content), size_field(content, format)
     width = {"RF64": 8, "W64": 8, "CAF": 8}.get(format, 4)
     right = content[at:at + width]
@@ -447,9 +450,11 @@ def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(pipe, fo
 
 
 @pytest.mark.parametrize("content", [
-    encoded(speech(), "FLAC"), encoded(speech(), "MP3"), without_xing(encoded(speech(), "MP3")), encoded(speech(), "OGG"),
-    encoded(speech(), "WAV", "MS_ADPCM"), encoded(speech(), "CAF", "ALAC_16"), b"", b"R", b"RIFF", b"RIFF\0\0\0\0WAVE",
-    b"RIFF\0\0\0\0WAVEdata\0\0\0\0" + bytes(999), b".snd" + b"\xff" * 999, b"caff\0\1\0\0" + b"\xff" * 999, bytes(9999),
+    encoded(speech(), "FLAC"), encoded(speech(), "MP3"), without_xing(encoded(speech(), "MP3")),
+    encoded(speech(), "OGG"), encoded(speech(), "WAV", "MS_ADPCM"),
+    encoded(speech(), "CAF", "ALAC_16"), b"", b"R", b"RIFF", b"RIFF\0\0\0\0WAVE",
+    b"RIFF\0\0\0\0WAVEdata\0\0\0\0" + bytes(999), b".snd" + b"\xff" * 999,
+    b"caff\0\1\0\0" + b"\xff" * 999, bytes(9999),
     b"hello world " * 999, b"\x1f\x8b" + np.random.default_rng(0).bytes(9999)], ids=str)
 def test_a_pipe_of_anything_else_is_refused_and_never_taken_for_samples(pipe, content):
     pipe(content)
@@ -458,7 +463,8 @@ def test_a_pipe_of_anything_else_is_refused_and_never_taken_for_samples(pipe, co
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
-@pytest.mark.parametrize("bad, reason", [(np.nan, "samples are not finite"), (1e10, "samples as large as 1e.10; full")])
+@pytest.mark.parametrize("bad, reason", [
+    (np.nan, "samples are not finite"), (1e10, "samples as large as 1e.10; full")])
 def test_what_comes_before_a_sample_that_is_none_is_heard_to_its_end(pipe, rate, bad, reason):
     samples = speech(0.3, rate)
     expected = read_audio(encoded(samples[:rate // 4], "WAV", "FLOAT", rate))
