@@ -262,7 +262,7 @@ def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model,
     assert len(ends) > 10 and max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk
 
 
-def test_an_hour_of_a_stream_takes_no_more_memory_than_minutes(model, monkeypatch):
+def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypatch):
     sizes, real = [], model.stream
 
     def watched(features, state, last):
