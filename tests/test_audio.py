@@ -18,7 +18,7 @@ from test_prepare_properties import cases
 
 import audio
 from audio import read_audio, read_blocks, resample
-from cli import UserError
+from cli import SIGNALS, UserError
 from containers import frame_of, parts
 
 RATE = 16000
@@ -191,21 +191,22 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer")
-def test_ctrl_c_is_never_lost_in_the_decoder(tmp_path):
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
     soundfile.write(tmp_path / "a.wav", np.stack([speech(30.0, 44100)] * 2, axis=1), 44100)
-    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    handlers = {number: signal.signal(number, signal.default_int_handler),
                 signal.SIGALRM: signal.signal(
-                    signal.SIGALRM, lambda *call: os.kill(os.getpid(), signal.SIGINT))}
+                    signal.SIGALRM, lambda *call: os.kill(os.getpid(), number))}
     try:
-        for attempt in range(40):
+        for attempt in range(40 if number == signal.SIGINT else 15):
             with pytest.raises(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0007 * attempt)
                 for _ in range(20):  # seconds, if it is lost
                     list(read_blocks(str(tmp_path / "a.wav"), RATE))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for changed, handler in handlers.items():
+            signal.signal(changed, handler)
 
 
 # mp3
