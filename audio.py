@@ -23,7 +23,7 @@ import soundfile
 import torch
 import torchaudio
 
-from cli import UserError
+from cli import SIGNALS, UserError
 from containers import METADATA, UNKNOWN, Part, at, header, parts
 from transforms import RATES, check_samples
 
@@ -222,7 +222,7 @@ def signals_wait():
     """
     waiting, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
         for number in handlers:

@@ -182,13 +182,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a command t
 
 def end_at_once(number, _) -> None:
     """Ends a command that has done nothing yet."""
-    os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n".encode(errors="replace"))
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        line = f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n"
+        os.write(2, line.encode(errors="replace"))
     os._exit(128 + number)
 
 
-if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))) == os.path.dirname(os.path.abspath(__file__)):
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what a command imports takes seconds
-        signal.signal(signal.SIGINT, end_at_once)
+def is_command() -> bool:
+    """Whether the program that runs is one of this folder's."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    ours, its = (os.path.dirname(os.path.abspath(path or "/")) for path in (__file__, program))
+    return ours == its
+
+
+for _number in SIGNALS if is_command() else ():  # its imports take seconds
+    if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
+        signal.signal(_number, end_at_once)
 
 
 def interrupt(number, _) -> None:

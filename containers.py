@@ -100,7 +100,7 @@ METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEA
 HEAD = (rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
         rb"\.snd\x00\x00")  # of the next file
 MPEG_IN_WAV = (0x50, 0x55)
-LONGEST_HEADER = 2**24  # bytes, on a pipe: a recorder may put a picture there
+LONGEST_HEADER = 2**22  # bytes, on a pipe: a recorder may put a picture there
 
 
 def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
@@ -179,14 +179,18 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
         return head + bytes(4) + read(min(max(body, 24) - 12, LONGEST_HEADER)), promised
     if not (kind := CHUNKS.get(head[:4])):
         return b"", 0
-    wide, head = 0, head.replace(b"RF64", b"RIFF") + read(kind.first - 8)
-    while len(head) < LONGEST_HEADER and (chunk := read(kind.name + kind.size)):
+    wide, head = 0, bytearray(head.replace(b"RF64", b"RIFF") + read(kind.first - 8))
+    for _ in range(1000):  # no recorder writes as many chunks
+        chunk = read(kind.name + kind.size)
         size = chunk_size(kind, chunk)
         if chunk[:4] == kind.data:
             none = kind.ahead + (24 if kind.name == 16 else 0)
             empty = chunk[:kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
-            return head + empty, wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
-        body = read(min(size + -size % kind.align, LONGEST_HEADER))
+            size = wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
+            return bytes(head) + empty, size
+        if not chunk or max(size, len(head)) > LONGEST_HEADER:
+            break
+        body = read(size + -size % kind.align)
         if chunk[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
             wide = int.from_bytes(body[8:16], "little")
         else:

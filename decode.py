@@ -91,8 +91,8 @@ def blank_wins(log_probs: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
 
 
 def without_text(hypothesis: Hypothesis) -> Hypothesis:
-    """What is heard in an utterance in all of whose frames the blank wins: nothing, whatever many unlikely paths add up to
-    and an attention decoder makes of it."""
+    """What is heard where the blank wins in every frame: nothing, whatever many unlikely paths add
+    up to and an attention decoder makes of it. (WeNet hears words in noise there.)"""
     return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
 
 

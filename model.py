@@ -382,21 +382,22 @@ class U2(L.LightningModule):
     @torch.no_grad()
     def search(self, memory, lengths, mode: str, beam_size: int = 10, ctc_weight: float = 0.5, reverse_weight: float = 0.3,
                context=None) -> list[decode.Hypothesis]:
-        """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are. There is no text where CTC's
-        best path has none."""
+        """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are.
+        There is no text where CTC's best path has none."""
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         if context is not None and mode not in decode.CONTEXT_MODES:
             raise UserError(f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}")
         net = self.net
         log_probs = net.ctc_log_probs(memory)
-        found = self._search(memory, lengths, log_probs, mode, beam_size, ctc_weight, reverse_weight, context)
+        found = self._search(memory, lengths, log_probs, mode, beam_size, ctc_weight,
+                             reverse_weight, context)
         ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
         silent = (decode.blank_wins(log_probs, net.blank_id) | ended).all(dim=1).tolist()
         return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
 
-    def _search(self, memory, lengths, log_probs, mode: str, beam_size: int, ctc_weight: float, reverse_weight: float,
-                context) -> list[decode.Hypothesis]:
+    def _search(self, memory, lengths, log_probs, mode: str, beam_size: int, ctc_weight: float,
+                reverse_weight: float, context) -> list[decode.Hypothesis]:
         """The same with text everywhere: log_probs (B,T',V) are CTC's of memory."""
         net = self.net
         if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote

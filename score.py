@@ -198,7 +198,8 @@ def waveform_of(row: int, values: dict) -> torch.Tensor:
     """The samples (N,) float32 of a row. Raises UserError for what no microphone gives."""
     samples = values["input_values"].astype(np.float32)
     if reason := check_samples(samples)[1]:
-        raise UserError(f"row {row} of the split: {reason}; mend the recording and prepare it again, or leave it out")
+        raise UserError(f"row {row} of the split: {reason}; mend the recording and prepare it "
+                        "again, or leave it out")
     return torch.from_numpy(samples)
 
 

@@ -99,12 +99,14 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
 
     model: a model.U2. After every chunk comes what was heard so far, by CTC prefix search; at the end of an
     utterance, the same rescored by the attention decoders. Without `endpoints` all pieces are one utterance.
-    context: a context.ContextGraph of hotwords. Raises UserError for a piece that is none, whose samples are not finite or
-    louder than transforms.LOUDEST: after what was heard up to there, as every error that `pieces` raises.
+    context: a context.ContextGraph of hotwords. Raises UserError for a piece that is none, whose
+    samples are not finite or louder than transforms.LOUDEST; such an error, and any that `pieces`
+    raises, comes after what was heard up to there.
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
-    beam, memory, frames, silent, spoken = decode.prefix_start(context=context), [], 0, 0, False
+    beam, spoken = decode.prefix_start(context=context), False
+    memory, frames, silent = [], 0, 0
     sizes = piece_samples(model, search.chunk_size) if search.chunk_size > 0 else (math.inf, math.inf)
     for samples, last in in_chunks(with_last(pieces), *sizes):
         features, features_state = advance(samples, features_state)
@@ -122,13 +124,14 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
             yield Heard(second_pass(model, heard, memory, search), first_frame, seconds, True, memory)
             first_frame += frames
             state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
-            beam, memory, frames, silent, spoken = decode.prefix_start(context=context), [], 0, 0, False
+            beam, spoken = decode.prefix_start(context=context), False
+            memory, frames, silent = [], 0, 0
         elif out.size(1):
             yield Heard(heard, first_frame, seconds, False)
 
 
 def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The pieces, each with False, then an empty one with True; an error is raised behind that, after what came before it."""
+    """The pieces, each with False, then an empty one with True. An error comes behind that."""
     error, count = None, 0
     try:
         for piece in pieces:
@@ -137,7 +140,8 @@ def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bo
             yield samples[:good], False
             count += good
             if reason:
-                raise UserError(f"sample {count} of the stream: {reason}; mend the recording, or leave it out")
+                raise UserError(f"sample {count} of the stream: {reason}; mend the recording, or "
+                                "leave it out")
     except Exception as failure:
         error = failure
     yield torch.zeros(0), True
@@ -148,8 +152,10 @@ def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bo
 def as_samples(piece) -> torch.Tensor:
     """A piece of a waveform as (n,) float32 on the CPU. Raises UserError for what is none."""
     if not isinstance(piece, torch.Tensor) or piece.dim() != 1 or not piece.is_floating_point():
-        kind = type(piece).__name__ + (f" {piece.dtype} {tuple(piece.shape)}" if hasattr(piece, "shape") else "")
-        raise UserError(f"a piece of the stream is a {kind}; give tensors (n,) of floats, full scale 1")
+        kind = type(piece).__name__
+        if hasattr(piece, "shape"):
+            kind += f" {piece.dtype} {tuple(piece.shape)}"
+        raise UserError(f"a piece of the stream is a {kind}; give float tensors (n,), full scale 1")
     return piece.detach().float().cpu()
 
 

@@ -7,8 +7,8 @@ gives the times of the words, --output_dir a file for each. A file that cannot b
 are transcribed all the same, and the exit status is 2.
 
 With --stream a recording is heard as if it were being spoken: what was heard so far appears on stderr as it grows, after
-the seconds of audio that it took; a pause ends an utterance, which is then rescored. Ctrl-C ends standard input. From a
-microphone or anything else that ffmpeg reads:
+the seconds of audio that it took; a pause ends an utterance, which is then rescored. Ctrl-C ends standard input, and what
+came is heard to its end. From a microphone or anything else that ffmpeg reads:
 
   ffmpeg -loglevel error -i INPUT -f wav - | python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
 """
@@ -48,7 +48,7 @@ from transforms import extract
 from words import (Transcript, Word, align_words, as_ctm, as_json, as_srt, as_txt, as_vtt,
                    frame_times, join, join_words)
 
-LINGER = 1.0  # seconds after Ctrl-C for which standard input is heard: its writer, too, may have been told to end
+LINGER = 1.0  # seconds for which standard input is heard after Ctrl-C, which its writer gets, too
 POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
 
 
@@ -224,10 +224,10 @@ def total_seconds(recordings: list[Recording]) -> float | None:
 # ------------------------------------------------------------------------------------------------------ piece by piece
 
 
-def whole(model, recordings: list[Recording], options: TranscribeOptions, search: Search, failed: dict[int, int],
-          bar: tqdm) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of each recording that can be read, in order; `failed` gets the exit status for the numbers of the
-    others."""
+def whole(model, recordings: list[Recording], options: TranscribeOptions, search: Search,
+          failed: dict[int, int], bar: tqdm) -> Iterator[tuple[int, Transcript]]:
+    """(number, transcript) of each recording that can be read, in order; `failed` gets the numbers
+    of the others, each with the exit status."""
     heard = defaultdict(list)  # number -> what was heard in its pieces, as far as they are known
     rate = model.frontend.sample_rate
     for pool in pools(read_pieces(recordings, options, rate, failed), POOL * options.batch_seconds * rate):
@@ -241,14 +241,16 @@ def whole(model, recordings: list[Recording], options: TranscribeOptions, search
 
 def assemble(number: int, recordings: list[Recording], heard: list[Heard],
              failed: dict[int, int]) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of the recording, or nothing where a file failed: it can be mended and heard again, a pipe not."""
+    """(number, transcript) of the recording, or nothing where a file failed, which can be mended
+    and heard again, as a pipe cannot."""
     if number not in failed or recordings[number].path == "-":
         yield number, Transcript(recordings[number].path, join(part.text for part in heard),
                                  sum(part.seconds for part in heard),
                                  join_words(part.words for part in heard))
 
 
-def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: int, failed: dict[int, int]) -> Iterator[Piece]:
+def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: int,
+                failed: dict[int, int]) -> Iterator[Piece]:
     """What can be read of all recordings, one after the other."""
     for number, recording in enumerate(recordings):
         offset = 0
@@ -273,7 +275,8 @@ def tell(kind: str, recording: Recording, what: str) -> None:
 
 def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording,
              failed: dict[int, int]) -> Iterator[np.ndarray]:
-    """The blocks up to an error, which is told, or, of standard input, up to a signal: a pipe may have no other end."""
+    """The blocks up to an error, which is told, or, of standard input, up to a signal: a pipe may
+    have no other end."""
     try:
         with ended_by_signals() if recording.path == "-" else contextlib.nullcontext([]) as signals:
             yield from blocks
@@ -290,8 +293,9 @@ def readable(blocks: Iterator[np.ndarray], number: int, recording: Recording,
 
 @contextlib.contextmanager
 def ended_by_signals():
-    """Within it the first signal that asks the command to end ends standard input instead, so that all that came is heard.
-    Gives a list that will hold the signal's number. A second one ends the command."""
+    """Within it the first signal that asks the command to end ends standard input instead, so that
+    all that came is heard. Gives a list that will hold the signal's number. A second one ends the
+    command."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     signals = []
@@ -319,7 +323,7 @@ def ended_by_signals():
 
 
 def pour(source: int, into: int) -> None:
-    """Copies what is in a pipe, and what comes within LINGER seconds, to another and closes that."""
+    """Copies what is in a pipe and comes within LINGER seconds to another, and closes that one."""
     ends = time.monotonic() + LINGER
     while (left := ends - time.monotonic()) > 0 and select.select([source], [], [], left)[0]:
         if not (content := os.read(source, 2**16)):
@@ -388,14 +392,15 @@ def timed(model, tokens: list[int], log_probs: torch.Tensor, offset: float, opti
 # --------------------------------------------------------------------------------------------------------- as a stream
 
 
-def streamed(model, recordings: list[Recording], options: TranscribeOptions, search: Search, failed: dict[int, int],
-             bar: tqdm) -> Iterator[tuple[int, Transcript]]:
+def streamed(model, recordings: list[Recording], options: TranscribeOptions, search: Search,
+             failed: dict[int, int], bar: tqdm) -> Iterator[tuple[int, Transcript]]:
     """The same, heard as it comes; of each utterance, what is heard so far goes to stderr whenever it changes."""
     rate = model.frontend.sample_rate
     size = max(search.options.chunk_size, 0) * frame_ms(model) * rate // 1000
     for number, recording in enumerate(recordings):
         texts, words, shown, seconds = [], [], "", 0.0
-        blocks = regroup(readable(blocks_of(recording, options, rate), number, recording, failed), size)
+        blocks = readable(blocks_of(recording, options, rate), number, recording, failed)
+        blocks = regroup(blocks, size)
         for heard in listen(model, map(torch.from_numpy, blocks), search.options, context=search.context):
             text, seconds = model.tokenizer.decode(heard.hypothesis.tokens), heard.seconds
             if heard.final:

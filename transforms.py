@@ -22,7 +22,7 @@ from files import parse_json, read_text
 
 RATES = (4000, 384_000)  # samples per second of recordings; the filter of others may take gigabytes
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
-LOUDEST = 2.0**31  # samples: recordings may hold the steps of integers; the squares of larger ones overflow
+LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of larger ones overflow
 
 
 @options_class
@@ -101,13 +101,16 @@ class Augment:
 
 
 def check_samples(samples: np.ndarray) -> tuple[int, str]:
-    """How many of the samples (N,) or (N, channels) come before the first that no microphone gives, and what is wrong
-    with that one; (N, "") where all are sound."""
+    """How many of the samples (N,) or (N, channels) come before the first that no microphone gives,
+    and what is wrong with that one; (N, "") where all are sound.
+    """
     if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:  # nan is not
         return len(samples), ""
     first = int((~(np.abs(samples) <= LOUDEST)).reshape(len(samples), -1).any(axis=1).argmax())
     loudest = np.abs(samples[first]).max()
-    return first, f"samples as large as {loudest:.0e}; full scale is 1" if np.isfinite(loudest) else "samples are not finite"
+    if not np.isfinite(loudest):
+        return first, "samples are not finite"
+    return first, f"samples as large as {loudest:.0e}; full scale is 1"
 
 
 def num_frames(num_samples, frontend: Frontend):

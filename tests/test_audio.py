@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import struct
+import threading
 import tracemalloc
 
 import numpy as np
@@ -17,7 +18,7 @@ from test_prepare_properties import cases
 
 import audio
 from audio import read_audio, read_blocks, resample
-from cli import UserError
+from cli import SIGNALS, UserError
 from containers import frame_of, parts
 
 RATE = 16000
@@ -190,21 +191,22 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer")
-def test_ctrl_c_is_never_lost_in_the_decoder(tmp_path):
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
     soundfile.write(tmp_path / "a.wav", np.stack([speech(30.0, 44100)] * 2, axis=1), 44100)
-    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    handlers = {number: signal.signal(number, signal.default_int_handler),
                 signal.SIGALRM: signal.signal(
-                    signal.SIGALRM, lambda *call: os.kill(os.getpid(), signal.SIGINT))}
+                    signal.SIGALRM, lambda *call: os.kill(os.getpid(), number))}
     try:
-        for attempt in range(40):
+        for attempt in range(40 if number == signal.SIGINT else 15):
             with pytest.raises(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0007 * attempt)
                 for _ in range(20):  # seconds, if it is lost
                     list(read_blocks(str(tmp_path / "a.wav"), RATE))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for changed, handler in handlers.items():
+            signal.signal(changed, handler)
 
 
 # mp3
@@ -424,6 +426,69 @@ def test_a_pipe_is_heard_to_its_end_whatever_its_header_says(pipe, subtype, chan
         assert not reasons and np.array_equal(samples, expected)
     pipe(content[:len(content) // 2])
     assert told("-")[1] == ["cut short: 0.2 s of 0.4 s"]
+
+
+PIPED = [("WAV", "PCM_16", "FILE"), ("WAV", "PCM_U8", "FILE"), ("WAV", "FLOAT", "BIG"),
+         ("RF64", "PCM_16", "FILE"), ("W64", "PCM_24", "FILE"), ("AIFF", "PCM_16", "FILE"),
+         ("AIFF", "PCM_S8", "FILE"), ("AIFF", "PCM_16", "LITTLE"), ("AU", "PCM_16", "FILE"),
+         ("AU", "PCM_16", "LITTLE"), ("AU", "ULAW", "FILE"), ("CAF", "PCM_16", "FILE")]
+
+
+@pytest.mark.parametrize("format, subtype, endian", PIPED)
+def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(
+        pipe, format, subtype, endian):
+    stereo = np.stack([speech(0.3), speech(0.3, seed=1)], axis=1)
+    content = encoded(stereo, format, subtype, endian=endian)
+    expected, at = heard(content), size_field(content, format)
+    width = {"RF64": 8, "W64": 8, "CAF": 8}.get(format, 4)
+    right = content[at:at + width]
+    for size in (right, bytes(width), b"\xff" * width):
+        pipe(content[:at] + size + content[at + width:])
+        samples, reasons = told("-")
+        assert not reasons and np.array_equal(samples, expected), size
+    pipe(content[:-len(content) // 3])
+    assert told("-")[1][0].startswith("cut short: 0.")
+
+
+@pytest.mark.parametrize("content", [
+    encoded(speech(), "FLAC"), encoded(speech(), "MP3"), without_xing(encoded(speech(), "MP3")),
+    encoded(speech(), "OGG"), encoded(speech(), "WAV", "MS_ADPCM"),
+    encoded(speech(), "CAF", "ALAC_16"), b"", b"R", b"RIFF", b"RIFF\0\0\0\0WAVE",
+    b"RIFF\0\0\0\0WAVEdata\0\0\0\0" + bytes(999), b".snd" + b"\xff" * 999,
+    b"caff\0\1\0\0" + b"\xff" * 999, bytes(9999),
+    b"hello world " * 999, b"\x1f\x8b" + np.random.default_rng(0).bytes(9999)], ids=str)
+def test_a_pipe_of_anything_else_is_refused_and_never_taken_for_samples(pipe, content):
+    pipe(content)
+    with pytest.raises(UserError, match="cannot be decoded: .*; pipe wav"):
+        next(read_blocks("-", RATE))
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+@pytest.mark.parametrize("bad, reason", [
+    (np.nan, "samples are not finite"), (1e10, "samples as large as 1e.10; full")])
+def test_what_comes_before_a_sample_that_is_none_is_heard_to_its_end(pipe, rate, bad, reason):
+    samples = speech(0.3, rate)
+    expected = read_audio(encoded(samples[:rate // 4], "WAV", "FLOAT", rate))
+    samples[rate // 4] = bad
+    content = encoded(samples, "WAV", "FLOAT", rate)
+    for source in ("-", content):
+        pipe(content)
+        blocks = []
+        with pytest.raises(UserError, match=f"^{reason}.* after 0.2 s$"):
+            for block in read_blocks(source, RATE, damaged=print):
+                blocks.append(block)
+        assert np.array_equal(np.concatenate(blocks), expected)
+
+
+def test_standard_input_may_have_been_set_not_to_wait(pipe):
+    content = encoded(speech(0.3))
+    out, into = os.pipe()
+    os.dup2(out, 0)
+    os.set_blocking(0, False)
+    writer = threading.Timer(0.2, lambda: (os.write(into, content), os.close(into)))
+    writer.start()
+    assert np.array_equal(read_audio("-"), heard(content))
+    writer.join(), os.close(out)
 
 
 def test_standard_input_that_is_a_file_is_read_as_one(pipe, tmp_path):

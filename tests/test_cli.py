@@ -2,11 +2,14 @@
 
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from test_house import FILES, imported
 
 import cli
 import files
@@ -81,6 +84,27 @@ def test_a_signal_ends_a_command_in_one_line_and_the_next_ones_do_not_disturb_th
     out, err = process.communicate(timeout=60)
     assert (out, err.decode()) == (b"tidy\n", f"-c: interrupted ({first.name})\n")
     assert process.returncode == 128 + first
+
+
+@pytest.mark.parametrize("number", cli.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_within_the_imports_of_a_command_is_one_line_too(tmp_path, number):
+    shutil.copy(cli.__file__, tmp_path)
+    slow = tmp_path / "slow.py"
+    slow.write_text("import cli, time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, slow]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1].decode() == f"slow.py: interrupted ({number.name})\n"
+    assert process.returncode == 128 + number
+
+
+def test_every_command_imports_cli_before_what_takes_seconds():
+    commands = [path for path in FILES if re.search(r"\n    (cli\.)?run\(main\)", path.read_text())]
+    assert len(commands) >= 9
+    for path in commands:
+        names = [name for name in imported(path) if name not in sys.stdlib_module_names]
+        assert names[0] == "cli", path
 
 
 def test_what_the_parent_ignores_stays_ignored_and_a_command_leaves_no_handlers(monkeypatch):

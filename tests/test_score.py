@@ -212,6 +212,25 @@ def write_run(folder, metrics, scores=(), **options):
         (folder / "scores.jsonl").write_text("\n".join(["best checkpoint", *map(json.dumps, scores)]) + "\n")
 
 
+@pytest.mark.parametrize("bad, reason", [(np.nan, "not finite"), (1e10, "as large as 1e+10")])
+@pytest.mark.parametrize("argv", [[], ["--stream"], ["--stream", "--concatenate"]], ids=str)
+def test_a_row_whose_samples_are_none_is_named(
+        world, capsys, tmp_path, monkeypatch, argv, bad, reason):
+    real = waveform
+
+    def spoiled(row):
+        samples = real(row)
+        samples[100] = bad if row == 3 else samples[100]
+        return samples
+
+    monkeypatch.setattr(sys.modules[__name__], "waveform", spoiled)
+    write_split(tmp_path / "eval_clean", train_char(TEXTS))
+    given = ("--checkpoint", world / "best.ckpt", "--data_root", tmp_path, *argv)
+    status, out, err = call(capsys, score, *given)
+    assert status == 2 and out == [] and reason in err[-1]
+    assert "error: row 3 of the split: samples" in err[-1]
+
+
 def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = {"split": "eval_clean", "mode": "attention", "stream": False, "chunk_size": 16, "left_chunks": -1, "utterances": 5}

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_conformer import VARIANTS, network
 
+import decode
 from cli import UserError
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
-from decode import SearchOptions
+from decode import MODES, SearchOptions
 from model import U2, OptimOptions
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, stream, stream_state, trailing_blanks
 from tokenizer import train_char
@@ -275,3 +276,98 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
         for heard, meant in zip(listen(model, pieces, search), expected, strict=True):
             assert heard.hypothesis == meant.hypothesis and heard.seconds == meant.seconds
             assert not heard.final or torch.equal(heard.memory, meant.memory)
+
+
+def mostly_blank(model, monkeypatch, spoken=()):
+    """Has CTC say blank with 0.9 and a token with 0.1 in all frames, vice versa in those `spoken`."""
+    def log_probs(memory):
+        probs = torch.full((*memory.shape[:2], model.tokenizer.vocab_size), 1e-6)
+        probs[..., 0], probs[..., 3] = 0.9, 0.1
+        probs[:, spoken, 0], probs[:, spoken, 3] = 0.1, 0.9
+        return probs.log()
+
+    monkeypatch.setattr(model, "ctc_log_probs", log_probs)
+    monkeypatch.setattr(model.net, "ctc_log_probs", log_probs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_the_blank_wins_in_every_frame_there_is_no_text(model, monkeypatch, mode):
+    memory, lengths = noise(3, 200, 16, dtype=torch.float32), torch.tensor([200, 100, 0])
+    written = decode.Hypothesis([4], -1.0, [], [[4]], [-1.0], [[]])
+    monkeypatch.setattr(model, "attention_search", lambda *_: [written] * 3)
+    mostly_blank(model, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "without_text", lambda row: row)
+        resurrected = [row.tokens for row in model.search(memory, lengths, mode)]
+    assert (resurrected == [[], [], []]) == (mode == "ctc_greedy_search")
+    for row in model.search(memory, lengths, mode):
+        assert (row.tokens, row.nbest, row.times, row.nbest_times) == ([], [[]], [], [[]])
+        assert row.nbest_scores == [row.score]
+    mostly_blank(model, monkeypatch, spoken=[150])  # which is behind the end of the other rows
+    assert [bool(row.tokens) for row in model.search(memory, lengths, mode)] == [True, False, False]
+
+
+def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model, monkeypatch):
+    mostly_blank(model, monkeypatch)
+    pieces = cut(model, torch.zeros(60 * 16000), 16)
+    heard = list(listen(model, pieces, SearchOptions(chunk_size=16)))
+    assert not any(guess.hypothesis.tokens for guess in heard)
+    ends = [guess.seconds for guess in heard if guess.final]
+    assert len(ends) > 10 and max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk
+
+
+def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypatch):
+    sizes, real = [], model.stream
+
+    def watched(features, state, last):
+        kept = [part for keys, inputs in state.blocks for part in (*(keys or ()), inputs)]
+        sizes.append(sum(part.untyped_storage().nbytes() for part in kept if part is not None))
+        return real(features, state, last)
+
+    monkeypatch.setattr(model, "stream", watched)
+    pieces = (0.1 * noise(10240, dtype=torch.float32) for _ in range(150))
+    search = SearchOptions(chunk_size=16, beam_size=2)
+    finals = [heard for heard in listen(model, pieces, search) if heard.final]
+    assert len(finals) > 3 and max(sizes[75:]) <= max(sizes[:75])
+
+
+SOUND = 0.1 * noise(40000, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bad, reason", [
+    (torch.tensor([0.1, float("nan")]), "sample 30001 of the stream: samples are not finite"),
+    (torch.tensor([0.1, 1e10]), "sample 30001 of the stream: samples as large as 1e.10; full"),
+    (torch.tensor([0.1, 1e300], dtype=torch.float64), "not finite"),
+    (SOUND.short(), "Tensor torch.int16"), (SOUND[0], r"Tensor torch.float32 \(\)"),
+    (torch.stack((SOUND, SOUND)), r"Tensor torch.float32 \(2, 40000\)"),
+    (SOUND.numpy(), "ndarray float32"), (None, "NoneType"), (SOUND + 0j, "complex64"),
+    (b"abc", "bytes")], ids=str)
+def test_a_piece_that_is_no_sound_is_refused_after_what_was_heard(model, bad, reason):
+    search = SearchOptions(chunk_size=16)
+    good = SOUND[:30000]
+    if getattr(bad, "shape", ()) == (2,):
+        good = torch.cat((good, torch.tensor([0.1])))
+    *_, expected = listen(model, [good], search)
+    heard = []
+    with pytest.raises(UserError, match=reason):
+        for guess in listen(model, [SOUND[:30000], bad, SOUND], search):
+            heard.append(guess)
+    assert heard[-1].final and heard[-1].hypothesis == expected.hypothesis
+    assert heard[-1].seconds == expected.seconds > 1
+
+
+def test_an_error_of_the_microphone_comes_after_what_was_heard_and_odd_pieces_are_none(model):
+    def breaking():
+        yield SOUND
+        raise OSError("unplugged")
+
+    search, heard = SearchOptions(chunk_size=16), []
+    *_, expected = listen(model, [SOUND], search)
+    with pytest.raises(OSError, match="unplugged"):
+        for guess in listen(model, breaking(), search):
+            heard.append(guess)
+    assert heard[-1].final and heard[-1].hypothesis == expected.hypothesis
+    odd = [SOUND[:0], SOUND, SOUND[:0]], [SOUND.double()], [SOUND.clone().requires_grad_()]
+    for pieces in odd:
+        assert list(listen(model, pieces, search))[-1].hypothesis == expected.hypothesis
+    assert [heard.hypothesis.tokens for heard in listen(model, [], search)] == [[]]

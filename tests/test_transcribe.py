@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import struct
 import sys
+import threading
 import unicodedata
 
 import hypothesis
@@ -306,6 +308,77 @@ def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
     status, out, _ = hear(capsys, world, "--stream", "-")
     assert status == 0 and out[0].startswith("-\t") and len(out[0]) > 4
     assert hear(capsys, world, "--stream", folder / "b.wav")[:2] == (130, [])
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
+@pytest.mark.parametrize("number, ends", [
+    (signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_pipe_and_all_that_came_is_heard(
+        world, capsys, pipe, monkeypatch, stream, number, ends):
+    monkeypatch.setattr(transcribe, "LINGER", 60)
+    monkeypatch.setattr(transcribe, "leave_terminal", lambda: None)  # what is written is read here
+    samples = np.concatenate((waveform(0), waveform(4)))[:30000]
+    content = ffmpeg_wav((samples * 32767).astype("<i2"), RATE)
+    pipe(content)
+    argv = (*stream, "--format", "json", "-")
+    expected = hear(capsys, world, *argv)[1]
+    assert json.loads(expected[0])["text"] and json.loads(expected[0])["duration"] > 1.5
+    out, into = os.pipe()
+    os.dup2(out, 0)
+    os.close(out)
+    os.write(into, content[:9000])
+    handlers = {sign: signal.signal(sign, cli.interrupt) for sign in cli.SIGNALS}
+    real = transcribe.read_blocks
+
+    def told_to_end():  # as its writer is
+        os.kill(os.getpid(), number)
+        os.write(into, content[9000:])
+        os.close(into)
+
+    def begun(*arguments):
+        threading.Timer(0.3, told_to_end).start()  # while a read waits
+        yield from real(*arguments)
+
+    monkeypatch.setattr(transcribe, "read_blocks", begun)
+    try:
+        status, text, err = hear(capsys, world, *argv)
+        assert [signal.getsignal(sign) for sign in cli.SIGNALS] == [cli.interrupt] * 3
+    finally:
+        for sign, handler in handlers.items():
+            signal.signal(sign, handler)
+    assert (status, text) == (ends, expected)
+    assert any(f"interrupted ({number.name})" in line for line in err) == (number != signal.SIGINT)
+
+
+def test_a_second_signal_ends_the_command(world, capsys, pipe, monkeypatch):
+    def twice(path, *rest):
+        signal.raise_signal(signal.SIGINT)
+        yield waveform(0)
+        signal.raise_signal(signal.SIGINT)
+        yield waveform(3)
+
+    monkeypatch.setattr(transcribe, "read_blocks", twice)
+    pipe(b"")
+    assert hear(capsys, world, "--stream", "-")[:2] == (130, [])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e10])
+def test_what_was_heard_before_a_sample_that_is_none_is_not_lost(
+        world, capsys, tmp_path, pipe, bad):
+    samples = waveform(3)[:14000]
+    soundfile.write(tmp_path / "good.wav", samples, RATE, subtype="FLOAT")
+    spoiled = np.append(samples, [bad, 0.1]).astype(np.float32)
+    soundfile.write(tmp_path / "bad.wav", spoiled, RATE, subtype="FLOAT")
+    for stream in ([], ["--stream"]):
+        expected = hear(capsys, world, *stream, tmp_path / "good.wav")[1][0].split("\t")[1]
+        for path in ("-", str(tmp_path / "bad.wav")):
+            pipe((tmp_path / "bad.wav").read_bytes())
+            status, out, err = hear(capsys, world, *stream, path)
+            error, = (line for line in err if "error" in line)
+            assert status == 2 and f"error: {path}: samples " in error
+            assert error.endswith(" after 0.9 s")
+            # a file can be mended and heard again, but as a stream it was shown already
+            assert out == ([f"{path}\t{expected}"] if stream or path == "-" else []) and expected
 
 
 # --------------------------------------------------------------------------------------------------------------- words
