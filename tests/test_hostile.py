@@ -464,7 +464,8 @@ def test_what_libraries_log_and_warn_of_is_shown(monkeypatch, capsys):
 def test_what_is_told_of_a_recording_is_one_line(capsys):
     transcribe.tell("note", transcribe.Recording("a\n\x1b[2J.wav", "a"), "odd\n\x1b")
     transcribe.show("a\x1b[2J\nb", 1.0, True)
-    assert all(is_shown(line) for line in capsys.readouterr().err.split("\n")) and not capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 2 and is_shown(err, "\n")
 
 
 def command(code: str, redirect: str = "", **kwargs) -> subprocess.CompletedProcess:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import prepare
 import sources
 import tokenizer as tk
-from cli import UserError
+from cli import UserError, shown
 
 datasets.disable_progress_bars()
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # those that nobody can catch
@@ -174,7 +174,7 @@ def test_rows_written_and_rejected_are_the_rows_given(some_files, rows, bom, new
         assert row["length"] == len(row["input_values"])
         assert tokenizer.decode(row["labels"]["input_ids"]) == row["text"]
         given_texts.remove(row["text"])
-    names = [name for name, *_ in rows]
+    names = [shown(name) for name, *_ in rows]  # "a\nb.wav" in one line
     for split, name, reason in reasons:
         check_reason(reason)
         assert split == "train"
