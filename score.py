@@ -58,8 +58,10 @@ class ScoreOptions:
         folder = self.details and (os.path.dirname(self.details) or ".")
         if folder and not os.path.isdir(folder):
             raise UserError(f"--details {self.details}: no such folder; make it first")
-        if folder and (os.path.isdir(self.details) or not os.access(folder, os.W_OK | os.X_OK)):
-            raise UserError(f"--details {self.details}: it is a folder, or cannot be written; choose another")
+        if folder and os.path.lexists(self.details) and not os.path.isfile(self.details):
+            raise UserError(f"--details {self.details}: it is no file; choose another")
+        if folder and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"--details {self.details}: {folder} cannot be written; choose another")
 
 
 def main(argv: list[str]) -> None:

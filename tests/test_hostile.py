@@ -80,8 +80,9 @@ def test_what_is_shown_is_short_whatever_holds_it():
 
 # ------------------------------------------------------------------------------------------------------- tracebacks
 
+# None names anything outside of the test's own folder: some flags replace what they name.
 VALUES = ("0", "-1", "1", "2", "0.5", "-0.0", "nan", "inf", "-inf", "1e308", "1e-308", "1" + 30 * "0", "9" * 5000, "", "x",
-          "\0", "\u00e9", "caf\udce9", "\x1b[2J\n", "x" * 300, "x/" * 3000, "1 2", "\uff12", "/dev/null", "/proc/self/mem", ".")
+          "\0", "\u00e9", "caf\udce9", "\x1b[2J\n", "x" * 300, "x/" * 3000, "1 2", "\uff12", ".", "data")
 SIZES = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
          "--r_num_blocks 1 --decoder_linear_units 32 --accelerator cpu")
 # Every command, with what it takes to work in the folder of `place`.
@@ -235,6 +236,16 @@ def test_where_no_run_can_be_written_is_one_line(output, place, tmp_path, monkey
         put(tmp_path / kind, kind)
     words = f"--data_root {place / 'data'} --max_epochs 1 {SIZES}".split()
     assert "--output_dir" in outcome("train", [*words, "--output_dir", output], capsys)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_details_replace_files_alone(kind, tmp_path):
+    """(a device as little as a pipe: root could replace /dev/null)"""
+    import score
+    (tmp_path / "run").mkdir()
+    put(tmp_path / "run" / "details", kind)
+    with pytest.raises(cli.UserError, match="details: it is no file"):
+        score.ScoreOptions(details=str(tmp_path / "run" / "details"))
 
 
 @pytest.mark.parametrize("name", ["", "logs", "logs/events.out.tfevents.1", "last.ckpt"])
