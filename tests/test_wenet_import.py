@@ -374,7 +374,7 @@ def conf(**change):
     (conf(num_blocks="two"), "num_blocks is 'two'; it must be int"),
     (conf(causal=1), "causal is 1; it must be bool"), (conf(dropout_rate=7), "dropout_rate is 7, out of range"),
     (conf(attention_heads=5), "divisible by attention_heads"),
-    (conf(causal=False, cnn_module_kernel=4), "odd kernel"), (conf(use_dynamic_chunk=False, static_chunk_size=4), "static"),
+    (conf(causal=False, cnn_module_kernel=4), "odd --cnn_module_kernel"), (conf(use_dynamic_chunk=False, static_chunk_size=4), "static"),
     (conf(num_blocks=2), "encoder.encoders.1.*is missing"),
     ({"encoder_conf": "none"}, "encoder_conf must hold options"),
     ({"model_conf": {"reverse_weight": 0.3, "apply_non_blank_embedding": True}}, "apply_non_blank_embedding True"),
