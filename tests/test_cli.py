@@ -1,6 +1,10 @@
-"""Locks: one process at a time, and none that outlives its process. What a terminal cannot show is shown all the same."""
+"""Locks: one process at a time, and none that outlives its process. What a terminal cannot show is shown all the same.
+Options: what is none is refused, wherever it comes from."""
 
+import dataclasses
+import importlib
 import io
+import math
 import os
 import re
 import shutil
@@ -13,6 +17,54 @@ from test_house import FILES, imported
 
 import cli
 import files
+
+@cli.options_class
+class Options:
+    count: int = cli.option(1, "how many", at_least=1, at_most=9)
+    share: float = cli.option(0.5, "how much", above=0, at_most=1.0)
+    kind: str | None = cli.option(None, "which", choices=("a", "b"))
+    on: bool = cli.option(False, "whether")
+    speeds: tuple[float, ...] = cli.option((), "how fast", at_least=0.1, at_most=10.0)
+    names: tuple[str, ...] = cli.option((), "what")
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("count", value) for value in (0, 10, -10**5000, 10**5000, 2.0, True, None, "1", math.nan)),
+    *(("share", value) for value in (0, -0.0, 1.1, math.nan, math.inf, -math.inf, True, 10**5000, "0.5", None)),
+    *(("kind", value) for value in ("c", "", 1, ["a"])), ("on", 1), ("on", None), ("on", "yes"), ("speeds", (1.0, math.nan)),
+    ("speeds", 1.0), ("speeds", "1"), ("names", "abc"), ("names", ("a\0",)), ("names", ("",)), ("names", ("x/" * 3000,))],
+                         ids=lambda value: cli.shown(value, 30))
+def test_what_is_no_value_of_an_option_is_one_line_wherever_it_comes_from(name, value):
+    for make in (lambda: Options(**{name: value}), lambda: dataclasses.replace(Options(), **{name: value}),
+                 lambda: cli.build(Options, {}, **{name: value})):
+        with pytest.raises(cli.UserError, match=f"^--{name} .*: (it must|choose one of)") as refused:
+            make()
+        assert len(str(refused.value)) < 300
+
+
+def test_the_values_within_the_bounds_and_the_bounds_themselves_are_taken():
+    made = cli.build(Options, {"speeds": [0.1, 10]}, count=9, share=1, kind="b", cls="x", given="x")
+    assert made == Options(9, 1, "b", False, (0.1, 10)) and Options(share=5e-324).share > 0 and Options().kind is None
+
+
+def test_the_help_says_the_bounds(capsys):
+    with pytest.raises(SystemExit):
+        cli.make_parser("", Options).parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "how many (default: 1; within 1 .. 9)" in said and "(default: 0.5; above 0, at most 1.0)" in said
+
+
+def test_every_number_among_all_options_has_bounds_and_a_default_within_them():
+    modules = [importlib.import_module(os.path.splitext(name)[0]) for name in sorted(os.listdir(os.path.dirname(cli.__file__)))
+               if name.endswith(".py")]
+    found = {kind for module in modules for kind in vars(module).values()
+             if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    assert len(found) > 15
+    for kind in found:
+        kind()
+        for field in dataclasses.fields(kind):
+            assert cli.bounds_of(field) or cli.kinds(kind)[field.name].type in (str, bool), (kind, field.name)
+
 
 HOLD = "import sys, time, files\nwith files.alone(sys.argv[1], 'it'):\n print('held', flush=True)\n time.sleep(60)"
 
