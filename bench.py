@@ -182,7 +182,8 @@ def make_corpus(root: Path, rows: int) -> None:
     tokenizer = train_char(["abcdefghijklmnopqrstuvwxyz '"])
     with published(str(root), "a corpus of bench.py", overwrite=False) as folder:
         write_shards(Path(folder), tokenizer, {"train": rows, "dev": rows // 100}, short=True)
-        write_shards(Path(folder) / "loader", tokenizer, {"train": min(rows, LOADER_ROWS), "dev": 1}, short=False)
+        write_shards(Path(folder) / "loader", tokenizer,
+                     {"train": min(rows, LOADER_ROWS), "dev": 1}, short=False)
 
 
 def shard_count(rows: int) -> int:

@@ -284,13 +284,15 @@ def is_newer(path: str, than: str) -> bool:
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
     """Writes OUT once everything in it is checked; -> what to say of it. Raises UserError, and then OUT is as before."""
     check_supported(model)
-    with published(options.out, "an export", options.overwrite, (options.checkpoint, *options.audio)) as folder:
+    inputs = options.checkpoint, *options.audio
+    with published(options.out, "an export", options.overwrite, inputs) as folder:
         return write_checked(model, options, chunks, folder)
 
 
 def export_hub(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
     """The same for HUB_DIR."""
-    with published(options.hub_dir, "an export", options.overwrite, (options.checkpoint, *options.audio)) as folder:
+    inputs = options.checkpoint, *options.audio
+    with published(options.hub_dir, "an export", options.overwrite, inputs) as folder:
         return write_hub(model, options, chunks, folder)
 
 
@@ -300,7 +302,7 @@ def main(argv: list[str]) -> None:
     if "hub_dir" in given and "out" in given:
         raise UserError("--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out")
     folder = options.hub_dir or options.out
-    if os.path.lexists(folder) and not options.overwrite:  # even an empty one, and before anything is read
+    if os.path.lexists(folder) and not options.overwrite:  # even an empty one
         raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)
     try:

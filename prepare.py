@@ -210,7 +210,8 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
     if SURROGATE.search(os.path.realpath(options.data_root)):
         raise UserError(f"{options.data_root}: its name is not in UTF-8, which Arrow needs; give another "
                         "--data_root")
-    with files.published(options.data_root, "data of prepare.py", options.overwrite, (options.source,)) as folder:
+    with files.published(options.data_root, "data of prepare.py", options.overwrite,
+                         (options.source,)) as folder:
         splits, left_out = open_source(options)
         tokenizer = make_tokenizer(splits, options)
         rejected: list[tuple[str, str, str]] = []

@@ -78,12 +78,12 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_endings(trainer, folder, begun):
-    """Signals, full disks and files of others: one line, the right exit status, and no process left behind. `begun()`: whether
-    the run has begun to write."""
+    """Signals, full disks and files of others: one line, the right exit status, and no process left
+    behind. `begun()`: whether the run has begun to write."""
     hook = threading.excepthook
 
     def quietly(failure):
-        """Without what TensorBoard's thread cannot write, of which the trainer hears with its next number."""
+        """Without what TensorBoard's thread cannot write: the trainer's next number says it."""
         if not isinstance(failure.exc_value, OSError):
             hook(failure)
     threading.excepthook = quietly
@@ -106,7 +106,8 @@ def one_line_endings(trainer, folder, begun):
         full = getattr(error, "errno", None) in FULL
         if not full and not getattr(error, "filename", None):
             raise
-        raise UserError(f"{error.filename or folder}: {error.strerror}; {'make room there' if full else 'put that right'}; "
+        advice = "make room there" if full else "put that right"
+        raise UserError(f"{error.filename or folder}: {error.strerror}; {advice}; "
                         f"{way_on(folder, begun())}") from error
     finally:
         threading.excepthook = hook

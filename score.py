@@ -212,9 +212,11 @@ def check_details(options: ScoreOptions, words: HotwordOptions) -> None:
     if not path or not os.path.exists(path):
         return
     if identity(path) in map(identity, (options.checkpoint, words.hotwords or "", 1, 2)):
-        raise UserError(f"--details {path} is what this command reads, or where it prints; name another file")
+        raise UserError(f"--details {path} is what this command reads, or where it prints; name "
+                        "another file")
     if not os.path.isfile(path) or beginning(path) not in (b"", DETAIL):
-        raise UserError(f"--details {path} exists and is no file of details, which alone is replaced; name another file")
+        raise UserError(f"--details {path} exists and is no file of details, which alone is "
+                        "replaced; name another file")
 
 
 def beginning(path: str) -> bytes | None:

@@ -134,8 +134,8 @@ def main(argv):
         say_schedule(checkpoint, model, place)
     else:
         prepare_weights(model, source, options.cmvn, data)
-    with only_writer(folder) if trainer.is_global_zero else contextlib.nullcontext(), one_line_endings(
-            trainer, folder, lambda: start.begun):
+    alone_there = only_writer(folder) if trainer.is_global_zero else contextlib.nullcontext()
+    with alone_there, one_line_endings(trainer, folder, lambda: start.begun):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
         start.record or start.begin(trainer, model)  # where a resumed run had nothing left to train
         best = save_best(trainer, model, data)
@@ -156,7 +156,8 @@ def find_run(given: dict) -> tuple[str, str | None]:
     check_place(folder)
     there = os.listdir(folder) if os.path.isdir(folder) else ()
     # What is left of a run that was killed before it began does not count.
-    there = [name for name in there if name not in (LOCK, "logs") and not name.endswith((ASIDE, f"{ASIDE}.lock"))]
+    there = [name for name in there
+             if name not in (LOCK, "logs") and not name.endswith((ASIDE, f"{ASIDE}.lock"))]
     if not there or given["overwrite"]:
         return folder, resume
     if resume is None:
@@ -351,7 +352,8 @@ def only_writer(folder: str):
     try:
         with alone(os.path.join(folder, LOCK), f"--output_dir {folder}"):
             probe = aside(os.path.join(folder, "probe"))
-            write_whole(probe, bytes(2**16))  # on a full disk, this fails before anything is deleted or TensorBoard's thread starts
+            # On a full disk this fails, before anything is deleted or TensorBoard's thread starts.
+            write_whole(probe, bytes(2**16))
             os.remove(probe)
             yield
     finally:
@@ -368,7 +370,8 @@ class Start(L.Callback):
     leaves everything as it was."""
 
     def __init__(self, folder: str, overwrite: bool, place: Place, options: dict):
-        self.folder, self.place, self.options, self.record, self.begun = folder, place, options, None, False
+        self.folder, self.place, self.options, self.record = folder, place, options, None
+        self.begun = False
         # Listed now, because Lightning begins the new log before it says that training starts.
         self.old = [path for name in OUTPUTS if overwrite for path in files_of(os.path.join(folder, name))]
 

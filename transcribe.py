@@ -162,15 +162,18 @@ def named(paths: Iterable[str], folder: str) -> list[Recording]:
             for path in paths]
 
 
-def place(recordings: list[Recording], options: TranscribeOptions, inputs: tuple[str, ...]) -> list[str | None]:
-    """Where the transcript of each goes; None: stdout. Raises UserError where one would end up on top of another or of what is
-    read, which `inputs` and the recordings are, or outside of --output_dir."""
+def place(recordings: list[Recording], options: TranscribeOptions,
+          inputs: tuple[str, ...]) -> list[str | None]:
+    """Where the transcript of each goes; None: stdout. Raises UserError where one would end up on
+    top of another or of what is read, which `inputs` and the recordings are, or outside of
+    --output_dir."""
     if not options.output_dir:
         if options.format in ("srt", "vtt") and len(recordings) > 1:
             raise UserError(f"--format {options.format} makes one file per recording; give --output_dir for them")
         return [None] * len(recordings)
     owners, outputs, top = {}, [], os.path.realpath(options.output_dir)
-    taken = {identity(path) for path in (*inputs, *(recording.path for recording in recordings), 1, 2)} - {None}
+    read = (*inputs, *(recording.path for recording in recordings))
+    taken = {identity(path) for path in (*read, 1, 2)} - {None}
     for recording in recordings:
         name = os.path.normpath(f"/{recording.name}").lstrip("/")  # which leads nowhere up
         outputs.append(output := os.path.join(options.output_dir, f"{name}.{options.format}"))
@@ -183,11 +186,13 @@ def place(recordings: list[Recording], options: TranscribeOptions, inputs: tuple
         if os.path.lexists(output) and not options.overwrite:
             raise UserError(f"{output} exists; give --overwrite to replace it, or another --output_dir")
         if identity(output) in taken:
-            raise UserError(f"{output} is what this command reads, or where it prints; choose another --output_dir")
+            raise UserError(f"{output} is what this command reads, or where it prints; choose "
+                            "another --output_dir")
     try:
         os.makedirs(options.output_dir, exist_ok=True)  # now: what is heard is worth hours
     except OSError as error:
-        raise UserError(f"--output_dir {options.output_dir} cannot be made ({error.strerror}); choose another") from None
+        raise UserError(f"--output_dir {options.output_dir} cannot be made ({error.strerror}); "
+                        "choose another") from None
     return outputs
 
 
@@ -203,7 +208,8 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
     try:
         os.makedirs(os.path.dirname(output), exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output}: its folder cannot be made ({error.strerror}); choose another --output_dir") from error
+        raise UserError(f"{output}: its folder cannot be made ({error.strerror}); choose another "
+                        "--output_dir") from error
     write_whole(output, text.encode())
 
 

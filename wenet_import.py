@@ -23,7 +23,7 @@ import yaml
 
 import hub
 from cli import UserError, make_parser, run, shown
-from files import parse_yaml, published, read_small, read_text, write_whole
+from files import identity, parse_yaml, published, read_small, read_text, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint, skeleton
 from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
@@ -486,7 +486,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("exp_dir", nargs="?", metavar="EXP_DIR", help="experiment directory of WeNet to import")
     parser.add_argument("--export", metavar="MODEL.ckpt", help="checkpoint to make an experiment directory of")
     parser.add_argument("--out", required=True, help="checkpoint to write; with --export the directory")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint, or the directory of an earlier --export")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace the checkpoint, or the directory of an earlier --export")
     args = parser.parse_args(argv)
     if (args.exp_dir is None) == (args.export is None):
         raise UserError("give EXP_DIR to import, or --export MODEL.ckpt (--help lists the flags)")
@@ -494,6 +495,8 @@ def main(argv: list[str]) -> None:
         print(shown(export_model(args.export, args.out, args.overwrite)))
     elif os.path.lexists(args.out) and not args.overwrite:
         raise UserError(f"--out {args.out} exists; name another, or add --overwrite")
+    elif identity(args.out) in map(identity, glob.glob(f"{glob.escape(args.exp_dir)}/*")):
+        raise UserError(f"--out {args.out} is a file of {args.exp_dir}; name another")
     elif not args.out.endswith(".ckpt"):
         raise UserError(f"--out {args.out}: a checkpoint's name ends in .ckpt")
     else:

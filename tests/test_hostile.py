@@ -127,7 +127,8 @@ def killed_at(number, act) -> bool:
 
 
 @pytest.mark.parametrize("before", ["old", None])
-def test_a_folder_is_the_old_or_the_new_one_whatever_step_is_the_last(tmp_path, before, monkeypatch):
+def test_a_folder_is_the_old_or_the_new_one_whatever_step_is_the_last(
+        tmp_path, before, monkeypatch):
     monkeypatch.setattr(files, "DYING", 0.0)
     new, root = tmp_path / "new", tmp_path / "home" / "root"
     publish(new, "new")
@@ -138,9 +139,11 @@ def test_a_folder_is_the_old_or_the_new_one_whatever_step_is_the_last(tmp_path, 
         old = tree(root) if before else None
         killed = killed_at(number, lambda: publish(root, "new", overwrite=True))
         found = tree(root) if root.exists() else None
-        assert found in (old, tree(new), *([{}] if not before else [])) or (tmp_path / "home/.root.lightning-u2/old").exists()
+        assert found in ((old, tree(new)) if before else (None, {}, tree(new))) or killed and not found
+        if (aside := tmp_path / "home/.root.lightning-u2/old").exists():
+            assert tree(aside) == old  # what may come back is never half deleted
         if found or before:
-            with pytest.raises(UserError, match="root exists"):  # the next run finds it, and tidies up
+            with pytest.raises(UserError, match="root exists"):  # the next run finds it
                 publish(root)
             assert tree(root) in (old, tree(new)) and os.listdir(tmp_path / "home") == ["root"]
         publish(root, "new", overwrite=True)
@@ -151,14 +154,21 @@ def test_a_folder_is_the_old_or_the_new_one_whatever_step_is_the_last(tmp_path, 
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda root: (root / "mine").write_text("x"), lambda root: (root / "train" / "mine").write_text("x"),
-    lambda root: (root / "train" / "2").mkdir(), lambda root: os.symlink("/", root / "train" / "link"),
-    lambda root: (root / "notes.md").write_text("OLD"), lambda root: (root / "train" / "0" / "rows").write_text("longer"),
-    lambda root: os.mkfifo(root / "pipe"), lambda root: (root / files.MARK).unlink(),
-    lambda root: (root / files.MARK).write_text("[" * 10**5), lambda root: (root / files.MARK).write_text('{"what": "other"}'),
+    lambda root: (root / "mine").write_text("x"),
+    lambda root: (root / "train/mine").write_text("x"),
+    lambda root: (root / "train/2").mkdir(),
+    lambda root: os.symlink("/", root / "train/link"),
+    lambda root: (root / "notes.md").write_text("OLD"),
+    lambda root: (root / "train/0/rows").write_text("longer"),
+    lambda root: os.mkfifo(root / "pipe"),
+    lambda root: (root / files.MARK).unlink(),
+    lambda root: (root / files.MARK).write_text("[" * 10**5),
+    lambda root: (root / files.MARK).write_text('{"what": "another", "files": {}}'),
+    lambda root: (root / files.MARK).write_text('{"what": "a thing", "files": [1]}'),
     lambda root: ((root / "train/0/rows").unlink(), os.symlink("../1/rows", root / "train/0/rows"))])
 def test_only_what_we_wrote_is_replaced(tmp_path, spoil):
-    root, neighbours = tmp_path / "root", [tmp_path / name for name in ("root.partial", ".root.partial", "root.tmp", ".root.old")]
+    root, names = tmp_path / "root", ("root.partial", ".root.partial", "root.tmp", ".root.old")
+    neighbours = [tmp_path / name for name in names]
     for folder in neighbours:
         folder.mkdir()
         (folder / "mine").touch()
@@ -167,10 +177,11 @@ def test_only_what_we_wrote_is_replaced(tmp_path, spoil):
     publish(root, "old", overwrite=True)  # what the datasets library leaves may go
     spoil(root)
     before = tree(tmp_path) if not (root / "pipe").exists() else None
-    with pytest.raises(UserError, match="root holds more than a thing .*, so --overwrite does not replace it"):
+    with pytest.raises(UserError, match="root holds more than a thing .*, so --overwrite does not"):
         publish(root, overwrite=True)
-    assert before in (None, tree(tmp_path)) and all((folder / "mine").exists() for folder in neighbours)
-    assert sorted(os.listdir(tmp_path)) == sorted(["root", *(folder.name for folder in neighbours)])
+    assert before in (None, tree(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(["root", *names])
+    assert all((folder / "mine").exists() for folder in neighbours)
 
 
 def test_a_folder_of_a_killed_run_never_takes_the_place_of_another_one(tmp_path):
@@ -191,8 +202,9 @@ def test_a_folder_of_a_killed_run_never_takes_the_place_of_another_one(tmp_path)
 
 
 @pytest.mark.parametrize("where, said", [
-    (".", "is the current folder or holds it"), ("..", "is the current folder or holds it"), ("", "is the current folder"),
-    ("file", "is a file"), ("file/below", "cannot be written"), ("n" * 256, "cannot be written"), ("loop", "is a file"),
+    (".", "is the current folder or holds it"), ("..", "is the current folder or holds it"),
+    ("", "is the current folder"), ("file", "is a file"), ("loop", "is a file"),
+    ("file/below", "cannot be written"), ("n" * 256, "cannot be written"),
     ("/proc/none", "cannot be written")])
 def test_where_no_folder_can_be_put_is_said_before_any_work(tmp_path, monkeypatch, where, said):
     (tmp_path / "here").mkdir()
@@ -209,8 +221,12 @@ def test_where_no_folder_can_be_put_is_said_before_any_work(tmp_path, monkeypatc
 def test_a_mount_point_is_said_before_any_work(tmp_path, monkeypatch):
     publish(tmp_path / "root")
     before, replace = tree(tmp_path), os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: replace(old, new) if str(old) != str(tmp_path / "root") else (
-        _ for _ in ()).throw(OSError(errno.EBUSY, "busy")))  # as the system has it
+
+    def busy(old, new):  # as the system has it
+        if str(old) == str(tmp_path / "root"):
+            raise OSError(errno.EBUSY, "busy")
+        replace(old, new)
+    monkeypatch.setattr(os, "replace", busy)
     with pytest.raises(UserError, match="root cannot be replaced, being a mount point"):
         with files.published(str(tmp_path / "root"), "a thing", True):
             raise AssertionError("work has begun")
@@ -231,7 +247,7 @@ def test_what_is_read_or_was_put_there_meanwhile_is_not_replaced(tmp_path):
     publish(tmp_path / "root")
     before = tree(tmp_path)
     with pytest.raises(UserError, match="root holds .*rows, of which it is to be made"):
-        publish(tmp_path / "root", "new", overwrite=True, inputs=(str(tmp_path / "root" / "train" / "0" / "rows"),))
+        publish(tmp_path / "root", overwrite=True, inputs=(str(tmp_path / "root/train/0/rows"),))
     assert tree(tmp_path) == before
     with pytest.raises(UserError, match="mine"):
         with files.published(str(tmp_path / "root"), "a thing", True):
@@ -242,9 +258,11 @@ def test_what_is_read_or_was_put_there_meanwhile_is_not_replaced(tmp_path):
 def test_a_full_disk_leaves_the_old_folder(tmp_path):
     publish(tmp_path / "root")
     before = tree(tmp_path)
-    weights = {"state_dict": {"a": torch.zeros(10**5)}, "tokenizer": {}, **dict.fromkeys(hub.CONFIG_PARTS)}
-    for write in (lambda folder: Path(folder, "a").write_bytes(bytes(10**5)), lambda folder: hub.write_model(weights, folder),
-                  lambda folder: [Path(folder, str(number)).touch() for number in range(2000)]):  # whose mark is too long
+    model = dict.fromkeys(hub.CONFIG_PARTS) | {"tokenizer": {}}
+    model["state_dict"] = {"a": torch.zeros(10**5)}
+    for write in (lambda folder: Path(folder, "a").write_bytes(bytes(10**5)),
+                  lambda folder: hub.write_model(model, folder),
+                  lambda folder: [Path(folder, str(number)).touch() for number in range(2000)]):
         with no_room(2**14), pytest.raises(UserError, match="root: cannot be written .*make room"):
             with files.published(str(tmp_path / "root"), "a thing", True) as folder:
                 write(folder)
@@ -257,12 +275,14 @@ def test_a_file_is_written_under_a_name_of_its_own_as_any_new_file(tmp_path):
     (tmp_path / "x.tmp").write_text("mine")
     os.symlink(precious, files.aside(str(path)))
     files.write_whole(str(path), b"new")
-    assert tree(tmp_path) == {"x": b"new", "x.tmp": b"mine", "precious": b"mine"} and not path.is_symlink()
+    assert tree(tmp_path) == {"x": b"new", "x.tmp": b"mine", "precious": b"mine"}
+    assert not path.is_symlink()
     assert os.stat(path).st_mode == os.stat(precious).st_mode  # what the umask leaves
     os.chmod(path, 0o640)
     os.symlink(path, tmp_path / "link")
     files.write_whole(str(tmp_path / "link"), b"newer")
-    assert (tmp_path / "link").is_symlink() and path.read_bytes() == b"newer" and os.stat(path).st_mode & 0o777 == 0o640
+    assert (tmp_path / "link").is_symlink() and path.read_bytes() == b"newer"
+    assert os.stat(path).st_mode & 0o777 == 0o640
     files.write_whole(str(tmp_path / ("n" * 255)), b"new")
     assert len(os.listdir(tmp_path)) == 5
 
@@ -290,11 +310,12 @@ def test_a_file_is_the_old_or_the_new_one_whatever_step_is_the_last(tmp_path, nu
 
 def test_the_file_of_a_lock_is_never_somebodys_file(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    os.symlink(tmp_path / "mine", tmp_path / "link")
+    os.symlink(tmp_path / "none", tmp_path / "link")
     for name in ("mine", "link"):
-        with pytest.raises(UserError, match="it: cannot be written"), files.alone(str(tmp_path / name), "it"):
-            pass
-    assert tree(tmp_path) == {"mine": b"mine", "link": b"mine"}
+        with pytest.raises(UserError, match="it: cannot be written"):
+            with files.alone(str(tmp_path / name), "it"):
+                pass
+    assert tree(tmp_path) == {"mine": b"mine"}
 
 
 @pytest.mark.parametrize("name", ["best.ckpt", "words.txt", "notes.md", "pipe", "folder", "link"])
@@ -316,11 +337,11 @@ def test_details_replace_details_alone(tmp_path, name, monkeypatch):
 
 def test_details_do_not_go_where_the_scores_do(tmp_path):
     with open(tmp_path / "log", "w") as file:
-        before = os.dup(1)
+        before, options = os.dup(1), score.ScoreOptions(details=str(tmp_path / "log"))
         os.dup2(file.fileno(), 1)
         try:
             with pytest.raises(UserError, match="where it prints"):
-                score.check_details(score.ScoreOptions(details=str(tmp_path / "log")), context.HotwordOptions())
+                score.check_details(options, context.HotwordOptions())
         finally:
             os.dup2(before, 1)
             os.close(before)
@@ -335,7 +356,8 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
 
     def places(*paths, out="out", words="", overwrite=True):
         options = transcribe.TranscribeOptions(output_dir=out, overwrite=overwrite)
-        return transcribe.place([found for path in paths for found in transcribe.find(path)], options, ("best.ckpt", words))
+        found = [recording for path in paths for recording in transcribe.find(path)]
+        return transcribe.place(found, options, ("best.ckpt", words))
     assert places("a/one/*/../../x.wav", out="a/one/out") == ["a/one/out/x.txt"]
     assert places("/no/such.wav", "../up.wav") == ["out/such.txt", "out/up.txt"]
     os.symlink("../elsewhere", "out/one")
@@ -344,7 +366,7 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
     os.makedirs("in/one"), os.makedirs("in/deep"), os.makedirs("in/also")
     for path in ("in/one/z.wav", "in/deep/w.wav", "in/also/w.wav", "words.wav"):
         Path(path).touch()
-    for paths, said in ((["a/x.wav"], "outside"), (["in"], "both|outside"), (["in/deep/../../a/y.wav", "a/y.wav"], "both")):
+    for paths, said in ((["a/x.wav"], "outside"), (["in"], "both"), (["a/one/../y.wav", "a/y.wav"], "both")):
         with pytest.raises(UserError, match=said):
             places(*paths)
     for path, words, out in (("words.wav", "out/words.txt", "out"), ("a/talk.txt", "", "a")):
