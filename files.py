@@ -235,7 +235,7 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
                 os.makedirs(new)
                 yield new
                 _mark(new, what)
-                # Once more: the block may take hours, in which somebody may have put something there.
+                # Once more: in the hours that the block takes, something may have come there.
                 _check_replaceable(path, root, what, overwrite, inputs)
                 try:
                     if os.path.isdir(root):

@@ -163,7 +163,8 @@ def write_model(checkpoint: dict, folder: str) -> None:
     """FILES of a checkpoint, into a folder that exists. Raises OSError."""
     weights = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
     try:
-        safetensors.torch.save_file(weights, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+        safetensors.torch.save_file(weights, os.path.join(folder, WEIGHTS),
+                                    metadata={"format": "pt"})
     except SafetensorError as error:  # which a full disk is to it, too
         raise OSError(f"{WEIGHTS}: {error}") from error
     config = {"library_name": "lightning-u2", **{part: checkpoint[part] for part in CONFIG_PARTS}}

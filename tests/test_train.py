@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -278,6 +279,35 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
     assert not list((tmp_path / "run").glob(f".*{files.ASIDE}*"))
+
+
+@pytest.mark.parametrize("room, said, left", [
+    (2**12, "cannot be written .*make room", []),
+    (2**16 + 2**12, "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint yet",
+     ["logs", "run.json", "steps.jsonl"])])
+def test_a_disk_that_is_full_from_the_start_is_one_true_line(data, tmp_path, room, said, left, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda failure: left.append(failure))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(UserError, match=said):
+            run(data, tmp_path / "run", "--max_steps", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(path.name for path in (tmp_path / "run").glob("*")) == left
+
+
+def test_what_tensorboards_thread_cannot_write_is_no_traceback(monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(failure.exc_type))
+
+    def fail(kind):
+        raise kind("of a thread")
+    with recovery.one_line_endings(None, "run", lambda: True):
+        for kind in (OSError, ValueError):
+            (thread := threading.Thread(target=fail, args=(kind,))).start()
+            thread.join()
+    assert told == [ValueError]
 
 
 def test_half_written_files_of_a_killed_run_are_removed_at_the_next_start(data, tmp_path):

@@ -6,6 +6,8 @@ tests/golden_wenet.pt holds four tiny experiments with random weights, and what 
 import dataclasses
 import json
 import math
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -410,6 +412,32 @@ def test_missing_and_damaged_files_are_named(tmp_path, name, content, message):
         (tmp_path / "exp" / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_wenet(exp)
+
+
+def test_an_experiment_directory_is_replaced_as_a_whole_and_only_where_export_made_it(tmp_path):
+    """units.txt of one model beside final.pt of another would be imported, and hear nonsense."""
+    for name, text in (("a", "ab c"), ("b", "xyz")):
+        save(tmp_path / f"{name}.ckpt", Frontend(frontend="fbank"), train_char([text]))
+    exp, command = tmp_path / "exp", ["--out", str(tmp_path / "exp"), "--overwrite", "--export"]
+    main([*command, str(tmp_path / "a.ckpt")])
+    before = {path.name: path.read_bytes() for path in exp.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limit[1]))  # units.txt has room, final.pt not
+    try:
+        with pytest.raises(UserError, match="cannot be written .*make room"):
+            main([*command, str(tmp_path / "b.ckpt")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path.name: path.read_bytes() for path in exp.iterdir()} == before
+    main([*command, str(tmp_path / "b.ckpt")])
+    assert load_wenet(str(exp))[1].encode("xyz") and (exp / "units.txt").read_bytes() != before["units.txt"]
+    (exp / "epoch_0.pt").touch()
+    with pytest.raises(UserError, match="epoch_0.pt"):
+        main([*command, str(tmp_path / "a.ckpt")])
+    os.symlink(exp / "final.pt", tmp_path / "link.ckpt")
+    with pytest.raises(UserError, match="link.ckpt is a file of"):
+        main([str(exp), "--out", str(tmp_path / "link.ckpt"), "--overwrite"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt", "exp", "link.ckpt"]
 
 
 def test_the_command_overwrites_only_when_told_and_needs_one_direction(tmp_path):
