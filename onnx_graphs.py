@@ -20,8 +20,8 @@ from cli import UserError, option, options_class
 from conformer import Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
 from stream import MAX_POSITION, piece_samples
-from transforms import (PEAK, STREAM_WINDOW, Frontend, feature_state, finite, log_mel_filters, moments,
-                        normalize)
+from transforms import (STREAM_WINDOW, Frontend, feature_state, finite, log_mel_filters, moments, normalize,
+                        peak_of)
 
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and later read it
 
@@ -204,7 +204,8 @@ class StreamingWaveform(nn.Module):
         """
         waveform = finite(waveform)
         samples = torch.cat((samples, waveform))
-        statistics = moments(waveform, statistics, STREAM_WINDOW * self.frontend.sample_rate, PEAK)
+        window = STREAM_WINDOW * self.frontend.sample_rate
+        statistics = moments(waveform, statistics, window, peak_of(waveform))
         new = self.log_mel(normalize(samples, statistics) if self.frontend.mean_var_norm else samples)
         feats = torch.cat((feats, new), dim=1)
         log_probs, *caches = self.streaming(feats, *rest)

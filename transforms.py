@@ -444,7 +444,7 @@ def extract(frontend: Frontend):
 # A stream's mean and variance tell of so many seconds; README has what was measured. A checkpoint
 # does not hold the number, so every model streams with it.
 STREAM_WINDOW = 5.0
-PEAK = 2.0  # the most that a sample counts there: full scale is 1, and lossy formats overshoot a little
+PEAK = 2.0  # what any sample may count there: full scale is 1, and lossy formats overshoot a little
 
 
 def finite(samples: torch.Tensor) -> torch.Tensor:
@@ -452,7 +452,17 @@ def finite(samples: torch.Tensor) -> torch.Tensor:
     return samples.nan_to_num(0.0).clamp(-1e9, 1e9)
 
 
-def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak: float) -> torch.Tensor:
+def peak_of(samples: torch.Tensor) -> torch.Tensor:
+    """The most, () float64, that one of the samples (n,) counts in a stream's statistics.
+
+    A click does not count as what it is, wherever it is louder than PEAK and than 100 times the median
+    around it, which lets pass the steps of 16-bit integers. Every 16th sample tells the median.
+    """
+    levels = torch.cat((samples.new_zeros(1), samples[::16].abs())).sort().values
+    return (100 * levels[levels.size(0) // 2]).double().clamp(min=PEAK)
+
+
+def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak) -> torch.Tensor:
     """Statistics (3,) float64 of a waveform: how many samples count, their sum, their sum of squares.
 
     `samples` (n,), clipped to [-peak, peak], come behind those of which `past` (3,) tells. All weigh the
@@ -501,7 +511,7 @@ def stream_features(frontend: Frontend):
     def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:
         samples = finite(samples)
         waiting = torch.cat((state.samples, samples))
-        statistics = moments(samples, state.statistics, window, PEAK)
+        statistics = moments(samples, state.statistics, window, peak_of(samples))
         frames = int(num_frames(len(waiting), frontend))
         if not frames:
             return torch.zeros(0, frontend.num_mel_bins), FeatureState(waiting, statistics)
