@@ -43,6 +43,7 @@ import transcribe
 import wenet_import
 import words
 from conformer import ModelOptions
+from datamodule import rows_rate
 from model import U2, OptimOptions, load_checkpoint
 from tokenizer import load_tokenizer, save_tokenizer, train_char
 from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
@@ -121,15 +122,17 @@ def read_hotwords(path):
 
 def read_folder(name):
     """A reader of a file by its name in a folder."""
+    of = {"run.json": compare.read_run, "train.yaml": wenet_import.load_wenet, "prepare.json": lambda root: rows_rate([root])}
+
     def read(path):
         os.replace(path, os.path.join(os.path.dirname(path), name))
-        return {"run.json": compare.read_run, "train.yaml": wenet_import.load_wenet}.get(name, load_tokenizer)(os.path.dirname(path))
+        return of.get(name, load_tokenizer)(os.path.dirname(path))
     read.__name__ = name
     return read
 
 
 READERS = [load_tokenizer, load_checkpoint, read_hotwords, read_cmvn, read_folder("vocab.json"), read_folder("tokenizer.json"),
-           read_folder("run.json"), read_folder("train.yaml"), wenet_import.read_units, wenet_import.read_weights]
+           read_folder("run.json"), read_folder("train.yaml"), read_folder("prepare.json"), wenet_import.read_units, wenet_import.read_weights]
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
@@ -143,7 +146,7 @@ def test_a_file_without_end_a_pipe_and_a_large_one_are_refused_at_once(read, tmp
 
 @pytest.mark.parametrize("text", [nested("[", "", "]"), nested('{"a":', "1", "}"), '{"tokens": ' + nested("[", "", "]") + "}",
                                   '{"tokens": ["a"], "blank_id": NaN}', '{"options": {}, "metrics": {"x": 1e999}}'])
-@pytest.mark.parametrize("read", READERS[:8], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", READERS[:9], ids=lambda read: read.__name__)
 def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
     (tmp_path / "file").write_text(text)
     refusal(read, str(tmp_path / "file"))
