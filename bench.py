@@ -23,8 +23,6 @@ growth  how that grows, and a picture of it in --png: seconds and memory of a tr
 
 import cli  # first: from here on Ctrl-C is one line, also within the imports
 
-import os
-import shutil
 import statistics
 import tempfile
 import threading
@@ -46,6 +44,7 @@ from torch.utils.data import DataLoader
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run
 from files import json_text
 from conformer import PRESETS, Linear, ModelOptions, U2Conformer, for_few_rows, receptive_field
+from files import published
 from sampler import LengthGroupedSampler
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
 from transforms import Augment, Frontend, extract, make_generator, spec_sub, spec_trim
@@ -180,12 +179,10 @@ def corpus(data: DataOptions) -> Path:
 
 def make_corpus(root: Path, rows: int) -> None:
     """Writes root/train and root/dev with short audio, root/loader with whole audio, all or nothing."""
-    partial_root = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial_root, ignore_errors=True)
     tokenizer = train_char(["abcdefghijklmnopqrstuvwxyz '"])
-    write_shards(partial_root, tokenizer, {"train": rows, "dev": rows // 100}, short=True)
-    write_shards(partial_root / "loader", tokenizer, {"train": min(rows, LOADER_ROWS), "dev": 1}, short=False)
-    os.replace(partial_root, root)
+    with published(str(root), "a corpus of bench.py", overwrite=False) as folder:
+        write_shards(Path(folder), tokenizer, {"train": rows, "dev": rows // 100}, short=True)
+        write_shards(Path(folder) / "loader", tokenizer, {"train": min(rows, LOADER_ROWS), "dev": 1}, short=False)
 
 
 def shard_count(rows: int) -> int:

@@ -15,10 +15,8 @@ all of the above. The folder, and after the upload ORG/NAME, can stand for a che
 
 import cli  # first: from here on Ctrl-C is one line, also within the imports
 
-import contextlib
 import os
 import re
-import shutil
 
 import torch
 
@@ -26,15 +24,13 @@ import hub
 from audio import read_audio
 from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
 from compare import read_scores, score_columns, show, unusual
+from files import published
 from model import U2, load_checkpoint, read_checkpoint
 from onnx_checks import check, synthetic_sound
 from onnx_graphs import ChunkOptions, cache_inputs, piece_samples, sherpa_graphs, waveform_graphs, wenet_graphs, write_graph
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
 
 BLANK = "<blank>"  # by this name sherpa-onnx finds it
-ONNX_FILES = {"README.md", "hear.py", "tokens.txt", "encoder.onnx", "ctc.onnx", "decoder.onnx"} | {
-    f"{name}{kind}.onnx" for name in ("model", "model-streaming") for kind in ("", ".int8")}
-HUB_FILES = {"README.md", "onnx", *hub.FILES}
 
 
 @options_class
@@ -285,41 +281,16 @@ def is_newer(path: str, than: str) -> bool:
 # The command
 
 
-@contextlib.contextmanager
-def whole_folder(path: str, files: set[str], overwrite: bool):
-    """A folder beside `path` to write into, which takes its place at the end: `path` is as before, or whole.
-
-    Raises UserError where it exists and may not be replaced, because of `overwrite` or because it holds more than `files`.
-    """
-    if os.path.exists(path):
-        if not overwrite:
-            raise UserError(f"{path} exists; name another folder, or add --overwrite")
-        others = sorted(set(os.listdir(path)) - files) if os.path.isdir(path) else ["it is a file"]
-        if others:
-            raise UserError(f"{path} holds more than an export ({others[0]}), so --overwrite does not replace it; name another")
-    partial = path.rstrip("/") + ".partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
     """Writes OUT once everything in it is checked; -> what to say of it. Raises UserError, and then OUT is as before."""
     check_supported(model)
-    with whole_folder(options.out, ONNX_FILES, options.overwrite) as folder:
+    with published(options.out, "an export", options.overwrite, (options.checkpoint, *options.audio)) as folder:
         return write_checked(model, options, chunks, folder)
 
 
 def export_hub(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
     """The same for HUB_DIR."""
-    with whole_folder(options.hub_dir, HUB_FILES, options.overwrite) as folder:
+    with published(options.hub_dir, "an export", options.overwrite, (options.checkpoint, *options.audio)) as folder:
         return write_hub(model, options, chunks, folder)
 
 
@@ -328,6 +299,9 @@ def main(argv: list[str]) -> None:
     options, chunks = build(ExportOptions, given), build(ChunkOptions, given)
     if "hub_dir" in given and "out" in given:
         raise UserError("--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out")
+    folder = options.hub_dir or options.out
+    if os.path.lexists(folder) and not options.overwrite:  # even an empty one, and before anything is read
+        raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)
     try:
         lines = (export_hub if options.hub_dir else export)(model, options, chunks)

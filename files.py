@@ -4,13 +4,16 @@ import contextlib
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import time
+import zlib
 
 import yaml
 
@@ -113,6 +116,12 @@ def written_out(node: yaml.Node, known: dict[int, float]) -> float:
 # Writing
 
 
+ASIDE = ".lightning-u2"  # ends the names of what is written beside a path until it takes the path's place
+MARK = ".lightning-u2.json"  # in a folder of ours: which files we wrote, and what shows that nobody has changed them since
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write fails with where there is no room
+CACHE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")  # that the datasets library leaves beside shards and can make again
+
+
 def json_text(data, **format) -> str:
     """JSON, as json.dumps formats it. A number that is not finite becomes null, which other readers
     than Python's know, and what a terminal would not just show is escaped."""
@@ -130,26 +139,218 @@ def csv_text(rows) -> str:
     return text.getvalue()
 
 
+def aside(path: str) -> str:
+    """Where what is to take the place of `path` is written: beside it, under a name that is nobody else's, and never too long."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return os.path.join(folder, f".{name}{ASIDE}")
+
+
 def write_whole(path: str, content) -> None:
     """Writes bytes to `path`, whole or not at all, whatever is killed or pulled meanwhile: the file is the old or the new one.
+    A symbolic link stays, and the file that it leads to is written. A new file has the permissions of any new file.
 
     Raises UserError where it cannot be written, as on a full disk; the old one is still there.
     """
-    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, "a folder, a pipe or a device is there")
+        target = os.path.realpath(path)
+        with alone(f"{aside(target)}.lock", path):
+            _write(aside(target), target, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another place") from error
+
+
+def _write(temporary: str, target: str, content) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # of a process that was killed
+        with open(temporary, "xb") as file:  # a new file: O_EXCL follows no link
+            if os.path.exists(target):
+                shutil.copymode(target, temporary)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # before the rename: else its name may reach the disk before its content
-        os.replace(temporary, path)
-    except OSError as error:
+        os.replace(temporary, target)
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or choose another place") from error
+        raise
+    _sync_folder(os.path.dirname(target))
+
+
+def _sync_folder(path: str) -> None:
     with contextlib.suppress(OSError):  # some network file systems cannot
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def identity(path: str | int) -> tuple[int, int] | None:
+    """What a file, or an open one by its number, has in common with itself alone, whatever it is called. None where there is none."""
+    try:
+        return (found := os.stat(path)).st_dev, found.st_ino
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
+    """A new folder to write into, which takes the place of `path` at the end of the block.
+
+    Whatever is killed, pulled or full meanwhile, the old folder or the new one is there whole, if not at `path` then beside it,
+    where the next call for `path` finds the old one and puts it back. All that is written beside `path` lies in aside(path).
+
+    Raises UserError, before the block, where `path` cannot be moved or made; where it exists and `overwrite` is False; where it
+    holds anything but what an earlier call with the same `what` ("an export") has put there; or one of `inputs`. Raises it after
+    the block where the disk is full. Then everything is as it was before.
+    """
+    try:
+        root = os.path.realpath(path)
+        ours = aside(root)
+        new, old, gone = (os.path.join(ours, name) for name in ("new", "old", "gone"))
+        os.makedirs(os.path.dirname(root), exist_ok=True)
+        with alone(f"{ours}.lock", path):
+            _restore(root, old, gone)
+            if os.path.lexists(ours):
+                shutil.rmtree(ours)  # of a process that was killed
+            _check_replaceable(path, root, what, overwrite, inputs)
+            try:
+                _rehearse(path, root, os.path.join(ours, "trap"))
+                os.makedirs(new)
+                yield new
+                _check_replaceable(path, root, what, overwrite, inputs)  # which somebody may have put something into meanwhile
+                if there := os.path.isdir(root):
+                    shutil.copymode(root, new)
+                _mark(new, what)
+                try:
+                    if there:
+                        os.replace(root, old)
+                    os.replace(new, root)
+                finally:  # a signal may come between the two
+                    _restore(root, old, gone)
+                _sync_folder(os.path.dirname(root))
+            finally:
+                if not os.path.lexists(old):
+                    shutil.rmtree(ours, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another place") from error
+
+
+def _restore(root: str, old: str, gone: str) -> None:
+    """Ends what a process that was killed between two steps has begun: `old` is back at `root`, or ready to be deleted."""
+    if not os.path.lexists(old):
+        return
+    if os.path.isdir(root) and not os.listdir(root):  # made since, as by a container that mounts it
+        os.rmdir(root)
+    if not os.path.lexists(root):
+        os.replace(old, root)
+    elif os.path.exists(os.path.join(root, MARK)):
+        os.replace(old, gone)  # at once, because what is deleted in half must not come back
+    else:
+        raise UserError(f"{old} was in the place of {root} when a run was killed, and something else is there now; move one of "
+                        "the two away")
+
+
+def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs: tuple) -> None:
+    """Raises UserError where the folder `root`, which the user calls `path`, may not be replaced; OSError."""
+    try:
+        os.lstat(root)  # lexists would say of a name that is too long that nothing is there
+    except FileNotFoundError:
+        return
+    if not os.path.isdir(root):
+        raise UserError(f"{path} is a file; name a folder")
+    if _within(os.getcwd(), root):
+        raise UserError(f"{path} is the current folder or holds it, so it cannot be replaced; name another folder, or run from "
+                        "elsewhere")
+    if os.listdir(root) and not overwrite:
+        raise UserError(f"{path} exists; name another folder, or add --overwrite")
+    if other := _foreign(root, what):
+        raise UserError(f"{path} holds more than {what} ({other}), so --overwrite does not replace it; name another folder, or move "
+                        "that away (an older version's folder as a whole: only this one knows what it wrote)")
+    for name in inputs:
+        if name and os.path.exists(name) and _within(name, root):
+            raise UserError(f"{path} holds {name}, of which it is to be made; name another folder")
+
+
+def _within(path: str, folder: str) -> bool:
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
+
+
+def _foreign(root: str, what: str) -> str | None:
+    """The first of what is in a folder and is not, or is no more, as `published` left it there; None where there is nothing."""
+    try:
+        mark = read_json(os.path.join(root, MARK), 2**28)
+        written = mark["files"] if mark["what"] == what else {}
+        folders = {os.path.dirname(name) for name in written}
+    except (OSError, ValueError, LookupError, TypeError):
+        written, folders = {}, set()
+    for path, is_folder in _inside(root):
+        name = os.path.relpath(path, root)
+        if is_folder:
+            ours = any(known == name or known.startswith(name + os.sep) for known in folders) and not os.path.ismount(path)
+        else:
+            ours = name == MARK or CACHE.fullmatch(os.path.basename(name)) or name in written and written[name] == _look(path)
+        if not ours:
+            return name
+    return None
+
+
+def _inside(root: str):
+    """(path, whether it is a folder) of everything below a folder; a link is no folder. Raises OSError."""
+    def fail(error):
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=fail):
+        for name in sorted(folders + names):
+            path = os.path.join(folder, name)
+            yield path, name in folders and not os.path.islink(path)
+
+
+def _look(path: str) -> list | None:
+    """What shows that a file has not been changed since: its size and a checksum of its beginning. None for what is no file."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return None
+    with open(path, "rb") as file:
+        return [os.fstat(file.fileno()).st_size, zlib.crc32(file.read(2**20))]
+
+
+def _mark(folder: str, what: str) -> None:
+    """Writes MARK, and everything in the folder to the disk."""
+    everything = list(_inside(folder))
+    written = {os.path.relpath(path, folder): _look(path) for path, is_folder in everything if not is_folder}
+    with open(os.path.join(folder, MARK), "w") as file:
+        json.dump({"what": what, "files": written}, file, indent=1)
+    for path, is_folder in (*everything, (os.path.join(folder, MARK), False), (folder, True)):
+        if is_folder:
+            _sync_folder(path)
+            continue
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _rehearse(path: str, root: str, trap: str) -> None:
+    """Raises where `root` could not be moved or made when everything is written: onto a folder with something in it, which `trap`
+    becomes, no folder is moved, and the reason is another one where it could not be moved anyway."""
+    os.makedirs(os.path.join(trap, "something"))
+    if not os.path.lexists(root):
+        os.mkdir(root)
+        os.rmdir(root)
+        return
+    try:
+        os.replace(root, trap)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise UserError(f"{path} cannot be replaced, being a mount point or in a container's image; name a folder in "
+                            "it") from error
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
+        os.replace(trap, root)
 
 
 @contextlib.contextmanager
@@ -164,7 +365,7 @@ def alone(path: str, what: str):
         while (file := _lock(path)) is None and time.monotonic() < ends:
             time.sleep(0.05)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(f"{what}: cannot be written ({error.strerror}); choose another place") from error
     if file is None:
         raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place")
     try:
@@ -178,13 +379,15 @@ def alone(path: str, what: str):
 def _lock(path: str):
     """The open file, locked; None where another process holds it."""
     while True:
-        file = open(path, "a")
+        file = open(path, "a", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
         try:
+            if os.fstat(file.fileno()).st_size:
+                raise OSError(errno.EEXIST, f"{path} is no lock, which would be empty")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 return file
             file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):

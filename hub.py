@@ -162,7 +162,10 @@ def not_finite(checkpoint: dict) -> str | None:
 def write_model(checkpoint: dict, folder: str) -> None:
     """FILES of a checkpoint, into a folder that exists. Raises OSError."""
     weights = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
-    safetensors.torch.save_file(weights, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(weights, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    except SafetensorError as error:  # which a full disk is to it, too
+        raise OSError(f"{WEIGHTS}: {error}") from error
     config = {"library_name": "lightning-u2", **{part: checkpoint[part] for part in CONFIG_PARTS}}
     for name, data in ((CONFIG, config), (TOKENIZER, checkpoint["tokenizer"])):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:

@@ -455,7 +455,7 @@ class U2(L.LightningModule):
         self.steps.flush()  # before the checkpoint: the log of a resumed run is never behind it
         if name := hub.not_finite(checkpoint):  # no gradient was at fault, else it had been skipped: the step was too long
             raise UserError(f"step {self.global_step}: {name} is not finite any more, so that nothing is saved; lower --lr and "
-                            "go on with --resume: the checkpoint before is whole")
+                            "go on with --resume from the checkpoint before; where there is none, begin again with --overwrite")
         checkpoint.update(model_options=asdict(self.options), optim_options=asdict(self.optim),
                           frontend=asdict(self.frontend), tokenizer=self.tokenizer.to_dict(),
                           skips={"in_a_row": self.skips_in_a_row, "in_all": self.skips_in_all})

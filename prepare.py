@@ -10,12 +10,10 @@ import cli  # first: from here on Ctrl-C is one line, also within the imports
 
 import collections
 import contextlib
-import glob
 import itertools
 import logging
 import os
 import re
-import shutil
 import unicodedata
 
 import datasets
@@ -27,7 +25,7 @@ import files
 import tokenizer as tk
 from audio import read_audio, resample
 from cli import UserError, option, options_class, shown
-from sources import OWN, SURROGATE, Row, SourceOptions, Split, open_source
+from sources import SURROGATE, Row, SourceOptions, Split, open_source
 from transforms import RATES
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
@@ -207,77 +205,23 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
     return tk.train_char(texts) if options.tokenizer == "char" else tk.train_bpe(texts, options.vocab_size or 500)
 
 
-def check_root(root: str, overwrite: bool) -> None:
-    """Raises UserError when ROOT holds data and may not be replaced, or anything that is not prepare.py's."""
-    if not os.path.exists(root):
-        return
-    if not os.path.isdir(root):
-        raise UserError(f"{root} is a file; give another --data_root")
-    foreign = [name for name in sorted(os.listdir(root)) if name not in OWN
-               and not glob.glob(os.path.join(glob.escape(os.path.join(root, name)), "*", "state.json"))]
-    if foreign:
-        raise UserError(f"{root} holds {foreign[0]}, which prepare.py did not write; give another --data_root")
-    if os.listdir(root) and not overwrite:
-        raise UserError(f"{root} holds data already; give another --data_root, or --overwrite to replace it")
-
-
-def publish(partial: str, root: str) -> None:
-    """Puts the finished folder in ROOT's place; what was there goes last."""
-    old = f"{partial}-old"
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        if os.path.exists(root):
-            os.replace(root, old)
-        os.replace(partial, root)
-    finally:  # a signal may come between the two
-        restore(partial, root)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore(partial: str, root: str) -> None:
-    """Puts back what was in ROOT's place, where nothing has come for it."""
-    if os.path.exists(f"{partial}-old") and not os.path.exists(root):
-        os.replace(f"{partial}-old", root)
-
-
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
-    root = os.path.realpath(options.data_root)
-    if SURROGATE.search(root):
-        raise UserError(f"{root}: its name is not in UTF-8, which Arrow needs; give another "
+    if SURROGATE.search(os.path.realpath(options.data_root)):
+        raise UserError(f"{options.data_root}: its name is not in UTF-8, which Arrow needs; give another "
                         "--data_root")
-    folder, name = os.path.split(root)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {options.data_root}: {error}") from None
-    with files.alone(os.path.join(folder, f".{name}.lock"), options.data_root):
-        return prepare_alone(options, root, os.path.join(folder, f".{name}.partial"))
-
-
-def prepare_alone(options: PrepareOptions, root: str, partial: str) -> tuple[int, int]:
-    """The same, where no other process writes ROOT."""
-    restore(partial, root)  # of a run that was killed between the two steps of `publish`
-    check_root(root, options.overwrite)
-    splits, left_out = open_source(options)
-    tokenizer = make_tokenizer(splits, options)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        os.makedirs(partial)
+    with files.published(options.data_root, "data of prepare.py", options.overwrite, (options.source,)) as folder:
+        splits, left_out = open_source(options)
+        tokenizer = make_tokenizer(splits, options)
         rejected: list[tuple[str, str, str]] = []
-        kept = sum(write_split(name, parts, os.path.join(partial, name), tokenizer, options, rejected)
+        kept = sum(write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
                    for name, parts in splits.items())
         table = files.csv_text([("split", "file_name", "reason"), *rejected])
-        files.write_whole(os.path.join(partial, "rejected.csv"), table.encode())
+        files.write_whole(os.path.join(folder, "rejected.csv"), table.encode())
         if options.sample_rate != 16000:
             mark = files.json_text({"sample_rate": options.sample_rate}).encode()
-            files.write_whole(os.path.join(partial, "prepare.json"), mark)
-        tk.save_tokenizer(tokenizer, os.path.join(partial, "tokenizer.json"))
-        publish(partial, root)
-    except OSError as error:
-        raise UserError(f"cannot write {options.data_root}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            files.write_whole(os.path.join(folder, "prepare.json"), mark)
+        tk.save_tokenizer(tokenizer, os.path.join(folder, "tokenizer.json"))
     if names := left_out():
         note = f"note: {options.source}: neither read nor named by a row: {names}"
         print(shown(note), flush=True)

@@ -8,13 +8,13 @@ resuming it leaves out the validation of an epoch that was saved before it.
 import contextlib
 import copy
 import dataclasses
-import errno
 import io
 import math
 import os
 import signal
 import stat
 import sys
+import threading
 import time
 import zlib
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import hub
 from cli import UserError, out_of_memory, send_nowhere, shown
-from files import SMALL, parse_json, write_whole
+from files import FULL, SMALL, parse_json, write_whole
 
 SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
 
@@ -60,7 +60,16 @@ class WholeFiles(TorchCheckpointIO):
         try:
             write_whole(str(path), buffer.getbuffer())
         except UserError as error:
-            raise UserError(f"{error}; then go on with --resume: the checkpoint before is whole") from error
+            raise UserError(f"{error}; {way_on(os.path.dirname(path))}") from error
+
+
+def way_on(folder: str, begun: bool = True) -> str:
+    """How a run goes on that has ended before its time, or before it has `begun` to write."""
+    if not begun:
+        return "then give the same command again: nothing was changed"
+    if os.path.exists(os.path.join(folder, "last.ckpt")):
+        return "then go on with --resume: the last checkpoint is whole"
+    return "then begin again with --overwrite: there is no checkpoint yet"
 
 
 class Stopped(Exception):
@@ -68,8 +77,16 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def one_line_endings(trainer, folder):
-    """Signals, full disks and files of others: one line, the right exit status, and no process left behind."""
+def one_line_endings(trainer, folder, begun):
+    """Signals, full disks and files of others: one line, the right exit status, and no process left behind. `begun()`: whether
+    the run has begun to write."""
+    hook = threading.excepthook
+
+    def quietly(failure):
+        """Without what TensorBoard's thread cannot write, of which the trainer hears with its next number."""
+        if not isinstance(failure.exc_value, OSError):
+            hook(failure)
+    threading.excepthook = quietly
     try:
         yield
     except Stopped as stopped:
@@ -86,11 +103,13 @@ def one_line_endings(trainer, folder):
     except (OSError, UserError) as error:
         if hasattr(trainer.strategy.launcher, "procs"):
             trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this process started would wait for it for ever
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in FULL
         if not full and not getattr(error, "filename", None):
             raise
-        raise UserError(f"{error.filename or folder}: {error.strerror}; {'make room there' if full else 'put that right'}, then go "
-                        "on with --resume: the last checkpoint is whole") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror}; {'make room there' if full else 'put that right'}; "
+                        f"{way_on(folder, begun())}") from error
+    finally:
+        threading.excepthook = hook
 
 
 class LastCheckpoint(Checkpoint):

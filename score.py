@@ -7,6 +7,7 @@ of the data excluded, over the duration of the audio.
 
 import cli  # first: from here on Ctrl-C is one line, also within the imports
 
+import contextlib
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
 from cli import UserError, build, make_parser, option, options_class, run, shown
-from files import json_text, write_whole
+from files import identity, json_text, write_whole
 from context import HotwordOptions, load_hotwords
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> None:
     options, words = build(ScoreOptions, given), build(HotwordOptions, given)
     if words.hotwords and options.mode not in (*CONTEXT_MODES, "all"):
         raise UserError(f"--mode {options.mode} cannot favour --hotwords; choose one of {', '.join(CONTEXT_MODES)}")
+    check_details(options, words)
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     graph = load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
@@ -198,6 +200,25 @@ def waveform_of(row: int, values: dict) -> torch.Tensor:
     if reason := check_samples(samples)[1]:
         raise UserError(f"row {row} of the split: {reason}; mend the recording and prepare it again, or leave it out")
     return torch.from_numpy(samples)
+
+
+DETAIL = b'{"row": 0, "mode": "'  # how a file of details begins
+
+
+def check_details(options: ScoreOptions, words: HotwordOptions) -> None:
+    """UserError where --details would overwrite anything but details."""
+    path = options.details
+    if not path or not os.path.exists(path):
+        return
+    if identity(path) in map(identity, (options.checkpoint, words.hotwords or "", 1, 2)):
+        raise UserError(f"--details {path} is what this command reads, or where it prints; name another file")
+    if not os.path.isfile(path) or beginning(path) not in (b"", DETAIL):
+        raise UserError(f"--details {path} exists and is no file of details, which alone is replaced; name another file")
+
+
+def beginning(path: str) -> bytes | None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(len(DETAIL))
 
 
 def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:

@@ -19,6 +19,7 @@ import torch
 
 import train
 from cli import build, make_parser, option, options_class, run
+from files import ASIDE
 from model import read_checkpoint
 from tokenizer import save_tokenizer, train_char
 
@@ -28,6 +29,7 @@ KINDS = ("--num_workers 0 --batch_size 2 --checkpoint_every_n_steps 1",
          "--num_workers 2 --batch_size 2 --checkpoint_every_n_steps 2",
          "--num_workers 0 --batch_size 1 --accumulate_grad_batches 3 --checkpoint_every_n_minutes 0",
          "--num_workers 0 --max_batch_seconds 2 --checkpoint_every_n_steps 1 --ema_decay 0.5")
+SAVING = f".*.ckpt{ASIDE}"  # what is there while a checkpoint is written
 KEPT = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "skips", "global_step")
 
 
@@ -99,7 +101,7 @@ def kill_until_done(words, output, seconds, rng, counts, most) -> float | None:
         if not launch(words + resume, output, delay, in_save=rng.random() < 0.5):
             return time.monotonic() - began if counts["kills"] == before else None
         counts["kills"] += 1
-        counts["saving"] += bool(list(output.glob("*.ckpt.tmp")))
+        counts["saving"] += bool(list(output.glob(SAVING)))
         counts["unsaved"] += not (output / "last.ckpt").exists()
         for path in output.glob("*.ckpt"):
             try:
@@ -124,7 +126,7 @@ def launch(words, output: Path, delay: float | None = None, in_save: bool = Fals
         if done:
             break
         late = delay is not None and time.monotonic() - began >= delay
-        if late and (not in_save or list(output.glob("*.ckpt.tmp"))):
+        if late and (not in_save or list(output.glob(SAVING))):
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             break

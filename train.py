@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run, shown
-from files import alone, json_text, read_json, write_whole
+from files import ASIDE, alone, aside, json_text, read_json, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
@@ -134,7 +134,8 @@ def main(argv):
         say_schedule(checkpoint, model, place)
     else:
         prepare_weights(model, source, options.cmvn, data)
-    with only_writer(folder) if trainer.is_global_zero else contextlib.nullcontext(), one_line_endings(trainer, folder):
+    with only_writer(folder) if trainer.is_global_zero else contextlib.nullcontext(), one_line_endings(
+            trainer, folder, lambda: start.begun):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
         start.record or start.begin(trainer, model)  # where a resumed run had nothing left to train
         best = save_best(trainer, model, data)
@@ -153,7 +154,9 @@ def find_run(given: dict) -> tuple[str, str | None]:
     if any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")):
         return folder, resume  # the process of rank 0 has checked, and may have begun to write
     check_place(folder)
-    there = set(os.listdir(folder)) - {LOCK, "logs"} if os.path.isdir(folder) else ()  # of a run that was killed before it began
+    there = os.listdir(folder) if os.path.isdir(folder) else ()
+    # What is left of a run that was killed before it began does not count.
+    there = [name for name in there if name not in (LOCK, "logs") and not name.endswith((ASIDE, f"{ASIDE}.lock"))]
     if not there or given["overwrite"]:
         return folder, resume
     if resume is None:
@@ -347,6 +350,9 @@ def only_writer(folder: str):
     before = files_of(logs)
     try:
         with alone(os.path.join(folder, LOCK), f"--output_dir {folder}"):
+            probe = aside(os.path.join(folder, "probe"))
+            write_whole(probe, bytes(2**16))  # on a full disk, this fails before anything is deleted or TensorBoard's thread starts
+            os.remove(probe)
             yield
     finally:
         if not os.path.exists(os.path.join(folder, "run.json")):  # the run failed before it began: its log is empty
@@ -362,7 +368,7 @@ class Start(L.Callback):
     leaves everything as it was."""
 
     def __init__(self, folder: str, overwrite: bool, place: Place, options: dict):
-        self.folder, self.place, self.options, self.record = folder, place, options, None
+        self.folder, self.place, self.options, self.record, self.begun = folder, place, options, None, False
         # Listed now, because Lightning begins the new log before it says that training starts.
         self.old = [path for name in OUTPUTS if overwrite for path in files_of(os.path.join(folder, name))]
 
@@ -370,6 +376,7 @@ class Start(L.Callback):
         self.begin(trainer, module)
 
     def begin(self, trainer, module):
+        self.begun = True
         if not trainer.is_global_zero:
             return
         clear_output(self.folder, self.old, self.place.updates)
@@ -398,7 +405,8 @@ def files_of(path: str) -> list[str]:
 def clear_output(folder: str, old: list[str], step: int) -> None:
     """Removes what the run will not go on with: the files `old`, half-written ones, log lines from `step` on (a killed run
     wrote them after its last checkpoint, and they will come again)."""
-    for path in (*old, *(os.path.join(folder, name + ".tmp") for name in OUTPUTS)):
+    half = (aside(os.path.join(folder, name)) for name in OUTPUTS)
+    for path in (*old, *half):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
     for name in ("steps.jsonl", "skipped.jsonl"):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from cli import SIGNALS, UserError, build, make_parser, one_line, option, options_class, run, shown
-from files import write_whole
+from files import FULL, identity, write_whole
 from context import ContextGraph, HotwordOptions, load_hotwords
 from decode import MODES, SearchOptions
 from model import load_checkpoint
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     searching = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     hotwords = build(HotwordOptions, given)
     recordings = [recording for path in given["paths"] for recording in find(path)]
-    outputs = place(recordings, options)
+    outputs = place(recordings, options, (options.checkpoint, hotwords.hotwords or ""))
     model, tokenizer, _ = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     context = load_hotwords(hotwords.hotwords, tokenizer, hotwords.context_score) if hotwords.hotwords else None
     search = Search(options.mode, searching, context)
@@ -117,7 +117,13 @@ def main(argv: list[str]) -> None:
             "{percentage:3.0f} %|{bar}| {n:.0f} of {total_fmt} s{postfix}")) as bar:
         transcribe = streamed if options.stream else whole
         for number, transcript in transcribe(model, recordings, options, search, failed, bar):
-            deliver(transcript, outputs[number], options.format)
+            try:
+                deliver(transcript, outputs[number], options.format)
+            except UserError as error:
+                if getattr(error.__cause__, "errno", None) in FULL:  # as for all that come after
+                    raise
+                failed[number] = 2
+                tell("error", recordings[number], str(error))
     if failed:
         sys.exit(max(failed.values()))
 
@@ -156,21 +162,33 @@ def named(paths: Iterable[str], folder: str) -> list[Recording]:
             for path in paths]
 
 
-def place(recordings: list[Recording], options: TranscribeOptions) -> list[str | None]:
-    """Where the transcript of each goes; None: stdout. Raises UserError where one would end up on top of another."""
+def place(recordings: list[Recording], options: TranscribeOptions, inputs: tuple[str, ...]) -> list[str | None]:
+    """Where the transcript of each goes; None: stdout. Raises UserError where one would end up on top of another or of what is
+    read, which `inputs` and the recordings are, or outside of --output_dir."""
     if not options.output_dir:
         if options.format in ("srt", "vtt") and len(recordings) > 1:
             raise UserError(f"--format {options.format} makes one file per recording; give --output_dir for them")
         return [None] * len(recordings)
-    owners = {}
+    owners, outputs, top = {}, [], os.path.realpath(options.output_dir)
+    taken = {identity(path) for path in (*inputs, *(recording.path for recording in recordings), 1, 2)} - {None}
     for recording in recordings:
-        output = os.path.join(options.output_dir, f"{recording.name}.{options.format}")
-        other = owners.setdefault(output, recording)
+        name = os.path.normpath(f"/{recording.name}").lstrip("/")  # which leads nowhere up
+        outputs.append(output := os.path.join(options.output_dir, f"{name}.{options.format}"))
+        target = os.path.realpath(output)
+        other = owners.setdefault(target, recording)
         if other is not recording:
             raise UserError(f"{other.path} and {recording.path} would both be written to {output}; transcribe them apart")
+        if os.path.commonpath([top, target]) != top:
+            raise UserError(f"{output} leads to {target}, outside of --output_dir; choose another")
         if os.path.lexists(output) and not options.overwrite:
             raise UserError(f"{output} exists; give --overwrite to replace it, or another --output_dir")
-    return list(owners)
+        if identity(output) in taken:
+            raise UserError(f"{output} is what this command reads, or where it prints; choose another --output_dir")
+    try:
+        os.makedirs(options.output_dir, exist_ok=True)  # now: what is heard is worth hours
+    except OSError as error:
+        raise UserError(f"--output_dir {options.output_dir} cannot be made ({error.strerror}); choose another") from None
+    return outputs
 
 
 def deliver(transcript: Transcript, output: str | None, format: str) -> None:
@@ -185,7 +203,7 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
     try:
         os.makedirs(os.path.dirname(output), exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output}: its folder cannot be made ({error.strerror}); choose another --output_dir") from None
+        raise UserError(f"{output}: its folder cannot be made ({error.strerror}); choose another --output_dir") from error
     write_whole(output, text.encode())
 
 

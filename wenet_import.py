@@ -23,7 +23,7 @@ import yaml
 
 import hub
 from cli import UserError, make_parser, run, shown
-from files import parse_yaml, read_small, read_text, write_whole
+from files import parse_yaml, published, read_small, read_text, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint, skeleton
 from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
@@ -468,19 +468,16 @@ def import_model(exp_dir: str, out: str) -> str:
             f"vocabulary {tokenizer.vocab_size}; for score.py, transcribe.py and train.py --init_from")
 
 
-def export_model(checkpoint: str, out: str) -> str:
-    model, _, _ = load_checkpoint(checkpoint)
-    try:
-        check_exportable(model)
-        files = exported_files(model)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from None
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {out}: {error.strerror}") from None
-    for name, content in files.items():
-        write_whole(os.path.join(out, name), content)
+def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
+    with published(out, "an experiment directory of --export", overwrite, (checkpoint,)) as folder:
+        model, _, _ = load_checkpoint(checkpoint)
+        try:
+            check_exportable(model)
+            files = exported_files(model)
+        except UserError as error:
+            raise UserError(f"{checkpoint}: {error}") from None
+        for name, content in files.items():
+            write_whole(os.path.join(folder, name), content)
     return f"{out}: {', '.join(files)}; WeNet resolves their names in train.yaml from the folder that it runs in"
 
 
@@ -489,14 +486,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("exp_dir", nargs="?", metavar="EXP_DIR", help="experiment directory of WeNet to import")
     parser.add_argument("--export", metavar="MODEL.ckpt", help="checkpoint to make an experiment directory of")
     parser.add_argument("--out", required=True, help="checkpoint to write; with --export the directory")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint, or the directory of an earlier --export")
     args = parser.parse_args(argv)
     if (args.exp_dir is None) == (args.export is None):
         raise UserError("give EXP_DIR to import, or --export MODEL.ckpt (--help lists the flags)")
-    if os.path.exists(args.out) and not args.overwrite:
-        raise UserError(f"--out {args.out} exists; name another, or add --overwrite")
     if args.export:
-        print(shown(export_model(args.export, args.out)))
+        print(shown(export_model(args.export, args.out, args.overwrite)))
+    elif os.path.lexists(args.out) and not args.overwrite:
+        raise UserError(f"--out {args.out} exists; name another, or add --overwrite")
     elif not args.out.endswith(".ckpt"):
         raise UserError(f"--out {args.out}: a checkpoint's name ends in .ckpt")
     else:

@@ -19,6 +19,7 @@ import soundfile
 
 import audio
 import cli
+import files
 import prepare
 import tokenizer as tk
 from cli import UserError
@@ -499,7 +500,7 @@ def start_stuck(source, root, handler=signal.SIG_DFL, how=cli.SIGNALS):
     process = subprocess.Popen(command, cwd=PREPARE.parent, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, preexec_fn=lambda: set_signals(handler, how))
     deadline = time.time() + 60
-    while not (root.parent / f".{root.name}.partial/train.arrow").exists():
+    while not (root.parent / f".{root.name}{files.ASIDE}/new/train.arrow").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     return process
@@ -514,7 +515,8 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, t
     assert process.returncode == (-how if killed else 128 + how)
     assert not (tmp_path / "root").exists()
     assert killed or said == f"-c: interrupted ({how.name})"
-    assert (tmp_path / ".root.partial").exists() == (tmp_path / ".root.lock").exists() == killed
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".root")) == (
+        [f".root{files.ASIDE}", f".root{files.ASIDE}.lock"] if killed else [])
     assert run(source, tmp_path / "root") == (7, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
@@ -541,7 +543,7 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
     before, replace = tree(root), os.replace
 
     def broken(old, new):
-        if str(new) == str(root) and "partial-old" not in str(old):
+        if str(new) == str(root) and os.path.basename(old) != "old":
             raise OSError("pulled plug")
         replace(old, new)
     monkeypatch.setattr(os, "replace", broken)
@@ -549,8 +551,9 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
         run(source, root, "--overwrite", "--shard_rows", "2")
     assert tree(root) == before
     monkeypatch.undo()
-    os.replace(root, tmp_path / ".root.partial-old")  # killed between the two steps
-    with pytest.raises(UserError, match="holds data already"):
+    (tmp_path / f".root{files.ASIDE}").mkdir()
+    os.replace(root, tmp_path / f".root{files.ASIDE}/old")  # killed between the two steps
+    with pytest.raises(UserError, match="root exists; name another folder, or add --overwrite"):
         run(source, root)
     assert tree(root) == before and sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import cli
+import files
 import recovery
 import train
 from cli import UserError
@@ -275,17 +277,19 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
-    assert not (tmp_path / "run" / "last.ckpt.tmp").exists()
+    assert not list((tmp_path / "run").glob(f".*{files.ASIDE}*"))
 
 
 def test_half_written_files_of_a_killed_run_are_removed_at_the_next_start(data, tmp_path):
     run(data, tmp_path / "run", "--max_steps", 1)
-    for name in ("last.ckpt.tmp", "best.ckpt.tmp", "run.json.tmp"):
-        (tmp_path / "run" / name).write_text("half")
+    for name in ("last.ckpt", "best.ckpt", "run.json"):
+        Path(files.aside(str(tmp_path / "run" / name))).write_text("half")
+    (tmp_path / "run" / "best.ckpt.tmp").write_text("mine")
     with open(tmp_path / "run" / "steps.jsonl", "a") as file:
         file.write('{"step": 1, "lo')
     run(data, tmp_path / "run", "--max_steps", 1, "--resume")
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert not list((tmp_path / "run").glob(f".*{files.ASIDE}*"))
+    assert (tmp_path / "run" / "best.ckpt.tmp").read_text() == "mine"
     assert len((tmp_path / "run" / "steps.jsonl").read_text().splitlines()) == 1
 
 
