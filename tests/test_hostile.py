@@ -379,7 +379,15 @@ def refusal(function, *arguments, memory=2**30) -> str:
     with open(receive, errors="backslashreplace") as file:
         said = file.read()
     assert os.waitpid(child, 0)[1] == 0 and said.startswith("UserError: ") and len(said) < 1500, said
+    assert "MemoryError" not in said and "allocate" not in said, said  # where it was asked for
     return said
+
+
+def test_a_pipe_or_a_device_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
+        with pytest.raises(OSError, match="a pipe or a device"):
+            files.open_file(str(path))
 
 
 def nested(opening, middle, closing, deep=10_000):
