@@ -563,7 +563,7 @@ def test_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(
 
 
 def test_wenets_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(place, tmp_path):
-    wenet_import.export_model(str(place / "best.ckpt"), str(tmp_path / "exp"))
+    wenet_import.export_model(str(place / "best.ckpt"), str(tmp_path / "exp"), False)
     path = tmp_path / "exp" / "train.yaml"
     text = path.read_text()
     for name in ("linear_units: 32", "num_blocks: 1", "output_size: 16"):
