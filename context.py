@@ -26,7 +26,7 @@ class HotwordOptions:
     hotwords: str | None = option(None, "file of phrases to favour, one a line, which may end in its own score: new york :2")
     context_score: float = option(
         1.0, "with --hotwords: what each token of a phrase adds to a score",
-        above=0, at_most=1000.0)
+        above=0, at_most=LARGEST_SCORE)
 
     def __post_init__(self):
         if self.hotwords is None and self.context_score != type(self).context_score:

@@ -28,7 +28,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cli import UserError, option, options_class
+from cli import UserError, option, options_class, shown
+from files import read_json
 from conformer import subsampled_length
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
@@ -410,10 +411,10 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
     for root in data_roots:
         path = Path(root) / "prepare.json"
         try:
-            text = path.read_text() if path.exists() else '{"sample_rate": 16000}'
-            rates[root] = operator.index(json.loads(text)["sample_rate"])
+            record = read_json(path) if path.exists() else {"sample_rate": 16000}
+            rates[root] = operator.index(record["sample_rate"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} says no sample_rate ({error}); prepare it again") from error
+            raise UserError(f"{path} says no sample_rate ({shown(str(error), 100)}); prepare it again") from error
     (first, rate), *_ = rates.items()
     for root, other in rates.items():
         if other != rate:

@@ -84,8 +84,9 @@ def read_json(path: str, limit: int = SMALL) -> dict:
 def parse_yaml(text: str):
     """Raises ValueError, which quotes nothing of the text, for what is no YAML, is nested too deep, or has aliases that stand for
     more than a text of that kind ever says."""
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is not None and written_out(root, {}) > MANY_NODES:
             raise ValueError("its aliases stand for too much")
@@ -98,7 +99,8 @@ def parse_yaml(text: str):
     except yaml.YAMLError:
         raise ValueError("characters that no YAML holds") from None
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
 
 
 def written_out(node: yaml.Node, known: dict[int, float]) -> float:

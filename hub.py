@@ -28,7 +28,7 @@ CONFIG_PARTS = ("model_options", "optim_options", "frontend")  # of a checkpoint
 GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
            *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"))}
 DEEP = 100  # more than any state of a training nests
-MANY_STEPS, MANY_PARTS = 2**21, 2**22  # of a pickle and of what it makes: some 80,000 tensors
+MANY_STEPS, MANY_PARTS = 2**21, 2**20  # of a pickle and of what it makes: some 80,000 tensors
 MARK, FILLED = object(), {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # of pickle's opcodes: what fills a value
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 

@@ -4,8 +4,10 @@ What could swell or wait runs as a command of its own, with little memory and a 
 """
 
 import argparse
-import importlib
+import copy
 import csv
+import functools
+import importlib
 import io
 import json
 import logging
@@ -25,6 +27,7 @@ import sys
 import warnings
 import threading
 import tracemalloc
+import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -47,12 +50,14 @@ import files
 import hub
 import score
 import transcribe
+import wenet_import
 import words
 from cli import UserError
 from conformer import ModelOptions
-from model import U2, OptimOptions
-from tokenizer import save_tokenizer, train_char
-from transforms import STREAM_WINDOW, Frontend, feature_state, stream_features
+from datamodule import rows_rate
+from model import U2, OptimOptions, load_checkpoint
+from tokenizer import load_tokenizer, save_tokenizer, train_char
+from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 6 * 2**30  # bytes of address space; torch and datasets alone take 3 to 4
@@ -379,6 +384,253 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
 
 
 # ------------------------------------------------------------------------------------- files that promise too much
+
+
+def refusal(function, *arguments, memory=2**30) -> str:
+    """The UserError with which a function ends, in a fork that has so much more memory, and a minute."""
+    receive, send = os.pipe()
+    if not (child := os.fork()):
+        said = "no end"
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
+            signal.alarm(DEADLINE)
+            said = f"{function(*arguments)!r:.100} was returned"
+        except cli.UserError as error:
+            said = f"UserError: {error}"
+        except BaseException as error:
+            said = repr(error)
+        finally:
+            os.write(send, said.encode(errors="backslashreplace")[:8000])
+            os._exit(0)
+    os.close(send)
+    with open(receive, errors="backslashreplace") as file:
+        said = file.read()
+    assert os.waitpid(child, 0)[1] == 0 and said.startswith("UserError: ") and len(said) < 1500, said
+    assert "MemoryError" not in said and "allocate" not in said, said  # where it was asked for
+    return said
+
+
+def test_a_pipe_or_a_device_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
+        with pytest.raises(OSError, match="a pipe or a device"):
+            files.open_file(str(path))
+
+
+def nested(opening, middle, closing, deep=10_000):
+    return opening * deep + middle + closing * deep
+
+
+def billion(first, line, count=9):
+    """Nine lines, each of which names the one before it nine times: 363 bytes of YAML that stand for 9^9 words."""
+    return first + "".join(line.format(name="bcdefghij"[i], before=", ".join(["*" + "abcdefghi"[i]] * 9)) for i in range(count))
+
+
+def read_hotwords(path):
+    return context.load_hotwords(path, train_char(["abc"]), 1.0)
+
+
+def read_folder(name):
+    """A reader of a file by its name in a folder."""
+    of = {"run.json": compare.read_run, "train.yaml": wenet_import.load_wenet, "prepare.json": lambda root: rows_rate([root])}
+
+    def read(path):
+        os.replace(path, os.path.join(os.path.dirname(path), name))
+        return of.get(name, load_tokenizer)(os.path.dirname(path))
+    read.__name__ = name
+    return read
+
+
+READERS = [load_tokenizer, load_checkpoint, read_hotwords, read_cmvn, read_folder("vocab.json"), read_folder("tokenizer.json"),
+           read_folder("run.json"), read_folder("train.yaml"), read_folder("prepare.json"), wenet_import.read_units, wenet_import.read_weights]
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_a_file_without_end_a_pipe_and_a_large_one_are_refused_at_once(read, tmp_path):
+    for number, make in enumerate((lambda path: path.symlink_to("/dev/zero"), os.mkfifo,
+                                   lambda path: path.touch() or os.truncate(path, 30 * 2**30))):
+        (tmp_path / str(number)).mkdir()
+        make(path := tmp_path / str(number) / "file")
+        refusal(read, str(path))
+
+
+@pytest.mark.parametrize("text", [nested("[", "", "]"), nested('{"a":', "1", "}"), '{"tokens": ' + nested("[", "", "]") + "}",
+                                  '{"tokens": ["a"], "blank_id": NaN}', '{"options": {}, "metrics": {"x": 1e999}}'])
+@pytest.mark.parametrize("read", READERS[:9], ids=lambda read: read.__name__)
+def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    refusal(read, str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("text", [
+    billion("a: &a [x, x, x, x, x, x, x, x, x]\n", "{name}: &{name} [{before}]\n") + "encoder: *j\n",
+    billion("a: &a {x: 1}\n", "{name}: &{name} {{<<: [{before}]}}\n"),
+    "encoder: &a [*a]", "a: " + nested("[", "", "]"), "encoder: " + nested("- ", "a", "", 2000), "a: !!python/object:os.system x",
+    "? [a]\n: b", "a: \x01", "encoder: " + "x" * 10**5, "a: " + "9" * 5000, "[" * 10**6], ids=range(11))
+def test_no_yaml_swells(text, tmp_path):
+    (tmp_path / "train.yaml").write_text(text)
+    assert len(refusal(wenet_import.load_wenet, str(tmp_path))) < 400
+
+
+def test_yaml_may_name_a_list_twice():
+    assert files.parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: *a}") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1, "e": [1, 2]}}
+
+
+@pytest.mark.parametrize("text", ["root:$6$secret:19000:0::\n", '{"mean_stat": ["secret"], "var_stat": [1], "frame_num": 1}',
+                                  '{"mean_stat": [1e300], "var_stat": [1], "frame_num": 1}', "[ 1 secret\n 1 0 ]",
+                                  '{"mean_stat": [1], "var_stat": [1], "frame_num": 1' + "0" * 400 + "}"])
+def test_nothing_of_a_file_that_is_no_cmvn_is_told(text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    assert "secret" not in refusal(read_cmvn, str(tmp_path / "file"))
+
+
+def test_hotwords_take_time_and_memory_as_their_number(tmp_path):
+    """Half of the phrases go on from where those of the other half may break off."""
+    tokens = [chr(0x4e00 + i) for i in range(4000)]
+    lines = [tokens[0] + tokens[i] if i % 2 else tokens[i] + tokens[0] + tokens[i - 1] for i in range(1, 4000)] * 5
+    (tmp_path / "words").write_text("\n".join(lines))
+    graph = context.load_hotwords(str(tmp_path / "words"), train_char(["".join(tokens)]), 1.0)
+    assert sum(array.nbytes for array in graph) < 2**20
+
+
+@pytest.mark.parametrize("score", ["1e308", "inf", "nan", "-1", "1001", "0x10", "9" * 5000])
+def test_a_score_of_hotwords_is_finite_and_no_more_than_sound_can_outweigh(score, tmp_path):
+    (tmp_path / "words").write_text(f"abc :{score}\n")
+    with pytest.raises(cli.UserError, match="line 1: .* is no score"):
+        read_hotwords(str(tmp_path / "words"))
+
+
+def test_hotwords_are_bounded_in_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "MANY_TOKENS", 5)
+    (tmp_path / "words").write_text("abc\nabc\n")
+    with pytest.raises(cli.UserError, match="more than 5 tokens"):
+        read_hotwords(str(tmp_path / "words"))
+
+
+@pytest.mark.parametrize("token", ["\x1b[2J", "a\nb", "\0", "\x85", "\u2028", "\ud800", "x" * 257, 5, None, ["a"]])
+def test_a_vocabulary_of_control_characters_or_no_text_is_refused(token, tmp_path):
+    whole = dict(tokens=["<blank>", "a", token], blank_id=0, unk_id=0, sos_id=1, eos_id=1)
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    (tmp_path / "b.json").write_text(json.dumps({"<pad>": 0, "a": 1, str(token) if not isinstance(token, str) else token: 2}))
+    for name in ("a.json", "b.json") if isinstance(token, str) else ("a.json",):
+        with pytest.raises(cli.UserError) as raised:
+            load_tokenizer(str(tmp_path / name))
+        assert str(raised.value).isprintable()
+
+
+def pickled(program: bytes, **records) -> bytes:
+    """A .ckpt whose pickle is `program`."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in {"data.pkl": b"\x80\x02" + program + b".", "byteorder": b"little", "version": b"3\n", **records}.items():
+            archive.writestr(f"a/{name}", content)
+    return file.getvalue()
+
+
+def saved(data) -> bytes:
+    torch.save(data, file := io.BytesIO())
+    return file.getvalue()
+
+
+def rewritten(content: bytes, change, compression=zipfile.ZIP_STORED) -> bytes:
+    """An archive with its list of records changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        change(new)
+    return file.getvalue()
+
+
+def repeat_records(archive):
+    archive.filelist += [copy.copy(record) for record in archive.filelist] * 5
+
+
+ATTACKS = {  # on a reader of checkpoints: the bytes of a file
+    "a key of a million tuples ends Python": lambda _: pickled(b"})" + b"\x85" * 10**6 + b"K\x01s"),
+    "ten gigabytes of zeros": lambda _: pickled(b"cbuiltins\nbytearray\n\x8a\x05\0\xe4\x0b\x54\x02\x85R"),
+    "a list within itself": lambda _: pickled(b"]q\0h\0a"),
+    "lists that stand for 2^60": lambda _: pickled(b"]q\0" + b"".join(
+        b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))),
+    "a dict copied from another": lambda _: pickled(b"ccollections\nOrderedDict\n}\x85R"),
+    "lists in lists": lambda _: pickled(b"]" * 10**4 + b"a" * (10**4 - 1)),
+    "names that are tuples": lambda _: saved({("a", 1): 2}), "what is no plain data": lambda _: saved({"a": {1, 2}}),
+    "sparse": lambda c: saved(c | {"x": torch.zeros(3, 3).to_sparse()}),
+    "complex": lambda c: saved(c | {"x": torch.zeros(3, dtype=torch.complex64)}),
+    "quantized": lambda c: saved(c | {"x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)}),
+    "without memory": lambda c: saved(c | {"x": torch.zeros(3, device="meta")}),
+    "4 bytes that stand for 4 TB": lambda c: saved(c | {"x": torch.zeros(1).expand(10**12)}),
+    "the same numbers a thousand times": lambda c: saved(c | {"x": [torch.zeros(10**5)] * 1000}),
+    "compressed": lambda c: rewritten(saved(c | {"x": torch.zeros(10**7)}), lambda archive: None, zipfile.ZIP_DEFLATED),
+    "records that overlap": lambda c: rewritten(saved(c), repeat_records),
+    "an archive within another": lambda c: b"PK\3\4" + saved(c),
+    "a comment": lambda c: rewritten(saved(c), lambda archive: setattr(archive, "comment", b"x" * 100)),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_path):
+    checkpoint = torch.load(place / "best.ckpt", weights_only=True)
+    for name in ("x.ckpt", "final.pt"):
+        (tmp_path / name).write_bytes(ATTACKS[attack](checkpoint))
+    for read in (load_checkpoint, load_tokenizer):
+        assert "x.ckpt" in refusal(read, str(tmp_path / "x.ckpt"))
+    assert "final.pt" in refusal(wenet_import.read_weights, str(tmp_path / "final.pt"))
+
+
+@pytest.mark.parametrize("options", [
+    {"linear_units": 2**16, "decoder_linear_units": 2**16}, {"linear_units": 10**7}, {"num_blocks": 200}, {"num_blocks": 10**9},
+    {"r_num_blocks": 200}, {"output_size": 8192}, {"cnn_module_kernel": 999}, {"attention_heads": 3}, {"attention_heads": 0},
+    {"linear_units": 32.0}, {"causal": 1}, {"dropout_rate": math.nan}, {"encoder": "x" * 10**6}, {"no_such": 1}, {3: 1}])
+def test_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(options, place, tmp_path):
+    checkpoint = torch.load(place / "best.ckpt", weights_only=True)
+    checkpoint["model_options"] |= options
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    refusal(load_checkpoint, str(tmp_path / "x.ckpt"), memory=2**28)
+
+
+def test_wenets_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(place, tmp_path):
+    wenet_import.export_model(str(place / "best.ckpt"), str(tmp_path / "exp"), False)
+    path = tmp_path / "exp" / "train.yaml"
+    text = path.read_text()
+    for name in ("linear_units: 32", "num_blocks: 1", "output_size: 16"):
+        path.write_text(text.replace(name, name.split()[0] + " 60000", 1))
+        refusal(wenet_import.load_wenet, str(tmp_path / "exp"), memory=2**28)
+
+
+JUNK = (None, -1, 2.5, math.nan, True, "x", [], {}, [[1]], torch.zeros(2), torch.zeros(3, 2, dtype=torch.int64), 10**30, {1: 2},
+        "\x1b[2J" * 3000, b"x", (1, 2), float(10**300))
+
+
+def places_in(data, path=()):
+    for name in data if isinstance(data, dict) else range(min(len(data), 2)) if isinstance(data, list) else ():
+        yield *path, name
+        yield from places_in(data[name], (*path, name))
+
+
+def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
+    """Junk in one place of many, or nothing."""
+    checkpoint, rng, counts = torch.load(place / "best.ckpt", weights_only=True), random.Random(0), Counter()
+    everywhere = [path for path in places_in(checkpoint) if path[0] != "state_dict" or len(path) == 1]
+    weights = rng.sample(list(checkpoint["state_dict"]), 5)
+    for path in everywhere + [("state_dict", name) for name in weights]:
+        data = copy.deepcopy(checkpoint)
+        within = functools.reduce(lambda part, name: part[name], path[:-1], data)
+        if (junk := rng.choice((*JUNK, ...))) is ...:
+            del within[path[-1]]
+        else:
+            within[path[-1]] = junk
+        torch.save(data, tmp_path / "x.ckpt")
+        try:
+            model, tokenizer, frontend = load_checkpoint(str(tmp_path / "x.ckpt"))
+            heard, = model.decode(torch.randn(1, 40, frontend.num_mel_bins), torch.tensor([40]), "attention_rescoring", 3)
+            tokenizer.decode(heard.tokens)
+            counts["heard"] += 1
+        except cli.UserError as error:
+            assert "x.ckpt" in str(error) and len(str(error)) < 1000, path
+            counts["refused"] += 1
+    assert counts["heard"] > 1 and counts["refused"] > 20
 
 
 # ----------------------------------------------------------------------- what reaches a terminal or another program

@@ -1,7 +1,9 @@
 """What a run keeps when it goes on: its best model, its options, its record, its folder. On noise, as in test_train.py."""
 
 import contextlib
+import functools
 import json
+import math
 import multiprocessing
 import os
 import pty
@@ -215,6 +217,40 @@ def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, fi
     os.remove(source)
     train.main([*words, "--max_steps", "3", "--resume"])
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+FIT = "loops", "fit_loop"
+BROKEN = [
+    (("loops",), []), (FIT, {}), ((*FIT, "epoch_progress"), None), ((*FIT, "epoch_progress", "current", "ready"), "1"),
+    ((*FIT, "epoch_progress", "current", "ready"), 0), ((*FIT, "epoch_progress", "current", "ready"), 2.5),
+    ((*FIT, "epoch_progress", "total", "ready"), -1), ((*FIT, "epoch_loop.batch_progress", "is_last_batch"), [1]),
+    ((*FIT, "epoch_loop.state_dict", "_batches_that_stepped"), "x"), ((*FIT, "epoch_loop.val_loop.batch_progress"), {"total": 3}),
+    (("global_step",), 10**30), (("callbacks",), None), (("pytorch-lightning_version",), "new"), (("lr_schedulers",), [{}]),
+    (("lr_schedulers", 0, "last_epoch"), math.nan), (("lr_schedulers", 0, "total_steps"), "x"), (("skips",), {"in_a_row": "x"}),
+    (("plan",), [1]), (("plan", "processes"), "x"), (("run_options",), 3), (("run_options", "max_frame"), "x"),
+    (("optimizer_states",), []), (("optimizer_states", 0), {}), (("optimizer_states", 0, "param_groups"), []),
+    (("optimizer_states", 0, "state", 3, "exp_avg"), torch.zeros(1)), (("optimizer_states", 0, "state", 10**6), {}),
+    (("optimizer_states", 0, "state", 3, "step"), torch.zeros(3)), (("optimizer_states", 0, "state", 3), {"step": 1.0}),
+    (("callbacks", "Average"), {"latest_update_step": "x"}), (("averaging_state",), {}),
+    (("current_model_state", "net.ctc.bias"), torch.zeros(3))]
+
+
+@pytest.fixture(scope="module")
+def averaged(data, tmp_path_factory):
+    run(data, output := tmp_path_factory.mktemp("averaged") / "run", "--max_steps", 1, "--ema_decay", 0.5)
+    return output
+
+
+@pytest.mark.parametrize("path, junk", BROKEN, ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
+def test_a_state_of_training_that_is_broken_is_one_line_and_stays(data, averaged, tmp_path, path, junk):
+    output = shutil.copytree(averaged, tmp_path / "run")
+    checkpoint = torch.load(output / "last.ckpt", weights_only=True)
+    functools.reduce(lambda part, name: part[name], path[:-1], checkpoint)[path[-1]] = junk
+    torch.save(checkpoint, output / "last.ckpt")
+    before = contents(output)
+    with pytest.raises(UserError, match=r"last\.ckpt"):
+        train.main(["--output_dir", str(output), "--max_steps", "3", "--resume"])
+    assert contents(output) == before
 
 
 # The record and the folder
