@@ -3,15 +3,20 @@
 What could swell or wait runs as a command of its own, with little memory and a deadline: a bomb fails, and freezes nothing.
 """
 
+import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pyarrow as pa
 import pytest
 
 import cli
+import datamodule
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 6 * 2**30  # bytes of address space; torch and datasets alone take 3 to 4
@@ -46,6 +51,84 @@ def tree(folder) -> dict:
 
 
 # ------------------------------------------------------------------------------------- files that promise too much
+
+
+def saved(folder, state=(), packed=None, **columns) -> Path:
+    """A shard as save_to_disk leaves it, of three rows; with other columns, or more in its state.json."""
+    rows = {"input_values": pa.array([[0.1, 0.2], [0.3], [0.4]], pa.list_(pa.float32())),
+            "labels": pa.array([[3], [4, 5], [3]], pa.list_(pa.int32())), "text": pa.array(["a", "b", "c"])}
+    table = pa.table(rows | columns)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder)
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(table.schema))
+    info.write_to_directory(str(folder))
+    with pa.ipc.new_stream(f"{folder}/data-00000-of-00001.arrow", table.schema,
+                           options=pa.ipc.IpcWriteOptions(compression=packed)) as file:
+        file.write_table(table)
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(state)))
+    return folder
+
+
+OFFSETS = {"input_values": [0, 2, 3, 4], "labels": [0, 1, 3, 4], "text": [0, 1, 2, 3]}
+
+
+def test_a_shard_as_it_should_be_is_read(tmp_path):
+    assert len(datamodule.load_shard(saved(tmp_path / "0"))[0]) == 3
+
+
+@pytest.mark.parametrize("offsets", [[0, 2**30, 3, 4], [0, 3, 1, 4], [-(2**30), 1, 3, 4], [0, 1, 3, 2**31 - 1]])
+@pytest.mark.parametrize("column", OFFSETS)
+def test_offsets_that_lead_out_of_a_shard_are_refused(column, offsets, tmp_path):
+    data = saved(tmp_path / "0") / "data-00000-of-00001.arrow"
+    right, wrong = (np.array(numbers, np.int32).tobytes() for numbers in (OFFSETS[column], offsets))
+    assert data.read_bytes().count(right) == 1
+    data.write_bytes(data.read_bytes().replace(right, wrong))
+    with pytest.raises(cli.UserError, match="0: cannot be read as a dataset .*[Oo]ffset"):
+        datamodule.load_shard(tmp_path / "0")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other/data-00000-of-00001.arrow", "a/../../b.arrow", "pipe", "zeros", "none"])
+def test_a_shard_is_read_from_its_own_files_alone(name, tmp_path):
+    shard = saved(tmp_path / "0", state={"_data_files": [{"filename": name}]})
+    saved(tmp_path / "other")
+    os.mkfifo(shard / "pipe")
+    os.symlink("/dev/zero", shard / "zeros")
+    with pytest.raises(cli.UserError, match="0: cannot be read as a dataset .its state.json names .*, which"):
+        datamodule.load_shard(shard)
+
+
+def test_a_shard_may_be_a_link_to_another_disk(tmp_path):
+    shard = saved(tmp_path / "0")
+    os.rename(shard / "data-00000-of-00001.arrow", tmp_path / "elsewhere.arrow")
+    os.symlink(tmp_path / "elsewhere.arrow", shard / "data-00000-of-00001.arrow")
+    assert len(datamodule.load_shard(shard)[0]) == 3
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"features": {"a": %s1%s}}' % ('[' * 900, ']' * 900),
+                                  '{"_data_files": [{"filename": 1}], "features": {"a": {"_type": "Nothing"}}}', "pipe"])
+def test_what_a_shard_says_of_itself_is_read_within_bounds(name, text, tmp_path):
+    shard = saved(tmp_path / "0")
+    (shard / name).write_text(text)
+    if text == "pipe":
+        os.remove(shard / name)
+        os.mkfifo(shard / name)
+    with pytest.raises(cli.UserError, match="0: cannot be read as a dataset"):
+        datamodule.load_shard(shard)
+
+
+@pytest.mark.parametrize("packed", ["zstd", "lz4"])
+def test_a_packed_shard_is_refused(packed, tmp_path):
+    with pytest.raises(cli.UserError, match="is packed"):
+        datamodule.load_shard(saved(tmp_path / "0", packed=packed))
+
+
+def test_rows_without_bytes_are_refused(tmp_path):
+    def nothing(kind):
+        return pa.FixedSizeListArray.from_buffers(pa.list_(kind, 0), 2**31 - 1, [None], children=[pa.array([], kind)])
+    none = pa.Array.from_buffers(pa.null(), 2**31 - 1, [None])
+    with pytest.raises(cli.UserError, match="promises 2147483647 rows"):
+        datamodule.load_shard(saved(tmp_path / "0", input_values=nothing(pa.float32()), labels=nothing(pa.int32()), text=none))
 
 
 # ----------------------------------------------------------------------- what reaches a terminal or another program
