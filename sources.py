@@ -240,7 +240,8 @@ def walk(folder: str, above: tuple[str, ...] = (), seen: collections.Counter | N
         return
     seen[real] += 1
     if seen[real] > MOST_LINKS:
-        raise UserError(f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some out")
+        raise UserError(f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some "
+                        "out")
     if len(above) > DEEPEST:
         raise UserError(f"{folder}: it lies below {DEEPEST} folders; take it out")
     try:
