@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import io
 import itertools
+import math
 import os
 import re
 import select
@@ -31,6 +32,8 @@ EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} 
     "aif", "aifc", "mp2", "oga", "opus", "sph"}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
 SECONDS = 60  # seconds to resample at a time: what that takes is several times as large
+LONGEST = 3600  # seconds of a recording that is read whole: no row is as long, and ten hours that
+# say nothing may lie in a file of 2 MB and take gigabytes
 QUIET = 0.2  # seconds over which loudness is measured to find a pause
 CANCELLED = 0.01  # of the loudest channel's power: a mean with less is of channels that cancel out
 WIDTHS = {"PCM_U8": 1, "PCM_S8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8,
@@ -47,30 +50,42 @@ def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
     """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: read_blocks'
     blocks, all of them.
 
-    Raises UserError with the reason alone (no file name) where read_blocks would, and where sound
-    is lost.
+    Raises UserError with the reason alone (no file name) where read_blocks would, where sound is
+    lost, and for a recording longer than LONGEST, of which no more is decoded.
     """
     samples = bytearray()
-    for block in read_blocks(audio, sample_rate):
+    for block in within(read_blocks(audio, sample_rate, longest=LONGEST), LONGEST, sample_rate):
         samples += block.tobytes()
     return np.frombuffer(samples, np.float32)
 
 
+def within(blocks: Iterable[np.ndarray], seconds: float, rate: int) -> Iterator[np.ndarray]:
+    """The same blocks. Raises UserError at the first sample beyond so many seconds."""
+    left = seconds * rate
+    for block in blocks:
+        left -= len(block)
+        if left < 0:
+            raise UserError(f"longer than {seconds} s; cut it into utterances")
+        yield block
+
+
 def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
-                damaged: Callable[[str], None] | None = None) -> Iterator[np.ndarray]:
+                damaged: Callable[[str], None] | None = None,
+                longest: float = math.inf) -> Iterator[np.ndarray]:
     """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at
     `sample_rate`.
 
     Any format that soundfile decodes; on a pipe wav, aiff, au, caf and w64, whose header need not
     know the length, of samples that are not compressed. raw: no header, 16-bit little-endian mono
     at `sample_rate`. damaged: told why, where a file that has begun cannot be read on or ends too
-    early; without it that is an error. Raises UserError with the reason alone (no file name), at
+    early; without it that is an error. longest: seconds that the levels of several channels may
+    take, which are heard before anything is given. Raises UserError with the reason alone (no file name), at
     the start or after some blocks, for what is missing, undecodable, empty, not finite or louder
     than any sound, and for rates beyond RATES.
     """
     if not isinstance(audio, bytes) and audio != "-" and not os.path.isfile(audio):
         raise UserError("file missing")
-    blocks, advice = file_blocks(audio, sample_rate, damaged), ""
+    blocks, advice = file_blocks(audio, sample_rate, damaged, longest), ""
     if audio == "-" and (raw or not is_file(0)):
         blocks = pipe_blocks(sample_rate, raw, damaged)
         advice = "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it"
@@ -136,7 +151,8 @@ def pipe_bytes(size: int) -> bytes:
     return bytes(content)
 
 
-def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.ndarray]:
+def file_blocks(audio: str | bytes, sample_rate: int, damaged,
+                longest: float) -> Iterator[np.ndarray]:
     """The parts of a file, one after the other. Of several channels the levels are known before the
     first is mixed.
     """
@@ -150,9 +166,10 @@ def file_blocks(audio: str | bytes, sample_rate: int, damaged) -> Iterator[np.nd
         for part in parts(file):
             source = Joined(file, part.pieces)
             with opened(source) as sound:
-                levels = Levels(sound.channels)
+                levels, rate = Levels(sound.channels), usable_rate(sound.samplerate)
+                blocks = blocks_of(sound, signals_wait) if sound.channels > 1 else ()
                 with contextlib.suppress(soundfile.LibsndfileError):  # which comes again
-                    for block in blocks_of(sound, signals_wait) if sound.channels > 1 else ():
+                    for block in within(blocks, longest, rate):
                         levels.add(block)
             with opened(source) as sound:
                 blocks = mono(sound, blocks_of(sound, signals_wait), part, levels, damaged)

@@ -101,6 +101,7 @@ HEAD = (rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2
         rb"\.snd\x00\x00")  # of the next file
 MPEG_IN_WAV = (0x50, 0x55)
 LONGEST_HEADER = 2**22  # bytes, on a pipe: a recorder may put a picture there
+MOST_CHUNKS = 64  # behind the samples: walks from all of a file's heads to its end take the square
 
 
 def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
@@ -151,9 +152,11 @@ def chunk_size(kind: Chunks, head: bytes) -> int:
 
 def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
     """Where the chunks from `place` on end, which is `stop` or the next file's begin; 0: what is
-    there are no chunks.
+    there are no chunks, or more than MOST_CHUNKS.
     """
-    while stop - place >= 4:
+    for _ in range(MOST_CHUNKS):
+        if stop - place < 4:
+            return stop if place - stop < kind.align else 0  # the last padding may be missing
         head = at(file, place, kind.name + kind.size)
         if head[:4] in WALKS:
             return place
@@ -163,7 +166,7 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
         place += len(head) + size + -size % kind.align
         if head[:4] in METADATA and place > stop:
             return stop  # only it is cut short
-    return stop if place - stop < kind.align else 0  # the last padding may be missing
+    return 0
 
 
 def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:

@@ -28,6 +28,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+import files
 from cli import UserError, option, options_class, shown
 from files import read_json
 from conformer import subsampled_length
@@ -163,27 +164,66 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 
 def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
     try:
-        shard = datasets.load_from_disk(str(path))
-        if not isinstance(shard, datasets.Dataset):
+        if not (path / "state.json").exists() and (path / "dataset_dict.json").exists():
             raise ValueError("it holds several splits; a shard is one datasets.Dataset saved with save_to_disk")
-        check_ends(shard)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        check_files(path)
+        shard = datasets.Dataset.load_from_disk(str(path)).with_format(None)
+    except Exception as error:  # what datasets and pyarrow raise for JSON and tables of strangers has no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as a dataset ({reason}); prepare it again") from error
     check_schema(shard, path)
     return shard, path
 
 
-def check_ends(shard: datasets.Dataset) -> None:
-    """Raises ValueError when a file of the shard lacks Arrow's end-of-stream mark.
+def check_files(path: Path) -> None:
+    """Raises OSError, ValueError or ArrowInvalid where datasets would read outside the shard, wait for ever, fill the memory
+    or leave the memory that it may read."""
+    files.read_json(path / "dataset_info.json")
+    for name in [entry["filename"] for entry in files.read_json(path / "state.json")["_data_files"]]:
+        if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not
+            raise ValueError(f"its state.json names {name}, which lies outside")
+        if not os.path.isfile(path / name):
+            raise ValueError(f"its state.json names {name}, which is no file")
+        check_arrow(str(path / name))
 
-    pyarrow itself takes a file that was cut between two record batches for a whole, shorter one.
-    """
-    for file in shard.cache_files:
-        with open(file["filename"], "rb") as stream:
-            stream.seek(-len(END_OF_STREAM), os.SEEK_END)
-            if stream.read() != END_OF_STREAM:
-                raise ValueError(f"{os.path.basename(file['filename'])} is truncated")
+
+def check_arrow(path: str) -> None:
+    """Raises ValueError or ArrowInvalid where an Arrow stream lacks its end, or its buffers hold less than is said of them or
+    have to be unpacked. Arrow itself believes all offsets of lists; its full validation reads them, but no audio."""
+    name = os.path.basename(path)
+    with open(path, "rb") as stream:  # pyarrow takes one that was cut between two record batches for a whole, shorter one
+        stream.seek(-len(END_OF_STREAM), os.SEEK_END)
+        if stream.read() != END_OF_STREAM:
+            raise ValueError(f"{name} is truncated")
+    head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))
+    if head.type != "schema" or head.metadata.size > files.SMALL:  # of another type, pyarrow would read what is not there
+        raise ValueError(f"{name} begins with no schema, or with one of more than {files.SMALL} bytes")
+    schema = pa.ipc.read_schema(head)
+    for message in messages:
+        if message.type != "record batch" or message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
+            raise ValueError(f"{name} is packed, which save_to_disk does not")
+        batch = pa.ipc.read_record_batch(message, schema)
+        if batch.num_rows > message.body.size:  # of lists without elements or values there may be any number in no bytes
+            raise ValueError(f"{name} promises {batch.num_rows} rows in {message.body.size} bytes")
+        batch.validate(full=True)
+
+
+def is_packed(message: pa.ipc.Message) -> bool:
+    """Whether the buffers of a record batch are compressed: Message.header.compression in Arrow's format/Message.fbs, of which
+    pyarrow tells nothing."""
+    content = message.metadata.to_pybytes()
+
+    def number(place: int, size: int = 4) -> int:
+        return int.from_bytes(content[place:place + size], "little", signed=size == 4)
+
+    def field(table: int, index: int) -> int:
+        """Where field `index` of a flatbuffer's table lies, or 0."""
+        vtable, entry = table - number(table), 4 + 2 * index
+        offset = number(vtable + entry, 2) if entry < number(vtable, 2) else 0
+        return offset and table + offset
+
+    header = field(number(0), 2)
+    return field(header + number(header), 3) > 0
 
 
 def check_schema(shard: datasets.Dataset, path: Path) -> None:

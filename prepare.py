@@ -32,6 +32,7 @@ CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, 
 # What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
 # directions. tk.NOTHING stays where it has something beside it.
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+LONGEST_TEXT = 2**16  # characters of a row: in an hour, the longest that audio.py reads whole, nobody says as many
 QUIET = 20  # steps of 16 bits: in nothing that stays within so many is anything said
 EDGE = 160  # samples: 10 ms
 
@@ -100,6 +101,8 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     """The row as it is written. Raises BadRow."""
     if row.reason:
         raise BadRow(row.reason)
+    if len(row.text) > LONGEST_TEXT:
+        raise BadRow(f"a text of {len(row.text)} characters; {LONGEST_TEXT} is the most: cut it into utterances")
     text = clean_text(row.text, options)
     if not text:
         raise BadRow("empty text")
@@ -200,7 +203,7 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
         raise UserError(f"no split train to train a tokenizer on, only {', '.join(splits)}; name it with "
                         "--split_map OLD=train, or give --tokenizer PATH, the tokenizer.json or .ckpt of "
                         "the model this data is for")
-    texts = (clean_text(text, options) for part in splits["train"] for text in part.texts())
+    texts = (clean_text(text, options) for part in splits["train"] for text in part.texts() if len(text) <= LONGEST_TEXT)
     texts = (text for text in texts if not CONTROL.search(text))
     return tk.train_char(texts) if options.tokenizer == "char" else tk.train_bpe(texts, options.vocab_size or 500)
 

@@ -8,8 +8,8 @@ and what is left out is named.
 import codecs
 import collections
 import csv
+import fnmatch
 import functools
-import glob
 import io
 import itertools
 import json
@@ -28,7 +28,7 @@ import demo
 import tokenizer as tk
 from cli import UserError, option, options_class, shown
 from audio import EXTENSIONS
-from files import parse_yaml, read_text
+from files import parse_yaml, read_small, read_text
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
@@ -45,7 +45,12 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id")
 OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # beside the splits in a data root
 # What no file in UTF-8 holds: half of a pair, or a byte of a name that is not in UTF-8 on disk.
 SURROGATE = re.compile("[\ud800-\udfff]")
-BATCH = 16  # rows of a parquet file read at a time: they fit into memory, however long they are
+BATCH = 16  # texts of a parquet file read at a time; of rows with audio one, which fits into memory
+# Bytes that a column of a row group may take in memory; more must not come from a hundredth of it.
+UNPACKED, PACKED = 2**26, 100
+METADATA = 2**30  # bytes of a metadata.csv: some millions of rows
+MOST_LINKS = 100  # to one folder: links to links could make as many paths as atoms
+DEEPEST = 100  # folders in folders
 
 
 @options_class
@@ -224,17 +229,27 @@ class Folder:
                                  if name not in tops and not name.startswith(".")])
 
 
-def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """All files below, also behind links; one that leads back up is not followed."""
-    real = os.path.realpath(folder)
+def walk(folder: str, above: tuple[str, ...] = (), seen: collections.Counter | None = None
+         ) -> Iterator[str]:
+    """All files below, also behind links; one that leads back up is not followed. Raises UserError
+    where more than MOST_LINKS lead to a folder, and below DEEPEST."""
+    real, seen = os.path.realpath(folder), collections.Counter() if seen is None else seen
+    if real in above:
+        return
+    seen[real] += 1
+    if seen[real] > MOST_LINKS:
+        raise UserError(f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some "
+                        "out")
+    if len(above) > DEEPEST:
+        raise UserError(f"{folder}: it lies below {DEEPEST} folders; take it out")
     try:
         entries = sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}); change that, or take it "
                         "out") from None
-    for name, path, is_folder in entries if real not in above else ():
+    for name, path, is_folder in entries:
         if not name.startswith("."):
-            yield from walk(path, (*above, real)) if is_folder else [path]
+            yield from walk(path, (*above, real), seen) if is_folder else [path]
 
 
 def nfc(name: str) -> str:
@@ -381,20 +396,33 @@ def readme_tables(folder: Folder) -> list[Table]:
                 for part in data_files(config)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []  # no README, or one that says nothing of files
-    tables, files, absent = [], set(folder.files), []
+    tables, absent = [], []
     for config, split, pattern in said:
         path = os.path.normpath(os.path.join(folder.path, pattern))
         if "://" in pattern or outside(folder.source, path):
             raise UserError(f"{folder.source}/README.md: {pattern} of configuration {config} lies "
                             f"outside {folder.source}; move it there, and say so in README.md")
-        path = glob.escape(folder.path) + path[len(folder.path):]
-        found = [file for file in sorted(glob.glob(path, recursive=True)) if file in files]
+        steps = tuple(os.path.relpath(path, folder.path).split(os.sep))
+        found = [file for file in folder.files
+                 if len(steps) < DEEPEST
+                 and follows(tuple(os.path.relpath(file, folder.path).split(os.sep)), steps)]
         tables += [Table(config, split, file) for file in found if is_parquet(file)]
         absent += [] if found else [f"{pattern} (split {split})"]
     if tables and absent:
         print(shown(f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing "
                     "is there; get it, or go on without it"), flush=True)
     return list(dict.fromkeys(tables))
+
+
+@functools.lru_cache(2**16)  # else ** after ** would take for ever
+def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the names of folders and of a file follow a pattern of them, in which ** is any
+    number. glob itself would follow links in circles."""
+    if not pattern or not names:
+        return not names and all(step == "**" for step in pattern)
+    if pattern[0] == "**":
+        return follows(names, pattern[1:]) or follows(names[1:], pattern)
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and follows(names[1:], pattern[1:])
 
 
 def data_files(config: dict) -> Iterator[tuple[str, str]]:
@@ -429,8 +457,7 @@ def read_metadata(path: str) -> list[dict]:
     """The rows of a metadata.csv or metadata.jsonl. Raises UserError when it is none in UTF-8 with
     a column file_name, or has no rows."""
     try:
-        with open(path, "rb") as file:
-            content = file.read().decode("utf-8-sig")
+        content = read_small(path, METADATA).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -438,8 +465,9 @@ def read_metadata(path: str) -> list[dict]:
         raise UserError(f"{path} is not in UTF-8: line {line} has the byte "
                         f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
                         f"-t UTF-8, if it is in {other})") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}; get it anew, or take it out") from None
     columns, records = (read_jsonl if path.lower().endswith(".jsonl") else read_csv)(path, content)
     if not records:
         raise UserError(f"{path} has no rows; fill it or take the folder away")
@@ -572,17 +600,21 @@ def used_once(rows: list[Row]) -> Iterator[Row]:
 
 def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise OSError("it is no file")
         with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
             parquet = pyarrow.parquet.ParquetFile(file)
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
+            check_unpacked(parquet.metadata, os.path.getsize(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a "
                         "pointer)") from None
 
     def batches(columns):
         with open(path, "rb") as file:  # page by page: a row group need not fit into memory
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-            yield from parquet.iter_batches(batch_size=BATCH, columns=columns)
+            size = 1 if len(columns) > 1 else BATCH
+            yield from parquet.iter_batches(batch_size=size, columns=columns)
 
     def find(name):
         near, reason = folder.find(os.path.dirname(path), name)
@@ -593,6 +625,17 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
 
     return arrow_split(schema, count, batches, find, path, f"split {name} of {folder.source}",
                        options)
+
+
+def check_unpacked(metadata: pyarrow.parquet.FileMetaData, size: int) -> None:
+    """Raises ValueError where a column of a row group, of a file of `size` bytes, takes far more
+    memory than its bytes: compressed audio is no smaller, and speech not by so much."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(metadata.num_columns)):
+            unpacked = max(column.total_uncompressed_size, 4 * column.num_values)
+            if unpacked > max(UNPACKED, PACKED * min(column.total_compressed_size, size)):
+                raise ValueError(f"{column.total_compressed_size} bytes of its column "
+                                 f"{column.path_in_schema} promise {unpacked}")
 
 
 def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
