@@ -533,7 +533,7 @@ def pickled(program: bytes, **records) -> bytes:
     return file.getvalue()
 
 
-def saved(data) -> bytes:
+def torch_file(data) -> bytes:
     torch.save(data, file := io.BytesIO())
     return file.getvalue()
 
@@ -560,17 +560,17 @@ ATTACKS = {  # on a reader of checkpoints: the bytes of a file
         b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))),
     "a dict copied from another": lambda _: pickled(b"ccollections\nOrderedDict\n}\x85R"),
     "lists in lists": lambda _: pickled(b"]" * 10**4 + b"a" * (10**4 - 1)),
-    "names that are tuples": lambda _: saved({("a", 1): 2}), "what is no plain data": lambda _: saved({"a": {1, 2}}),
-    "sparse": lambda c: saved(c | {"x": torch.zeros(3, 3).to_sparse()}),
-    "complex": lambda c: saved(c | {"x": torch.zeros(3, dtype=torch.complex64)}),
-    "quantized": lambda c: saved(c | {"x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)}),
-    "without memory": lambda c: saved(c | {"x": torch.zeros(3, device="meta")}),
-    "4 bytes that stand for 4 TB": lambda c: saved(c | {"x": torch.zeros(1).expand(10**12)}),
-    "the same numbers a thousand times": lambda c: saved(c | {"x": [torch.zeros(10**5)] * 1000}),
-    "compressed": lambda c: rewritten(saved(c | {"x": torch.zeros(10**7)}), lambda archive: None, zipfile.ZIP_DEFLATED),
-    "records that overlap": lambda c: rewritten(saved(c), repeat_records),
-    "an archive within another": lambda c: b"PK\3\4" + saved(c),
-    "a comment": lambda c: rewritten(saved(c), lambda archive: setattr(archive, "comment", b"x" * 100)),
+    "names that are tuples": lambda _: torch_file({("a", 1): 2}), "what is no plain data": lambda _: torch_file({"a": {1, 2}}),
+    "sparse": lambda c: torch_file(c | {"x": torch.zeros(3, 3).to_sparse()}),
+    "complex": lambda c: torch_file(c | {"x": torch.zeros(3, dtype=torch.complex64)}),
+    "quantized": lambda c: torch_file(c | {"x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)}),
+    "without memory": lambda c: torch_file(c | {"x": torch.zeros(3, device="meta")}),
+    "4 bytes that stand for 4 TB": lambda c: torch_file(c | {"x": torch.zeros(1).expand(10**12)}),
+    "the same numbers a thousand times": lambda c: torch_file(c | {"x": [torch.zeros(10**5)] * 1000}),
+    "compressed": lambda c: rewritten(torch_file(c | {"x": torch.zeros(10**7)}), lambda archive: None, zipfile.ZIP_DEFLATED),
+    "records that overlap": lambda c: rewritten(torch_file(c), repeat_records),
+    "an archive within another": lambda c: b"PK\3\4" + torch_file(c),
+    "a comment": lambda c: rewritten(torch_file(c), lambda archive: setattr(archive, "comment", b"x" * 100)),
 }
 
 
@@ -1322,12 +1322,6 @@ def pipe():
         thread.join(60)
 
 
-def sound_file(format, subtype="PCM_16"):
-    file = io.BytesIO()
-    soundfile.write(file, 0.1 * np.sin(np.arange(3000)), 16000, format=format, subtype=subtype)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("start, repeated", [
     (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\xff\xff", bytes(2**16)),
     (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\x3f\0", bytes(2**16)),
@@ -1350,7 +1344,7 @@ def test_a_pipe_whose_header_has_no_end_is_refused_in_little_memory(pipe, start,
 
 @pytest.mark.parametrize("format", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF"])
 def test_a_pipe_whose_header_lies_is_sound_or_one_line(pipe, format):
-    rng, whole = np.random.default_rng(0), sound_file(format)
+    rng, whole = np.random.default_rng(0), sound_file(0.1 * np.sin(np.arange(3000)), kind=format)
     header = 60 if format == "AIFF" else min(whole.find(b"data") + 30, 120)
     for _ in range(60):
         content = bytearray(whole)
@@ -1369,7 +1363,7 @@ def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_i
                "--stream", "--chunk_size", "4", "-"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes)
-    wav = sound_file("WAV")
+    wav = sound_file(0.1 * np.sin(np.arange(3000)))
     samples = (np.random.default_rng(0).normal(0, 0.1, 14400) * 32767).astype("<i2").tobytes()
     try:
         process.stdin.write(wav[:40] + b"\xff" * 4 + samples)
