@@ -79,9 +79,9 @@ def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
     know the length, of samples that are not compressed. raw: no header, 16-bit little-endian mono
     at `sample_rate`. damaged: told why, where a file that has begun cannot be read on or ends too
     early; without it that is an error. longest: seconds that the levels of several channels may
-    take, which are heard before anything is given. Raises UserError with the reason alone (no file name), at
-    the start or after some blocks, for what is missing, undecodable, empty, not finite or louder
-    than any sound, and for rates beyond RATES.
+    take, which are heard before anything is given. Raises UserError with the reason alone (no file
+    name), at the start or after some blocks, for what is missing, undecodable, empty, not finite or
+    louder than any sound, and for rates beyond RATES.
     """
     if not isinstance(audio, bytes) and audio != "-" and not os.path.isfile(audio):
         raise UserError("file missing")

@@ -219,6 +219,8 @@ def total_seconds(recordings: list[Recording]) -> float | None:
         return None
     total = 0.0
     for recording in recordings:
+        if not os.path.isfile(recording.path):  # a pipe would be waited for
+            continue
         try:
             info = soundfile.info(recording.path)
             total += info.duration if info.frames < 2**62 else 0  # a FLAC file that does not know
