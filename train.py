@@ -94,7 +94,6 @@ def main(argv):
     given = parse(argv)
     folder, resume = find_run(given)
     checkpoint = read_resumable(resume) if resume else {}
-    check_options(resume, checkpoint)
     before = options_of(checkpoint)
     options = build(RunOptions, given, **{**before, "output_dir": folder})
     source = read_checkpoint(options.init_from) if options.init_from and not resume else None
@@ -286,6 +285,7 @@ def read_resumable(path: str) -> dict:
     checkpoint = read_checkpoint(path)
     if "loops" not in checkpoint:
         raise UserError(f"{path} has no state of training to go on from; --init_from starts a new run from its weights")
+    check_options(path, checkpoint)
     check_state(path, checkpoint)
     return checkpoint
 

@@ -18,6 +18,7 @@ import prepare
 import train
 import transcribe
 from cli import UserError
+from files import MARK
 from compare import read_scores
 from model import load_checkpoint, read_checkpoint
 from tokenizer import load_tokenizer
@@ -57,7 +58,8 @@ def test_the_folder_is_the_checkpoint_to_the_bit(made):
 
 def test_it_holds_tensors_and_json_and_nothing_that_runs(made):
     files = {os.path.relpath(os.path.join(place, name), made[1]) for place, _, names in os.walk(made[1]) for name in names}
-    assert files - {f"onnx/{name}" for name in export.ONNX_FILES} == {*hub.FILES, "README.md"}
+    assert {name for name in files if not name.startswith("onnx/")} == {*hub.FILES, "README.md", MARK}
+    assert {os.path.splitext(name)[1] for name in files if name.startswith("onnx/")} <= {".onnx", ".txt", ".md", ".py"}
     assert {"onnx/model.onnx", "onnx/model.int8.onnx", "onnx/model-streaming.onnx", "onnx/tokens.txt"} <= files
     for name in files:
         content = (made[1] / name).read_bytes()

@@ -23,6 +23,7 @@ import files
 import prepare
 import tokenizer as tk
 from cli import UserError
+from files import MARK
 
 PREPARE = Path(prepare.__file__)
 
@@ -69,7 +70,7 @@ def tree(folder):
 
 def test_a_folder_becomes_shards_with_the_promised_columns(source, tmp_path):
     assert run(source, tmp_path / "root", "--shard_rows", "2") == (7, 0)
-    assert sorted(os.listdir(tmp_path / "root")) == ["dev", "rejected.csv", "tokenizer.json", "train"]
+    assert sorted(os.listdir(tmp_path / "root")) == [MARK, "dev", "rejected.csv", "tokenizer.json", "train"]
     assert sorted(os.listdir(tmp_path / "root/train")) == ["0", "1", "2"]
     features = datasets.load_from_disk(str(tmp_path / "root/train/0")).features
     assert features == datasets.Features({
@@ -450,7 +451,7 @@ def test_text_the_tokenizer_does_not_know_is_refused_or_counted(source, tmp_path
 def test_split_map_takes_the_named_splits_only(tmp_path):
     parquet_source(tmp_path / "src", ["train.clean.100", "train.clean.360", "test.clean"])
     run(tmp_path / "src", tmp_path / "root", "--split_map", "train.clean.360=train", "test.clean=dev")
-    assert sorted(os.listdir(tmp_path / "root")) == ["dev", "rejected.csv", "tokenizer.json", "train"]
+    assert sorted(os.listdir(tmp_path / "root")) == [MARK, "dev", "rejected.csv", "tokenizer.json", "train"]
     assert [r["text"] for r in rows_of(tmp_path / "root")] == ["IN train.clean.360"]
     with pytest.raises(UserError, match="no split nope"):
         run(tmp_path / "src", tmp_path / "other", "--split_map", "nope=train")

@@ -288,7 +288,7 @@ def test_what_cannot_be_written_is_one_line(data, ended, name):
     (ended / name).rename(ended / "old")
     (ended / name).write_text("no folder") if name == "logs" else (ended / name).mkdir()
     before = contents(ended)
-    with pytest.raises(UserError, match=f"{name}: .*; put that right, then go on with --resume"):
+    with pytest.raises(UserError, match=f"{name} is no f.*; move it away"):
         run(data, ended, "--max_epochs", 3, "--resume")
     assert contents(ended) == before
 
