@@ -28,9 +28,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-import files
 from cli import UserError, option, options_class, shown
-from files import read_json
+from files import SMALL, read_json
 from conformer import subsampled_length
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
@@ -178,8 +177,8 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
 def check_files(path: Path) -> None:
     """Raises OSError, ValueError or ArrowInvalid where datasets would read outside the shard, wait for ever, fill the memory
     or leave the memory that it may read."""
-    files.read_json(path / "dataset_info.json")
-    for name in [entry["filename"] for entry in files.read_json(path / "state.json")["_data_files"]]:
+    read_json(path / "dataset_info.json")
+    for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
         if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not
             raise ValueError(f"its state.json names {name}, which lies outside")
         if not os.path.isfile(path / name):
@@ -196,8 +195,8 @@ def check_arrow(path: str) -> None:
         if stream.read() != END_OF_STREAM:
             raise ValueError(f"{name} is truncated")
     head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))
-    if head.type != "schema" or head.metadata.size > files.SMALL:  # of another type, pyarrow would read what is not there
-        raise ValueError(f"{name} begins with no schema, or with one of more than {files.SMALL} bytes")
+    if head.type != "schema" or head.metadata.size > SMALL:  # of another type, pyarrow would read what is not there
+        raise ValueError(f"{name} begins with no schema, or with one of more than {SMALL} bytes")
     schema = pa.ipc.read_schema(head)
     for message in messages:
         if message.type != "record batch" or message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
