@@ -180,7 +180,8 @@ def check_place(folder: str) -> None:
         except (OSError, ValueError) as error:  # too long a name, or none at all
             raise UserError(f"--output_dir {folder}: cannot be made ({error}); choose another") from error
     refuse(there, "folder", folder)
-    for name in (*OUTPUTS, LOCK) if there == folder else ():
+    halves = [aside(name) for name in ("best.ckpt", "last.ckpt", "run.json")]
+    for name in (*OUTPUTS, LOCK, *halves) if there == folder else ():
         if os.path.lexists(path := os.path.join(folder, name)):
             if os.path.islink(path):
                 raise UserError(f"--output_dir {folder}: {path} is a link; move it away, or choose another")

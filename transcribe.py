@@ -193,6 +193,8 @@ def place(recordings: list[Recording], options: TranscribeOptions,
     except OSError as error:
         raise UserError(f"--output_dir {options.output_dir} cannot be made ({error.strerror}); "
                         "choose another") from None
+    if not os.access(options.output_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {options.output_dir} cannot be written; choose another")
     return outputs
 
 

@@ -244,6 +244,38 @@ def test_a_mount_point_is_said_before_any_work(tmp_path, monkeypatch):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["train/0", "notes.md"])
+def test_what_is_mounted_within_a_folder_is_not_replaced(tmp_path, monkeypatch, place):
+    """A folder of the same disk, or a file, which os.path.ismount does not see."""
+    assert "/proc" in files._mounts()
+    publish(tmp_path / "root")
+    before = tree(tmp_path)
+    monkeypatch.setattr(files, "_mounts", lambda: {str(tmp_path / "root" / place)})
+    with pytest.raises(UserError, match=f"root holds more than a thing .{place}"):
+        publish(tmp_path / "root", "new", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_what_onnx_writes_in_half_on_a_full_disk_is_said(place, tmp_path, monkeypatch, capsys):
+    def write_half(*_):
+        raise ValueError("Wire format was corrupt")  # of what it then reads
+    monkeypatch.setattr(export, "write_graph", write_half)
+    words = ["--checkpoint", str(place / "best.ckpt"), "--out", str(tmp_path / "out")]
+    with no_room(2**16):
+        assert "out: cannot be written (File too large); make room" in outcome("export", words, capsys)
+    with pytest.raises(ValueError, match="corrupt"):  # a mistake of the program
+        outcome("export", words, capsys)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_onnx_cannot_name_is_refused(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--out", "--hub_dir"):
+        words = ["--checkpoint", str(place / "best.ckpt"), flag, "caf\udce9"]
+        assert f"{flag} caf\\udce9: its name is not in UTF-8" in outcome("export", words, capsys)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_follows_its_link_keeps_its_permissions_and_may_have_any_name(tmp_path):
     long = tmp_path / ("n" * 255)
     publish(long)
