@@ -160,8 +160,10 @@ def check_utf8(path: str, flag: str, needs: str) -> None:
 
 
 def cannot_write(path: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose "
-                     "another place")
+    reason = error.strerror or error
+    if error.filename not in (None, path) and os.path.lexists(error.filename):
+        reason = f"{reason}: {error.filename}"
+    return UserError(f"{path}: cannot be written ({reason}); make room or choose another place")
 
 
 def write_whole(path: str, content) -> None:

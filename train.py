@@ -181,11 +181,15 @@ def check_place(folder: str) -> None:
             raise UserError(f"--output_dir {folder}: cannot be made ({error}); choose another") from error
     refuse(there, "folder", folder)
     halves = [aside(name) for name in ("best.ckpt", "last.ckpt", "run.json")]
-    for name in (*OUTPUTS, LOCK, *halves) if there == folder else ():
+    locks = [LOCK, *(f"{name}.lock" for name in halves)]
+    for name in (*OUTPUTS, *halves, *locks) if there == folder else ():
         if os.path.lexists(path := os.path.join(folder, name)):
             if os.path.islink(path):
                 raise UserError(f"--output_dir {folder}: {path} is a link; move it away, or choose another")
             refuse(path, "folder" if name == "logs" else "file", folder)
+            if name in locks and os.path.getsize(path):
+                raise UserError(f"--output_dir {folder}: {path} is no lock, which would be empty; "
+                                "move it away, or choose another")
             for log in files_of(path) if name == "logs" else ():
                 refuse(os.path.dirname(log), "folder", folder)
 

@@ -298,6 +298,19 @@ def test_what_is_read_or_was_put_there_meanwhile_is_not_replaced(tmp_path):
     assert tree(tmp_path) == before | {"root/mine": b""}
 
 
+def test_what_cannot_be_removed_beside_a_folder_is_named(tmp_path, monkeypatch):
+    """As what somebody else has put into the folder that was there before."""
+    (tmp_path / ".root.lightning-u2").mkdir()
+    theirs = str(tmp_path / ".root.lightning-u2" / "gone")
+
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied", theirs)
+    Path(theirs).mkdir()
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    with pytest.raises(UserError, match=f"root: cannot be written .Permission denied: {theirs}"):
+        publish(tmp_path / "root")
+
+
 def test_a_full_disk_leaves_the_old_folder(tmp_path):
     publish(tmp_path / "root")
     before = tree(tmp_path)
@@ -388,6 +401,23 @@ def test_details_do_not_go_where_the_scores_do(tmp_path):
         finally:
             os.dup2(before, 1)
             os.close(before)
+
+
+def test_where_no_transcript_can_be_written_is_said_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
+    with pytest.raises(UserError, match="--output_dir .*out cannot be written; choose another"):
+        transcribe.main([str(tmp_path / "a.wav"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.wav").touch()
+    monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: scan(
+        path if "closed" not in path else path + "/none"))
+    found = [recording.path for recording in transcribe.find(str(tmp_path))]
+    assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == ["a.wav", "closed"]
 
 
 def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monkeypatch):
@@ -1207,7 +1237,8 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
 
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs/events.out.tfevents.1")
 IN_THE_WAY = [*((name, kind) for name in (*OUTPUTS[:-1], ".lock") for kind in ("folder", "link", "pipe")),
-              *(("logs", kind) for kind in ("file", "link", "pipe"))]
+              *(("logs", kind) for kind in ("file", "link", "pipe")),
+              *((f".last.ckpt{end}", "folder") for end in (files.ASIDE, f"{files.ASIDE}.lock"))]
 
 
 def put(path: Path, kind: str) -> None:
