@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
     if "hub_dir" in given and "out" in given:
         raise UserError("--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out")
     folder = options.hub_dir or options.out
-    check_utf8(folder, "--hub_dir" if options.hub_dir else "--out", "ONNX")
+    check_utf8(os.path.realpath(folder), "--hub_dir" if options.hub_dir else "--out", "ONNX")
     if os.path.lexists(folder) and not options.overwrite:  # even an empty one
         raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)

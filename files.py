@@ -151,19 +151,17 @@ def aside(path: str) -> str:
 
 
 def check_utf8(path: str, flag: str, needs: str) -> None:
-    """UserError where the path, which is the value of `flag`, is not in UTF-8 down from the root."""
+    """UserError where the path, which `flag` leads to, is not in UTF-8."""
     try:
-        os.path.realpath(path).encode()
+        path.encode()
     except UnicodeEncodeError:
         raise UserError(f"{flag} {path}: its name is not in UTF-8, which {needs} needs; give another "
                         f"{flag}") from None
 
 
 def cannot_write(path: str, error: OSError) -> UserError:
-    reason = error.strerror or error
-    if error.filename not in (None, path) and os.path.lexists(error.filename):
-        reason = f"{reason}: {error.filename}"
-    return UserError(f"{path}: cannot be written ({reason}); make room or choose another place")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose "
+                     "another place")
 
 
 def write_whole(path: str, content) -> None:
@@ -241,7 +239,7 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
         with alone(f"{ours}.lock", path):
             _restore(root, old, gone)
             if os.path.lexists(ours):
-                shutil.rmtree(ours)  # of a process that was killed
+                _remove(ours)  # of a process that was killed
             _check_replaceable(path, root, what, overwrite, inputs)
             try:
                 _rehearse(path, root, os.path.join(ours, "trap"))
@@ -263,6 +261,14 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
                     shutil.rmtree(ours, ignore_errors=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _remove(path: str) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:  # somebody else's files were in the folder that it was
+        raise UserError(f"{path} is left of an earlier run and cannot be removed "
+                        f"({error.strerror}); remove it") from error
 
 
 def _restore(root: str, old: str, gone: str) -> None:

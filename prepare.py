@@ -210,7 +210,7 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
 
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
-    files.check_utf8(options.data_root, "--data_root", "Arrow")
+    files.check_utf8(os.path.realpath(options.data_root), "--data_root", "Arrow")
     with files.published(options.data_root, "data of prepare.py", options.overwrite,
                          (options.source,)) as folder:
         splits, left_out = open_source(options)

@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run, shown
-from files import ASIDE, alone, aside, json_text, read_json, write_whole
+from files import ASIDE, alone, aside, check_utf8, json_text, read_json, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
@@ -170,6 +170,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
 
 def check_place(folder: str) -> None:
     """UserError where the run could not write all of its files. Looks only: nothing is written or removed yet."""
+    check_utf8(folder, "--output_dir", "TensorBoard")
     there = folder
     while True:
         try:
@@ -205,7 +206,12 @@ def refuse(path: str, kind: str, folder: str) -> None:
 def options_of(checkpoint: dict) -> dict:
     """All options of the run that a checkpoint is from; those of an older version's checkpoint are not all in it."""
     parts = ("model_options", "optim_options", "frontend", "run_options")
-    return {name: value for part in parts for name, value in checkpoint.get(part, {}).items()}
+    options = {}
+    for part in parts:
+        if not isinstance(found := checkpoint.get(part, {}), dict):
+            raise UserError(f"its {part} are damaged; get it again, or name another checkpoint")
+        options |= found
+    return options
 
 
 def without_rivals(given: dict, before: dict) -> dict:
