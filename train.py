@@ -84,8 +84,10 @@ OF_THE_MACHINE = "output_dir", "accelerator", "devices", "num_nodes", "strategy"
 def parse(argv):
     parser = make_parser(__doc__, *OPTIONS)
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", nargs="?", const="", metavar="CKPT", default=argparse.SUPPRESS,
-                       help="go on, from OUTPUT_DIR/last.ckpt unless named; what is not given is as the run had it")
+    again.add_argument("--resume", nargs="?", const="", type=str, metavar="CKPT",
+                       default=argparse.SUPPRESS,
+                       help="go on, from OUTPUT_DIR/last.ckpt unless named; what is not given is "
+                            "as the run had it")
     again.add_argument("--overwrite", action="store_true", help="replace an existing run")
     return vars(parser.parse_args(argv))
 

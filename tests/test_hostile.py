@@ -1234,6 +1234,16 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     assert counts[True] or name in ("compare", "wenet_import")
     assert counts[False] or name == "compare"  # which has no flags
 
+
+@pytest.mark.parametrize("name, words", [
+    ("transcribe", "--checkpoint best.ckpt"), ("compare", ""), ("wenet_import", "--out x.ckpt"),
+    ("wenet_import", "--out x --export"), ("wenet_import", "--export best.ckpt --out")])
+def test_what_is_no_flag_of_a_dataclass_is_text_too(name, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for value in ("", "\0", "x/" * 3000):
+        assert "it must be text" in outcome(name, [*words.split(), value], capsys)
+
+
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs/events.out.tfevents.1")
 IN_THE_WAY = [*((name, kind) for name in (*OUTPUTS[:-1], ".lock") for kind in ("folder", "link", "pipe")),
               *(("logs", kind) for kind in ("file", "link", "pipe")),
