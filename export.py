@@ -180,8 +180,9 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
     graphs = waveform_graphs if model.frontend.frontend == "log_mel" else sherpa_graphs
+    more = wenet_graphs(model, chunks) if model.frontend.is_wenets else []
     try:
-        for graph in graphs(model, chunks) + (wenet_graphs(model, chunks) if model.frontend.is_wenets else []):
+        for graph in graphs(model, chunks) + more:
             write_graph(graph, folder)
     except Exception:  # onnx writes in half what a full disk has no room for, and fails reading it
         with open(os.path.join(folder, "probe"), "wb") as file:
