@@ -123,6 +123,13 @@ def is_text(value: str) -> bool:
     return "\0" not in value and 0 < len(value) < LONGEST_PATH
 
 
+def text(value: str) -> str:
+    """The value, of an argument that is no field."""
+    if not is_text(value):
+        raise argparse.ArgumentTypeError(f"{shown(value, 100)}: it must be {TYPES[str]}")
+    return value
+
+
 def bounds_of(field: dataclasses.Field) -> str:
     """"" where it has none."""
     at_least, above, at_most = map(field.metadata.get, ("at_least", "above", "at_most"))
@@ -138,6 +145,7 @@ def make_parser(description: str, *classes) -> argparse.ArgumentParser:
         raise UserError(f"{message} (--help lists the flags)")
 
     parser.error = error
+    parser.register("type", None, text)  # of what is no field and names no type
     for cls in classes:
         add_options(parser, cls)
     return parser

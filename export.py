@@ -24,7 +24,7 @@ import hub
 from audio import read_audio
 from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
 from compare import read_scores, score_columns, show, unusual
-from files import published
+from files import check_utf8, published
 from model import U2, load_checkpoint, read_checkpoint
 from onnx_checks import check, synthetic_sound
 from onnx_graphs import ChunkOptions, cache_inputs, piece_samples, sherpa_graphs, waveform_graphs, wenet_graphs, write_graph
@@ -180,12 +180,19 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
     graphs = waveform_graphs if model.frontend.frontend == "log_mel" else sherpa_graphs
-    for graph in graphs(model, chunks) + (wenet_graphs(model, chunks) if model.frontend.is_wenets else []):
-        write_graph(graph, folder)
+    more = wenet_graphs(model, chunks) if model.frontend.is_wenets else []
+    try:
+        for graph in graphs(model, chunks) + more:
+            write_graph(graph, folder)
+    except Exception:  # onnx writes in half what a full disk has no room for, and fails reading it
+        with open(os.path.join(folder, "probe"), "wb") as file:
+            file.write(bytes(2**20))
+        raise
 
 
 def write_checked(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str) -> list[str]:
     """The same once they hear what the network hears; -> what to say of it. Raises UserError where they do not, or OSError."""
+    check_supported(model)
     sounds = read_sounds(options, model.frontend.sample_rate)
     write_onnx(model, chunks, folder)
     lines = check(model, chunks, folder, sounds, options.max_int8_cer)
@@ -282,18 +289,12 @@ def is_newer(path: str, than: str) -> bool:
 
 
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """Writes OUT once everything in it is checked; -> what to say of it. Raises UserError, and then OUT is as before."""
-    check_supported(model)
+    """Writes OUT, or HUB_DIR, once everything in it is checked; -> what to say of it. Raises
+    UserError, and then it is as before."""
+    write, out = (write_hub, options.hub_dir) if options.hub_dir else (write_checked, options.out)
     inputs = options.checkpoint, *options.audio
-    with published(options.out, "an export", options.overwrite, inputs) as folder:
-        return write_checked(model, options, chunks, folder)
-
-
-def export_hub(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """The same for HUB_DIR."""
-    inputs = options.checkpoint, *options.audio
-    with published(options.hub_dir, "an export", options.overwrite, inputs) as folder:
-        return write_hub(model, options, chunks, folder)
+    with published(out, "an export", options.overwrite, inputs) as folder:
+        return write(model, options, chunks, folder)
 
 
 def main(argv: list[str]) -> None:
@@ -302,11 +303,12 @@ def main(argv: list[str]) -> None:
     if "hub_dir" in given and "out" in given:
         raise UserError("--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out")
     folder = options.hub_dir or options.out
+    check_utf8(os.path.realpath(folder), "--hub_dir" if options.hub_dir else "--out", "ONNX")
     if os.path.lexists(folder) and not options.overwrite:  # even an empty one
         raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)
     try:
-        lines = (export_hub if options.hub_dir else export)(model, options, chunks)
+        lines = export(model, options, chunks)
     except UserError as error:
         raise UserError(f"{options.checkpoint}: {error}") from None
     print("\n".join(map(shown, lines)))

@@ -150,6 +150,15 @@ def aside(path: str) -> str:
     return os.path.join(folder, f".{name}{ASIDE}")
 
 
+def check_utf8(path: str, flag: str, needs: str) -> None:
+    """UserError where the path, which `flag` leads to, is not in UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {path}: its name is not in UTF-8, which {needs} needs; give "
+                        f"another {flag}") from None
+
+
 def cannot_write(path: str, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose "
                      "another place")
@@ -230,7 +239,7 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
         with alone(f"{ours}.lock", path):
             _restore(root, old, gone)
             if os.path.lexists(ours):
-                shutil.rmtree(ours)  # of a process that was killed
+                _remove(ours)  # of a process that was killed
             _check_replaceable(path, root, what, overwrite, inputs)
             try:
                 _rehearse(path, root, os.path.join(ours, "trap"))
@@ -252,6 +261,14 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
                     shutil.rmtree(ours, ignore_errors=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _remove(path: str) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:  # somebody else's files were in the folder that it was
+        raise UserError(f"{path} is left of an earlier run and cannot be removed "
+                        f"({error.strerror}); remove it") from error
 
 
 def _restore(root: str, old: str, gone: str) -> None:
@@ -306,10 +323,13 @@ def _foreign(root: str, what: str) -> str | None:
         folders = {str(folder) for name in written for folder in PurePath(name).parents}
     except (OSError, ValueError, LookupError, TypeError):
         written, folders = {}, set()
+    mounts = _mounts()
     for path, is_folder in _inside(root):
         name = os.path.relpath(path, root)
-        if is_folder:
-            ours = name in folders and not os.path.ismount(path)
+        if path in mounts or os.path.ismount(path):
+            ours = False
+        elif is_folder:
+            ours = name in folders
         elif name == MARK or CACHE.fullmatch(os.path.basename(name)):
             ours = True
         else:
@@ -317,6 +337,18 @@ def _foreign(root: str, what: str) -> str | None:
         if not ours:
             return name
     return None
+
+
+def _mounts() -> set[str]:
+    """Where something is mounted. os.path.ismount does not see a folder of the same disk, nor a
+    file, that is mounted there."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:  # Linux alone has it
+            places = [line.split()[4] for line in file]
+    except OSError:
+        return set()
+    return {os.fsdecode(re.sub(rb"\\(\d{3})", lambda found: bytes([int(found[1], 8)]), place))
+            for place in places}
 
 
 def _inside(root: str):

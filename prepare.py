@@ -25,7 +25,7 @@ import files
 import tokenizer as tk
 from audio import read_audio, resample
 from cli import UserError, option, options_class, shown
-from sources import SURROGATE, Row, SourceOptions, Split, open_source
+from sources import Row, SourceOptions, Split, open_source
 from transforms import RATES
 
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
@@ -210,9 +210,7 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
 
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
-    if SURROGATE.search(os.path.realpath(options.data_root)):
-        raise UserError(f"{options.data_root}: its name is not in UTF-8, which Arrow needs; give another "
-                        "--data_root")
+    files.check_utf8(os.path.realpath(options.data_root), "--data_root", "Arrow")
     with files.published(options.data_root, "data of prepare.py", options.overwrite,
                          (options.source,)) as folder:
         splits, left_out = open_source(options)

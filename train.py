@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from cli import SPARING, UserError, build, keep_freed_memory, make_parser, option, options_class, run, shown
-from files import ASIDE, alone, aside, json_text, read_json, write_whole
+from files import ASIDE, alone, aside, check_utf8, json_text, read_json, write_whole
 from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import U2, OptimOptions, read_checkpoint
@@ -84,8 +84,10 @@ OF_THE_MACHINE = "output_dir", "accelerator", "devices", "num_nodes", "strategy"
 def parse(argv):
     parser = make_parser(__doc__, *OPTIONS)
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", nargs="?", const="", metavar="CKPT", default=argparse.SUPPRESS,
-                       help="go on, from OUTPUT_DIR/last.ckpt unless named; what is not given is as the run had it")
+    again.add_argument("--resume", nargs="?", const="", type=str, metavar="CKPT",
+                       default=argparse.SUPPRESS,
+                       help="go on, from OUTPUT_DIR/last.ckpt unless named; what is not given is "
+                            "as the run had it")
     again.add_argument("--overwrite", action="store_true", help="replace an existing run")
     return vars(parser.parse_args(argv))
 
@@ -170,6 +172,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
 
 def check_place(folder: str) -> None:
     """UserError where the run could not write all of its files. Looks only: nothing is written or removed yet."""
+    check_utf8(folder, "--output_dir", "TensorBoard")
     there = folder
     while True:
         try:
@@ -180,11 +183,16 @@ def check_place(folder: str) -> None:
         except (OSError, ValueError) as error:  # too long a name, or none at all
             raise UserError(f"--output_dir {folder}: cannot be made ({error}); choose another") from error
     refuse(there, "folder", folder)
-    for name in (*OUTPUTS, LOCK) if there == folder else ():
+    halves = [aside(name) for name in ("best.ckpt", "last.ckpt", "run.json")]
+    locks = [LOCK, *(f"{name}.lock" for name in halves)]
+    for name in (*OUTPUTS, *halves, *locks) if there == folder else ():
         if os.path.lexists(path := os.path.join(folder, name)):
             if os.path.islink(path):
                 raise UserError(f"--output_dir {folder}: {path} is a link; move it away, or choose another")
             refuse(path, "folder" if name == "logs" else "file", folder)
+            if name in locks and os.path.getsize(path):
+                raise UserError(f"--output_dir {folder}: {path} is no lock, which would be empty; "
+                                "move it away, or choose another")
             for log in files_of(path) if name == "logs" else ():
                 refuse(os.path.dirname(log), "folder", folder)
 
@@ -200,7 +208,12 @@ def refuse(path: str, kind: str, folder: str) -> None:
 def options_of(checkpoint: dict) -> dict:
     """All options of the run that a checkpoint is from; those of an older version's checkpoint are not all in it."""
     parts = ("model_options", "optim_options", "frontend", "run_options")
-    return {name: value for part in parts for name, value in checkpoint.get(part, {}).items()}
+    options = {}
+    for part in parts:
+        if not isinstance(found := checkpoint.get(part, {}), dict):
+            raise UserError(f"its {part} are damaged; get it again, or name another checkpoint")
+        options |= found
+    return options
 
 
 def without_rivals(given: dict, before: dict) -> dict:

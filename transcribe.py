@@ -145,9 +145,11 @@ def check_given(given: dict, options: TranscribeOptions) -> None:
 def find(path: str) -> list[Recording]:
     """The audio files that a PATH of the command line means, in order; what means none, as it is: reading it will say why."""
     if os.path.isdir(path):
-        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+        closed = []  # folders, which are named, too: reading them will say why
+        walk = os.walk(path, onerror=lambda error: closed.append(error.filename))
+        inside = [os.path.join(folder, name) for folder, _, names in walk for name in names
                   if os.path.splitext(name)[1][1:].lower() in EXTENSIONS and not name.startswith(".")]
-        return named(sorted(inside), path) or [Recording(path, path)]
+        return named(sorted(inside + closed), path) or [Recording(path, path)]
     if os.path.exists(path) or not any(sign in path for sign in "*?["):
         return named([path], os.path.dirname(path))
     fixed = path
@@ -193,6 +195,8 @@ def place(recordings: list[Recording], options: TranscribeOptions,
     except OSError as error:
         raise UserError(f"--output_dir {options.output_dir} cannot be made ({error.strerror}); "
                         "choose another") from None
+    if not os.access(options.output_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {options.output_dir} cannot be written; choose another")
     return outputs
 
 
@@ -271,6 +275,10 @@ def read_pieces(recordings: list[Recording], options: TranscribeOptions, rate: i
 def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> Iterator[np.ndarray]:
     """The recording's samples; where some are lost, those that are there, and a line on stderr."""
     if os.path.isdir(recording.path):
+        try:
+            os.listdir(recording.path)
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror})") from error
         raise UserError("a folder without audio files")
     told = functools.partial(tell, "note", recording)
     yield from read_blocks(recording.path, rate, options.raw, told)

@@ -477,7 +477,8 @@ def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
         except UserError as error:
             raise UserError(f"{checkpoint}: {error}") from None
         for name, content in files.items():
-            write_whole(os.path.join(folder, name), content)
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
     return f"{out}: {', '.join(files)}; WeNet resolves their names in train.yaml from the folder that it runs in"
 
 

@@ -244,6 +244,39 @@ def test_a_mount_point_is_said_before_any_work(tmp_path, monkeypatch):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["train/0", "notes.md"])
+def test_what_is_mounted_within_a_folder_is_not_replaced(tmp_path, monkeypatch, place):
+    """A folder of the same disk, or a file, which os.path.ismount does not see."""
+    assert "/proc" in files._mounts()
+    publish(tmp_path / "root")
+    before = tree(tmp_path)
+    monkeypatch.setattr(files, "_mounts", lambda: {str(tmp_path / "root" / place)})
+    with pytest.raises(UserError, match=f"root holds more than a thing .{place}"):
+        publish(tmp_path / "root", "new", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_what_onnx_writes_in_half_on_a_full_disk_is_said(place, tmp_path, monkeypatch, capsys):
+    def write_half(*_):
+        raise ValueError("Wire format was corrupt")  # of what it then reads
+    monkeypatch.setattr(export, "write_graph", write_half)
+    words = ["--checkpoint", str(place / "best.ckpt"), "--out", str(tmp_path / "out")]
+    with no_room(2**16):
+        assert "out: cannot be written (File too large); make" in outcome("export", words, capsys)
+    with pytest.raises(ValueError, match="corrupt"):  # a mistake of the program
+        outcome("export", words, capsys)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_onnx_cannot_name_is_refused(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--out", "--hub_dir"):
+        words = ["--checkpoint", str(place / "best.ckpt"), flag, "caf\udce9"]
+        line = outcome("export", words, capsys)
+        assert f"{flag} {tmp_path}/caf\\udce9: its name is not in UTF-8" in line
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_follows_its_link_keeps_its_permissions_and_may_have_any_name(tmp_path):
     long = tmp_path / ("n" * 255)
     publish(long)
@@ -264,6 +297,17 @@ def test_what_is_read_or_was_put_there_meanwhile_is_not_replaced(tmp_path):
         with files.published(str(tmp_path / "root"), "a thing", True):
             (tmp_path / "root" / "mine").touch()
     assert tree(tmp_path) == before | {"root/mine": b""}
+
+
+def test_what_cannot_be_removed_beside_a_folder_is_named(tmp_path, monkeypatch):
+    """As what somebody else has put into the folder that was there before."""
+    (tmp_path / ".root.lightning-u2").mkdir()
+
+    def denied(_):
+        raise PermissionError(errno.EACCES, "Permission denied", "x")
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    with pytest.raises(UserError, match=r"\.root\.lightning-u2 is left .*; remove it"):
+        publish(tmp_path / "root")
 
 
 def test_a_full_disk_leaves_the_old_folder(tmp_path):
@@ -356,6 +400,23 @@ def test_details_do_not_go_where_the_scores_do(tmp_path):
         finally:
             os.dup2(before, 1)
             os.close(before)
+
+
+def test_where_no_transcript_can_be_written_is_said_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and access(path, mode))
+    with pytest.raises(UserError, match="--output_dir .*out cannot be written; choose another"):
+        transcribe.main([str(tmp_path / "a.wav"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.wav").touch()
+    monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: scan(
+        path if "closed" not in path else path + "/none"))
+    found = [recording.path for recording in transcribe.find(str(tmp_path))]
+    assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == ["a.wav", "closed"]
 
 
 def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monkeypatch):
@@ -1173,9 +1234,20 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     assert counts[True] or name in ("compare", "wenet_import")
     assert counts[False] or name == "compare"  # which has no flags
 
+
+@pytest.mark.parametrize("name, words", [
+    ("transcribe", "--checkpoint best.ckpt"), ("compare", ""), ("wenet_import", "--out x.ckpt"),
+    ("wenet_import", "--out x --export"), ("wenet_import", "--export best.ckpt --out")])
+def test_what_is_no_flag_of_a_dataclass_is_text_too(name, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for value in ("", "\0", "x/" * 3000):
+        assert "it must be text" in outcome(name, [*words.split(), value], capsys)
+
+
 OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs/events.out.tfevents.1")
 IN_THE_WAY = [*((name, kind) for name in (*OUTPUTS[:-1], ".lock") for kind in ("folder", "link", "pipe")),
-              *(("logs", kind) for kind in ("file", "link", "pipe"))]
+              *(("logs", kind) for kind in ("file", "link", "pipe")),
+              *((f".last.ckpt{end}", "folder") for end in (files.ASIDE, f"{files.ASIDE}.lock"))]
 
 
 def put(path: Path, kind: str) -> None:
@@ -1200,7 +1272,8 @@ def test_what_lies_in_the_way_of_a_run_is_seen_before_anything_is_deleted(name, 
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("output", ["file", "file/a/b", "pipe", "link", "x" * 300, "x/" * 3000, "/proc/x", "/dev/null", "\0"])
+@pytest.mark.parametrize("output", ["file", "file/a/b", "pipe", "link", "x" * 300,
+                                    "x/" * 3000, "/proc/x", "/dev/null", "\0", "caf\udce9"])
 def test_where_no_run_can_be_written_is_one_line(output, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in ("file", "pipe", "link"):
@@ -1234,6 +1307,16 @@ def test_options_within_a_checkpoint_are_checked_as_flags_are(part, name, value,
         line = outcome("train", words + more, capsys)
         assert "last.ckpt: " in line and f"--{name} " in line
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("part", ["run_options", "optim_options"])
+def test_options_within_a_checkpoint_that_are_none_are_one_line(part, place, tmp_path, capsys):
+    checkpoint = torch.load(place / "best.ckpt", weights_only=True) | {"loops": {}, part: -1}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    words = ["--data_root", str(place / "data")]
+    new = ["--output_dir", str(tmp_path / "new")]
+    for more in (["--resume", str(tmp_path)], ["--init_from", str(tmp_path / "last.ckpt"), *new]):
+        assert "last.ckpt: " in outcome("train", words + more, capsys)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "a\nb"), OSError("odd"), MemoryError(),
