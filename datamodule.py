@@ -6,7 +6,6 @@ concatenation of all shards.
 Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
 
-import json
 import math
 import operator
 import os
@@ -28,10 +27,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-import files
 from cli import UserError, option, options_class, shown
-from files import read_json
 from conformer import subsampled_length
+from files import SMALL, parse_json, read_json, read_text
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
 from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
@@ -121,12 +119,14 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
 
 
 def check_tokenizers(data_roots) -> None:
-    paths = [Path(root) / "tokenizer.json" for root in data_roots]
-    try:
-        contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
-    except ValueError as error:
-        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON ({error}); prepare it "
-                        "again") from error
+    """Raises UserError where the tokenizer.json of two data roots differ, or one cannot be read."""
+    contents = {}
+    for path in (Path(root) / "tokenizer.json" for root in data_roots):
+        try:
+            contents |= {path: parse_json(read_text(path))} if path.exists() else {}
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read ({reason}); prepare it again") from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
@@ -178,8 +178,8 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
 def check_files(path: Path) -> None:
     """Raises OSError, ValueError or ArrowInvalid where datasets would read outside the shard, wait for ever, fill the memory
     or leave the memory that it may read."""
-    files.read_json(path / "dataset_info.json")
-    for name in [entry["filename"] for entry in files.read_json(path / "state.json")["_data_files"]]:
+    read_json(path / "dataset_info.json")
+    for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
         if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not
             raise ValueError(f"its state.json names {name}, which lies outside")
         if not os.path.isfile(path / name):
@@ -196,8 +196,8 @@ def check_arrow(path: str) -> None:
         if stream.read() != END_OF_STREAM:
             raise ValueError(f"{name} is truncated")
     head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))
-    if head.type != "schema" or head.metadata.size > files.SMALL:  # of another type, pyarrow would read what is not there
-        raise ValueError(f"{name} begins with no schema, or with one of more than {files.SMALL} bytes")
+    if head.type != "schema" or head.metadata.size > SMALL:  # of another type, pyarrow would read what is not there
+        raise ValueError(f"{name} begins with no schema, or with one of more than {SMALL} bytes")
     schema = pa.ipc.read_schema(head)
     for message in messages:
         if message.type != "record batch" or message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
