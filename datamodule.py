@@ -134,7 +134,7 @@ def check_tokenizers(data_roots) -> None:
 
 
 def check_twice(paths: list[Path]) -> None:
-    """Raises UserError where two of them are the same folder."""
+    """Raises UserError where two of the paths are the same folder."""
     seen = {}
     for path in paths:
         other = seen.setdefault(path.resolve(), path)
@@ -176,8 +176,8 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
 
 
 def check_files(path: Path) -> None:
-    """Raises OSError, ValueError or ArrowInvalid where datasets would read outside the shard, wait for ever, fill the memory
-    or leave the memory that it may read."""
+    """Raises OSError, ValueError or ArrowInvalid where the datasets library would read files outside
+    the shard, wait for ever, fill the memory, or read memory that is not its own."""
     read_json(path / "dataset_info.json")
     for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
         if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not
@@ -188,29 +188,36 @@ def check_files(path: Path) -> None:
 
 
 def check_arrow(path: str) -> None:
-    """Raises ValueError or ArrowInvalid where an Arrow stream lacks its end, or its buffers hold less than is said of them or
-    have to be unpacked. Arrow itself believes all offsets of lists; its full validation reads them, but no audio."""
+    """Raises ValueError or ArrowInvalid where an Arrow stream lacks its end, where its buffers hold
+    less than it says of them, or where they are compressed.
+
+    Arrow believes the offsets of lists when it reads. Its full validation, which is asked for here,
+    looks at every offset, but at no audio.
+    """
     name = os.path.basename(path)
-    with open(path, "rb") as stream:  # pyarrow takes one that was cut between two record batches for a whole, shorter one
+    # A stream that was cut between two record batches looks to pyarrow like a whole, shorter one.
+    with open(path, "rb") as stream:
         stream.seek(-len(END_OF_STREAM), os.SEEK_END)
         if stream.read() != END_OF_STREAM:
             raise ValueError(f"{name} is truncated")
     head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))
-    if head.type != "schema" or head.metadata.size > SMALL:  # of another type, pyarrow would read what is not there
+    # From a message of another type, pyarrow would read what is not there.
+    if head.type != "schema" or head.metadata.size > SMALL:
         raise ValueError(f"{name} begins with no schema, or with one of more than {SMALL} bytes")
     schema = pa.ipc.read_schema(head)
     for message in messages:
         if message.type != "record batch" or message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
             raise ValueError(f"{name} is packed, which save_to_disk does not")
         batch = pa.ipc.read_record_batch(message, schema)
-        if batch.num_rows > message.body.size:  # of lists without elements or values there may be any number in no bytes
+        # Any number of empty lists, or of values that are missing, may be said to lie in no bytes.
+        if batch.num_rows > message.body.size:
             raise ValueError(f"{name} promises {batch.num_rows} rows in {message.body.size} bytes")
         batch.validate(full=True)
 
 
 def is_packed(message: pa.ipc.Message) -> bool:
-    """Whether the buffers of a record batch are compressed: Message.header.compression in Arrow's format/Message.fbs, of which
-    pyarrow tells nothing."""
+    """Whether the buffers of a record batch are compressed. pyarrow does not tell, so the field is
+    read from the flatbuffer: Message.header.compression in Arrow's format/Message.fbs."""
     content = message.metadata.to_pybytes()
 
     def number(place: int, size: int = 4) -> int:
@@ -227,7 +234,7 @@ def is_packed(message: pa.ipc.Message) -> bool:
 
 
 def check_schema(shard: datasets.Dataset, path: Path) -> None:
-    """Raises UserError when a column is missing, of a wrong type, or has rows without a value."""
+    """Raises UserError where a column is missing, has a wrong type, or has rows without a value."""
     schema = shard.data.schema
     for name in ("input_values", "labels"):
         if name not in schema.names:

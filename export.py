@@ -282,18 +282,17 @@ def is_newer(path: str, than: str) -> bool:
 
 
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """Writes OUT once everything in it is checked; -> what to say of it. Raises UserError, and then OUT is as before."""
-    check_supported(model)
+    """Writes OUT, or HUB_DIR where it is given, once everything in it is checked; -> what to say of
+    it. Raises UserError, and then the folder is as before."""
     inputs = options.checkpoint, *options.audio
-    with published(options.out, "an export", options.overwrite, inputs) as folder:
-        return write_checked(model, options, chunks, folder)
-
-
-def export_hub(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """The same for HUB_DIR."""
-    inputs = options.checkpoint, *options.audio
-    with published(options.hub_dir, "an export", options.overwrite, inputs) as folder:
-        return write_hub(model, options, chunks, folder)
+    with published(options.hub_dir or options.out, "an export", options.overwrite, inputs) as folder:
+        try:
+            if options.hub_dir:
+                return write_hub(model, options, chunks, folder)
+            check_supported(model)
+            return write_checked(model, options, chunks, folder)
+        except UserError as error:
+            raise UserError(f"{options.checkpoint}: {error}") from None
 
 
 def main(argv: list[str]) -> None:
@@ -305,10 +304,7 @@ def main(argv: list[str]) -> None:
     if os.path.lexists(folder) and not options.overwrite:  # even an empty one
         raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)
-    try:
-        lines = (export_hub if options.hub_dir else export)(model, options, chunks)
-    except UserError as error:
-        raise UserError(f"{options.checkpoint}: {error}") from None
+    lines = export(model, options, chunks)
     print("\n".join(map(shown, lines)))
     if options.hub_dir:
         folder = shown(options.hub_dir)
