@@ -30,7 +30,8 @@ class UserError(Exception):
     """Bad input from outside: says in one line what is wrong, where, and what to do. Commands exit with status 2."""
 
 
-# What moves a terminal's cursor, ends a line, turns the direction of text round, or is in no encoding.
+# These characters move a terminal's cursor, end a line, turn the direction of text round, or have no
+# bytes in any encoding.
 UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -39,8 +40,9 @@ BRIEF.maxlevel, BRIEF.maxstring = 2, 200
 
 
 def shown(text, room: int = 1000) -> str:
-    """What a stranger wrote (a name on disk, a token, a value of a file), on one line that a terminal can only show:
-    escaped as in Python, and where it is longer than `room` characters, its beginning and its end."""
+    """What a stranger wrote (a name on disk, a token, a value of a file), as one line that does
+    nothing to a terminal. Control characters are escaped as in Python. Of what is longer than
+    `room` characters, only the beginning and the end are kept."""
     if not isinstance(text, str):
         try:
             text = BRIEF.repr(text)
@@ -52,7 +54,7 @@ def shown(text, room: int = 1000) -> str:
 
 
 def one_line(message) -> str:
-    """The same of a message, the lines of which are joined by spaces."""
+    """A message as `shown` makes it, after its lines are joined by spaces."""
     return shown(" ".join(str(message).split()))
 
 
@@ -78,8 +80,9 @@ def options_class(cls):
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, not empty, without NUL, and not longer than a path can be"}
-LONGEST_PATH = 4096  # bytes, Linux's
+TYPES = {int: "a whole number", float: "a number", bool: "true or false",
+         str: "text, not empty, without NUL, and not longer than a path can be"}
+LONGEST_PATH = 4096  # Linux takes no path of so many bytes
 
 
 class Kind(typing.NamedTuple):
@@ -131,9 +134,11 @@ def text(value: str) -> str:
 
 
 def bounds_of(field: dataclasses.Field) -> str:
-    """"" where it has none."""
+    """The bounds of a field in words, or "" where it has none."""
     at_least, above, at_most = map(field.metadata.get, ("at_least", "above", "at_most"))
-    return "" if at_most is None else f"within {at_least} .. {at_most}" if above is None else f"above {above}, at most {at_most}"
+    if at_most is None:
+        return ""
+    return f"within {at_least} .. {at_most}" if above is None else f"above {above}, at most {at_most}"
 
 
 def make_parser(description: str, *classes) -> argparse.ArgumentParser:
@@ -225,8 +230,9 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def bad_luck(error: Exception) -> str:
-    """What to say of an error that no place has foreseen and that is no mistake of the program: a file that cannot be read
-    or written, what is nested without end, or memory that is too small; else ""."""
+    """What to say of an error that no other place has caught and that is no mistake of the program:
+    a file cannot be read or written, something is nested too deep, or the memory is too small.
+    "" for any other error."""
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{where}{error.strerror or error}; put that right, or name another place"

@@ -6,7 +6,6 @@ concatenation of all shards.
 Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
 
-import json
 import math
 import operator
 import os
@@ -29,8 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cli import UserError, option, options_class, shown
-from files import SMALL, read_json
 from conformer import subsampled_length
+from files import SMALL, parse_json, read_json, read_text
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
 from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
@@ -120,12 +119,14 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
 
 
 def check_tokenizers(data_roots) -> None:
-    paths = [Path(root) / "tokenizer.json" for root in data_roots]
-    try:
-        contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
-    except ValueError as error:
-        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON ({error}); prepare it "
-                        "again") from error
+    """Raises UserError where the tokenizer.json of two data roots differ, or one cannot be read."""
+    contents = {}
+    for path in (Path(root) / "tokenizer.json" for root in data_roots):
+        try:
+            contents |= {path: parse_json(read_text(path))} if path.exists() else {}
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read ({reason}); prepare it again") from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
@@ -133,7 +134,7 @@ def check_tokenizers(data_roots) -> None:
 
 
 def check_twice(paths: list[Path]) -> None:
-    """Raises UserError where two of them are the same folder."""
+    """Raises UserError where two of the paths are the same folder."""
     seen = {}
     for path in paths:
         other = seen.setdefault(path.resolve(), path)
@@ -175,8 +176,8 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
 
 
 def check_files(path: Path) -> None:
-    """Raises OSError, ValueError or ArrowInvalid where datasets would read outside the shard, wait for ever, fill the memory
-    or leave the memory that it may read."""
+    """Raises OSError, ValueError or ArrowInvalid where the datasets library would read files outside
+    the shard, wait for ever, fill the memory, or read memory that is not its own."""
     read_json(path / "dataset_info.json")
     for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
         if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not
@@ -187,29 +188,36 @@ def check_files(path: Path) -> None:
 
 
 def check_arrow(path: str) -> None:
-    """Raises ValueError or ArrowInvalid where an Arrow stream lacks its end, or its buffers hold less than is said of them or
-    have to be unpacked. Arrow itself believes all offsets of lists; its full validation reads them, but no audio."""
+    """Raises ValueError or ArrowInvalid where an Arrow stream lacks its end, where its buffers hold
+    less than it says of them, or where they are compressed.
+
+    Arrow believes the offsets of lists when it reads. Its full validation, which is asked for here,
+    looks at every offset, but at no audio.
+    """
     name = os.path.basename(path)
-    with open(path, "rb") as stream:  # pyarrow takes one that was cut between two record batches for a whole, shorter one
+    # A stream that was cut between two record batches looks to pyarrow like a whole, shorter one.
+    with open(path, "rb") as stream:
         stream.seek(-len(END_OF_STREAM), os.SEEK_END)
         if stream.read() != END_OF_STREAM:
             raise ValueError(f"{name} is truncated")
     head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))
-    if head.type != "schema" or head.metadata.size > SMALL:  # of another type, pyarrow would read what is not there
+    # From a message of another type, pyarrow would read what is not there.
+    if head.type != "schema" or head.metadata.size > SMALL:
         raise ValueError(f"{name} begins with no schema, or with one of more than {SMALL} bytes")
     schema = pa.ipc.read_schema(head)
     for message in messages:
         if message.type != "record batch" or message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
             raise ValueError(f"{name} is packed, which save_to_disk does not")
         batch = pa.ipc.read_record_batch(message, schema)
-        if batch.num_rows > message.body.size:  # of lists without elements or values there may be any number in no bytes
+        # Any number of empty lists, or of values that are missing, may be said to lie in no bytes.
+        if batch.num_rows > message.body.size:
             raise ValueError(f"{name} promises {batch.num_rows} rows in {message.body.size} bytes")
         batch.validate(full=True)
 
 
 def is_packed(message: pa.ipc.Message) -> bool:
-    """Whether the buffers of a record batch are compressed: Message.header.compression in Arrow's format/Message.fbs, of which
-    pyarrow tells nothing."""
+    """Whether the buffers of a record batch are compressed. pyarrow does not tell, so the field is
+    read from the flatbuffer: Message.header.compression in Arrow's format/Message.fbs."""
     content = message.metadata.to_pybytes()
 
     def number(place: int, size: int = 4) -> int:
@@ -226,7 +234,7 @@ def is_packed(message: pa.ipc.Message) -> bool:
 
 
 def check_schema(shard: datasets.Dataset, path: Path) -> None:
-    """Raises UserError when a column is missing, of a wrong type, or has rows without a value."""
+    """Raises UserError where a column is missing, has a wrong type, or has rows without a value."""
     schema = shard.data.schema
     for name in ("input_values", "labels"):
         if name not in schema.names:

@@ -289,12 +289,15 @@ def is_newer(path: str, than: str) -> bool:
 
 
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """Writes OUT, or HUB_DIR, once everything in it is checked; -> what to say of it. Raises
-    UserError, and then it is as before."""
-    write, out = (write_hub, options.hub_dir) if options.hub_dir else (write_checked, options.out)
+    """Writes OUT, or HUB_DIR where it is given, once everything in it is checked; -> what to say of
+    it. Raises UserError, and then the folder is as before."""
     inputs = options.checkpoint, *options.audio
-    with published(out, "an export", options.overwrite, inputs) as folder:
-        return write(model, options, chunks, folder)
+    with published(options.hub_dir or options.out, "an export", options.overwrite, inputs) as folder:
+        try:
+            write = write_hub if options.hub_dir else write_checked
+            return write(model, options, chunks, folder)
+        except UserError as error:
+            raise UserError(f"{options.checkpoint}: {error}") from None
 
 
 def main(argv: list[str]) -> None:
@@ -307,10 +310,7 @@ def main(argv: list[str]) -> None:
     if os.path.lexists(folder) and not options.overwrite:  # even an empty one
         raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)
-    try:
-        lines = export(model, options, chunks)
-    except UserError as error:
-        raise UserError(f"{options.checkpoint}: {error}") from None
+    lines = export(model, options, chunks)
     print("\n".join(map(shown, lines)))
     if options.hub_dir:
         folder = shown(options.hub_dir)

@@ -1,4 +1,5 @@
-"""Files: read whole where they are small and honest, written whole or not at all, one writer at a time."""
+"""Files are read whole where they are small and honest, and written whole or not at all, by one
+writer at a time."""
 
 import contextlib
 import csv
@@ -20,10 +21,14 @@ import yaml
 
 from cli import UNSHOWN, UserError, shown
 
-DYING = 2.0  # seconds for which a process that was killed may yet hold a lock
-SMALL = 2**24  # bytes: no vocabulary, list of words or set of options is as large
-MANY_NODES = 2**18  # of YAML: no set of options has as many
-# Where a spreadsheet finds a formula: where a cell begins, or what some of them take for one.
+# For so many seconds a process that was killed may still hold a lock.
+DYING = 2.0
+# No vocabulary, list of words or set of options has so many bytes.
+SMALL = 2**24
+# No set of options has so many nodes of YAML.
+MANY_NODES = 2**18
+# A spreadsheet finds a formula where a cell begins. Some take a semicolon, a tab or a line break
+# for the end of a cell, and wide forms of the signs for the signs.
 FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 
 
@@ -31,8 +36,11 @@ FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 
 
 def open_file(path: str):
-    """A file that somebody names, open to be read as bytes. Raises OSError, also for a pipe or a device, which may have no end
-    and where nobody writes is waited for for ever."""
+    """Opens a file that somebody names, to be read as bytes.
+
+    Raises OSError, also for a pipe or a device: it may have no end, and whoever opens a pipe into
+    which nobody writes waits for ever.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError:
@@ -45,8 +53,8 @@ def open_file(path: str):
 
 
 def read_small(path: str, limit: int = SMALL) -> bytes:
-    """The content of a file that somebody names. Raises OSError as open_file does; ValueError where the file is longer than
-    `limit` bytes."""
+    """The content of a file that somebody names. Raises OSError as open_file does, and ValueError
+    where the file is longer than `limit` bytes."""
     with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -55,12 +63,13 @@ def read_small(path: str, limit: int = SMALL) -> bytes:
 
 
 def read_text(path: str, limit: int = SMALL) -> str:
-    """The same as text, with a byte order mark or without. Raises OSError, ValueError."""
+    """The same, as text. A byte order mark is left out. Raises OSError and ValueError."""
     return read_small(path, limit).decode("utf-8-sig")
 
 
 def parse_json(text: str):
-    """Raises ValueError for what is no JSON, is nested too deep, or holds a number that is not finite."""
+    """What the JSON `text` says. Raises ValueError where it is no JSON, is nested too deep, or holds
+    a number that is not finite."""
     try:
         return json.loads(text, parse_float=finite, parse_constant=finite)
     except RecursionError:
@@ -82,8 +91,8 @@ def read_json(path: str, limit: int = SMALL) -> dict:
 
 
 def parse_yaml(text: str):
-    """Raises ValueError, which quotes nothing of the text, for what is no YAML, is nested too deep, or has aliases that stand for
-    more than a text of that kind ever says."""
+    """What the YAML `text` says. Raises ValueError, which quotes nothing of the text, where it is no
+    YAML, is nested too deep, or has aliases that stand for more than options ever say."""
     loader = None
     try:
         loader = yaml.SafeLoader(text)
@@ -104,7 +113,8 @@ def parse_yaml(text: str):
 
 
 def written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many nodes a node of YAML stands for, if its aliases are written out; infinitely many where it holds itself."""
+    """The number of nodes that a node of YAML stands for when its aliases are written out. It is
+    infinite where the node holds itself. `known` has the numbers found before, by the node's id."""
     if id(node) not in known:
         known[id(node)] = math.inf
         parts = () if isinstance(node, yaml.ScalarNode) else node.value
@@ -117,10 +127,13 @@ def written_out(node: yaml.Node, known: dict[int, float]) -> float:
 # Writing
 
 
-ASIDE = ".lightning-u2"  # ends the names of what waits beside a path to take the path's place
-MARK = ".lightning-u2.json"  # in a folder of ours: what we wrote into it
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write fails with where there is no room
-# What the datasets library leaves beside shards, and can make again.
+# What waits beside a path to take the path's place has a name that ends so.
+ASIDE = ".lightning-u2"
+# This file lists, in a folder of ours, what we wrote there.
+MARK = ".lightning-u2.json"
+# A write fails with one of these where there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The datasets library leaves such files beside shards, and can make them again.
 CACHE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")
 
 
@@ -272,8 +285,9 @@ def _remove(path: str) -> None:
 
 
 def _restore(root: str, old: str, gone: str) -> None:
-    """Ends what was begun, perhaps by a process that was killed between two steps: `old` is back
-    at `root`, or is no more."""
+    """Ends the exchange of two folders, which a process that was killed may have left between two
+    steps. Afterwards the folder `old` is back at `root`, or it is gone because the new one is
+    there."""
     if not os.path.lexists(old):
         return
     if os.path.isdir(root) and not os.listdir(root):
@@ -288,8 +302,8 @@ def _restore(root: str, old: str, gone: str) -> None:
 
 
 def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs: tuple) -> None:
-    """Raises UserError where the folder `root`, which the user calls `path`, may not be replaced;
-    OSError."""
+    """Raises UserError where the folder `root`, which the user calls `path`, may not be replaced,
+    and OSError where it cannot be read."""
     try:
         os.lstat(root)  # lexists would say of a name that is too long that nothing is there
     except FileNotFoundError:
@@ -303,8 +317,8 @@ def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs:
         raise UserError(f"{path} exists; name another folder, or add --overwrite")
     if other := _foreign(root, what):
         raise UserError(f"{path} holds more than {what} ({other}), so --overwrite does not replace "
-                        "it; name another folder, or move that away (where an older version made "
-                        "the folder, all of it)")
+                        "it; name another folder, or move away what is new or was changed (where "
+                        "an older version made the folder, all of it)")
     for name in inputs:
         if name and os.path.exists(name) and _within(name, root):
             raise UserError(f"{path} holds {name}, of which it is to be made; name another folder")
@@ -315,8 +329,8 @@ def _within(path: str, folder: str) -> bool:
 
 
 def _foreign(root: str, what: str) -> str | None:
-    """The first of what is in a folder and is not, or is no more, as `published` left it there;
-    None where there is nothing."""
+    """The name of something in the folder `root` that `published` did not put there, or that was
+    changed since. None where there is nothing of the kind."""
     try:
         mark = read_json(os.path.join(root, MARK), 2**28)
         written = dict(mark["files"]) if mark["what"] == what else {}
@@ -352,8 +366,8 @@ def _mounts() -> set[str]:
 
 
 def _inside(root: str):
-    """(path, whether it is a folder) of everything below a folder; a link is no folder. Raises
-    OSError."""
+    """Yields (path, whether it is a folder) for everything below a folder. A link counts as no
+    folder. Raises OSError."""
     def fail(error):
         raise error
 
@@ -373,7 +387,7 @@ def _look(path: str) -> list | None:
 
 
 def _mark(folder: str, what: str) -> None:
-    """Writes MARK, and everything in the folder to the disk."""
+    """Writes MARK into the folder, and makes sure that all of the folder is on the disk."""
     everything, mark = list(_inside(folder)), os.path.join(folder, MARK)
     written = {os.path.relpath(path, folder): _look(path)
                for path, is_folder in everything if not is_folder}
@@ -388,9 +402,12 @@ def _mark(folder: str, what: str) -> None:
 
 
 def _rehearse(path: str, root: str, trap: str) -> None:
-    """Raises where `root` could not be moved or made when everything is written. Onto a folder
-    with something in it, which `trap` becomes, no folder is moved; the system gives another reason
-    where `root` could not be moved anyway."""
+    """Raises UserError or OSError where `root` could not be moved or made later, when everything is
+    written.
+
+    To find out, it tries to move `root` onto the folder `trap`, which has something in it. The
+    system refuses that, and its reason tells whether `root` could have been moved elsewhere.
+    """
     os.makedirs(os.path.join(trap, "something"))
     if not os.path.lexists(root):
         os.mkdir(root)
@@ -410,10 +427,12 @@ def _rehearse(path: str, root: str, trap: str) -> None:
 
 @contextlib.contextmanager
 def alone(path: str, what: str):
-    """Within it no other process on this machine, nor on others that share a file system with POSIX locks, holds the file `path`.
+    """Within the block no other process holds the lock file `path`, be it on this machine or on one
+    that shares a file system with POSIX locks.
 
-    The lock ends with the process, however that ends, and children do not inherit it. The file is gone afterwards. Raises
-    UserError, naming `what`, where another process holds it or it cannot be made.
+    The lock ends with the process, however that ends, and children do not inherit it. The file is
+    removed afterwards. Raises UserError, which names `what`, where another process holds the lock
+    or the file cannot be made.
     """
     ends = time.monotonic() + DYING
     try:
@@ -422,7 +441,8 @@ def alone(path: str, what: str):
     except OSError as error:
         raise cannot_write(what, error) from error
     if file is None:
-        raise UserError(f"{what}: another process is writing there; wait for its end, or choose another place")
+        raise UserError(f"{what}: another process is writing there; wait for its end, or choose "
+                        "another place")
     try:
         yield
     finally:
@@ -432,7 +452,7 @@ def alone(path: str, what: str):
 
 
 def _lock(path: str):
-    """The open file, locked; None where another process holds it."""
+    """Opens and locks the file. None where another process holds it."""
     while True:
         file = open(path, "a", opener=lambda *how: os.open(how[0], how[1] | os.O_NOFOLLOW, 0o666))
         try:
@@ -442,10 +462,12 @@ def _lock(path: str):
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # no locks there
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                # This file system has no locks.
                 return file
             file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return None
             raise
-        file.close()  # who held it has removed it meanwhile: lock the file that is there now
+        # The process that held the lock has removed the file: try the one that is there now.
+        file.close()

@@ -24,12 +24,15 @@ from files import SMALL, open_file, read_json
 
 WEIGHTS, CONFIG, TOKENIZER = FILES = "model.safetensors", "config.json", "tokenizer.json"
 CONFIG_PARTS = ("model_options", "optim_options", "frontend")  # of a checkpoint
-# What the pickles of torch.save name where they hold tensors and plain data.
+# The pickles of torch.save name these, and no others, where they hold tensors and plain data.
 GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
            *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"))}
-DEEP = 100  # more than any state of a training nests
-MANY_STEPS, MANY_PARTS = 2**21, 2**20  # of a pickle and of what it makes: some 80,000 tensors
-MARK, FILLED = object(), {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # of pickle's opcodes: what fills a value
+DEEP = 100  # no state of a training nests so deep
+# A pickle may have so many opcodes, and what it makes so many parts: enough for 80,000 tensors.
+MANY_STEPS, MANY_PARTS = 2**21, 2**20
+# MARK stands on check_pickle's stack where pickle's own mark would. The opcodes in FILLED put parts
+# into a value that is there already.
+MARK, FILLED = object(), {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
 
@@ -63,8 +66,9 @@ def read_weights_only(path: str, mmap: bool = False):
 
 
 def check_archive(path: str) -> int:
-    """The size in bytes of a file of torch.save. Raises an Exception where reading it could take far more memory, or end the
-    process: compressed or overlapping records, and pickles that check_pickle refuses."""
+    """The size in bytes of a file that torch.save wrote. Raises an Exception where reading the file
+    could take far more memory than that, or end the process: its records are compressed or overlap,
+    or check_pickle refuses one of its pickles."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) != b"PK\3\4":  # from before torch 1.6: five pickles, and then numbers
@@ -87,11 +91,13 @@ def check_archive(path: str) -> int:
 
 
 def check_pickle(file) -> None:
-    """Raises UnpicklingError unless the pickle in an open file makes nothing but tensors and plain data, with tuples not nested
-    deep: Python ends with a segmentation fault where it makes a key of 100,000 nested ones, and torch's own list of what is
-    harmless has bytearray(n), which takes n bytes.
+    """Raises UnpicklingError unless the pickle in an open file makes nothing but tensors and plain
+    data that are not nested deep.
 
-    The stack machine is followed with a number in each value's place, how deep it nests, or its name, of a global.
+    torch's own check is not enough: Python ends with a segmentation fault where a key is made of
+    100,000 nested tuples, and torch allows bytearray(n), which takes n bytes. So this follows the
+    pickle's stack machine and makes nothing. In place of a value its stack holds the depth to which
+    the value nests, or, in place of a global, the global's name.
     """
     stack, memo = [], {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -127,8 +133,9 @@ def check_pickle(file) -> None:
 
 
 def check_plain(data, size: int) -> None:
-    """Raises UserError unless `data`, of a file of `size` bytes, is made of dicts, lists, tensors and the like, not deep, and
-    holds no more bytes, though parts of it may be there more than once."""
+    """Raises UserError unless `data`, which was read from a file of `size` bytes, is made of dicts,
+    lists, tensors and the like, is not nested deep, and has tensors of at most twice as many bytes,
+    because tied weights count twice."""
     waiting, nodes, held = [(data, 0)], 0, 0
     while waiting:
         value, depth = waiting.pop()
@@ -143,7 +150,7 @@ def check_plain(data, size: int) -> None:
             waiting += [(part, depth + 1) for part in value]
         elif isinstance(value, torch.Tensor):
             held += value.numel() * value.element_size()
-            if held > 2 * size:  # (what is tied is there twice)
+            if held > 2 * size:
                 raise UserError("its tensors repeat numbers, for more than the file holds")
         elif not isinstance(value, (str, bytes, int, float, bool, type(None))):
             raise UserError(f"a {type(value).__name__} in it")

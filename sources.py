@@ -90,7 +90,7 @@ def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
         return demo_source(), str
     source = options.source
     if not os.path.exists(source):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
             raise UserError(f"no folder {source}; give a folder with SRC/{{split}}/metadata.csv")
         return select_splits(hub_source(source, options), options), str
     folder = Folder(source)

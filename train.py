@@ -289,7 +289,11 @@ def read_tokenizer(path: str | None, data_root: str):
     """The tokenizer that made the labels: the one named, or DATA_ROOT's own; UserError where both are there and differ."""
     if not os.path.isdir(data_root):
         raise UserError(f"{data_root}: no such data root; prepare.py makes one")
-    tokenizer = load_tokenizer(path or os.path.join(data_root, "tokenizer.json"))
+    own = os.path.join(data_root, "tokenizer.json")
+    if path is None and not os.path.lexists(own):
+        raise UserError(f"{own}: no such file; name a data root that prepare.py made, or say with "
+                        "--tokenizer PATH what made the labels")
+    tokenizer = load_tokenizer(path or own)
     check_maker(tokenizer, f"--tokenizer {path}", data_root)
     return tokenizer
 

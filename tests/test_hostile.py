@@ -508,7 +508,12 @@ def read_folder(name):
     return read
 
 
-READERS = [load_tokenizer, load_checkpoint, read_hotwords, read_cmvn, read_folder("vocab.json"), read_folder("tokenizer.json"),
+def read_tokenizer_of_data(path):
+    os.replace(path, os.path.join(os.path.dirname(path), "tokenizer.json"))
+    datamodule.check_tokenizers([os.path.dirname(path)])
+
+
+READERS = [read_tokenizer_of_data, load_tokenizer, load_checkpoint, read_hotwords, read_cmvn, read_folder("vocab.json"), read_folder("tokenizer.json"),
            read_folder("run.json"), read_folder("train.yaml"), read_folder("prepare.json"), wenet_import.read_units, wenet_import.read_weights]
 
 
@@ -523,7 +528,7 @@ def test_a_file_without_end_a_pipe_and_a_large_one_are_refused_at_once(read, tmp
 
 @pytest.mark.parametrize("text", [nested("[", "", "]"), nested('{"a":', "1", "}"), '{"tokens": ' + nested("[", "", "]") + "}",
                                   '{"tokens": ["a"], "blank_id": NaN}', '{"options": {}, "metrics": {"x": 1e999}}'])
-@pytest.mark.parametrize("read", READERS[:9], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", READERS[:10], ids=lambda read: read.__name__)
 def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
     (tmp_path / "file").write_text(text)
     refusal(read, str(tmp_path / "file"))

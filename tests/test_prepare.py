@@ -562,6 +562,7 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("make, message", [
     (lambda s: s / "absent", "absent"),
     (lambda s: "no/such/folder", "no folder"),
+    (lambda s: "../such", "no folder"),  # which is no name on the hub
     (lambda s: "no/such", "cannot load"),
     (lambda s: s / "train", "neither"),
     (lambda s: s / "train/0.wav", "neither"),
