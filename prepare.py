@@ -211,8 +211,8 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
     if SURROGATE.search(os.path.realpath(options.data_root)):
-        raise UserError(f"{options.data_root}: its name is not in UTF-8, which Arrow needs; give another "
-                        "--data_root")
+        raise UserError(f"{options.data_root}: its name is not in UTF-8, which Arrow needs, or the "
+                        "locale is not; give another --data_root, or set PYTHONUTF8=1")
     with files.published(options.data_root, "data of prepare.py", options.overwrite,
                          (options.source,)) as folder:
         splits, left_out = open_source(options)
