@@ -117,7 +117,7 @@ def show(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e9 or value == 0 else f"{value:.1e}"
     if isinstance(value, (list, tuple)):
         value = " ".join(map(str, value)) or "none"
     return "-" if value is None else cli.shown(value, 200)

@@ -168,8 +168,8 @@ def check_utf8(path: str, flag: str, needs: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{flag} {path}: its name is not in UTF-8, which {needs} needs; give "
-                        f"another {flag}") from None
+        raise UserError(f"{flag} {path}: its name is not in UTF-8, which {needs} needs, or the "
+                        f"locale is not; give another {flag}, or set PYTHONUTF8=1") from None
 
 
 def cannot_write(path: str, error: OSError) -> UserError:

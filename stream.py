@@ -21,6 +21,7 @@ from transforms import check_samples, feature_state, stream_features
 SILENCE, SILENCE_AFTER_TEXT, LONGEST = 5000, 1000, 20000
 MAX_POSITION = 5000  # encoder frames, 200 s; as far as WeNet's table of positions goes
 BLANK_THRESHOLD = 0.8  # a frame is silent when CTC's blank is likelier than this; WeNet's value, too
+HUSH = 16  # encoder frames in a row in which the blank wins, from which on nothing is being said
 
 
 class StreamState(NamedTuple):
@@ -105,26 +106,28 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
     """
     advance, features_state = stream_features(model.frontend), feature_state()
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
-    beam, spoken = decode.prefix_start(context=context), False
+    beam, hushed = decode.prefix_start(context=context), HUSH
     memory, frames, silent = [], 0, 0
     sizes = piece_samples(model, search.chunk_size) if search.chunk_size > 0 else (math.inf, math.inf)
     for samples, last in in_chunks(with_last(pieces), *sizes):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
         log_probs = model.ctc_log_probs(out)  # (1,m,V)
-        beam = decode.prefix_advance(beam, log_probs, search.beam_size, model.net.blank_id)
+        # Many unlikely paths through silence would add up to text; there the blank is certain.
+        quiet = bool(decode.blank_wins(log_probs, model.net.blank_id).all())
+        hushed = hushed + out.size(1) if quiet else 0
+        heeded = torch.tensor([0 if hushed >= HUSH else out.size(1)])
+        beam = decode.prefix_advance(beam, log_probs, search.beam_size, model.net.blank_id, heeded)
         memory.append(out)
         frames += out.size(1)
         silent = trailing_blanks(log_probs[0, :, model.net.blank_id], silent)
-        spoken = spoken or not bool(decode.blank_wins(log_probs, model.net.blank_id).all())
         (heard,), seconds = decode.prefix_result(beam), (first_frame + frames) * frame_ms(model) / 1000
-        heard = heard if spoken else decode.without_text(heard)
         if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames):
             memory = torch.cat(memory, dim=1)
             yield Heard(second_pass(model, heard, memory, search), first_frame, seconds, True, memory)
             first_frame += frames
             state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
-            beam, spoken = decode.prefix_start(context=context), False
+            beam, hushed = decode.prefix_start(context=context), HUSH
             memory, frames, silent = [], 0, 0
         elif out.size(1):
             yield Heard(heard, first_frame, seconds, False)

@@ -316,6 +316,24 @@ def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model,
     assert len(ends) > 10 and max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk
 
 
+@pytest.mark.parametrize("chunk_size", [2, 16])
+def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chunk_size):
+    def log_probs(memory, begins=itertools.count(step=chunk_size)):  # of silence but for a frame
+        begin = next(begins) if memory.size(1) else 0
+        frames = torch.arange(memory.size(1)) + begin
+        probs = torch.full((1, memory.size(1), model.tokenizer.vocab_size), 1e-9)
+        probs[..., 0], probs[..., 3] = 0.9, 0.1
+        probs[:, frames == 100] = 1e-9
+        probs[:, frames == 100, 4] = 1
+        return probs.log()
+
+    monkeypatch.setattr(model, "ctc_log_probs", log_probs)
+    search = SearchOptions(chunk_size=chunk_size)
+    *_, heard = listen(model, [torch.zeros(8 * 16000)], search, endpoints=False)
+    said = heard.hypothesis.tokens
+    assert 4 in said and len(said) <= 5, said
+
+
 def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypatch):
     sizes, real = [], model.stream
 
