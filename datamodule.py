@@ -123,10 +123,10 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
 def check_tokenizers(data_roots) -> None:
     paths = [Path(root) / "tokenizer.json" for root in data_roots]
     try:
-        contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
-    except ValueError as error:
-        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON ({error}); prepare it "
-                        "again") from error
+        contents = {path: read_json(path) for path in paths if path.exists()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"a tokenizer.json of {', '.join(map(str, data_roots))} is no JSON "
+                        f"({shown(str(error), 200)}); prepare it again") from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -197,7 +196,7 @@ class Folder:
             slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
             near = sorted(self.by_name[alike(os.path.basename(slashed))],
                           key=lambda file: alike(file) != alike(slashed))
-            same = [file for file in near if nfc(file) == nfc(path)]
+            same = [file for file in near if tk.nfc(file) == tk.nfc(path)]
             if near and len(same) != 1:
                 return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
             path = same[0] if same else path  # what is missing is the decoder's to tell
@@ -252,16 +251,12 @@ def walk(folder: str, above: tuple[str, ...] = (), seen: collections.Counter | N
             yield from walk(path, (*above, real), seen) if is_folder else [path]
 
 
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 def alike(name: str) -> str:
     """The same for names that are easily taken for each other: in another case, in another Unicode
     form, with a space at an end, or with what Latin-1 makes of the bytes of one that is not in
     UTF-8 on disk."""
     name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)
-    return nfc(name).casefold().strip()
+    return tk.nfc(name).casefold().strip()
 
 
 def outside(source: str, path: str) -> str:
