@@ -600,7 +600,7 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
         with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
             parquet = pyarrow.parquet.ParquetFile(file)
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
-            check_unpacked(parquet.metadata, os.path.getsize(path))
+            check_unpacked(parquet, os.path.getsize(path))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a "
                         "pointer)") from None
@@ -622,11 +622,17 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
                        options)
 
 
-def check_unpacked(metadata: pyarrow.parquet.FileMetaData, size: int) -> None:
+def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
     """Raises ValueError where a column of a row group, of a file of `size` bytes, takes far more
-    memory than its bytes: compressed audio is no smaller, and speech not by so much."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(metadata.num_columns)):
+    memory than its bytes: compressed audio is no smaller, and speech not by so much. Raises OSError
+    where the footer is damaged."""
+    metadata = parquet.metadata
+    for number in range(metadata.num_row_groups):
+        group, columns = metadata.row_group(number), range(metadata.num_columns)
+        # Batches of no rows read no page, but what the footer says of the columns, and raise where
+        # group.column would end the process.
+        list(parquet.reader.iter_batches(0, row_groups=[number], column_indices=list(columns)))
+        for column in map(group.column, columns):
             unpacked = max(column.total_uncompressed_size, 4 * column.num_values)
             if unpacked > max(UNPACKED, PACKED * min(column.total_compressed_size, size)):
                 raise ValueError(f"{column.total_compressed_size} bytes of its column "

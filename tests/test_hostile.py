@@ -909,6 +909,25 @@ def test_a_parquet_column_that_swells_is_refused(columns, tmp_path):
         prepared(source)
 
 
+def test_no_footer_of_a_parquet_file_ends_the_process(tmp_path):
+    """One that counts more levels than its column has is among them."""
+    source, chance = parquet(tmp_path / "source"), random.Random(7)
+    path = source / "train.parquet"
+    whole = path.read_bytes()
+    foot = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+
+    def read_all():
+        for number in range(300):
+            content = bytearray(whole)
+            content[chance.randrange(foot, len(whole))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+            with contextlib.suppress(cli.UserError):
+                sources.parquet_split(sources.Folder(str(source)), "train", str(path),
+                                      prepare.PrepareOptions(source=str(source)))
+        raise cli.UserError("all of them were read or refused")
+    refusal(read_all)
+
+
 @pytest.mark.parametrize("path", ["../other/train.parquet", "/etc/train.parquet", "a/*/../../../other/*", "'**/../../other/**'"])
 def test_a_readme_names_no_file_outside(path, tmp_path):
     parquet(tmp_path / "other")
