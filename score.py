@@ -115,6 +115,9 @@ def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Data
     dataset = get_concat_dataset(roots, options.split)
     rows_rate(roots, frontend)
     if "text" in dataset.column_names:
+        kind = dataset.data.schema.field("text").type
+        if str(kind) not in ("string", "large_string", "string_view", "null"):
+            raise UserError(f"{place}: column text is {shown(str(kind), 100)}, not text; prepare it again")
         references = [normalize_text(text or "") for text in dataset["text"]]
     else:
         check_maker(tokenizer, f"{place} has no column text, and the tokenizer of {options.checkpoint}", options.data_root)

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -197,7 +196,7 @@ class Folder:
             slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
             near = sorted(self.by_name[alike(os.path.basename(slashed))],
                           key=lambda file: alike(file) != alike(slashed))
-            same = [file for file in near if nfc(file) == nfc(path)]
+            same = [file for file in near if tk.nfc(file) == tk.nfc(path)]
             if near and len(same) != 1:
                 return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
             path = same[0] if same else path  # what is missing is the decoder's to tell
@@ -252,16 +251,12 @@ def walk(folder: str, above: tuple[str, ...] = (), seen: collections.Counter | N
             yield from walk(path, (*above, real), seen) if is_folder else [path]
 
 
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 def alike(name: str) -> str:
     """The same for names that are easily taken for each other: in another case, in another Unicode
     form, with a space at an end, or with what Latin-1 makes of the bytes of one that is not in
     UTF-8 on disk."""
     name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)
-    return nfc(name).casefold().strip()
+    return tk.nfc(name).casefold().strip()
 
 
 def outside(source: str, path: str) -> str:
@@ -605,7 +600,7 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
         with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
             parquet = pyarrow.parquet.ParquetFile(file)
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
-            check_unpacked(parquet.metadata, os.path.getsize(path))
+            check_unpacked(parquet, os.path.getsize(path))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a "
                         "pointer)") from None
@@ -627,11 +622,17 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
                        options)
 
 
-def check_unpacked(metadata: pyarrow.parquet.FileMetaData, size: int) -> None:
+def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
     """Raises ValueError where a column of a row group, of a file of `size` bytes, takes far more
-    memory than its bytes: compressed audio is no smaller, and speech not by so much."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(metadata.num_columns)):
+    memory than its bytes: compressed audio is no smaller, and speech not by so much. Raises OSError
+    where the footer is damaged."""
+    metadata = parquet.metadata
+    for number in range(metadata.num_row_groups):
+        group, columns = metadata.row_group(number), range(metadata.num_columns)
+        # Batches of no rows read no page, but what the footer says of the columns, and raise where
+        # group.column would end the process.
+        list(parquet.reader.iter_batches(0, row_groups=[number], column_indices=list(columns)))
+        for column in map(group.column, columns):
             unpacked = max(column.total_uncompressed_size, 4 * column.num_values)
             if unpacked > max(UNPACKED, PACKED * min(column.total_compressed_size, size)):
                 raise ValueError(f"{column.total_compressed_size} bytes of its column "

@@ -6,7 +6,9 @@ every checkpoint.
 """
 
 import base64
+import bisect
 import collections
+import itertools
 import json
 import os
 import re
@@ -46,7 +48,18 @@ WAV2VEC2_OPTIONS = {"tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2T
 
 def normalize_text(text: str) -> str:
     """Unicode NFC, every run of white space one space, none at the ends. Case and punctuation stay."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(nfc(text).split())
+
+
+def nfc(text: str) -> str:
+    """Unicode NFC. Of a long text the combining marks are put in order here, because unicodedata
+    takes a time for that which grows as the square of how many there are on one letter."""
+    if len(text) > 1000 and not text.isascii():
+        parts = "".join(unicodedata.normalize("NFD", character) for character in text)
+        runs = itertools.groupby(parts, lambda character: unicodedata.combining(character) > 0)
+        text = "".join("".join(sorted(run, key=unicodedata.combining) if marks else run)
+                       for marks, run in runs)
+    return unicodedata.normalize("NFC", text)
 
 
 def quoted(piece: str) -> str:
@@ -124,8 +137,10 @@ class Tokenizer:
         nfc = {unicodedata.normalize("NFC", c): c for c in self._characters}
         self._not_nfc = {form: c for form, c in nfc.items() if form not in self._characters}
         if wav2vec2:
-            whole = {token for token in self.tokens if len(token) > 1} | set(wav2vec2["added"])
+            added = wav2vec2["added"]
+            whole = {token for token in self.tokens if len(token) > 1} | set(added)
             self._whole = (whole | {self.tokens[i] for i in specials} | {space}) - {""}
+            self._ordered, self._added = sorted(self._whole), set(added)
         self._bpe = None if merges is None else self._build_bpe()
         self._processor = None if sentencepiece is None else self._build_processor()
 
@@ -185,9 +200,9 @@ class Tokenizer:
         that were added, then the characters between them. A token of several characters takes the spaces
         beside it, unless it was added. The name of a special token is one piece, but never that token:
         no label may hold a blank."""
-        parts, pieces = split_off(text, self._whole), []
+        parts, pieces = split_off(text, self._whole, self._ordered), []
         for i, part in enumerate(parts):
-            if part in self._whole and len(part) > 1 and part not in self.wav2vec2["added"]:
+            if part in self._whole and len(part) > 1 and part not in self._added:
                 if i > 0:
                     parts[i - 1] = parts[i - 1].rstrip()
                 if i + 1 < len(parts):
@@ -242,18 +257,24 @@ class Tokenizer:
             raise UserError(f"not a tokenizer of ours: {shown(str(error), 200)}; make one with prepare.py") from None
 
 
-def split_off(text: str, tokens: set[str]) -> list[str]:
+def split_off(text: str, tokens: set[str], ordered: list[str] = []) -> list[str]:
     """The text cut at the tokens in it, the leftmost first and of those the longest: transformers' Trie.
+    `ordered` holds the tokens sorted; sorting many for every text would take most of the time.
 
     With its flaw: where a token ends while a longer one to the left of it breaks off, the search for the
     rest of the longer one skips that character, and what it cuts out then is no token.
     """
-    beginnings = {token[:size] for token in tokens for size in range(1, len(token) + 1)}
+    ordered = ordered or sorted(tokens)
+
+    def begins(seen: str) -> bool:
+        """Whether a token does so."""
+        place = bisect.bisect_left(ordered, seen)
+        return seen != "" and place < len(ordered) and ordered[place].startswith(seen)
 
     def longest(seen: str, at: int) -> int | None:
         """Where the longest token ends that goes on with text[at:]."""
         end = at if seen in tokens else None
-        while seen + text[at:at + 1] in beginnings and at < len(text):
+        while at < len(text) and begins(seen + text[at]):
             seen, at = seen + text[at], at + 1
             end = at if seen in tokens else end
         return end
@@ -265,15 +286,15 @@ def split_off(text: str, tokens: set[str]) -> list[str]:
         grown = {start: seen + text[here:here + 1] for start, seen in begun.items()}
         whole = next((start for start, seen in begun.items() if seen in tokens), None)
         if whole is None:
-            begun = {start: seen for start, seen in grown.items() if seen in beginnings}
+            begun = {start: seen for start, seen in grown.items() if begins(seen)}
         else:
             for start, seen in begun.items():
                 end = longest(seen, here) if start == whole else longest(
-                    grown[start] if grown[start] in beginnings else seen, here + 1)
+                    grown[start] if begins(grown[start]) else seen, here + 1)
                 if end is not None:
                     break
             cuts, begun, behind = [*cuts, start, end], {}, end
-        if behind <= here and text[here:here + 1] in beginnings:
+        if behind <= here and begins(text[here:here + 1]):
             begun[here] = text[here]
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
 

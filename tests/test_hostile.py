@@ -26,6 +26,7 @@ import sys
 import warnings
 import threading
 import tracemalloc
+import unicodedata
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -61,7 +62,7 @@ from cli import UserError
 from conformer import ModelOptions
 from datamodule import rows_rate
 from model import U2, OptimOptions, load_checkpoint
-from tokenizer import load_tokenizer, save_tokenizer, train_char
+from tokenizer import from_vocab, load_tokenizer, normalize_text, save_tokenizer, train_char
 from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -590,6 +591,35 @@ def test_a_vocabulary_of_control_characters_or_no_text_is_refused(token, tmp_pat
         assert str(raised.value).isprintable()
 
 
+def test_a_large_vocabulary_costs_a_text_no_more_than_a_small_one(monkeypatch):
+    """Nothing goes through all the tokens again for a text."""
+    vocabulary = {"<pad>": 0, "<unk>": 1, "|": 2, "a": 3, "b": 4, "ab": 5}
+    tokenizer = from_vocab(vocabulary | {f"x{i}": i + 6 for i in range(100)})
+    monkeypatch.setattr("tokenizer.sorted", None, raising=False)
+    assert tokenizer.encode("a abx7b") == [3, 5, 13, 4]
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73\u0316", "\u0f71\u0344\u0f73\u0316a"])
+def test_marks_on_a_letter_take_no_square_of_their_number(marks, tmp_path):
+    assert normalize_text("a" + marks * 600) == unicodedata.normalize("NFC", "a" + marks * 600)
+    (tmp_path / "words").write_text("a" + marks[:2] * 2**17)
+    assert "cannot spell" in refusal(read_hotwords, str(tmp_path / "words"))
+
+
+@pytest.mark.parametrize("text", [nested("[", "", "]"), "pipe", "zeros", "holes"])
+def test_the_tokenizer_of_a_data_root_is_read_within_bounds(text, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    if text == "pipe":
+        os.mkfifo(path)
+    elif text == "zeros":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(text)
+    if text == "holes":
+        os.truncate(path, 2**40)
+    assert "tokenizer.json" in refusal(datamodule.check_tokenizers, [tmp_path])
+
+
 def pickled(program: bytes, **records) -> bytes:
     """A .ckpt whose pickle is `program`."""
     file = io.BytesIO()
@@ -782,6 +812,13 @@ def test_rows_without_bytes_are_refused(tmp_path):
         datamodule.load_shard(saved(tmp_path / "0", input_values=nothing(pa.float32()), labels=nothing(pa.int32()), text=none))
 
 
+@pytest.mark.parametrize("text", [[1, 2, 3], [["a"], ["b"], ["c"]], [b"a", b"b", b"c"]])
+def test_references_that_are_no_text_are_refused(text, place, tmp_path, capsys):
+    saved(tmp_path / "train/0", text=pa.array(text))
+    with pytest.raises(cli.UserError, match="train: column text is .*, not text"):
+        score.main(["--checkpoint", str(place / "best.ckpt"), "--data_root", str(tmp_path), "--split", "train"])
+
+
 NOISE = np.random.default_rng(0).normal(0, 0.1, (16000, 2)).astype(np.float32)
 
 
@@ -936,6 +973,25 @@ def test_a_parquet_column_that_swells_is_refused(columns, tmp_path):
     assert os.path.getsize(source / "train.parquet") < 2**17
     with pytest.raises(cli.UserError, match="cannot load .*train.parquet: .* promise 1"):
         prepared(source)
+
+
+def test_no_footer_of_a_parquet_file_ends_the_process(tmp_path):
+    """One that counts more levels than its column has is among them."""
+    source, chance = parquet(tmp_path / "source"), random.Random(7)
+    path = source / "train.parquet"
+    whole = path.read_bytes()
+    foot = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+
+    def read_all():
+        for number in range(300):
+            content = bytearray(whole)
+            content[chance.randrange(foot, len(whole))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+            with contextlib.suppress(cli.UserError):
+                sources.parquet_split(sources.Folder(str(source)), "train", str(path),
+                                      prepare.PrepareOptions(source=str(source)))
+        raise cli.UserError("all of them were read or refused")
+    refusal(read_all)
 
 
 @pytest.mark.parametrize("path", ["../other/train.parquet", "/etc/train.parquet", "a/*/../../../other/*", "'**/../../other/**'"])
