@@ -284,8 +284,8 @@ def is_newer(path: str, than: str) -> bool:
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
     """Writes OUT, or HUB_DIR where it is given, once everything in it is checked; -> what to say of
     it. Raises UserError, and then the folder is as before."""
-    inputs = options.checkpoint, *options.audio
-    with published(options.hub_dir or options.out, "an export", options.overwrite, inputs) as folder:
+    inputs, path = (options.checkpoint, *options.audio), options.hub_dir or options.out
+    with published(path, "an export", options.overwrite, inputs) as folder:
         try:
             if options.hub_dir:
                 return write_hub(model, options, chunks, folder)
