@@ -30,7 +30,7 @@ from words import Word, align_words, frame_times
 
 @options_class
 class AlignOptions:
-    checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
+    checkpoint: str = option("runs/demo/best.ckpt", "a .ckpt, a folder for the hub, or org/name")
     split: str = option("eval_clean", "whose sentences and voices", choices=("dev", "eval_clean"))
     sentences: int = option(100, "how many", at_least=1, at_most=max(demo.UTTERANCES.values()))
     mode: str = option("attention_rescoring", "search", choices=MODES)

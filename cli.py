@@ -30,8 +30,8 @@ class UserError(Exception):
     """Bad input from outside: says in one line what is wrong, where, and what to do. Commands exit with status 2."""
 
 
-# These characters move a terminal's cursor, end a line, turn the direction of text round, or have no
-# bytes in any encoding.
+# These characters move a terminal's cursor, end a line, turn the direction of text round, or have
+# no bytes in any encoding.
 UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -138,7 +138,9 @@ def bounds_of(field: dataclasses.Field) -> str:
     at_least, above, at_most = map(field.metadata.get, ("at_least", "above", "at_most"))
     if at_most is None:
         return ""
-    return f"within {at_least} .. {at_most}" if above is None else f"above {above}, at most {at_most}"
+    if above is None:
+        return f"within {at_least} .. {at_most}"
+    return f"above {above}, at most {at_most}"
 
 
 def make_parser(description: str, *classes) -> argparse.ArgumentParser:

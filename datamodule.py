@@ -176,8 +176,8 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
 
 
 def check_files(path: Path) -> None:
-    """Raises OSError, ValueError or ArrowInvalid where the datasets library would read files outside
-    the shard, wait for ever, fill the memory, or read memory that is not its own."""
+    """Raises OSError, ValueError or ArrowInvalid where the datasets library would read files
+    outside the shard, wait for ever, fill the memory, or read memory that is not its own."""
     read_json(path / "dataset_info.json")
     for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
         if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not

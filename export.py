@@ -291,8 +291,8 @@ def is_newer(path: str, than: str) -> bool:
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
     """Writes OUT, or HUB_DIR where it is given, once everything in it is checked; -> what to say of
     it. Raises UserError, and then the folder is as before."""
-    inputs = options.checkpoint, *options.audio
-    with published(options.hub_dir or options.out, "an export", options.overwrite, inputs) as folder:
+    inputs, path = (options.checkpoint, *options.audio), options.hub_dir or options.out
+    with published(path, "an export", options.overwrite, inputs) as folder:
         try:
             write = write_hub if options.hub_dir else write_checked
             return write(model, options, chunks, folder)

@@ -68,8 +68,8 @@ def read_text(path: str, limit: int = SMALL) -> str:
 
 
 def parse_json(text: str):
-    """What the JSON `text` says. Raises ValueError where it is no JSON, is nested too deep, or holds
-    a number that is not finite."""
+    """What the JSON `text` says. Raises ValueError where it is no JSON, is nested too deep, or
+    holds a number that is not finite."""
     try:
         return json.loads(text, parse_float=finite, parse_constant=finite)
     except RecursionError:
@@ -91,8 +91,8 @@ def read_json(path: str, limit: int = SMALL) -> dict:
 
 
 def parse_yaml(text: str):
-    """What the YAML `text` says. Raises ValueError, which quotes nothing of the text, where it is no
-    YAML, is nested too deep, or has aliases that stand for more than options ever say."""
+    """What the YAML `text` says. Raises ValueError, which quotes nothing of the text, where it is
+    no YAML, is nested too deep, or has aliases that stand for more than options ever say."""
     loader = None
     try:
         loader = yaml.SafeLoader(text)

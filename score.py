@@ -38,7 +38,7 @@ from words import join
 
 @options_class
 class ScoreOptions:
-    checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
+    checkpoint: str = option("runs/demo/best.ckpt", "a .ckpt, a folder for the hub, or org/name")
     data_root: str = option("data/demo", "data that prepare.py wrote")
     split: str = option("eval_clean", "split of the data")
     mode: str = option("attention_rescoring", "search, or all of them one after the other", choices=(*MODES, "all"))

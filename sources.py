@@ -643,7 +643,7 @@ def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
     try:
         loaded = datasets.load_dataset(source, options.config)
     except Exception as error:  # datasets raises many kinds, some of them bare
-        raise UserError(f"cannot load {source}: {error}; give a folder with "
+        raise UserError(f"cannot load {source}: {str(error).rstrip('.')}; give a folder with "
                         "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
                         "dataset") from None
 

@@ -417,8 +417,8 @@ def load_tokenizer(path: str) -> Tokenizer:
             data = parse_json(read_text(path))
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
-        raise UserError(f"cannot read a tokenizer from {path}: {reason or unreadable}; give the path of "
-                        "a tokenizer.json, vocab.json or .ckpt, or a folder with one of these") from None
+        raise UserError(f"cannot read a tokenizer from {path}: {reason or unreadable}; give "
+                        "the path of a tokenizer.json, vocab.json or .ckpt, or a folder with one") from None
     try:
         if folder:
             return from_folder(*data)

@@ -54,7 +54,7 @@ POOL = 8  # batches that are read ahead, so that each can be of pieces alike in 
 
 @options_class
 class TranscribeOptions:
-    checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote")
+    checkpoint: str = option("runs/demo/best.ckpt", "a .ckpt, a folder for the hub, or org/name")
     mode: str = option("attention_rescoring", "search; --stream is always attention_rescoring", choices=MODES)
     stream: bool = option(False, "hear piece by piece, in chunks of --chunk_size, 16 unless given")
     format: str = option("txt", "text alone, or with the times of words", choices=("txt", "json", "srt", "vtt", "ctm"))

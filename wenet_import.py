@@ -152,8 +152,8 @@ def read_config(path: str) -> dict:
     try:
         config = parse_yaml(read_text(path, 2**18))  # a second's work for YAML's parser; WeNet's have 2 kB
     except OSError as error:
-        raise UserError(f"train.yaml: {error.strerror}; name an experiment directory of WeNet, with "
-                        "train.yaml, final.pt and units.txt") from None
+        raise UserError(f"train.yaml: {error.strerror}; name an experiment directory of WeNet, "
+                        "with train.yaml, final.pt and units.txt") from None
     except ValueError as error:
         raise UserError(f"train.yaml: no YAML, or damaged ({error})") from None
     if not isinstance(config, dict):

@@ -514,7 +514,8 @@ def read_tokenizer_of_data(path):
     datamodule.check_tokenizers([os.path.dirname(path)])
 
 
-READERS = [read_tokenizer_of_data, load_tokenizer, load_checkpoint, read_hotwords, read_cmvn, read_folder("vocab.json"), read_folder("tokenizer.json"),
+READERS = [read_tokenizer_of_data, load_tokenizer, load_checkpoint, read_hotwords, read_cmvn,
+           read_folder("vocab.json"), read_folder("tokenizer.json"),
            read_folder("run.json"), read_folder("train.yaml"), read_folder("prepare.json"), wenet_import.read_units, wenet_import.read_weights]
 
 
