@@ -206,7 +206,9 @@ def check_arrow(path: str) -> None:
         raise ValueError(f"{name} begins with no schema, or with one of more than {SMALL} bytes")
     schema = pa.ipc.read_schema(head)
     for message in messages:
-        if message.type != "record batch" or message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
+        if message.type != "record batch":
+            raise ValueError(f"{name} holds a {message.type}, which is not read here")
+        if message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
             raise ValueError(f"{name} is packed, which save_to_disk does not")
         batch = pa.ipc.read_record_batch(message, schema)
         # Any number of empty lists, or of values that are missing, may be said to lie in no bytes.
