@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cli import UserError, option, options_class, shown
 from conformer import subsampled_length
-from files import SMALL, read_json
+from files import SMALL, parse_json, read_json, read_text
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
 from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
@@ -123,7 +123,7 @@ def check_tokenizers(data_roots) -> None:
     contents = {}
     for path in (Path(root) / "tokenizer.json" for root in data_roots):
         try:
-            contents |= {path: read_json(path)} if path.exists() else {}
+            contents |= {path: parse_json(read_text(path))} if path.exists() else {}
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot be read ({shown(str(reason), 200)}); prepare it again") from error

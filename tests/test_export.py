@@ -337,7 +337,7 @@ def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
     true = Chunk.positions
     monkeypatch.setattr(Chunk, "positions", staticmethod(lambda before, size, first, width: true(
         before, size, first + CACHE, width)))  # as sherpa-onnx's offset has it
-    assert refused(network(), tmp_path).startswith("model-streaming.onnx: its log-probabilities are up to")
+    assert refused(network(), tmp_path).startswith("runs/demo/best.ckpt: model-streaming.onnx: its log-probabilities are up to")
 
 
 def test_int8_that_hears_otherwise_is_an_error(tmp_path, monkeypatch):
