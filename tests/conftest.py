@@ -28,6 +28,7 @@ os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 # Who starts the tests under nohup or in a script's background ignores them, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ends = time.monotonic() + DEADLINE  # of the test that runs
 
 

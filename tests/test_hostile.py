@@ -1289,7 +1289,7 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     work_is_short(monkeypatch)
     for flag in flags(name):
         bounds = re.findall(r"(?:within |above )(\S+?)(?: \.\.|,) (?:at most )?([^\s)]+)", flag.help)
-        for value in (*rng.sample(VALUES, 3), *(bounds[0] if bounds else ())):
+        for value in (*rng.sample(VALUES, 2), *(bounds[0] if bounds else ())):
             words = [flag.option_strings[-1]] + ([value] if flag.nargs != 0 else [])
             line = outcome(name, [*COMMANDS[name].split(), *words], capsys)
             counts[line is None] += 1
