@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cli import UserError, option, options_class, shown
 from conformer import subsampled_length
-from files import SMALL, parse_json, read_json, read_text
+from files import SMALL, parse_json, read_json, read_text, why
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
 from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
@@ -125,8 +125,7 @@ def check_tokenizers(data_roots) -> None:
         try:
             contents |= {path: parse_json(read_text(path))} if path.exists() else {}
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: cannot be read ({shown(str(reason), 200)}); prepare it again") from error
+            raise UserError(f"{path}: cannot be read ({shown(str(why(error)), 200)}); prepare it again") from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "

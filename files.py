@@ -67,6 +67,11 @@ def read_text(path: str, limit: int = SMALL) -> str:
     return read_small(path, limit).decode("utf-8-sig")
 
 
+def why(error: OSError | ValueError):
+    """The reason alone for which one of these functions failed: the caller names the file."""
+    return getattr(error, "strerror", None) or error
+
+
 def parse_json(text: str):
     """What the JSON `text` says. Raises ValueError where it is no JSON, is nested too deep, or
     holds a number that is not finite."""

@@ -27,7 +27,7 @@ import demo
 import tokenizer as tk
 from cli import UserError, option, options_class, shown
 from audio import EXTENSIONS
-from files import parse_yaml, read_small, read_text
+from files import parse_yaml, read_small, read_text, why
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
 SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
@@ -461,7 +461,7 @@ def read_metadata(path: str) -> list[dict]:
                         f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
                         f"-t UTF-8, if it is in {other})") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = why(error)
         raise UserError(f"cannot read {path}: {reason}; get it anew, or take it out") from None
     columns, records = (read_jsonl if path.lower().endswith(".jsonl") else read_csv)(path, content)
     if not records:

@@ -23,7 +23,7 @@ import yaml
 
 import hub
 from cli import UserError, make_parser, run, shown
-from files import identity, parse_yaml, published, read_small, read_text, write_whole
+from files import identity, parse_yaml, published, read_small, read_text, why, write_whole
 from conformer import ModelOptions, U2Conformer, sinusoids
 from model import U2, OptimOptions, load_checkpoint, skeleton
 from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
@@ -277,7 +277,7 @@ def read_sentencepiece(config: dict, folder: str, tokens: list[str] | None) -> d
     try:
         model = read_small(path := find(folder, named, *usual))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path}: {why(error)}") from None
     if not model:
         raise UserError("the sentencepiece model is an empty file")
     return {"model": base64.b64encode(model).decode(), "han": kind != "sentencepiece"}
