@@ -41,7 +41,7 @@ train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer
 	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) $(RECIPE) $(ARGS)
 	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
 	  | tee $(OUTPUT_DIR)/scores.jsonl
-	$(PY) compare.py $(OUTPUT_DIR)
+	$(PY) -m tools.compare $(OUTPUT_DIR)
 	@echo
 	@echo "Best checkpoint: $(BEST). Next:"
 	@echo "  $(PY) transcribe.py --checkpoint $(BEST) FILE.wav ..."
@@ -55,25 +55,33 @@ transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.
 	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
 
 export: .venv/installed  ## OUTPUT_DIR/best.ckpt as ONNX in OUTPUT_DIR/export: make export ARGS="--audio a.wav b.flac"
-	$(PY) export.py --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite $(ARGS)
+	$(PY) -m tools.export --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite $(ARGS)
 
 parity: .venv/installed  ## AN4 as torch, onnxruntime and sherpa-onnx hear it: make parity ARGS="--checkpoint runs/mine/best.ckpt"
-	$(PY) parity.py $(ARGS)
+	$(PY) -m tools.parity $(ARGS)
 
 compare: .venv/installed  ## table of the runs in runs/
-	$(PY) compare.py $(ARGS)
+	$(PY) -m tools.compare $(ARGS)
 
 test: .venv/installed  ## the tests
 	$(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 tests $(ARGS)
+
+lint: .venv/installed  ## layout and names, by ruff (make format writes the layout)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+format: .venv/installed  ## ruff's layout, 100 columns
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
 
 smoke: .venv/installed  ## the whole chain on a handful of rows
 	$(PY) -m pytest -q tests/test_smoke.py $(ARGS)
 
 bench: .venv/installed  ## speed of data, training, decoding and streaming here, in some minutes
-	for what in data train decode stream; do echo "== $$what"; $(PY) bench.py $$what $(ARGS); done
+	for what in data train decode stream; do echo "== $$what"; $(PY) -m tools.bench $$what $(ARGS); done
 
 torture: .venv/installed  ## kill -9 a small training 200 times and resume it: nothing may be lost (ARGS="--kills N")
-	$(PY) torture.py $(ARGS)
+	$(PY) -m tools.torture $(ARGS)
 
 clean:  ## remove the demo corpus and the demo run (never your data, your runs or .venv)
 	rm -rf data/demo data/.demo.* runs/demo
@@ -98,9 +106,9 @@ an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, withi
 	for chunk in -1 16; do \
 	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
 	done | tee $(AN4_RUN)/scores.jsonl
-	$(PY) compare.py $(AN4_RUN)
+	$(PY) -m tools.compare $(AN4_RUN)
 
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
-.PHONY: help setup data train score transcribe export parity compare test smoke bench torture clean an4 an4_long
+.PHONY: help setup data train score transcribe export parity compare test lint format smoke bench torture clean an4 an4_long

@@ -19,25 +19,41 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
+from cli import SIGNALS, UserError
+
 import numpy as np
 import soundfile
 import torch
 import torchaudio
 
-from cli import SIGNALS, UserError
 from containers import METADATA, UNKNOWN, Part, at, header, parts
 from transforms import RATES, check_samples
 
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {
-    "aif", "aifc", "mp2", "oga", "opus", "sph"}
+    "aif",
+    "aifc",
+    "mp2",
+    "oga",
+    "opus",
+    "sph",
+}
 BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
 SECONDS = 60  # seconds to resample at a time: what that takes is several times as large
 LONGEST = 3600  # seconds of a recording that is read whole: no row is as long, and ten hours that
 # say nothing may lie in a file of 2 MB and take gigabytes
 QUIET = 0.2  # seconds over which loudness is measured to find a pause
 CANCELLED = 0.01  # of the loudest channel's power: a mean with less is of channels that cancel out
-WIDTHS = {"PCM_U8": 1, "PCM_S8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8,
-          "ULAW": 1, "ALAW": 1}  # bytes
+WIDTHS = {
+    "PCM_U8": 1,
+    "PCM_S8": 1,
+    "PCM_16": 2,
+    "PCM_24": 3,
+    "PCM_32": 4,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+    "ULAW": 1,
+    "ALAW": 1,
+}  # bytes
 # Of libsndfile's log
 NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)
 ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's too
@@ -69,9 +85,13 @@ def within(blocks: Iterable[np.ndarray], seconds: float, rate: int) -> Iterator[
         yield block
 
 
-def read_blocks(audio: str | bytes, sample_rate: int, raw: bool = False,
-                damaged: Callable[[str], None] | None = None,
-                longest: float = math.inf) -> Iterator[np.ndarray]:
+def read_blocks(
+    audio: str | bytes,
+    sample_rate: int,
+    raw: bool = False,
+    damaged: Callable[[str], None] | None = None,
+    longest: float = math.inf,
+) -> Iterator[np.ndarray]:
     """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at
     `sample_rate`.
 
@@ -111,8 +131,17 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
     head, promised = (b"", 0) if raw else header(pipe_bytes)
     if not (raw or head):
         raise ValueError("it does not begin as wav, aiff, au, caf or w64")
-    how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": sample_rate,
-           "channels": 1} if raw else {}
+    how = (
+        {
+            "format": "RAW",
+            "subtype": "PCM_16",
+            "endian": "LITTLE",
+            "samplerate": sample_rate,
+            "channels": 1,
+        }
+        if raw
+        else {}
+    )
     with Forward(io.BytesIO(head), **how) as sound:
         width = WIDTHS.get(sound.subtype, 0) * sound.channels  # bytes of a sample of all channels
         if not width:
@@ -130,8 +159,13 @@ def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterato
     Not the chunks that may follow.
     """
     order = "BIG" if sound.format in ("AIFF", "AU", "CAF") else "LITTLE"
-    how = {"format": "RAW", "subtype": sound.subtype, "samplerate": sound.samplerate,
-           "endian": order if sound.endian == "FILE" else sound.endian, "channels": sound.channels}
+    how = {
+        "format": "RAW",
+        "subtype": sound.subtype,
+        "samplerate": sound.samplerate,
+        "endian": order if sound.endian == "FILE" else sound.endian,
+        "channels": sound.channels,
+    }
     place, size = 0, block_size(sound) * width
     while content := pipe_bytes(min(size, promised - place) if place < promised else size):
         if place == promised and content[:4] in METADATA:
@@ -151,8 +185,9 @@ def pipe_bytes(size: int) -> bytes:
     return bytes(content)
 
 
-def file_blocks(audio: str | bytes, sample_rate: int, damaged,
-                longest: float) -> Iterator[np.ndarray]:
+def file_blocks(
+    audio: str | bytes, sample_rate: int, damaged, longest: float
+) -> Iterator[np.ndarray]:
     """The parts of a file, one after the other. Of several channels the levels are known before the
     first is mixed.
     """
@@ -219,7 +254,7 @@ class Joined(io.RawIOBase):
             piece, left = self.pieces[number], self.ends[number] - self.place
             size = min(left, len(buffer) - count)
             if isinstance(piece, bytes):
-                content = piece[len(piece) - left:][:size]
+                content = piece[len(piece) - left :][:size]
             else:
                 try:
                     content = at(self.file, piece[1] - left, size)
@@ -227,7 +262,7 @@ class Joined(io.RawIOBase):
                     content, self.error = b"", error
             if not content:
                 break
-            buffer[count:count + len(content)] = content
+            buffer[count : count + len(content)] = content
             count, self.place = count + len(content), self.place + len(content)
         return count
 
@@ -276,8 +311,13 @@ def block_size(sound: soundfile.SoundFile) -> int:
     return max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
 
 
-def mono(sound: soundfile.SoundFile, blocks: Iterable[np.ndarray], part: Part,
-         levels: "Levels | None", damaged) -> Iterator[np.ndarray]:
+def mono(
+    sound: soundfile.SoundFile,
+    blocks: Iterable[np.ndarray],
+    part: Part,
+    levels: "Levels | None",
+    damaged,
+) -> Iterator[np.ndarray]:
     """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are
     those so far.
     """
@@ -375,14 +415,14 @@ def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iter
         for block in blocks:
             waiting = np.concatenate((waiting, block))
             while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
-                out = resampler(torch.from_numpy(waiting[:steps * step + 2 * margin])).numpy()
-                yield out[sample_rate // 25:][:steps * (sample_rate // 5)]
-                waiting = waiting[steps * step:]
+                out = resampler(torch.from_numpy(waiting[: steps * step + 2 * margin])).numpy()
+                yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
+                waiting = waiting[steps * step :]
     except UserError as failure:  # what came before it is heard to its end
         error = failure
     length = -(-(len(waiting) - margin) * sample_rate // rate)
     out = resampler(torch.from_numpy(np.pad(waiting, (0, margin)))).numpy()
-    yield out[sample_rate // 25:][:length]
+    yield out[sample_rate // 25 :][:length]
     if error:
         raise error
 
@@ -405,8 +445,9 @@ def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
-def cut_at_pauses(blocks: Iterator[np.ndarray], sample_rate: int,
-                  max_seconds: float) -> Iterator[np.ndarray]:
+def cut_at_pauses(
+    blocks: Iterator[np.ndarray], sample_rate: int, max_seconds: float
+) -> Iterator[np.ndarray]:
     """The same samples in pieces of at most max_seconds.
 
     Where there are more, the cut falls where the recording is quietest, between half of max_seconds
@@ -418,7 +459,7 @@ def cut_at_pauses(blocks: Iterator[np.ndarray], sample_rate: int,
         count += len(block)
         while count > longest:
             samples = np.concatenate(waiting)
-            cut = longest // 2 + quietest(samples[longest // 2:longest], sample_rate)
+            cut = longest // 2 + quietest(samples[longest // 2 : longest], sample_rate)
             yield samples[:cut]
             waiting, count = [samples[cut:]], count - cut
     if count:
@@ -428,7 +469,7 @@ def cut_at_pauses(blocks: Iterator[np.ndarray], sample_rate: int,
 def quietest(samples: np.ndarray, sample_rate: int) -> int:
     """The middle of the QUIET seconds of (n,) samples whose frames of 10 ms vary least."""
     size = sample_rate // 100
-    frames = samples[:len(samples) // size * size].reshape(-1, size)
+    frames = samples[: len(samples) // size * size].reshape(-1, size)
     width = min(int(QUIET * 100), len(frames))
     if not width:
         return len(samples)

@@ -22,7 +22,6 @@ import types
 import typing
 import warnings
 
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -49,7 +48,7 @@ def shown(text, room: int = 1000) -> str:
         except ValueError:  # of a whole number with thousands of digits
             text = f"a {type(text).__name__} too long to show"
     if len(text) > room:
-        text = f"{text[:room * 2 // 3]} ... {text[-room // 4:]}"
+        text = f"{text[: room * 2 // 3]} ... {text[-room // 4 :]}"
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -61,8 +60,16 @@ def one_line(message) -> str:
 def option(default, help: str, choices=None, at_least=None, above=None, at_most=None):
     """A field of an options_class that becomes the flag --NAME. `default` of dict or list is not allowed: options are
     immutable. A number has a lower and an upper bound: what is not finite lies beyond one of them."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least,
-                                                        "above": above, "at_most": at_most})
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "at_least": at_least,
+            "above": above,
+            "at_most": at_most,
+        },
+    )
 
 
 def options_class(cls):
@@ -80,8 +87,12 @@ def options_class(cls):
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-TYPES = {int: "a whole number", float: "a number", bool: "true or false",
-         str: "text, not empty, without NUL, and not longer than a path can be"}
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text, not empty, without NUL, and not longer than a path can be",
+}
 LONGEST_PATH = 4096  # Linux takes no path of so many bytes
 
 
@@ -99,7 +110,10 @@ def kinds(cls) -> dict[str, Kind]:
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         parts = typing.get_args(hint)
-        optional, many = isinstance(hint, types.UnionType), typing.get_origin(hint) is tuple  # int | None, tuple[float, ...]
+        optional, many = (
+            isinstance(hint, types.UnionType),
+            typing.get_origin(hint) is tuple,
+        )  # int | None, tuple[float, ...]
         found[name] = Kind(parts[0] if optional or many else hint, many, optional)
     return found
 
@@ -112,13 +126,22 @@ def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
         raise UserError(f"--{field.name} {shown(value, 100)}: it must be a list")
     for one in value if kind.many else (value,):
         typed = isinstance(one, (int, float) if kind.type is float else kind.type)
-        if not typed or isinstance(one, bool) != (kind.type is bool) or kind.type is str and not is_text(one):
+        if (
+            not typed
+            or isinstance(one, bool) != (kind.type is bool)
+            or kind.type is str
+            and not is_text(one)
+        ):
             raise UserError(f"--{field.name} {shown(one, 100)}: it must be {TYPES[kind.type]}")
         if field.metadata["choices"] and one not in field.metadata["choices"]:
-            raise UserError(f"--{field.name} {shown(one, 100)}: choose one of {', '.join(field.metadata['choices'])}")
+            raise UserError(
+                f"--{field.name} {shown(one, 100)}: choose one of {', '.join(field.metadata['choices'])}"
+            )
         if bounds := bounds_of(field):
             low, high = field.metadata["above"], field.metadata["at_most"]
-            if not (low < one <= high if low is not None else field.metadata["at_least"] <= one <= high):
+            if not (
+                low < one <= high if low is not None else field.metadata["at_least"] <= one <= high
+            ):
                 raise UserError(f"--{field.name} {shown(one, 100)}: it must lie {bounds}")
 
 
@@ -145,8 +168,11 @@ def bounds_of(field: dataclasses.Field) -> str:
 
 def make_parser(description: str, *classes) -> argparse.ArgumentParser:
     """A parser with the flags of the dataclasses `classes`. It raises UserError where argparse would print its usage."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def error(message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -163,20 +189,27 @@ def add_options(parser: argparse.ArgumentParser, cls) -> None:
     group = parser.add_argument_group(cls.__name__)
     for field in dataclasses.fields(cls):
         kind, bounds = kinds(cls)[field.name], bounds_of(field)
-        extra = {"default": argparse.SUPPRESS,
-                 "help": f"{field.metadata['help']} (default: {field.default}{bounds and '; '}{bounds})"}
+        extra = {
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['help']} (default: {field.default}{bounds and '; '}{bounds})",
+        }
         if kind.type is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **extra)
             continue
         if kind.many:
             extra["nargs"] = "*"
-        group.add_argument(f"--{field.name}", type=kind.type, choices=field.metadata["choices"], **extra)
+        group.add_argument(
+            f"--{field.name}", type=kind.type, choices=field.metadata["choices"], **extra
+        )
 
 
 def build(cls, given: dict, /, **defaults):
     """An instance of `cls`: the flags given on the command line, over `defaults` (a preset), over the field defaults."""
     names = {field.name for field in dataclasses.fields(cls)}
-    values = {**{k: v for k, v in defaults.items() if k in names}, **{k: v for k, v in given.items() if k in names}}
+    values = {
+        **{k: v for k, v in defaults.items() if k in names},
+        **{k: v for k, v in given.items() if k in names},
+    }
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -204,10 +237,10 @@ def end_at_once(number, _) -> None:
 
 
 def is_command() -> bool:
-    """Whether the program that runs is one of this folder's."""
+    """Whether the program that runs is one of this folder's, or of its tools."""
     program = getattr(sys.modules["__main__"], "__file__", None)
     ours, its = (os.path.dirname(os.path.abspath(path or "/")) for path in (__file__, program))
-    return ours == its
+    return its in (ours, os.path.join(ours, "tools"))
 
 
 for _number in SIGNALS if is_command() else ():  # its imports take seconds
@@ -222,13 +255,21 @@ def interrupt(number, _) -> None:
     raise KeyboardInterrupt(number)
 
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED")  # of CUDA, the CPU, cuBLAS
+OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "enough memory",
+    "ALLOC_FAILED",
+)  # of CUDA, the CPU, cuBLAS
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether memory was too small; torch says so in a RuntimeError."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
-        words in str(error) for words in OUT_OF_MEMORY)
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
 
 
 def bad_luck(error: Exception) -> str:
@@ -236,7 +277,9 @@ def bad_luck(error: Exception) -> str:
     a file cannot be read or written, something is nested too deep, or the memory is too small.
     "" for any other error."""
     if isinstance(error, OSError):
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        where = (
+            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        )
         return f"{where}{error.strerror or error}; put that right, or name another place"
     if isinstance(error, RecursionError):
         return "something in a file or a name is nested too deep"
@@ -254,8 +297,13 @@ class Standard(io.TextIOWrapper):
     """
 
     def __init__(self, stream, raises: bool):
-        super().__init__(stream.buffer, stream.encoding, "code_points",
-                         line_buffering=stream.line_buffering, write_through=stream.write_through)
+        super().__init__(
+            stream.buffer,
+            stream.encoding,
+            "code_points",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
         self.raises = raises
 
     def write(self, text: str) -> int:
@@ -274,8 +322,10 @@ class Standard(io.TextIOWrapper):
             send_nowhere(self.fileno())  # or the interpreter would try again when it ends
             if isinstance(error, BrokenPipeError):
                 raise KeyboardInterrupt(signal.SIGPIPE) from None
-            raise UserError(f"standard output cannot be written ({error.strerror}); make room, or "
-                            "send it elsewhere") from error
+            raise UserError(
+                f"standard output cannot be written ({error.strerror}); make room, or "
+                "send it elsewhere"
+            ) from error
 
 
 def send_nowhere(descriptor: int) -> None:
@@ -295,8 +345,10 @@ class Line(logging.LogRecord):
 def prepare_streams() -> None:
     """Makes standard output and standard error a Standard each, which shows what its encoding lacks
     as JSON does. The number of a closed stream goes to no file that the command opens."""
-    codecs.register_error("code_points", lambda error: (
-        json.dumps(error.object[error.start:error.end])[1:-1], error.end))
+    codecs.register_error(
+        "code_points",
+        lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end),
+    )
     for name, mode in (("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         stream = getattr(sys, name)
         if stream is None:  # closed: a mode that makes what is read or written fail all the same
@@ -308,7 +360,8 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="code_points")
     logging.setLogRecordFactory(Line)
     warnings.formatwarning = lambda message, category, file, line, _=None: (
-        f"{file}:{line}: {category.__name__}: {one_line(message)}\n")
+        f"{file}:{line}: {category.__name__}: {one_line(message)}\n"
+    )
 
 
 def run(main) -> None:

@@ -6,22 +6,49 @@ arXiv:2005.08100); behaviour as in WeNet. Axes: B batch, T frames, U labels, D m
 
 import math
 
+from cli import UserError, option, options_class
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError, option, options_class
+from kernels import Dropout, Linear, attention, conv_relu, depthwise
 
 # What a preset does not name keeps the default of ModelOptions; every name can be overridden by its flag.
 PRESETS = {
-    "tiny": dict(output_size=64, attention_heads=4, linear_units=256, num_blocks=4, cnn_module_kernel=15,
-                 decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=256, attention_dropout_rate=0.0),
-    "small": dict(output_size=144, attention_heads=4, linear_units=576, num_blocks=6, cnn_module_kernel=15,
-                  decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=576, attention_dropout_rate=0.0),
-    "base": dict(output_size=256, attention_heads=4, linear_units=2048, num_blocks=12, cnn_module_kernel=8,
-                 decoder_num_blocks=3, r_num_blocks=3, decoder_linear_units=2048),
+    "tiny": dict(
+        output_size=64,
+        attention_heads=4,
+        linear_units=256,
+        num_blocks=4,
+        cnn_module_kernel=15,
+        decoder_num_blocks=1,
+        r_num_blocks=1,
+        decoder_linear_units=256,
+        attention_dropout_rate=0.0,
+    ),
+    "small": dict(
+        output_size=144,
+        attention_heads=4,
+        linear_units=576,
+        num_blocks=6,
+        cnn_module_kernel=15,
+        decoder_num_blocks=2,
+        r_num_blocks=1,
+        decoder_linear_units=576,
+        attention_dropout_rate=0.0,
+    ),
+    "base": dict(
+        output_size=256,
+        attention_heads=4,
+        linear_units=2048,
+        num_blocks=12,
+        cnn_module_kernel=8,
+        decoder_num_blocks=3,
+        r_num_blocks=3,
+        decoder_linear_units=2048,
+    ),
 }
 
 
@@ -29,60 +56,106 @@ PRESETS = {
 class ModelOptions:
     """Architecture and loss, in WeNet's words. Raises UserError for sizes that do not fit each other."""
 
-    encoder: str = option("conformer", "blocks of the encoder", choices=("conformer", "transformer"))
+    encoder: str = option(
+        "conformer", "blocks of the encoder", choices=("conformer", "transformer")
+    )
     output_size: int = option(256, "model width D", at_least=2, at_most=8192)
-    attention_heads: int = option(4, "attention heads, in encoder and decoders",
-                                  at_least=1, at_most=256)
+    attention_heads: int = option(
+        4, "attention heads, in encoder and decoders", at_least=1, at_most=256
+    )
     linear_units: int = option(2048, "feed-forward width of the encoder", at_least=1, at_most=2**16)
     num_blocks: int = option(12, "encoder blocks", at_least=1, at_most=200)
     activation_type: str = option("swish", "activation of the encoder", choices=("swish", "relu"))
-    pos_enc_layer_type: str = option("rel_pos", "positions in the attention alone, or also added to its input (abs_pos)",
-                                     choices=("rel_pos", "abs_pos"))
-    selfattention_layer_type: str = option("rel_selfattn", "the encoder's attention with or without a term for positions",
-                                           choices=("rel_selfattn", "selfattn"))
-    cnn_module_kernel: int = option(8, "kernel of the depthwise convolution, in encoder frames",
-                                    at_least=1, at_most=1000)
-    causal: bool = option(True, "the depthwise convolution sees the past only (needed for streaming)")
-    cnn_module_norm: str = option("layer_norm", "norm in the convolution module", choices=("layer_norm", "batch_norm"))
-    input_layer: str = option("conv2d", "subsampling of the features by 4, 6 or 8", choices=("conv2d", "conv2d6", "conv2d8"))
-    decoder_num_blocks: int = option(3, "blocks of the left-to-right decoder",
-                                     at_least=1, at_most=200)
+    pos_enc_layer_type: str = option(
+        "rel_pos",
+        "positions in the attention alone, or also added to its input (abs_pos)",
+        choices=("rel_pos", "abs_pos"),
+    )
+    selfattention_layer_type: str = option(
+        "rel_selfattn",
+        "the encoder's attention with or without a term for positions",
+        choices=("rel_selfattn", "selfattn"),
+    )
+    cnn_module_kernel: int = option(
+        8, "kernel of the depthwise convolution, in encoder frames", at_least=1, at_most=1000
+    )
+    causal: bool = option(
+        True, "the depthwise convolution sees the past only (needed for streaming)"
+    )
+    cnn_module_norm: str = option(
+        "layer_norm", "norm in the convolution module", choices=("layer_norm", "batch_norm")
+    )
+    input_layer: str = option(
+        "conv2d",
+        "subsampling of the features by 4, 6 or 8",
+        choices=("conv2d", "conv2d6", "conv2d8"),
+    )
+    decoder_num_blocks: int = option(
+        3, "blocks of the left-to-right decoder", at_least=1, at_most=200
+    )
     r_num_blocks: int = option(
-        3, "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)",
-        at_least=0, at_most=200)
-    decoder_linear_units: int = option(2048, "feed-forward width of the decoders",
-                                       at_least=1, at_most=2**16)
+        3,
+        "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)",
+        at_least=0,
+        at_most=200,
+    )
+    decoder_linear_units: int = option(
+        2048, "feed-forward width of the decoders", at_least=1, at_most=2**16
+    )
     decoder_attention_heads: int = option(
-        0, "attention heads of the decoders; 0: as many as in the encoder", at_least=0, at_most=256)
-    keep_right_decoder: bool = option(False, "with reverse_weight 0: have a right-to-left decoder, which is not trained")
+        0, "attention heads of the decoders; 0: as many as in the encoder", at_least=0, at_most=256
+    )
+    keep_right_decoder: bool = option(
+        False, "with reverse_weight 0: have a right-to-left decoder, which is not trained"
+    )
     dropout_rate: float = option(0.1, "dropout in every block", at_least=0.0, at_most=0.9)
-    attention_dropout_rate: float = option(0.1, "dropout on attention weights",
-                                           at_least=0.0, at_most=0.9)
-    ctc_weight: float = option(0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention",
-                               at_least=0.0, at_most=1.0)
+    attention_dropout_rate: float = option(
+        0.1, "dropout on attention weights", at_least=0.0, at_most=0.9
+    )
+    ctc_weight: float = option(
+        0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention", at_least=0.0, at_most=1.0
+    )
     reverse_weight: float = option(
-        0.3, "share of the right-to-left decoder in the attention loss; 0 makes it U2",
-        at_least=0.0, at_most=1.0)
-    lsm_weight: float = option(0.1, "label smoothing of the attention loss",
-                               at_least=0.0, at_most=1.0)
-    length_normalized_loss: bool = option(False, "attention loss per label instead of per utterance")
-    use_dynamic_chunk: bool = option(True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
-    use_dynamic_left_chunk: bool = option(False, "also draw how many chunks to the left are seen in training")
+        0.3,
+        "share of the right-to-left decoder in the attention loss; 0 makes it U2",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    lsm_weight: float = option(
+        0.1, "label smoothing of the attention loss", at_least=0.0, at_most=1.0
+    )
+    length_normalized_loss: bool = option(
+        False, "attention loss per label instead of per utterance"
+    )
+    use_dynamic_chunk: bool = option(
+        True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)"
+    )
+    use_dynamic_left_chunk: bool = option(
+        False, "also draw how many chunks to the left are seen in training"
+    )
 
     def __post_init__(self):
         width, heads = self.output_size, self.attention_heads
         if width % heads or width % (self.decoder_attention_heads or heads) or width % 2:
-            raise UserError(f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
-                            "--decoder_attention_heads")
+            raise UserError(
+                f"--output_size {width} must be even and divisible by --attention_heads {heads} and by "
+                "--decoder_attention_heads"
+            )
         if not self.causal and self.cnn_module_kernel % 2 == 0:
-            raise UserError(f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}")
+            raise UserError(
+                f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lengths, masks, chunks
 
 # (kernel, stride) of each convolution, over time and over mel bins alike; none is padded.
-SUBSAMPLING = {"conv2d": ((3, 2), (3, 2)), "conv2d6": ((3, 2), (5, 3)), "conv2d8": ((3, 2), (3, 2), (3, 2))}
+SUBSAMPLING = {
+    "conv2d": ((3, 2), (3, 2)),
+    "conv2d6": ((3, 2), (5, 3)),
+    "conv2d8": ((3, 2), (3, 2), (3, 2)),
+}
 
 
 def subsampled_length(length, input_layer: str):
@@ -114,7 +187,9 @@ def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -
     return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)
 
 
-def draw_chunk(size: int, options: ModelOptions, generator: torch.Generator | None = None) -> tuple[int, int]:
+def draw_chunk(
+    size: int, options: ModelOptions, generator: torch.Generator | None = None
+) -> tuple[int, int]:
     """(chunk_size, left_chunks) of one training step over `size` encoder frames; (-1, -1) is full context.
 
     Half of the draws see everything, the others a chunk of 1..25 frames (1 s of audio; U2, section 2.3).
@@ -133,122 +208,27 @@ def draw_chunk(size: int, options: ModelOptions, generator: torch.Generator | No
 
 def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
     """(size, width) sine/cosine positions offset .. offset+size-1 (Vaswani et al. 2017, section 3.5)."""
-    return sinusoids_at(torch.arange(offset, offset + size, device=device, dtype=torch.float32), width)
+    return sinusoids_at(
+        torch.arange(offset, offset + size, device=device, dtype=torch.float32), width
+    )
 
 
 def sinusoids_at(positions: torch.Tensor, width: int) -> torch.Tensor:
     """The same for given positions (S,) float32 -> (S, width)."""
-    rate = torch.exp(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) * -(math.log(10000.0) / width))
+    rate = torch.exp(
+        torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+        * -(math.log(10000.0) / width)
+    )
     angle = positions[:, None] * rate
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # (size, width/2, 2) -> (size, width) interleaved
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(
+        1
+    )  # (size, width/2, 2) -> (size, width) interleaved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building blocks
 
 ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
-
-# On AMD's CPUs with AVX-512, MKL, by which torch multiplies float32, reaches less than half of oneDNN's rate (`bench.py train`
-# prints both). On those with AVX2 alone both are equally fast; Intel's were not measured.
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def by_onednn(x, weight) -> bool:
-    """Whether it is oneDNN's to multiply them."""
-    return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
-
-
-def product(x, weight, bias=None):
-    """F.linear by oneDNN, without a gradient: x (...,M), weight (N,M), bias (N,) -> (...,N), all float32."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def outer_product(a, b):
-    """a (R,N), b (R,M) -> a.T @ b (N,M), without a gradient."""
-    if not (by_onednn(a, b) and len(a)):
-        return a.T @ b
-    return product(a.T, b.T) if a.size(1) <= b.size(1) else product(b.T, a.T).T  # what comes first is copied, transposed
-
-
-class Product(torch.autograd.Function):
-    """F.linear by oneDNN, and so its gradients."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()  # oneDNN is slow where one number stands for many, as behind a sum
-        rows, of_x, of_weight, of_bias = grad.flatten(0, -2), *ctx.needs_input_grad  # (...,N) -> (R,N)
-        return (product(grad, weight.T) if of_x else None,
-                outer_product(rows, x.flatten(0, -2)) if of_weight else None,  # (R,N), (R,M) -> (N,M)
-                rows.sum(0) if of_bias else None)
-
-
-class Linear(nn.Linear):
-    """nn.Linear by the faster library."""
-
-    def forward(self, x):
-        if (not by_onednn(x, self.weight) or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
-                or torch.compiler.is_compiling()):
-            return F.linear(x, self.weight, self.bias)
-        return (Product.apply if torch.is_grad_enabled() else product)(x, self.weight, self.bias)
-
-
-def for_few_rows(module: nn.Module) -> nn.Module:
-    """`module` with the weights of its linear layers column by column in memory: so oneDNN multiplies the few rows of a stream
-    by them in half the time. Their shapes and numbers stay."""
-    if ONEDNN:
-        for layer in module.modules():
-            if isinstance(layer, Linear) and layer.weight.is_cpu:
-                layer.weight.data = layer.weight.data.T.contiguous().T
-    return module
-
-
-def random_numbers_are_cheap(x, p: float) -> bool:
-    """Whether torch's own dropout p of x costs little: none, a GPU's, or one that is compiled."""
-    return p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling()
-
-
-def dropout(x, p: float):
-    """F.dropout; on the CPU, where it would spend an eighth of a training step on drawing doubles, from 16-bit draws."""
-    if random_numbers_are_cheap(x, p):
-        return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # four draws in each
-    draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
-    keep = torch.ge(draws, round(p * 2**16) - 2**15, out=torch.empty(x.shape, dtype=torch.uint8))
-    return x.mul(keep).mul_(1 / (1 - p))  # what waits for backward is bytes, not floats; with bools it takes twice as long
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout through `dropout`."""
-
-    def forward(self, x):
-        return dropout(x, self.p) if self.training else x
-
-
-def attention(q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None):
-    """scaled_dot_product_attention with dropout p; by hand where that has no fused kernel and dear random numbers."""
-    scale = scale or 1 / math.sqrt(q.size(-1))
-    if q.is_cuda and q.size(-1) % 8:
-        return attention(*map(in_eights, (q, k, v)), mask, p, is_causal, scale)[..., :v.size(-1)]
-    if random_numbers_are_cheap(q, p):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, scale=scale)
-    if is_causal:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    scores = q * scale @ k.transpose(2, 3)  # (B,H,U,T)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return dropout(scores.softmax(-1), p) @ v
-
-
-def in_eights(x):
-    """x (B,H,T,d), with zeros up to a d that CUDA's fused kernels take with a mask: whole eights. Attention stays as it is."""
-    return F.pad(x, (0, -x.size(-1) % 8))
 
 
 class Attention(nn.Module):
@@ -272,7 +252,9 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask=None, is_causal=False):
         """q (B,H,U,D/H), k and v (B,H,T,D/H), mask bool broadcastable to (B,H,U,T) -> (B,U,D)."""
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
-        return self.linear_out(y.transpose(1, 2).flatten(2))  # (B,H,U,D/H) -> (B,U,H,D/H) -> (B,U,D)
+        return self.linear_out(
+            y.transpose(1, 2).flatten(2)
+        )  # (B,H,U,D/H) -> (B,U,H,D/H) -> (B,U,D)
 
     def forward(self, x, memory, mask=None, is_causal=False):
         return self.attend(self.split(self.linear_q(x)), *self.keys_values(memory), mask, is_causal)
@@ -310,14 +292,26 @@ class RelativeAttention(Attention):
         (1,N,D) are those of the N keys that it lacks. mask is bool and broadcastable to (B,1,T,S).
         """
         q = self.split(self.linear_q(x))  # (B,H,T,D/H)
-        k, v, p = present = join(past, (*self.keys_values(x), self.split(self.linear_pos(positions))))
-        bias = (k * self.pos_bias_u[:, None]).sum(-1, keepdim=True) + (p * self.pos_bias_v[:, None]).sum(-1, keepdim=True)
+        k, v, p = present = join(
+            past, (*self.keys_values(x), self.split(self.linear_pos(positions)))
+        )
+        bias = (k * self.pos_bias_u[:, None]).sum(-1, keepdim=True) + (
+            p * self.pos_bias_v[:, None]
+        ).sum(-1, keepdim=True)
         q = F.pad(q, (0, 1), value=1.0)  # (B,H,T,D/H+1)
         k = torch.cat((k + p, bias.to(k.dtype)), dim=-1)
         width = v.size(-1)
-        y = attention(q, k, F.pad(v, (0, 1)),  # values as wide as keys keep the fused kernel
-                      mask, self.dropout if self.training else 0.0, scale=1 / math.sqrt(width))
-        return self.linear_out(y[..., :width].transpose(1, 2).flatten(2)), present  # (B,H,T,D/H) -> (B,T,D)
+        y = attention(
+            q,
+            k,
+            F.pad(v, (0, 1)),  # values as wide as keys keep the fused kernel
+            mask,
+            self.dropout if self.training else 0.0,
+            scale=1 / math.sqrt(width),
+        )
+        return self.linear_out(
+            y[..., :width].transpose(1, 2).flatten(2)
+        ), present  # (B,H,T,D/H) -> (B,T,D)
 
 
 def join(past, present):
@@ -336,7 +330,9 @@ class FeedForward(nn.Module):
 
 
 def self_attention(o: ModelOptions) -> nn.Module:
-    kind = {"rel_selfattn": RelativeAttention, "selfattn": SelfAttention}[o.selfattention_layer_type]
+    kind = {"rel_selfattn": RelativeAttention, "selfattn": SelfAttention}[
+        o.selfattention_layer_type
+    ]
     return kind(o.output_size, o.attention_heads, o.attention_dropout_rate)
 
 
@@ -347,11 +343,15 @@ class ConvolutionModule(nn.Module):
         super().__init__()
         width, kernel, causal = o.output_size, o.cnn_module_kernel, o.causal
         if not causal and kernel % 2 == 0:
-            raise ValueError(f"cnn_module_kernel {kernel}: a convolution that is not causal needs an odd kernel")
+            raise ValueError(
+                f"cnn_module_kernel {kernel}: a convolution that is not causal needs an odd kernel"
+            )
         self.causal, self.kernel = causal, kernel
         self.pointwise_conv1 = Linear(width, 2 * width)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, groups=width)
-        self.norm = nn.BatchNorm1d(width) if o.cnn_module_norm == "batch_norm" else nn.LayerNorm(width)
+        self.norm = (
+            nn.BatchNorm1d(width) if o.cnn_module_norm == "batch_norm" else nn.LayerNorm(width)
+        )
         self.activation = ACTIVATIONS[o.activation_type]
         self.pointwise_conv2 = Linear(width, width)
 
@@ -362,14 +362,15 @@ class ConvolutionModule(nn.Module):
         """
         x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
         if not (self.causal or self.training):
-            x = x * valid  # what follows the last frame is zero, padding or not; (WeNet's training sees glu(bias) in padding)
+            x = (
+                x * valid
+            )  # what follows the last frame is zero, padding or not; (WeNet's training sees glu(bias) in padding)
         present = None
         if self.causal:
             before = self.silence(x) if past is None else past  # (B,D,kernel-1)
             x = torch.cat((before.transpose(1, 2), x), dim=1)  # (B,kernel-1+T,D)
-            present = x[:, x.size(1) - self.kernel + 1:].transpose(1, 2)
-        few = past is not None and not torch.jit.is_tracing()
-        x = self.depthwise_of_few(x) if few else self.depthwise(x)  # (B,T,D)
+            present = x[:, x.size(1) - self.kernel + 1 :].transpose(1, 2)
+        x = self.depthwise(x, few=past is not None)  # (B,T,D)
         if isinstance(self.norm, nn.BatchNorm1d):  # in training over padding too, as in WeNet
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)  # (B,T,D) -> (B,D,T) -> (B,T,D)
         else:
@@ -377,25 +378,11 @@ class ConvolutionModule(nn.Module):
         x = self.activation(x)
         return self.pointwise_conv2(x) * valid, present
 
-    def depthwise(self, x):
-        """As one line of an image with channels last: on a CPU twice as fast as conv1d, and nothing moves in memory.
-
-        There in float32 whatever the precision is: oneDNN, generating the code of a bfloat16 one, never ends on some CPUs for
-        some widths and lengths (144, the width of preset small, is one of them).
-        """
-        image, weight, bias = x.transpose(1, 2)[:, :, None], self.depthwise_conv.weight[:, :, None], self.depthwise_conv.bias
-        if x.is_cpu:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            image, weight, bias = image.to(wide), weight.to(wide), bias.to(wide)
+    def depthwise(self, x, few: bool = False):
+        """(B,T,D) -> (B,T',D); T' is T, or kernel - 1 less where x brings the frames before it."""
         padding = 0 if self.causal else (self.kernel - 1) // 2
-        with torch.autocast("cpu", enabled=False):
-            y = F.conv2d(image, weight, bias, padding=(0, padding), groups=x.size(2))  # (B,D,1,T)
-        return y[:, :, 0].transpose(1, 2).to(x.dtype)  # (B,T,D)
-
-    def depthwise_of_few(self, x):
-        """The same for the few frames of a stream's chunk, for which a convolution takes longer to get ready than to run."""
-        windows = x.unfold(1, self.kernel, 1)  # (B,T,D,kernel)
-        return torch.linalg.vecdot(windows, self.depthwise_conv.weight[:, 0]) + self.depthwise_conv.bias
+        conv = self.depthwise_conv
+        return depthwise(x, conv.weight, conv.bias, padding, few)
 
     def silence(self, x):
         """What lies before the first frame: WeNet pads zeros in front of the first pointwise layer; behind its gate a zero
@@ -410,7 +397,11 @@ class ConformerBlock(nn.Module):
     def __init__(self, o: ModelOptions):
         super().__init__()
         d = o.output_size
-        self.norm_ff_macaron, self.norm_mha, self.norm_conv = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.norm_ff_macaron, self.norm_mha, self.norm_conv = (
+            nn.LayerNorm(d),
+            nn.LayerNorm(d),
+            nn.LayerNorm(d),
+        )
         self.norm_ff, self.norm_final = nn.LayerNorm(d), nn.LayerNorm(d)
         activation = ACTIVATIONS[o.activation_type]
         self.feed_forward_macaron = FeedForward(d, o.linear_units, o.dropout_rate, activation)
@@ -424,7 +415,9 @@ class ConformerBlock(nn.Module):
 
         `past` is that of the S-T frames before x: (the attention's, see RelativeAttention; the convolution's last inputs).
         """
-        x = torch.add(x, self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x))), alpha=0.5)
+        x = torch.add(
+            x, self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x))), alpha=0.5
+        )
         y, seen = self.self_attn(self.norm_mha(x), positions, mask, past[0])
         x = x + self.dropout(y)
         y, last_inputs = self.conv_module(self.norm_conv(x), valid, past[1])
@@ -440,7 +433,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(o.output_size), nn.LayerNorm(o.output_size)
         self.self_attn = self_attention(o)
-        self.feed_forward = FeedForward(o.output_size, o.linear_units, o.dropout_rate, ACTIVATIONS[o.activation_type])
+        self.feed_forward = FeedForward(
+            o.output_size, o.linear_units, o.dropout_rate, ACTIVATIONS[o.activation_type]
+        )
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, past=(None, None)):
@@ -449,62 +444,26 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm2(x))), (seen, None)
 
 
-class ConvRelu(torch.autograd.Function):
-    """relu(conv2d(x, weight, bias, stride)) with a faster backward on the CPU: x (B,C,T,F) -> (B,D,T',F'), channels last.
-
-    oneDNN spends more than twice the time of a matrix product on the gradient of many channels' weights; here it is one, an
-    utterance at a time, of the output's gradient and the windows of the input.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride):
-        y = F.conv2d(x, weight, bias, stride).relu_()
-        ctx.save_for_backward(x, weight, y)
-        ctx.stride = stride
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, y = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad.contiguous(memory_format=torch.channels_last), y, 0)  # of the ReLU
-        by_product = x.size(1) > 1
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [ctx.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1,
-            [ctx.needs_input_grad[0], not by_product, False])
-        if by_product:
-            grad_weight = ConvRelu.grad_weight(x, grad, weight.size(2), ctx.stride)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)), None
-
-    @staticmethod
-    def grad_weight(x, grad, kernel, stride):
-        """x (B,C,T,F), gradient (B,D,T',F') of the convolution -> (D,C,k,k)."""
-        total = grad.new_zeros(grad.size(1), kernel * kernel * x.size(1))
-        for utterance, rows in zip(x, grad.permute(0, 2, 3, 1).flatten(1, 2)):  # (C,T,F), (T'*F',D)
-            windows = utterance.permute(1, 2, 0).unfold(0, kernel, stride).unfold(1, kernel, stride)  # (T',F',C,k,k)
-            windows = windows.permute(0, 1, 3, 4, 2).reshape(len(rows), -1)
-            total += outer_product(rows, windows.contiguous())  # oneDNN takes no view whose rows overlap, as with F' = 1
-        return total.view(-1, kernel, kernel, x.size(1)).permute(0, 3, 1, 2)  # (D,k,k,C) -> (D,C,k,k)
-
-
 class Subsampling(nn.Module):
     """2-D convolutions over (time, mel), then one linear layer: (B,T,F) -> (B,T',D)."""
 
     def __init__(self, input_layer: str, num_mel_bins: int, width: int):
         super().__init__()
         if not subsampled_length(num_mel_bins, input_layer):
-            raise UserError(f"--num_mel_bins {num_mel_bins}: --input_layer {input_layer} takes at least "
-                            f"{receptive_field(input_layer)[0]} of them")
+            raise UserError(
+                f"--num_mel_bins {num_mel_bins}: --input_layer {input_layer} takes at least "
+                f"{receptive_field(input_layer)[0]} of them"
+            )
         self.convs = nn.ModuleList(
             nn.Conv2d(1 if i == 0 else width, width, kernel, stride)
-            for i, (kernel, stride) in enumerate(SUBSAMPLING[input_layer]))
+            for i, (kernel, stride) in enumerate(SUBSAMPLING[input_layer])
+        )
         self.out = Linear(width * subsampled_length(num_mel_bins, input_layer), width)
 
     def forward(self, x):
         x = x[:, None]  # (B,1,T,F)
-        learning = self.training and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         for conv in self.convs:  # (B,D,T',F'), channels last: several times faster on a CPU
-            x = ConvRelu.apply(x, conv.weight, conv.bias, conv.stride[0]) if learning else F.relu(conv(x))
+            x = conv_relu(x, conv, self.training)
         return self.out(x.transpose(1, 2).flatten(2))  # (B,T',D,F') -> (B,T',D*F') -> (B,T',D)
 
 
@@ -512,7 +471,9 @@ class Encoder(nn.Module):
     def __init__(self, o: ModelOptions, num_mel_bins: int):
         super().__init__()
         self.options = o
-        self.gradient_checkpointing = False  # recompute every block in backward instead of keeping what is inside
+        self.gradient_checkpointing = (
+            False  # recompute every block in backward instead of keeping what is inside
+        )
         # Global CMVN: features are shifted and scaled here, (feats - mean) * istd; as made, it changes nothing.
         self.register_buffer("cmvn_mean", torch.zeros(num_mel_bins))
         self.register_buffer("cmvn_istd", torch.ones(num_mel_bins))
@@ -529,7 +490,9 @@ class Encoder(nn.Module):
         x = self.subsample(F.pad(feats, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
         lengths = subsampled_length(feat_lengths, self.options.input_layer)
         size, width = x.shape[1:]
-        positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])  # (1,T',D)
+        positions = self.dropout(
+            sinusoids(size, width, device=x.device).to(x.dtype)[None]
+        )  # (1,T',D)
         x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
         # A padded query sees padded keys too: what it computes is never used, and no row of the mask is empty.
@@ -552,7 +515,9 @@ class Encoder(nn.Module):
     def subsample(self, feats, offset: int = 0):
         """(B,T,F) -> (B,T',D), scaled as what positions are meant for (Vaswani et al. 2017, section 3.4); with abs_pos
         those of frames offset.. are added."""
-        x = self.embed((feats - self.cmvn_mean) * self.cmvn_istd) * math.sqrt(self.options.output_size)
+        x = self.embed((feats - self.cmvn_mean) * self.cmvn_istd) * math.sqrt(
+            self.options.output_size
+        )
         if self.options.pos_enc_layer_type == "abs_pos":
             x = x + sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
         return x
@@ -563,9 +528,13 @@ class Encoder(nn.Module):
         x = self.subsample(feats, offset)
         valid = x.new_ones(1, x.size(1), 1)
         presents = []
-        seen = pasts[0][0]  # as long in all blocks; its last part may lack positions, which are projected once
+        seen = pasts[0][
+            0
+        ]  # as long in all blocks; its last part may lack positions, which are projected once
         lacking = 0 if seen is None else seen[0].size(2) - seen[-1].size(2)
-        positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device).to(x.dtype)[None]  # (1,N,D)
+        positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device).to(
+            x.dtype
+        )[None]  # (1,N,D)
         for block, past in zip(self.blocks, pasts):
             x, present = block(x, positions, None, valid, past)
             presents.append(present)
@@ -679,14 +648,24 @@ def label_smoothing_loss(logits, targets, valid, smoothing: float):
     share = smoothing / (logits.size(-1) - 1)
     hit = log_probs.gather(-1, targets[..., None]).squeeze(-1)
     cross = -(1 - smoothing - share) * hit - share * log_probs.sum(-1)
-    entropy = sum(n * p * math.log(p) for n, p in ((1, 1 - smoothing), (logits.size(-1) - 1, share)) if p > 0)
+    entropy = sum(
+        n * p * math.log(p) for n, p in ((1, 1 - smoothing), (logits.size(-1) - 1, share)) if p > 0
+    )
     return (cross + entropy).masked_fill(~valid, 0.0).sum(-1)
 
 
 class U2Conformer(nn.Module):
     """Encoder, CTC branch and decoders. Pure: the outputs are a function of inputs, weights and torch's random state."""
 
-    def __init__(self, options: ModelOptions, num_mel_bins: int, vocab_size: int, blank_id: int, sos_id: int, eos_id: int):
+    def __init__(
+        self,
+        options: ModelOptions,
+        num_mel_bins: int,
+        vocab_size: int,
+        blank_id: int,
+        sos_id: int,
+        eos_id: int,
+    ):
         super().__init__()
         self.options, self.blank_id, self.sos_id, self.eos_id = options, blank_id, sos_id, eos_id
         self.encoder = Encoder(options, num_mel_bins)
@@ -695,7 +674,9 @@ class U2Conformer(nn.Module):
         self.right_decoder = None
         if options.reverse_weight > 0 or options.keep_right_decoder:
             self.right_decoder = Decoder(options, vocab_size, options.r_num_blocks)
-            self.right_decoder.requires_grad_(options.reverse_weight > 0)  # DDP waits for every gradient that is required
+            self.right_decoder.requires_grad_(
+                options.reverse_weight > 0
+            )  # DDP waits for every gradient that is required
 
     def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,). Chunks in encoder frames."""
@@ -706,7 +687,16 @@ class U2Conformer(nn.Module):
         logits = self.ctc(encoder_out)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1, sizes=None):
+    def loss(
+        self,
+        feats,
+        feat_lengths,
+        targets,
+        target_lengths,
+        chunk_size: int = -1,
+        left_chunks: int = -1,
+        sizes=None,
+    ):
         """{"loss", "loss_ctc", "loss_att"} per utterance (U2++, equations 1 and 2), and "row_losses" (B,), detached.
 
         targets (B,U) may be padded with anything; a row without a CTC path adds zero to the CTC loss, as in WeNet. `sizes` are
@@ -715,18 +705,38 @@ class U2Conformer(nn.Module):
         o = self.options
         encoder_out, lengths = self.encode(feats, feat_lengths, chunk_size, left_chunks)
         targets = targets.masked_fill(~valid_mask(target_lengths, targets.size(1)), self.blank_id)
-        ctc = F.ctc_loss(self.ctc_log_probs(encoder_out.transpose(0, 1)), targets, lengths, target_lengths,
-                         blank=self.blank_id, reduction="none", zero_infinity=True)  # (B,)
-        att = (1 - o.reverse_weight) * self.attention_losses(self.decoder, encoder_out, lengths, targets, target_lengths)
+        ctc = F.ctc_loss(
+            self.ctc_log_probs(encoder_out.transpose(0, 1)),
+            targets,
+            lengths,
+            target_lengths,
+            blank=self.blank_id,
+            reduction="none",
+            zero_infinity=True,
+        )  # (B,)
+        att = (1 - o.reverse_weight) * self.attention_losses(
+            self.decoder, encoder_out, lengths, targets, target_lengths
+        )
         if o.reverse_weight > 0:
             att = att + o.reverse_weight * self.attention_losses(
-                self.right_decoder, encoder_out, lengths, reverse(targets, target_lengths), target_lengths)
+                self.right_decoder,
+                encoder_out,
+                lengths,
+                reverse(targets, target_lengths),
+                target_lengths,
+            )
         rows, labels = sizes or (len(ctc), (target_lengths + 1).sum())
         loss_ctc = ctc.sum() / rows
         loss_att = att.sum() / (labels if o.length_normalized_loss else rows)
-        return {"loss": o.ctc_weight * loss_ctc + (1 - o.ctc_weight) * loss_att, "loss_ctc": loss_ctc,
-                "loss_att": loss_att, "row_losses": (ctc + att).detach()}
+        return {
+            "loss": o.ctc_weight * loss_ctc + (1 - o.ctc_weight) * loss_att,
+            "loss_ctc": loss_ctc,
+            "loss_att": loss_att,
+            "row_losses": (ctc + att).detach(),
+        }
 
     def attention_losses(self, decoder, encoder_out, lengths, targets, target_lengths):
         inputs, outputs, valid = decoder_io(targets, target_lengths, self.sos_id, self.eos_id)
-        return label_smoothing_loss(decoder(inputs, encoder_out, lengths), outputs, valid, self.options.lsm_weight)
+        return label_smoothing_loss(
+            decoder(inputs, encoder_out, lengths), outputs, valid, self.options.lsm_weight
+        )

@@ -90,15 +90,34 @@ class Chunks(NamedTuple):
     ahead: int = 0  # bytes that the chunk of the samples has ahead of them
 
 
-CHUNKS = {b"RIFF": Chunks(12, 4, 4, "little", 2), b"RF64": Chunks(12, 4, 4, "little", 2),
-          b"RIFX": Chunks(12, 4, 4, "big", 2), b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND", 8),
-          b"caff": Chunks(8, 4, 8, "big", 1, ahead=4), b"riff": Chunks(40, 16, 8, "little", 8)}
+CHUNKS = {
+    b"RIFF": Chunks(12, 4, 4, "little", 2),
+    b"RF64": Chunks(12, 4, 4, "little", 2),
+    b"RIFX": Chunks(12, 4, 4, "big", 2),
+    b"FORM": Chunks(12, 4, 4, "big", 2, b"SSND", 8),
+    b"caff": Chunks(8, 4, 8, "big", 1, ahead=4),
+    b"riff": Chunks(40, 16, 8, "little", 8),
+}
 NAME = re.compile(rb"[ -~]{4}")  # of a chunk
 UNKNOWN = {4: 0x7F000000, 8: 2**62}  # by bytes of the size: what is promised on a pipe, or more
-METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"fact", b"PEAK", b"smpl",
-            b"JUNK", b"_PMX", b"cart")
-HEAD = (rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
-        rb"\.snd\x00\x00")  # of the next file
+METADATA = (
+    b"LIST",
+    b"id3 ",
+    b"ID3 ",
+    b"bext",
+    b"iXML",
+    b"cue ",
+    b"fact",
+    b"PEAK",
+    b"smpl",
+    b"JUNK",
+    b"_PMX",
+    b"cart",
+)
+HEAD = (
+    rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
+    rb"\.snd\x00\x00"
+)  # of the next file
 MPEG_IN_WAV = (0x50, 0x55)
 LONGEST_HEADER = 2**22  # bytes, on a pipe: a recorder may put a picture there
 MOST_CHUNKS = 64  # behind the samples: walks from all of a file's heads to its end take the square
@@ -140,13 +159,12 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
 
 
 def share_of(there: int, size: int, width: int) -> float:
-    """Of `size` bytes that are promised in a field of so many bytes, `there` is how many there are.
-    """
+    """Of `size` bytes that are promised in a field of so many bytes, `there` is how many there are."""
     return there / size if 0 < there < size < UNKNOWN[width] else 1.0
 
 
 def chunk_size(kind: Chunks, head: bytes) -> int:
-    size = int.from_bytes(head[kind.name:], kind.order)
+    size = int.from_bytes(head[kind.name :], kind.order)
     return max(size - 24, 0) if kind.name == 16 else size  # of W64, which counts the head
 
 
@@ -188,7 +206,7 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
         size = chunk_size(kind, chunk)
         if chunk[:4] == kind.data:
             none = kind.ahead + (24 if kind.name == 16 else 0)
-            empty = chunk[:kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
+            empty = chunk[: kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
             size = wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
             return bytes(head) + empty, size
         if not chunk or max(size, len(head)) > LONGEST_HEADER:
@@ -204,7 +222,7 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
-    size, body = (int.from_bytes(head[i:i + 4], order) for i in (8, 4))
+    size, body = (int.from_bytes(head[i : i + 4], order) for i in (8, 4))
     body = start + max(body, 24)  # bytes of the header
     if body + size < stop and at(file, body + size, 4) in WALKS:
         return [Part([(start, body + size)])], body + size
@@ -257,7 +275,8 @@ BITRATES = {  # in kbit/s, of MPEG 1 and of MPEG 2 and 2.5, by layer
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
 
 
 class SoundFrame(NamedTuple):
@@ -299,8 +318,9 @@ def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
     return frame if tag_size(after) or other and other.kind == frame.kind else None
 
 
-def sized(file: BinaryIO, place: int, stop: int, frame: SoundFrame | None,
-          head: bytes) -> SoundFrame | None:
+def sized(
+    file: BinaryIO, place: int, stop: int, frame: SoundFrame | None, head: bytes
+) -> SoundFrame | None:
     """The same with its size, where its header does not tell: it ends where the next begins."""
     if frame is None or frame.size:
         return frame
@@ -357,9 +377,8 @@ def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes
 
 
 def reads_xing(run: Run, frame: bytes) -> bool:
-    """Whether a frame holds no sound but a Xing, Info or VBRI header; what that says goes to `run`.
-    """
-    xing, vbri = frame[run.frame.info:], frame[36:]
+    """Whether a frame holds no sound but a Xing, Info or VBRI header; what that says goes to `run`."""
+    xing, vbri = frame[run.frame.info :], frame[36:]
     if vbri[:4] == b"VBRI":
         run.promised = int.from_bytes(vbri[14:18], "big")
         return True
@@ -367,7 +386,7 @@ def reads_xing(run: Run, frame: bytes) -> bool:
         return False
     flags = int.from_bytes(xing[4:8], "big")
     run.promised = int.from_bytes(xing[8:12], "big") if flags & 1 else 0
-    lame = xing[8 + sum(size for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)) if flags & bit):]
+    lame = xing[8 + sum(size for bit, size in ((1, 4), (2, 4), (4, 100), (8, 4)) if flags & bit) :]
     if len(lame) >= 24 and lame[0]:
         trim = int.from_bytes(lame[21:24], "big")
         run.trim = trim >> 12, trim & 4095
@@ -413,4 +432,8 @@ def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
 
 
 WALKS = dict.fromkeys(CHUNKS, chunk_parts) | {
-    b"fLaC": flac_parts, b"OggS": ogg_parts, b".snd": au_parts, b"dns.": au_parts}
+    b"fLaC": flac_parts,
+    b"OggS": ogg_parts,
+    b".snd": au_parts,
+    b"dns.": au_parts,
+}

@@ -9,9 +9,10 @@ Phrases are sequences of tokens: one of whole words in characters is also found 
 import re
 from typing import NamedTuple
 
+from cli import UserError, option, options_class, shown
+
 import numpy as np
 
-from cli import UserError, option, options_class, shown
 from files import read_text
 from tokenizer import quoted
 
@@ -23,14 +24,21 @@ MANY_TOKENS = 2**20  # of all phrases
 class HotwordOptions:
     """Phrases to favour in prefix beam search and in the rescoring of what it finds. Raises UserError."""
 
-    hotwords: str | None = option(None, "file of phrases to favour, one a line, which may end in its own score: new york :2")
+    hotwords: str | None = option(
+        None, "file of phrases to favour, one a line, which may end in its own score: new york :2"
+    )
     context_score: float = option(
-        1.0, "with --hotwords: what each token of a phrase adds to a score",
-        above=0, at_most=LARGEST_SCORE)
+        1.0,
+        "with --hotwords: what each token of a phrase adds to a score",
+        above=0,
+        at_most=LARGEST_SCORE,
+    )
 
     def __post_init__(self):
         if self.hotwords is None and self.context_score != type(self).context_score:
-            raise UserError("--context_score has no effect without --hotwords; give both or neither")
+            raise UserError(
+                "--context_score has no effect without --hotwords; give both or neither"
+            )
 
 
 class ContextGraph(NamedTuple):
@@ -38,8 +46,12 @@ class ContextGraph(NamedTuple):
 
     keys: np.ndarray  # sorted 2**32 * state + token, of the trie's steps
     targets: np.ndarray  # the states that they lead to
-    link: np.ndarray  # (S,) the state of the longest beginning of a phrase that what was matched ends with
-    held: np.ndarray  # (S,) the bonus of the phrase that has begun, to be given back if it breaks off
+    link: (
+        np.ndarray
+    )  # (S,) the state of the longest beginning of a phrase that what was matched ends with
+    held: (
+        np.ndarray
+    )  # (S,) the bonus of the phrase that has begun, to be given back if it breaks off
     whole: np.ndarray  # (S,) the bonus of all phrases that end here, to keep
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +87,9 @@ def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
             bonus[state] = max(bonus[state], score)
         ends.add(state)
     held, whole, link = [0.0] * len(parents), [0.0] * len(parents), [0] * len(parents)
-    for state in sorted(range(1, len(parents)), key=depths.__getitem__):  # links lead to states that are less deep
+    for state in sorted(
+        range(1, len(parents)), key=depths.__getitem__
+    ):  # links lead to states that are less deep
         parent, key = link[parents[state]], last[state]
         while parent and 2**32 * parent + key not in trie:
             parent = link[parent]
@@ -96,15 +110,25 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
     try:
         lines = re.split("\r\n?|\n", read_text(path))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line") from error
+        reason = (
+            error.strerror
+            if isinstance(error, OSError)
+            else "not UTF-8"
+            if isinstance(error, UnicodeDecodeError)
+            else error
+        )
+        raise UserError(
+            f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line"
+        ) from error
     phrases, left = [], MANY_TOKENS
     for number, line in enumerate(lines, 1):
         if line.strip():
             phrases.append(read_phrase(line, f"--hotwords {path}, line {number}", tokenizer, score))
             left -= len(phrases[-1][0])
         if left < 0:
-            raise UserError(f"--hotwords {path}: its phrases have more than {MANY_TOKENS} tokens; leave out those that matter least")
+            raise UserError(
+                f"--hotwords {path}: its phrases have more than {MANY_TOKENS} tokens; leave out those that matter least"
+            )
     if not phrases:
         raise UserError(f"--hotwords {path}: no phrase in it; write one a line")
     return make_graph(phrases)
@@ -119,11 +143,15 @@ def read_phrase(line: str, place: str, tokenizer, score: float) -> tuple[list[in
         except ValueError:
             score = 0.0
         if not 0 < score <= LARGEST_SCORE:
-            raise UserError(f"{place}: {shown(last, 100)} is no score; write a number above 0 behind the colon, and at most "
-                            f"{LARGEST_SCORE:g}")
+            raise UserError(
+                f"{place}: {shown(last, 100)} is no score; write a number above 0 behind the colon, and at most "
+                f"{LARGEST_SCORE:g}"
+            )
     tokens, unknown = tokenizer.encode(line), sorted(set(tokenizer.unknown(line)))
     if unknown or not tokens:
         what = " ".join(map(quoted, unknown[:10])) or quoted(line[:40])
-        raise UserError(f"{place}: the tokenizer cannot spell {what}; write as its transcripts do (case "
-                        "counts) or leave the phrase out")
+        raise UserError(
+            f"{place}: the tokenizer cannot spell {what}; write as its transcripts do (case "
+            "counts) or leave the phrase out"
+        )
     return tokens, score

@@ -17,6 +17,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from cli import UserError, option, options_class, shown
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -27,13 +29,21 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cli import UserError, option, options_class, shown
 from conformer import subsampled_length
 from files import SMALL, parse_json, read_json, read_text, why
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
-from transforms import (Augment, Compose, Frontend, as_it_is, eval_transform, make_generator, num_frames, shortest_frames,
-                        train_transform)
+from transforms import (
+    Augment,
+    Compose,
+    Frontend,
+    as_it_is,
+    eval_transform,
+    make_generator,
+    num_frames,
+    shortest_frames,
+    train_transform,
+)
 
 EVAL_SECONDS = 200.0  # of audio in a batch that is only heard, padding included: less than a GB of memory with preset base
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
@@ -44,32 +54,51 @@ class DataOptions:
     """Batches, filter and workers. Raises UserError for sizes that contradict each other."""
 
     batch_size: int | None = option(
-        None, "rows per batch and device; 16 unless --max_batch_seconds is given",
-        at_least=1, at_most=2**16)
+        None,
+        "rows per batch and device; 16 unless --max_batch_seconds is given",
+        at_least=1,
+        at_most=2**16,
+    )
     max_batch_seconds: float | None = option(
-        None, "instead of --batch_size: seconds of audio per batch, padding included",
-        above=0, at_most=1e6)
-    group_by_length: bool = option(True, "batches of rows alike in length; otherwise plain shuffling")
+        None,
+        "instead of --batch_size: seconds of audio per batch, padding included",
+        above=0,
+        at_most=1e6,
+    )
+    group_by_length: bool = option(
+        True, "batches of rows alike in length; otherwise plain shuffling"
+    )
     num_workers: int | None = option(
-        None, "loader processes, one thread each; default: cores - 2, at most 4",
-        at_least=0, at_most=256)
+        None,
+        "loader processes, one thread each; default: cores - 2, at most 4",
+        at_least=0,
+        at_most=256,
+    )
     filter: bool = option(True, "drop training rows that CTC cannot learn from")
-    output_len_prob: float = option(1.0, "share of a row's encoder frames that its labels may need",
-                                    at_least=0.0, at_most=1.0)
-    min_frame: int = option(10, "fewest feature frames of a training row",
-                            at_least=0, at_most=10**7)
-    max_frame: int = option(10240, "most feature frames of a training row",
-                            at_least=1, at_most=10**7)
-    limit_rows: int | None = option(None, "use only the first rows of every split",
-                                    at_least=1, at_most=10**9)
-    features_on_device: bool = option(False, "features and masks on the training device, not in the loader: the same numbers")
+    output_len_prob: float = option(
+        1.0, "share of a row's encoder frames that its labels may need", at_least=0.0, at_most=1.0
+    )
+    min_frame: int = option(
+        10, "fewest feature frames of a training row", at_least=0, at_most=10**7
+    )
+    max_frame: int = option(
+        10240, "most feature frames of a training row", at_least=1, at_most=10**7
+    )
+    limit_rows: int | None = option(
+        None, "use only the first rows of every split", at_least=1, at_most=10**9
+    )
+    features_on_device: bool = option(
+        False, "features and masks on the training device, not in the loader: the same numbers"
+    )
 
     def __post_init__(self):
         if self.batch_size is not None and self.max_batch_seconds is not None:
             raise UserError("--batch_size and --max_batch_seconds: give one of them")
         if self.min_frame > self.max_frame:
-            raise UserError(f"--min_frame {self.min_frame} --max_frame {self.max_frame}: no row lies between them; lower "
-                            "--min_frame or raise --max_frame")
+            raise UserError(
+                f"--min_frame {self.min_frame} --max_frame {self.max_frame}: no row lies between them; lower "
+                "--min_frame or raise --max_frame"
+            )
 
 
 class Batch(NamedTuple):
@@ -103,19 +132,31 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
     if len(without) < len(roots):
         roots = [root for root in roots if root not in without]
         for root in without:
-            rank_zero_info(f"{split}: {root} has none, so it is that of {', '.join(map(str, roots))} alone")
+            rank_zero_info(
+                f"{split}: {root} has none, so it is that of {', '.join(map(str, roots))} alone"
+            )
     paths = [path for root in roots for path in shard_paths(root, split)]
     check_twice(paths)
     shards = [load_shard(path) for path in paths]
     first, first_path = shards[0]
-    names = [name for name in first.column_names if all(name in shard.column_names for shard, _ in shards)]
+    names = [
+        name
+        for name in first.column_names
+        if all(name in shard.column_names for shard, _ in shards)
+    ]
     for shard, path in shards:
         for name in names:
             if shard.features[name] != first.features[name]:
-                raise UserError(f"{path}: column {name} is {shard.features[name]} but in {first_path} it is "
-                                f"{first.features[name]}; prepare both the same way")
-    return datasets.concatenate_datasets([  # selecting takes as long as opening: only where there is something to leave out
-        shard if shard.column_names == names else shard.select_columns(names) for shard, _ in shards])
+                raise UserError(
+                    f"{path}: column {name} is {shard.features[name]} but in {first_path} it is "
+                    f"{first.features[name]}; prepare both the same way"
+                )
+    return datasets.concatenate_datasets(
+        [  # selecting takes as long as opening: only where there is something to leave out
+            shard if shard.column_names == names else shard.select_columns(names)
+            for shard, _ in shards
+        ]
+    )
 
 
 def check_tokenizers(data_roots) -> None:
@@ -125,11 +166,15 @@ def check_tokenizers(data_roots) -> None:
         try:
             contents |= {path: parse_json(read_text(path))} if path.exists() else {}
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({shown(str(why(error)), 200)}); prepare it again") from error
+            raise UserError(
+                f"{path}: cannot be read ({shown(str(why(error)), 200)}); prepare it again"
+            ) from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
-            raise UserError(f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
-                            "roots with the same --tokenizer")
+            raise UserError(
+                f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
+                "roots with the same --tokenizer"
+            )
 
 
 def check_twice(paths: list[Path]) -> None:
@@ -138,8 +183,10 @@ def check_twice(paths: list[Path]) -> None:
     for path in paths:
         other = seen.setdefault(path.resolve(), path)
         if other is not path:
-            raise UserError(f"{path}: its rows would come twice{f', also as {other}' if other != path else ''}; give every data "
-                            "root once, or a copy of one whose rows shall count twice")
+            raise UserError(
+                f"{path}: its rows would come twice{f', also as {other}' if other != path else ''}; give every data "
+                "root once, or a copy of one whose rows shall count twice"
+            )
 
 
 def shard_paths(root: Path, split: str) -> list[Path]:
@@ -147,13 +194,21 @@ def shard_paths(root: Path, split: str) -> list[Path]:
         raise UserError(f"{root}: no such data root; prepare.py makes one")
     if not (root / split).is_dir():
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) or ["none"]
-        raise UserError(f"{root} has no split {split} (there: {', '.join(there)}); prepare.py makes one from "
-                        f"SRC/{split}/metadata.csv")
-    shards = sorted((path for path in (root / split).iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+        raise UserError(
+            f"{root} has no split {split} (there: {', '.join(there)}); prepare.py makes one from "
+            f"SRC/{split}/metadata.csv"
+        )
+    shards = sorted(
+        (path for path in (root / split).iterdir() if path.name.isdecimal()),
+        key=lambda path: int(path.name),
+    )
     if not shards:
         raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
-    others = sorted(path.name for path in (root / split).iterdir()
-                    if path.is_dir() and not path.name.isdecimal() and not path.name.startswith("."))
+    others = sorted(
+        path.name
+        for path in (root / split).iterdir()
+        if path.is_dir() and not path.name.isdecimal() and not path.name.startswith(".")
+    )
     if others:
         rank_zero_info(f"{root / split}: left out {', '.join(others)}; shards are called 0, 1, ...")
     if (absent := int(shards[-1].name) + 1 - len(shards)) > 0:
@@ -164,12 +219,16 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
     try:
         if not (path / "state.json").exists() and (path / "dataset_dict.json").exists():
-            raise ValueError("it holds several splits; a shard is one datasets.Dataset saved with save_to_disk")
+            raise ValueError(
+                "it holds several splits; a shard is one datasets.Dataset saved with save_to_disk"
+            )
         check_files(path)
         shard = datasets.Dataset.load_from_disk(str(path)).with_format(None)
     except Exception as error:  # what datasets and pyarrow raise for JSON and tables of strangers has no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read as a dataset ({reason}); prepare it again") from error
+        raise UserError(
+            f"{path}: cannot be read as a dataset ({reason}); prepare it again"
+        ) from error
     check_schema(shard, path)
     return shard, path
 
@@ -179,7 +238,9 @@ def check_files(path: Path) -> None:
     outside the shard, wait for ever, fill the memory, or read memory that is not its own."""
     read_json(path / "dataset_info.json")
     for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
-        if os.path.isabs(name) or os.pardir in Path(name).parts:  # a link may lead to another disk, a name may not
+        if (
+            os.path.isabs(name) or os.pardir in Path(name).parts
+        ):  # a link may lead to another disk, a name may not
             raise ValueError(f"its state.json names {name}, which lies outside")
         if not os.path.isfile(path / name):
             raise ValueError(f"its state.json names {name}, which is no file")
@@ -222,7 +283,7 @@ def is_packed(message: pa.ipc.Message) -> bool:
     content = message.metadata.to_pybytes()
 
     def number(place: int, size: int = 4) -> int:
-        return int.from_bytes(content[place:place + size], "little", signed=size == 4)
+        return int.from_bytes(content[place : place + size], "little", signed=size == 4)
 
     def field(table: int, index: int) -> int:
         """Where field `index` of a flatbuffer's table lies, or 0."""
@@ -242,28 +303,50 @@ def check_schema(shard: datasets.Dataset, path: Path) -> None:
             raise UserError(f"{path}: no column {name} (there: {', '.join(schema.names)})")
     labels = schema.field("labels").type
     if pa.types.is_struct(labels):
-        labels = labels.field("input_ids").type if labels.get_field_index("input_ids") >= 0 else None
-    for name, kind, is_value in (("input_values", schema.field("input_values").type, pa.types.is_floating),
-                                 ("labels", labels, pa.types.is_integer)):
+        labels = (
+            labels.field("input_ids").type if labels.get_field_index("input_ids") >= 0 else None
+        )
+    for name, kind, is_value in (
+        ("input_values", schema.field("input_values").type, pa.types.is_floating),
+        ("labels", labels, pa.types.is_integer),
+    ):
         if not is_list(kind) or not is_value(kind.value_type):
-            wanted = "a list of floats" if name == "input_values" else "a list of ints, or a dict with input_ids"
+            wanted = (
+                "a list of floats"
+                if name == "input_values"
+                else "a list of ints, or a dict with input_ids"
+            )
             raise UserError(f"{path}: column {name} is {schema.field(name).type}, not {wanted}")
-    for name, column in (("input_values", shard.data.column("input_values")), ("labels", label_column(shard))):
+    for name, column in (
+        ("input_values", shard.data.column("input_values")),
+        ("labels", label_column(shard)),
+    ):
         if column.null_count:
             row = np.flatnonzero(column.is_null().to_numpy())[0]
-            raise UserError(f"{path}: column {name} has no value in row {row} of the shard; leave such rows out")
+            raise UserError(
+                f"{path}: column {name} has no value in row {row} of the shard; leave such rows out"
+            )
     if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
-        raise UserError(f"{path}: column length is {schema.field('length').type}, not a whole number of samples; leave it "
-                        "out, and it is computed")
+        raise UserError(
+            f"{path}: column length is {schema.field('length').type}, not a whole number of samples; leave it "
+            "out, and it is computed"
+        )
     if "length" in schema.names:
-        said, samples = shard.data.column("length").to_numpy(), list_lengths(shard.data.column("input_values"))
+        said, samples = (
+            shard.data.column("length").to_numpy(),
+            list_lengths(shard.data.column("input_values")),
+        )
         for row in np.flatnonzero(said != samples)[:1]:  # one without a value is nan
-            raise UserError(f"{path}: column length is {said[row]} in row {row} of the shard, but input_values has "
-                            f"{samples[row]} samples there; leave the column out, and it is computed")
+            raise UserError(
+                f"{path}: column length is {said[row]} in row {row} of the shard, but input_values has "
+                f"{samples[row]} samples there; leave the column out, and it is computed"
+            )
 
 
 def is_list(kind) -> bool:
-    return kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    return kind is not None and (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 # --------------------------------------------------------------------------------- lengths, from Arrow offsets, never audio
@@ -277,19 +360,28 @@ def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
         lengths = list_lengths(dataset.data.column("input_values"))
     if dataset._indices is None:
         return lengths
-    return lengths[dataset._indices.column(0).to_numpy()]  # rows picked by select or shuffle; their audio stays unread
+    return lengths[
+        dataset._indices.column(0).to_numpy()
+    ]  # rows picked by select or shuffle; their audio stays unread
 
 
 def list_lengths(column) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int64)] + [
-        pa.compute.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64) for chunk in column.chunks])
+    return np.concatenate(
+        [np.zeros(0, np.int64)]
+        + [
+            pa.compute.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)
+            for chunk in column.chunks
+        ]
+    )
 
 
 def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
     if dataset._indices is not None:
         dataset = dataset.select_columns("labels").flatten_indices()
     column = dataset.data.column("labels")
-    return pa.compute.struct_field(column, "input_ids") if pa.types.is_struct(column.type) else column
+    return (
+        pa.compute.struct_field(column, "input_ids") if pa.types.is_struct(column.type) else column
+    )
 
 
 def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -310,7 +402,9 @@ def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]
 def label_checksum(dataset: datasets.Dataset) -> int:
     """The same for the same token ids in the same rows, however they are stored."""
     checksum = 0
-    for parts in zip(*map(label_values, label_column(dataset).chunks)):  # values of all chunks, then lengths of all chunks
+    for parts in zip(
+        *map(label_values, label_column(dataset).chunks)
+    ):  # values of all chunks, then lengths of all chunks
         for part in parts:
             checksum = zlib.crc32(part.astype(np.int64), checksum)
     return checksum
@@ -329,15 +423,31 @@ def check_token_ids(dataset: datasets.Dataset, tokenizer: Tokenizer, where: str)
         good = (values >= 0) & (values < tokenizer.vocab_size) & (values != tokenizer.blank_id)
         bad = np.flatnonzero(~good)  # a missing one is NaN, which compares as false
         if len(bad):
-            row, token = first + np.searchsorted(np.cumsum(lengths), bad[0], side="right"), values[bad[0]]
-            reason = ("is the CTC blank, which no label may hold" if token == tokenizer.blank_id else
-                      f"lies outside the tokenizer's 0 .. {tokenizer.vocab_size - 1}")
-            raise UserError(f"{where} row {row}: token id {token} {reason}; use the tokenizer that made the labels")
+            row, token = (
+                first + np.searchsorted(np.cumsum(lengths), bad[0], side="right"),
+                values[bad[0]],
+            )
+            reason = (
+                "is the CTC blank, which no label may hold"
+                if token == tokenizer.blank_id
+                else f"lies outside the tokenizer's 0 .. {tokenizer.vocab_size - 1}"
+            )
+            raise UserError(
+                f"{where} row {row}: token id {token} {reason}; use the tokenizer that made the labels"
+            )
         first += len(lengths)
 
 
-def filter_conformer_len_prob(lengths, label_lengths, repeats, *, frontend: Frontend, augment: Augment, input_layer: str,
-                              options: DataOptions) -> tuple[np.ndarray, dict[str, int]]:
+def filter_conformer_len_prob(
+    lengths,
+    label_lengths,
+    repeats,
+    *,
+    frontend: Frontend,
+    augment: Augment,
+    input_layer: str,
+    options: DataOptions,
+) -> tuple[np.ndarray, dict[str, int]]:
     """Which rows CTC can learn from, and how many are dropped for what reason.
 
     A row stays when its encoder frames in the worst case (fastest speed, largest trim, this subsampling) times
@@ -349,7 +459,8 @@ def filter_conformer_len_prob(lengths, label_lengths, repeats, *, frontend: Fron
     reasons = {
         f"shorter than {options.min_frame} frames": frames < options.min_frame,
         f"longer than {options.max_frame} frames": frames > options.max_frame,
-        "labels too long for CTC": worst * options.output_len_prob < np.maximum(label_lengths + repeats, 1),
+        "labels too long for CTC": worst * options.output_len_prob
+        < np.maximum(label_lengths + repeats, 1),
     }
     keep = np.ones(len(lengths), bool)
     counts = {}
@@ -366,7 +477,11 @@ class SpeechDataset(Dataset):
     """Keys (epoch, row) to examples: features (T,F), labels (U,), row. A function of (seed, epoch, row), nothing else."""
 
     def __init__(self, dataset: datasets.Dataset, make_transform: Callable[[], Compose], seed: int):
-        self.dataset, self.make_transform, self.seed = dataset.select_columns(["input_values", "labels"]), make_transform, seed
+        self.dataset, self.make_transform, self.seed = (
+            dataset.select_columns(["input_values", "labels"]),
+            make_transform,
+            seed,
+        )
 
     @cached_property
     def transform(self) -> Compose:
@@ -377,9 +492,15 @@ class SpeechDataset(Dataset):
         return collate([self.example(epoch, row) for epoch, row in keys])
 
     def example(self, epoch: int, row: int):
-        waveform = torch.from_numpy(row_values(self.dataset, "input_values", row).astype(np.float32))
+        waveform = torch.from_numpy(
+            row_values(self.dataset, "input_values", row).astype(np.float32)
+        )
         example = self.transform({"input_values": waveform}, make_generator(self.seed, epoch, row))
-        return example["features"], torch.from_numpy(row_values(self.dataset, "labels", row).astype(np.int64)), row
+        return (
+            example["features"],
+            torch.from_numpy(row_values(self.dataset, "labels", row).astype(np.int64)),
+            row,
+        )
 
 
 def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
@@ -397,10 +518,15 @@ def collate(examples) -> Batch:
     lengths = [len(f) for f in features]
     padded = empty_shared(len(features), max(lengths), features[0].size(1))
     for place, frames in zip(padded, features):
-        place[:len(frames)] = frames
-        place[len(frames):] = 0
-    return Batch(padded, torch.tensor(lengths), pad_sequence(labels, batch_first=True),
-                 torch.tensor([len(y) for y in labels]), torch.tensor(rows))
+        place[: len(frames)] = frames
+        place[len(frames) :] = 0
+    return Batch(
+        padded,
+        torch.tensor(lengths),
+        pad_sequence(labels, batch_first=True),
+        torch.tensor([len(y) for y in labels]),
+        torch.tensor(rows),
+    )
 
 
 def empty_shared(*shape: int) -> torch.Tensor:
@@ -411,7 +537,9 @@ def empty_shared(*shape: int) -> torch.Tensor:
 
 
 def start_worker(_) -> None:
-    torch.set_num_threads(1)  # a worker with as many threads as cores fights the training process for them
+    torch.set_num_threads(
+        1
+    )  # a worker with as many threads as cores fights the training process for them
     # Ctrl-C and many a SIGTERM reach all processes of a run. The training process finishes its step first, and needs workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
@@ -428,23 +556,41 @@ def obey_parent() -> None:
 
 def default_workers() -> int:
     """Loader processes where none are asked for: training on a CPU wants all of its cores, a GPU wants to be fed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(4, max(1 if torch.cuda.is_available() else 0, cores - 2))
 
 
-def make_loader(dataset: datasets.Dataset, sampler, make_transform: Callable[[], Compose], seed: int,
-                options: DataOptions) -> DataLoader:
+def make_loader(
+    dataset: datasets.Dataset,
+    sampler,
+    make_transform: Callable[[], Compose],
+    seed: int,
+    options: DataOptions,
+) -> DataLoader:
     workers = default_workers() if options.num_workers is None else options.num_workers
-    return DataLoader(SpeechDataset(dataset, make_transform, seed), sampler=sampler, batch_size=None, num_workers=workers,
-                      worker_init_fn=start_worker, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None)
+    return DataLoader(
+        SpeechDataset(dataset, make_transform, seed),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )
 
 
-def load_split(data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | None = None) -> datasets.Dataset:
+def load_split(
+    data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | None = None
+) -> datasets.Dataset:
     """The concatenated split, token ids checked. Raises UserError also for an empty split."""
     dataset = get_concat_dataset(data_roots, split)
     if limit_rows is not None:
-        dataset = dataset.select(range(min(limit_rows, len(dataset))))  # a slice of the Arrow table: nothing is copied
+        dataset = dataset.select(
+            range(min(limit_rows, len(dataset)))
+        )  # a slice of the Arrow table: nothing is copied
     where = ", ".join(f"{root}/{split}" for root in data_roots)
     if not len(dataset):
         raise UserError(f"{where}: no rows in it")
@@ -462,30 +608,48 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
             record = read_json(path) if path.exists() else {"sample_rate": 16000}
             rates[root] = operator.index(record["sample_rate"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} says no sample_rate ({shown(str(error), 100)}); prepare it again") from error
+            raise UserError(
+                f"{path} says no sample_rate ({shown(str(error), 100)}); prepare it again"
+            ) from error
     (first, rate), *_ = rates.items()
     for root, other in rates.items():
         if other != rate:
-            raise UserError(f"{root} has {other} samples per second, {first} {rate}; prepare both "
-                            "with the same --sample_rate")
+            raise UserError(
+                f"{root} has {other} samples per second, {first} {rate}; prepare both "
+                "with the same --sample_rate"
+            )
     if frontend and frontend.sample_rate != rate:
-        raise UserError(f"{first} has {rate} samples per second, the model hears "
-                        f"{frontend.sample_rate}; prepare the data with --sample_rate "
-                        f"{frontend.sample_rate}")
+        raise UserError(
+            f"{first} has {rate} samples per second, the model hears "
+            f"{frontend.sample_rate}; prepare the data with --sample_rate "
+            f"{frontend.sample_rate}"
+        )
     return rate
 
 
-def eval_plan(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1):
+def eval_plan(
+    dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1
+):
     """Batches of every row of a split, longest first, within --max_batch_seconds, else within EVAL_SECONDS and --batch_size."""
     seconds = options.max_batch_seconds
     rows = math.inf if seconds else options.batch_size or 16
-    return eval_batches(audio_lengths(dataset), rows, rank, world_size, (seconds or EVAL_SECONDS) * frontend.sample_rate)
+    return eval_batches(
+        audio_lengths(dataset),
+        rows,
+        rank,
+        world_size,
+        (seconds or EVAL_SECONDS) * frontend.sample_rate,
+    )
 
 
-def eval_loader(dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1) -> DataLoader:
+def eval_loader(
+    dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1
+) -> DataLoader:
     """The batches of eval_plan, features without augmentation."""
     batches = eval_plan(dataset, frontend, options, rank, world_size)
-    return make_loader(dataset, batches, in_loader(partial(eval_transform, frontend), options), 0, options)
+    return make_loader(
+        dataset, batches, in_loader(partial(eval_transform, frontend), options), 0, options
+    )
 
 
 def in_loader(make_transform: Callable[[], Compose], options: DataOptions) -> Callable[[], Compose]:
@@ -495,20 +659,42 @@ def in_loader(make_transform: Callable[[], Compose], options: DataOptions) -> Ca
 
 def with_features(batch: Batch, transform: Compose, seed: int, epoch: int) -> Batch:
     """A batch of waveforms (B,N,1), as features_on_device makes them, to one of features, on the same device."""
-    features = [transform({"input_values": samples[:length, 0]}, make_generator(seed, epoch, row))["features"]
-                for samples, length, row in zip(batch.features, batch.feature_lengths.tolist(), batch.rows.tolist())]
+    features = [
+        transform({"input_values": samples[:length, 0]}, make_generator(seed, epoch, row))[
+            "features"
+        ]
+        for samples, length, row in zip(
+            batch.features, batch.feature_lengths.tolist(), batch.rows.tolist()
+        )
+    ]
     lengths = torch.tensor([len(f) for f in features], device=batch.features.device)
-    return batch._replace(features=pad_sequence(features, batch_first=True), feature_lengths=lengths)
+    return batch._replace(
+        features=pad_sequence(features, batch_first=True), feature_lengths=lengths
+    )
 
 
 class SpeechDataModule(L.LightningDataModule):
     """train and dev for fit, eval_clean and (where present) eval_other for test."""
 
-    def __init__(self, *, data_roots, tokenizer: Tokenizer, frontend: Frontend, augment: Augment, options: DataOptions,
-                 input_layer: str = "conv2d", seed: int = 0):
+    def __init__(
+        self,
+        *,
+        data_roots,
+        tokenizer: Tokenizer,
+        frontend: Frontend,
+        augment: Augment,
+        options: DataOptions,
+        input_layer: str = "conv2d",
+        seed: int = 0,
+    ):
         super().__init__()
         self.data_roots, self.tokenizer, self.frontend = list(data_roots), tokenizer, frontend
-        self.augment, self.options, self.input_layer, self.seed = augment, options, input_layer, seed
+        self.augment, self.options, self.input_layer, self.seed = (
+            augment,
+            options,
+            input_layer,
+            seed,
+        )
         self.splits: dict[str, datasets.Dataset] = {}
         self.make_train_transform = partial(train_transform, frontend, augment)
         self.kept = None  # row numbers of train that the filter kept
@@ -519,11 +705,19 @@ class SpeechDataModule(L.LightningDataModule):
 
     def setup(self, stage: str):
         rows_rate(self.data_roots, self.frontend)
-        names = {"fit": ["train", "dev"], "validate": ["dev"], "test": ["eval_clean", "eval_other"]}[stage]
+        names = {
+            "fit": ["train", "dev"],
+            "validate": ["dev"],
+            "test": ["eval_clean", "eval_other"],
+        }[stage]
         for name in names:
-            optional = name == "eval_other" and not any((Path(root) / name).is_dir() for root in self.data_roots)
+            optional = name == "eval_other" and not any(
+                (Path(root) / name).is_dir() for root in self.data_roots
+            )
             if name not in self.splits and not optional:
-                self.splits[name] = load_split(self.data_roots, name, self.tokenizer, self.options.limit_rows)
+                self.splits[name] = load_split(
+                    self.data_roots, name, self.tokenizer, self.options.limit_rows
+                )
         if stage == "fit" and self.kept is None:
             self.filter_train()
 
@@ -534,38 +728,66 @@ class SpeechDataModule(L.LightningDataModule):
         self.label_checksum = label_checksum(train)
         keep, reasons = np.ones(len(train), bool), {}
         if self.options.filter:
-            keep, reasons = filter_conformer_len_prob(self.lengths, self.label_lengths, repeats, frontend=self.frontend,
-                                                      augment=self.augment, input_layer=self.input_layer,
-                                                      options=self.options)
+            keep, reasons = filter_conformer_len_prob(
+                self.lengths,
+                self.label_lengths,
+                repeats,
+                frontend=self.frontend,
+                augment=self.augment,
+                input_layer=self.input_layer,
+                options=self.options,
+            )
         self.kept = np.flatnonzero(keep)
         dropped = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
-        rank_zero_info(f"train: {len(self.kept)} of {len(train)} rows kept" + (f", dropped: {dropped}" if dropped else ""))
+        rank_zero_info(
+            f"train: {len(self.kept)} of {len(train)} rows kept"
+            + (f", dropped: {dropped}" if dropped else "")
+        )
         if not len(self.kept):
-            raise UserError(f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); "
-                            "see --min_frame, --max_frame, --output_len_prob")
+            raise UserError(
+                f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); "
+                "see --min_frame, --max_frame, --output_len_prob"
+            )
 
     def cmvn(self, most_rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, 1 / standard deviation), each (F,), of the training split's features without augmentation.
 
         Of a larger split, `most_rows` rows spread evenly over it are taken: 20,000 take two minutes of one core.
         """
-        rows = self.kept[np.linspace(0, len(self.kept) - 1, min(len(self.kept), most_rows)).astype(np.int64)]
-        loader = make_loader(self.splits["train"], [[(0, int(row))] for row in rows], partial(eval_transform, self.frontend),
-                             self.seed, self.options)
+        rows = self.kept[
+            np.linspace(0, len(self.kept) - 1, min(len(self.kept), most_rows)).astype(np.int64)
+        ]
+        loader = make_loader(
+            self.splits["train"],
+            [[(0, int(row))] for row in rows],
+            partial(eval_transform, self.frontend),
+            self.seed,
+            self.options,
+        )
         frames, total, squares = 0, 0.0, 0.0
         for batch in loader:
             features = batch.features[0].double()  # (T,F)
             features = features[features.isfinite().all(dim=1)]
-            frames, total, squares = frames + len(features), total + features.sum(0), squares + features.square().sum(0)
+            frames, total, squares = (
+                frames + len(features),
+                total + features.sum(0),
+                squares + features.square().sum(0),
+            )
         mean = total / frames
         return mean.float(), (squares / frames - mean.square()).clamp(min=1e-20).rsqrt().float()
 
     def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:
         seconds = self.options.max_batch_seconds
         return LengthGroupedSampler(
-            lengths=self.lengths[self.kept], rows=self.kept, seed=self.seed, rank=rank, world_size=world_size,
+            lengths=self.lengths[self.kept],
+            rows=self.kept,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
             batch_size=None if seconds else self.options.batch_size or 16,
-            max_batch=seconds and seconds * self.frontend.sample_rate, group_by_length=self.options.group_by_length)
+            max_batch=seconds and seconds * self.frontend.sample_rate,
+            group_by_length=self.options.group_by_length,
+        )
 
     def train_batches(self, world_size: int) -> int:
         """Batches of one rank in an epoch; after setup('fit')."""
@@ -583,32 +805,45 @@ class SpeechDataModule(L.LightningDataModule):
         """The batches of this rank's next epoch that need most memory: by frames and, if it is another, by labels."""
         epoch = self.next_epoch()
         plan = self.sampler(*self.ranks()).plan(epoch)
-        largest = [max(range(len(plan)), key=lambda i: len(plan[i]) * lengths[plan[i]].max())
-                   for lengths in (self.lengths, self.label_lengths)]
+        largest = [
+            max(range(len(plan)), key=lambda i: len(plan[i]) * lengths[plan[i]].max())
+            for lengths in (self.lengths, self.label_lengths)
+        ]
         dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
         return [dataset[[(epoch, int(row)) for row in plan[i]]] for i in dict.fromkeys(largest)]
 
     @cached_property
     def dev_checksum(self) -> int:
         """Of its lengths and labels; every checkpoint says it."""
-        return zlib.crc32(audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"]))
+        return zlib.crc32(
+            audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"])
+        )
 
     def longest_dev_batch(self) -> Batch:
         """Of this rank; the one that needs most memory."""
         batches = eval_plan(self.splits["dev"], self.frontend, self.options, *self.ranks())
-        return SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)[batches[0]]
+        return SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)[
+            batches[0]
+        ]
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
         sampler.set_epoch(self.next_epoch())
         sampler.start_batch = self.start_batch
-        return make_loader(self.splits["train"], sampler, in_loader(self.make_train_transform, self.options), self.seed,
-                           self.options)
+        return make_loader(
+            self.splits["train"],
+            sampler,
+            in_loader(self.make_train_transform, self.options),
+            self.seed,
+            self.options,
+        )
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         if not self.options.features_on_device:
             return batch
-        return with_features(batch, self.transforms[self.trainer.training], self.seed, self.trainer.current_epoch)
+        return with_features(
+            batch, self.transforms[self.trainer.training], self.seed, self.trainer.current_epoch
+        )
 
     @cached_property
     def transforms(self) -> dict[bool, Compose]:
@@ -619,5 +854,8 @@ class SpeechDataModule(L.LightningDataModule):
         return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [eval_loader(self.splits[name], self.frontend, self.options, *self.ranks())
-                for name in ("eval_clean", "eval_other") if name in self.splits]
+        return [
+            eval_loader(self.splits[name], self.frontend, self.options, *self.ranks())
+            for name in ("eval_clean", "eval_other")
+            if name in self.splits
+        ]

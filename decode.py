@@ -14,11 +14,11 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+from cli import UserError, option, options_class
+
 import numpy as np
 import torch
 import torchaudio
-
-from cli import UserError, option, options_class
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
 CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
@@ -30,20 +30,28 @@ class SearchOptions:
 
     beam_size: int = option(10, "hypotheses that a beam search keeps", at_least=1, at_most=100)
     chunk_size: int = option(
-        -1, "encoder frames (40 ms each with conv2d) in a chunk; -1: full context",
-        at_least=-1, at_most=5000)
-    left_chunks: int = option(-1, "chunks before its own that a frame sees; -1: all",
-                              at_least=-1, at_most=5000)
-    ctc_weight: float = option(0.5, "weight of the CTC score in attention_rescoring",
-                               at_least=0.0, at_most=5.0)
-    reverse_weight: float = option(0.3, "share of the right-to-left decoder in attention_rescoring",
-                                   at_least=0.0, at_most=1.0)
+        -1,
+        "encoder frames (40 ms each with conv2d) in a chunk; -1: full context",
+        at_least=-1,
+        at_most=5000,
+    )
+    left_chunks: int = option(
+        -1, "chunks before its own that a frame sees; -1: all", at_least=-1, at_most=5000
+    )
+    ctc_weight: float = option(
+        0.5, "weight of the CTC score in attention_rescoring", at_least=0.0, at_most=5.0
+    )
+    reverse_weight: float = option(
+        0.3, "share of the right-to-left decoder in attention_rescoring", at_least=0.0, at_most=1.0
+    )
 
     def __post_init__(self):
         if self.chunk_size == 0:
             raise UserError("--chunk_size 0: give at least 1 encoder frame, or -1 for full context")
         if self.left_chunks >= 0 and self.chunk_size == -1:
-            raise UserError(f"--left_chunks {self.left_chunks} means nothing at full context; give --chunk_size too")
+            raise UserError(
+                f"--left_chunks {self.left_chunks} means nothing at full context; give --chunk_size too"
+            )
 
 
 class Hypothesis(NamedTuple):
@@ -51,7 +59,9 @@ class Hypothesis(NamedTuple):
 
     tokens: list[int]
     score: float  # log-probability, or the search's weighted sum of log-probabilities; higher is better
-    times: list[int]  # encoder frame of each token; empty where the search has no alignment (attention)
+    times: list[
+        int
+    ]  # encoder frame of each token; empty where the search has no alignment (attention)
     nbest: list[list[int]]  # best first
     nbest_scores: list[float]
     nbest_times: list[list[int]]
@@ -64,7 +74,9 @@ def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[in
 # ---------------------------------------------------------------------------------------------------------------- CTC
 
 
-def ctc_greedy_search(log_probs: torch.Tensor, lengths: torch.Tensor, blank_id: int = 0) -> list[Hypothesis]:
+def ctc_greedy_search(
+    log_probs: torch.Tensor, lengths: torch.Tensor, blank_id: int = 0
+) -> list[Hypothesis]:
     """The best path: the likeliest token of each frame, repeats merged, blanks dropped.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance. score is the path's log-probability, a
@@ -72,8 +84,10 @@ def ctc_greedy_search(log_probs: torch.Tensor, lengths: torch.Tensor, blank_id: 
     """
     best_log_probs, best_tokens = log_probs.max(dim=-1)  # (B,T) each
     rows = zip(best_log_probs.tolist(), best_tokens.tolist(), lengths.tolist())
-    return [_collapse(row_log_probs[:length], row_tokens[:length], blank_id)
-            for row_log_probs, row_tokens, length in rows]
+    return [
+        _collapse(row_log_probs[:length], row_tokens[:length], blank_id)
+        for row_log_probs, row_tokens, length in rows
+    ]
 
 
 def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothesis:
@@ -96,7 +110,9 @@ def without_text(hypothesis: Hypothesis) -> Hypothesis:
     return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
 
 
-def align(hypothesis: Hypothesis, log_probs: torch.Tensor, length: int, blank_id: int = 0) -> Hypothesis:
+def align(
+    hypothesis: Hypothesis, log_probs: torch.Tensor, length: int, blank_id: int = 0
+) -> Hypothesis:
     """The hypothesis with times for its whole n-best: the likeliest frame of each token on the best CTC path of it.
 
     log_probs (T,V), of which `length` frames count. Tokens without a CTC path (too many for the frames, a blank among
@@ -111,12 +127,16 @@ def _align(tokens: list[int], log_probs: torch.Tensor, blank_id: int) -> list[in
     if not tokens or len(tokens) + repeats > len(log_probs) or blank_id in tokens:
         return []
     targets = torch.tensor([tokens], device=log_probs.device)
-    path, scores = torchaudio.functional.forced_align(log_probs[None].contiguous(), targets, blank=blank_id)  # (1,T) each
+    path, scores = torchaudio.functional.forced_align(
+        log_probs[None].contiguous(), targets, blank=blank_id
+    )  # (1,T) each
     return _collapse(scores[0].tolist(), path[0].tolist(), blank_id).times
 
 
 # The rows of Beam.prefixes and Beam.scores.
-PREFIX, PARENT, LAST, STATE = range(4)  # the prefix, the prefix without its last token, its last token, the context's state
+PREFIX, PARENT, LAST, STATE = range(
+    4
+)  # the prefix, the prefix without its last token, its last token, the context's state
 # All paths; those that end in a blank, in the last token; of each the likeliest single one (Viterbi); the context's bonus.
 TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
 
@@ -146,8 +166,9 @@ class _Offers(NamedTuple):
     blank_rank: np.ndarray  # (B,1) its place in tokens, K where it is not offered
 
 
-def ctc_prefix_beam_search(log_probs: torch.Tensor, lengths: torch.Tensor, beam_size: int, blank_id: int = 0,
-                           context=None) -> list[Hypothesis]:
+def ctc_prefix_beam_search(
+    log_probs: torch.Tensor, lengths: torch.Tensor, beam_size: int, blank_id: int = 0, context=None
+) -> list[Hypothesis]:
     """The likeliest token sequences, each summed over its paths, kept to `beam_size` prefixes at every frame.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance with at most beam_size nbest. A frame offers
@@ -156,7 +177,11 @@ def ctc_prefix_beam_search(log_probs: torch.Tensor, lengths: torch.Tensor, beam_
     context, a context.ContextGraph, adds a bonus to the score of sequences with its phrases, in the search and in the result.
     The offers are found where log_probs are, the search is NumPy's on the CPU, in float64.
     """
-    return prefix_result(prefix_advance(prefix_start(len(log_probs), context), log_probs, beam_size, blank_id, lengths))
+    return prefix_result(
+        prefix_advance(
+            prefix_start(len(log_probs), context), log_probs, beam_size, blank_id, lengths
+        )
+    )
 
 
 # The same search in pieces, for a stream.
@@ -166,12 +191,23 @@ def prefix_start(batch_size: int = 1, context=None) -> Beam:
     """The beam before the first frame: the empty prefix."""
     number, score = np.zeros((batch_size, 1), np.int64), np.zeros((batch_size, 1))
     impossible, none = score - math.inf, number - 2  # -2: no prefix, no token
-    return Beam({-1: 0}, context, 0, np.stack((number, none, none, number)),
-                np.stack((score, score, impossible, score, impossible, score)), np.stack((number,) * 3))
+    return Beam(
+        {-1: 0},
+        context,
+        0,
+        np.stack((number, none, none, number)),
+        np.stack((score, score, impossible, score, impossible, score)),
+        np.stack((number,) * 3),
+    )
 
 
-def prefix_advance(beam: Beam, log_probs: torch.Tensor, beam_size: int, blank_id: int = 0,
-                   lengths: torch.Tensor | None = None) -> Beam:
+def prefix_advance(
+    beam: Beam,
+    log_probs: torch.Tensor,
+    beam_size: int,
+    blank_id: int = 0,
+    lengths: torch.Tensor | None = None,
+) -> Beam:
     """The beam after the next frames log_probs (B,T,V), of which lengths (B,) count (None: all); T may be 0."""
     with np.errstate(invalid="ignore"):  # nan is what does not exist
         for offers in _read_offers(log_probs, beam_size, blank_id, lengths):
@@ -181,7 +217,11 @@ def prefix_advance(beam: Beam, log_probs: torch.Tensor, beam_size: int, blank_id
 
 def prefix_result(beam: Beam) -> list[Hypothesis]:
     """What the beam holds of each utterance, best first."""
-    prefixes, totals, (_, times) = beam.prefixes[PREFIX], beam.scores[TOTAL] + beam.scores[BONUS], _viterbi(beam)
+    prefixes, totals, (_, times) = (
+        beam.prefixes[PREFIX],
+        beam.scores[TOTAL] + beam.scores[BONUS],
+        _viterbi(beam),
+    )
     if beam.context is not None:
         totals = totals - beam.context.pending(beam.prefixes[STATE])
         rows, order = np.arange(len(totals))[:, None], np.argsort(-totals, axis=1, kind="stable")
@@ -190,8 +230,13 @@ def prefix_result(beam: Beam) -> list[Hypothesis]:
     for row_prefixes, scores, row_times in zip(prefixes.tolist(), totals.tolist(), times.tolist()):
         # A beam wider than the number of possible sequences also holds impossible ones (log-probability -inf).
         possible = sum(score > -math.inf for score in scores) or 1
-        results.append(_from_nbest([_unlink(keys, prefix) for prefix in row_prefixes[:possible]], scores[:possible],
-                                   [_unlink(keys, number) for number in row_times[:possible]]))
+        results.append(
+            _from_nbest(
+                [_unlink(keys, prefix) for prefix in row_prefixes[:possible]],
+                scores[:possible],
+                [_unlink(keys, number) for number in row_times[:possible]],
+            )
+        )
     return results
 
 
@@ -208,14 +253,20 @@ def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list
     return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
 
 
-def _read_offers(log_probs: torch.Tensor, beam_size: int, blank_id: int,
-                 lengths: torch.Tensor | None) -> Iterator[_Offers]:
+def _read_offers(
+    log_probs: torch.Tensor, beam_size: int, blank_id: int, lengths: torch.Tensor | None
+) -> Iterator[_Offers]:
     """Frame by frame. Behind its end an utterance is offered one certain blank, which changes nothing."""
     values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (B,T,K) each
     both = torch.stack((tokens.double(), values.double()))  # (2,B,T,K)
     if lengths is not None:
-        ended = torch.arange(values.shape[1], device=values.device) >= lengths.to(values.device)[:, None]  # (B,T)
-        silence = both.new_tensor([[-1.0] * values.shape[2], [-math.inf] * values.shape[2]])  # (2,K), no token's offer
+        ended = (
+            torch.arange(values.shape[1], device=values.device)
+            >= lengths.to(values.device)[:, None]
+        )  # (B,T)
+        silence = both.new_tensor(
+            [[-1.0] * values.shape[2], [-math.inf] * values.shape[2]]
+        )  # (2,K), no token's offer
         silence[:, 0] = both.new_tensor([blank_id, 0.0])
         both = torch.where(ended[..., None], silence[:, None, None], both)
     tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each: one transfer
@@ -242,41 +293,63 @@ def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | Non
     which keeps their order.
     """
     score, last = beam.scores[TOTAL], beam.prefixes[LAST]
-    if (beam.context is not None or score.shape[1] < beam_size or (last[:, None] == offers.tokens[..., None]).any()
-            or not (score[:, -1:] + offers.blank > score[:, :1] + offers.best).all()):
+    if (
+        beam.context is not None
+        or score.shape[1] < beam_size
+        or (last[:, None] == offers.tokens[..., None]).any()
+        or not (score[:, -1:] + offers.blank > score[:, :1] + offers.best).all()
+    ):
         return None
     (viterbi, times), impossible = _viterbi(beam), np.full_like(score, -math.inf)
     score = score + offers.blank
-    scores = np.array((score, score, impossible, viterbi + offers.blank, impossible, beam.scores[BONUS]))
-    return beam._replace(frames=beam.frames + 1, scores=scores, times=np.array((times, np.zeros_like(times), beam.times[2])))
+    scores = np.array(
+        (score, score, impossible, viterbi + offers.blank, impossible, beam.scores[BONUS])
+    )
+    return beam._replace(
+        frames=beam.frames + 1,
+        scores=scores,
+        times=np.array((times, np.zeros_like(times), beam.times[2])),
+    )
 
 
 def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
     """The beam after a frame: the best of the prefixes that stay and of those that an offered token extends."""
-    repeats = beam.prefixes[LAST][:, None] == offers.tokens[..., None]  # (B,K,N): the token is the prefix's last
+    repeats = (
+        beam.prefixes[LAST][:, None] == offers.tokens[..., None]
+    )  # (B,K,N): the token is the prefix's last
     viterbi, viterbi_times = _viterbi(beam)
     longer, longer_ids = _extend(beam, offers, repeats, viterbi, viterbi_times)
     stay, stay_ids, order = _stay(beam, offers, repeats, viterbi, longer, longer_ids[0])
-    candidates, ids = (np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (6,B,N+K*N), (2,B,N+K*N)
-                       for few, many in ((stay, longer), (stay_ids, longer_ids)))
+    candidates, ids = (
+        np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (6,B,N+K*N), (2,B,N+K*N)
+        for few, many in ((stay, longer), (stay_ids, longer_ids))
+    )
     totals = candidates[TOTAL] + candidates[BONUS]
     best = np.lexsort((order, -totals))[:, :beam_size]  # (B,N'), nan last
     rows, (rank, source) = np.arange(len(best))[:, None], np.divmod(best, stay.shape[2])
     scores, (earlier, state) = candidates[:, rows, best], ids[:, rows, best]
     exists, extended = ~np.isnan(totals[rows, best]), rank > 0
     number, parent, last, _ = beam.prefixes[:, rows, source]
-    parent, last = np.where(extended, number, parent), np.where(extended, offers.tokens[rows, rank - 1], last)
+    parent, last = (
+        np.where(extended, number, parent),
+        np.where(extended, offers.tokens[rows, rank - 1], last),
+    )
     extended &= exists
     number[extended] = _link(beam.lists, parent[extended], last[extended])
     number[~exists], parent[~exists], scores[:, ~exists] = -1, -2, math.nan
     times, entered = np.zeros_like(number), scores[VITERBI_TOKEN] > -math.inf
     times[entered] = _link(beam.lists, earlier[entered], np.array(beam.frames))
-    return beam._replace(frames=beam.frames + 1, prefixes=np.array((number, parent, last, state)), scores=scores,
-                         times=np.array((viterbi_times[rows, source], times, earlier)))
+    return beam._replace(
+        frames=beam.frames + 1,
+        prefixes=np.array((number, parent, last, state)),
+        scores=scores,
+        times=np.array((viterbi_times[rows, source], times, earlier)),
+    )
 
 
-def _extend(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray,
-            viterbi_times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _extend(
+    beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray, viterbi_times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Every prefix with every offered token behind it: scores (6,B,K,N), nan where the token is a blank, and (2,B,K,N), times
     before this frame and states of the context. Only a blank between them makes a second, equal token."""
     score, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
@@ -285,14 +358,23 @@ def _extend(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarra
         state, gain = beam.context.step(state, offers.tokens[..., None])  # (B,K,N) each
     scores = np.full((len(beam.scores), *repeats.shape), -math.inf)
     scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, score) + offers.log_probs[..., None]
-    scores[VITERBI_TOKEN] = np.where(repeats, viterbi_blank, viterbi[:, None]) + offers.log_probs[..., None]
+    scores[VITERBI_TOKEN] = (
+        np.where(repeats, viterbi_blank, viterbi[:, None]) + offers.log_probs[..., None]
+    )
     scores[BONUS] = bonus + gain
     ids = np.empty((2, *repeats.shape), np.int64)
     ids[0], ids[1] = np.where(repeats, beam.times[0][:, None], viterbi_times[:, None]), state
     return scores, ids
 
 
-def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray, longer: np.ndarray, longer_times: np.ndarray):
+def _stay(
+    beam: Beam,
+    offers: _Offers,
+    repeats: np.ndarray,
+    viterbi: np.ndarray,
+    longer: np.ndarray,
+    longer_times: np.ndarray,
+):
     """The prefixes that stay, by a blank, by their last token or by the extension of another prefix, which is taken out of
     `longer`: scores (6,B,N), nan where no offer is one of these; (2,B,N), times before the last and states of the context; and
     the order (B,N+K*N) in which WeNet comes upon these and the longer ones, by token, then by prefix, which decides ties."""
@@ -306,25 +388,48 @@ def _stay(beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray,
     entered = np.where(merges, longer[:, rows, rank, source], -math.inf)  # (6,B,N)
     b, n = merges.nonzero()
     longer[TOTAL, b, rank[b, n], source[b, n]] = math.nan
-    blank, token, viterbi_stays = score + offers.blank, np.logaddexp(token + own, entered[TOKEN]), viterbi_token + own
+    blank, token, viterbi_stays = (
+        score + offers.blank,
+        np.logaddexp(token + own, entered[TOKEN]),
+        viterbi_token + own,
+    )
     score = np.where(offered | (offers.blank_rank < K), np.logaddexp(blank, token), math.nan)
     # WeNet keeps the times of a path that entered the prefix at this very frame, even if staying is likelier.
     viterbi_enters = entered[VITERBI_TOKEN]
     by_parent = (viterbi_enters > viterbi_stays) | (source < slots) & (viterbi_enters > -math.inf)
-    ids = np.array((np.where(by_parent, longer_times[rows, rank, source], beam.times[2]), beam.prefixes[STATE]))
+    ids = np.array(
+        (np.where(by_parent, longer_times[rows, rank, source], beam.times[2]), beam.prefixes[STATE])
+    )
     first = 2 * (np.minimum(offers.blank_rank, np.where(offered, rank, K)) * N + slots)
     order = np.empty((len(first), N + K * N), np.int64)
     order[:, :N] = np.minimum(first, np.where(merges, 2 * (rank * N + source) + 1, first))
     order[:, N:] = np.arange(1, 2 * K * N, 2)
-    scores = np.array((score, blank, token, viterbi + offers.blank, np.maximum(viterbi_enters, viterbi_stays), bonus))
+    scores = np.array(
+        (
+            score,
+            blank,
+            token,
+            viterbi + offers.blank,
+            np.maximum(viterbi_enters, viterbi_stays),
+            bonus,
+        )
+    )
     return scores, ids, order
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
 
-def attention_beam_search(step, batch_size: int, max_length, beam_size: int, sos_id: int, eos_id: int,
-                          device=None, length_penalty: float = 0.0) -> list[Hypothesis]:
+def attention_beam_search(
+    step,
+    batch_size: int,
+    max_length,
+    beam_size: int,
+    sos_id: int,
+    eos_id: int,
+    device=None,
+    length_penalty: float = 0.0,
+) -> list[Hypothesis]:
     """Beam search with an autoregressive decoder, all utterances and beams in one call per token.
 
     step(prefixes (B*N,L), state, parents (B*N,) | None) -> (log-probabilities of the next token (B*N,V), new state).
@@ -349,7 +454,9 @@ def attention_beam_search(step, batch_size: int, max_length, beam_size: int, sos
         offers, tokens = _offer(log_probs, ended, beam_size, eos_id)  # (B*N,K) each
         totals = (scores.view(-1, 1) + offers).view(batch_size, -1)  # (B,N*K)
         as_they_are = torch.arange(beam_size, device=device) * tokens.shape[1]  # (N,)
-        choice = torch.where(over[:, None], as_they_are, totals.topk(beam_size, dim=-1).indices)  # (B,N)
+        choice = torch.where(
+            over[:, None], as_they_are, totals.topk(beam_size, dim=-1).indices
+        )  # (B,N)
         scores = totals.gather(1, choice)
         parents = (first_row + choice // tokens.shape[1]).view(-1)
         chosen = tokens.view(batch_size, -1).gather(1, choice).view(-1, 1)
@@ -364,10 +471,14 @@ def _offer(log_probs: torch.Tensor, ended: torch.Tensor, beam_size: int, eos_id:
     offers, tokens = log_probs.float().topk(min(beam_size, log_probs.shape[-1]), dim=-1)
     at_no_cost = torch.full_like(offers, -math.inf)
     at_no_cost[:, 0] = 0.0
-    return torch.where(ended[:, None], at_no_cost, offers), tokens.masked_fill(ended[:, None], eos_id)
+    return torch.where(ended[:, None], at_no_cost, offers), tokens.masked_fill(
+        ended[:, None], eos_id
+    )
 
 
-def _rank(prefixes: torch.Tensor, scores: torch.Tensor, eos_id: int, length_penalty: float) -> list[Hypothesis]:
+def _rank(
+    prefixes: torch.Tensor, scores: torch.Tensor, eos_id: int, length_penalty: float
+) -> list[Hypothesis]:
     """prefixes (B*N,L), scores (B,N) -> hypotheses, best first, without sos and eos."""
     lengths = (prefixes != eos_id).sum(dim=1).clamp(min=1).view(scores.shape)
     scores, order = (scores / lengths**length_penalty).sort(dim=-1, descending=True, stable=True)
@@ -391,8 +502,15 @@ class Tree(NamedTuple):
     sees: torch.Tensor  # (B,P,P) bool: itself and what leads to it
 
 
-def attention_rescoring(hypotheses: list[Hypothesis], score, sos_id: int, eos_id: int, ctc_weight: float = 0.5,
-                        reverse_weight: float = 0.3, device=None) -> list[Hypothesis]:
+def attention_rescoring(
+    hypotheses: list[Hypothesis],
+    score,
+    sos_id: int,
+    eos_id: int,
+    ctc_weight: float = 0.5,
+    reverse_weight: float = 0.3,
+    device=None,
+) -> list[Hypothesis]:
     """Sorts each utterance's CTC n-best anew by what the attention decoders think of them.
 
     score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree: teacher forcing, with the
@@ -406,28 +524,45 @@ def attention_rescoring(hypotheses: list[Hypothesis], score, sos_id: int, eos_id
         nbests = [[tokens[::-1] for tokens in nbest] for nbest in nbests]
         backward = _teacher_forced(nbests, partial(score, reverse=True), sos_id, eos_id, device)
         totals = (1 - reverse_weight) * totals + reverse_weight * backward
-    return [_resort(hypothesis, row_totals.tolist(), ctc_weight)
-            for hypothesis, row_totals in zip(hypotheses, totals.split([len(nbest) for nbest in nbests]))]
+    return [
+        _resort(hypothesis, row_totals.tolist(), ctc_weight)
+        for hypothesis, row_totals in zip(
+            hypotheses, totals.split([len(nbest) for nbest in nbests])
+        )
+    ]
 
 
-def _teacher_forced(nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device) -> torch.Tensor:
+def _teacher_forced(
+    nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device
+) -> torch.Tensor:
     """Sum of the decoder's log-probabilities of each sequence and its eos: (M,) float64 on the CPU."""
     tree, paths = _make_tree(nbests, sos_id, eos_id)
     log_probs = score(Tree(*(part.to(device) for part in tree)))  # (B,P,V)
-    steps = [(row, node, token) for row, (nbest, row_paths) in enumerate(zip(nbests, paths))
-             for tokens, path in zip(nbest, row_paths) for node, token in zip(path, [*tokens, eos_id])]
+    steps = [
+        (row, node, token)
+        for row, (nbest, row_paths) in enumerate(zip(nbests, paths))
+        for tokens, path in zip(nbest, row_paths)
+        for node, token in zip(path, [*tokens, eos_id])
+    ]
     picked = log_probs[tuple(torch.tensor(steps, device=device).T)].double().cpu()
-    return torch.stack([part.sum() for part in picked.split([len(path) for row_paths in paths for path in row_paths])])
+    return torch.stack(
+        [
+            part.sum()
+            for part in picked.split([len(path) for row_paths in paths for path in row_paths])
+        ]
+    )
 
 
-def _make_tree(nbests: list[list[list[int]]], sos_id: int, eos_id: int) -> tuple[Tree, list[list[list[int]]]]:
+def _make_tree(
+    nbests: list[list[list[int]]], sos_id: int, eos_id: int
+) -> tuple[Tree, list[list[list[int]]]]:
     """The tree, and of each sequence of each utterance the nodes, from that of <sos> on."""
     nodes, paths = zip(*map(_grow, nbests))
     batch_size, size = len(nbests), 1 + max(map(len, nodes))
     tokens, positions = np.full((batch_size, size), eos_id), np.zeros((batch_size, size), np.int64)
     sees = np.eye(size, dtype=bool)[None].repeat(batch_size, axis=0)
     for row, row_paths in enumerate(paths):
-        tokens[row, :1 + len(nodes[row])] = [sos_id, *(token for _, token in nodes[row])]
+        tokens[row, : 1 + len(nodes[row])] = [sos_id, *(token for _, token in nodes[row])]
         for path in row_paths:
             positions[row, path] = np.arange(len(path))
             sees[row][np.ix_(path, path)] = np.tri(len(path), dtype=bool)
@@ -448,5 +583,8 @@ def _grow(nbest: list[list[int]]) -> tuple[dict[tuple[int, int], int], list[list
 def _resort(hypothesis: Hypothesis, totals: list[float], ctc_weight: float) -> Hypothesis:
     scores = [total + ctc_weight * ctc for total, ctc in zip(totals, hypothesis.nbest_scores)]
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-    return _from_nbest([hypothesis.nbest[n] for n in order], [scores[n] for n in order],
-                       [hypothesis.nbest_times[n] for n in order])
+    return _from_nbest(
+        [hypothesis.nbest[n] for n in order],
+        [scores[n] for n in order],
+        [hypothesis.nbest_times[n] for n in order],
+    )

@@ -17,9 +17,9 @@ import time
 import zlib
 from pathlib import PurePath
 
-import yaml
-
 from cli import UNSHOWN, UserError, shown
+
+import yaml
 
 # For so many seconds a process that was killed may still hold a lock.
 DYING = 2.0
@@ -48,7 +48,11 @@ def open_file(path: str):
     if stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         return open(descriptor, "rb")
     os.close(descriptor)
-    reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "a pipe or a device, where a file is needed"
+    reason = (
+        os.strerror(errno.EISDIR)
+        if stat.S_ISDIR(mode)
+        else "a pipe or a device, where a file is needed"
+    )
     raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, reason, path)
 
 
@@ -146,16 +150,19 @@ def json_text(data, **format) -> str:
     """JSON, as json.dumps formats it. A number that is not finite becomes null, which other readers
     than Python's know, and what a terminal would not just show is escaped."""
     data = json.loads(json.dumps(data), parse_constant=lambda name: None)
-    return UNSHOWN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}",
-                       json.dumps(data, **format))
+    return UNSHOWN.sub(
+        lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}",
+        json.dumps(data, **format),
+    )
 
 
 def csv_text(rows) -> str:
     """Rows of strings as CSV. Cells are as `shown`, and what a spreadsheet would take for a formula
     gets an apostrophe before it, as OWASP advises."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([shown(FORMULA.sub(r"\1'", cell), math.inf) for cell in row]
-                               for row in rows)
+    csv.writer(text).writerows(
+        [shown(FORMULA.sub(r"\1'", cell), math.inf) for cell in row] for row in rows
+    )
     return text.getvalue()
 
 
@@ -173,13 +180,16 @@ def check_utf8(path: str, flag: str, needs: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{flag} {path}: its name is not in UTF-8, which {needs} needs, or the "
-                        f"locale is not; give another {flag}, or set PYTHONUTF8=1") from None
+        raise UserError(
+            f"{flag} {path}: its name is not in UTF-8, which {needs} needs, or the "
+            f"locale is not; give another {flag}, or set PYTHONUTF8=1"
+        ) from None
 
 
 def cannot_write(path: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose "
-                     "another place")
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); make room or choose another place"
+    )
 
 
 def write_whole(path: str, content) -> None:
@@ -285,8 +295,9 @@ def _remove(path: str) -> None:
     try:
         shutil.rmtree(path)
     except OSError as error:  # somebody else's files were in the folder that it was
-        raise UserError(f"{path} is left of an earlier run and cannot be removed "
-                        f"({error.strerror}); remove it") from error
+        raise UserError(
+            f"{path} is left of an earlier run and cannot be removed ({error.strerror}); remove it"
+        ) from error
 
 
 def _restore(root: str, old: str, gone: str) -> None:
@@ -302,8 +313,10 @@ def _restore(root: str, old: str, gone: str) -> None:
     elif os.path.exists(os.path.join(root, MARK)):
         os.replace(old, gone)  # at once, because what is deleted in half must not come back
     else:
-        raise UserError(f"{old} was in the place of {root} when a run was killed, and something "
-                        "else is there now; move one of the two away")
+        raise UserError(
+            f"{old} was in the place of {root} when a run was killed, and something "
+            "else is there now; move one of the two away"
+        )
 
 
 def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs: tuple) -> None:
@@ -316,14 +329,18 @@ def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs:
     if not os.path.isdir(root):
         raise UserError(f"{path} is a file; name a folder")
     if _within(os.getcwd(), root):
-        raise UserError(f"{path} is the current folder or holds it, so it cannot be replaced; name "
-                        "another folder, or run from elsewhere")
+        raise UserError(
+            f"{path} is the current folder or holds it, so it cannot be replaced; name "
+            "another folder, or run from elsewhere"
+        )
     if os.listdir(root) and not overwrite:
         raise UserError(f"{path} exists; name another folder, or add --overwrite")
     if other := _foreign(root, what):
-        raise UserError(f"{path} holds more than {what} ({other}), so --overwrite does not replace "
-                        "it; name another folder, or move away what is new or was changed (where "
-                        "an older version made the folder, all of it)")
+        raise UserError(
+            f"{path} holds more than {what} ({other}), so --overwrite does not replace "
+            "it; name another folder, or move away what is new or was changed (where "
+            "an older version made the folder, all of it)"
+        )
     for name in inputs:
         if name and os.path.exists(name) and _within(name, root):
             raise UserError(f"{path} holds {name}, of which it is to be made; name another folder")
@@ -366,13 +383,16 @@ def _mounts() -> set[str]:
             places = [line.split()[4] for line in file]
     except OSError:
         return set()
-    return {os.fsdecode(re.sub(rb"\\(\d{3})", lambda found: bytes([int(found[1], 8)]), place))
-            for place in places}
+    return {
+        os.fsdecode(re.sub(rb"\\(\d{3})", lambda found: bytes([int(found[1], 8)]), place))
+        for place in places
+    }
 
 
 def _inside(root: str):
     """Yields (path, whether it is a folder) for everything below a folder. A link counts as no
     folder. Raises OSError."""
+
     def fail(error):
         raise error
 
@@ -394,8 +414,11 @@ def _look(path: str) -> list | None:
 def _mark(folder: str, what: str) -> None:
     """Writes MARK into the folder, and makes sure that all of the folder is on the disk."""
     everything, mark = list(_inside(folder)), os.path.join(folder, MARK)
-    written = {os.path.relpath(path, folder): _look(path)
-               for path, is_folder in everything if not is_folder}
+    written = {
+        os.path.relpath(path, folder): _look(path)
+        for path, is_folder in everything
+        if not is_folder
+    }
     with open(mark, "w") as file:
         json.dump({"what": what, "files": written}, file, indent=1)
     for path, is_folder in (*everything, (mark, False), (folder, True)):
@@ -422,8 +445,10 @@ def _rehearse(path: str, root: str, trap: str) -> None:
         os.replace(root, trap)
     except OSError as error:
         if error.errno in (errno.EBUSY, errno.EXDEV):
-            raise UserError(f"{path} cannot be replaced, being a mount point or in a container's "
-                            "image; name a folder in it") from error
+            raise UserError(
+                f"{path} cannot be replaced, being a mount point or in a container's "
+                "image; name a folder in it"
+            ) from error
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     else:
@@ -446,8 +471,9 @@ def alone(path: str, what: str):
     except OSError as error:
         raise cannot_write(what, error) from error
     if file is None:
-        raise UserError(f"{what}: another process is writing there; wait for its end, or choose "
-                        "another place")
+        raise UserError(
+            f"{what}: another process is writing there; wait for its end, or choose another place"
+        )
     try:
         yield
     finally:

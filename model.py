@@ -8,6 +8,8 @@ import os
 import warnings
 from dataclasses import asdict
 
+from cli import UserError, option, options_class, shown
+
 import pytorch_lightning as L
 import torch
 import torch.distributed as dist
@@ -16,19 +18,23 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
-import hub
 import stream
-from cli import UserError, option, options_class, shown
+from checkpoint import not_finite, read_checkpoint
+from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
 from files import json_text
-from conformer import ModelOptions, U2Conformer, draw_chunk, for_few_rows, subsampled_length
+from kernels import for_few_rows
 from tokenizer import Tokenizer
 from transforms import Frontend
 
 # The weights with a row per token.
 VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
-    f"net.{decoder}.{layer}" for decoder in ("decoder", "right_decoder")
-    for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")}
-FEWEST_OF_A_BLOCK = 14  # weights, of a transformer's: two norms, three linear layers of attention, two behind them
+    f"net.{decoder}.{layer}"
+    for decoder in ("decoder", "right_decoder")
+    for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")
+}
+FEWEST_OF_A_BLOCK = (
+    14  # weights, of a transformer's: two norms, three linear layers of attention, two behind them
+)
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
@@ -40,17 +46,29 @@ class OptimOptions:
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
     lr: float = option(1e-3, "peak learning rate", above=0, at_most=10.0)
     weight_decay: float = option(0.01, "weight decay", at_least=0.0, at_most=10.0)
-    scheduler: str = option("onecycle", "OneCycleLR over the whole run, or WeNet's warm-up and decay by 1/sqrt(step)",
-                            choices=("onecycle", "warmup"))
+    scheduler: str = option(
+        "onecycle",
+        "OneCycleLR over the whole run, or WeNet's warm-up and decay by 1/sqrt(step)",
+        choices=("onecycle", "warmup"),
+    )
     warmup_steps: int = option(
-        500, "steps until the peak learning rate, at most 30 %% of a onecycle run",
-        at_least=0, at_most=10**9)
+        500,
+        "steps until the peak learning rate, at most 30 %% of a onecycle run",
+        at_least=0,
+        at_most=10**9,
+    )
     freeze_encoder_epochs: int = option(
-        0, "with --init_from: epochs that leave the encoder as it came", at_least=0, at_most=10**6)
-    max_skips: int = option(50, "stop after this many skipped updates in a row",
-                            at_least=1, at_most=10**6)
-    gradient_checkpointing: bool = option(False, "recompute the encoder's blocks in backward: less memory, more time")
-    compile: bool = option(False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)")
+        0, "with --init_from: epochs that leave the encoder as it came", at_least=0, at_most=10**6
+    )
+    max_skips: int = option(
+        50, "stop after this many skipped updates in a row", at_least=1, at_most=10**6
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute the encoder's blocks in backward: less memory, more time"
+    )
+    compile: bool = option(
+        False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)"
+    )
 
 
 class StepLog:
@@ -68,7 +86,9 @@ class StepLog:
         """`window`: (rows, row losses, loss) of each batch of this rank."""
         if self.path is None:
             return
-        self.waiting.append((step, [rows for rows, *_ in window], [loss for *_, loss in window], skipped))
+        self.waiting.append(
+            (step, [rows for rows, *_ in window], [loss for *_, loss in window], skipped)
+        )
         if len(self.waiting) == FLUSH_EVERY:
             self.flush()
 
@@ -77,7 +97,12 @@ class StepLog:
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
-        of_ranks = gather([(torch.cat(rows).tolist(), torch.stack(losses).tolist()) for _, rows, losses, _ in waiting])
+        of_ranks = gather(
+            [
+                (torch.cat(rows).tolist(), torch.stack(losses).tolist())
+                for _, rows, losses, _ in waiting
+            ]
+        )
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         with open(self.path, "a") as file:
@@ -111,23 +136,38 @@ def blame(features, row_losses):
 
 
 def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) -> U2Conformer:
-    return U2Conformer(options, frontend.num_mel_bins, tokenizer.vocab_size, tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id)
+    return U2Conformer(
+        options,
+        frontend.num_mel_bins,
+        tokenizer.vocab_size,
+        tokenizer.blank_id,
+        tokenizer.sos_id,
+        tokenizer.eos_id,
+    )
 
 
-def skeleton(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer, weights: int) -> U2Conformer:
+def skeleton(
+    options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer, weights: int
+) -> U2Conformer:
     """The network with the shapes of its weights, but without memory for them, to compare a file of so many `weights` with.
 
     Raises UserError where the options make no network, or one of more blocks than the file can hold the weights of.
     """
     try:
-        right = options.r_num_blocks if options.reverse_weight > 0 or options.keep_right_decoder else 0
+        right = (
+            options.r_num_blocks if options.reverse_weight > 0 or options.keep_right_decoder else 0
+        )
         blocks = options.num_blocks + options.decoder_num_blocks + right
         if FEWEST_OF_A_BLOCK * blocks > weights:
-            raise UserError(f"its options ask for {shown(blocks, 20)} blocks, which {weights} weights do not make")
+            raise UserError(
+                f"its options ask for {shown(blocks, 20)} blocks, which {weights} weights do not make"
+            )
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return make_net(options, frontend, tokenizer)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"no network can be made of its options ({shown(str(error), 100)})") from error
+        raise UserError(
+            f"no network can be made of its options ({shown(str(error), 100)})"
+        ) from error
 
 
 class U2(L.LightningModule):
@@ -135,19 +175,39 @@ class U2(L.LightningModule):
     `step_log` are the paths of skipped.jsonl and steps.jsonl, None for no log. Feature lengths are in frames; chunk sizes
     in encoder frames."""
 
-    def __init__(self, *, options: ModelOptions, optim: OptimOptions, frontend: Frontend, tokenizer: Tokenizer,
-                 total_steps: int = 1, seed: int = 0, skip_log: str | None = None, step_log: str | None = None):
+    def __init__(
+        self,
+        *,
+        options: ModelOptions,
+        optim: OptimOptions,
+        frontend: Frontend,
+        tokenizer: Tokenizer,
+        total_steps: int = 1,
+        seed: int = 0,
+        skip_log: str | None = None,
+        step_log: str | None = None,
+    ):
         super().__init__()
-        self.options, self.optim, self.frontend, self.tokenizer = options, optim, frontend, tokenizer
+        self.options, self.optim, self.frontend, self.tokenizer = (
+            options,
+            optim,
+            frontend,
+            tokenizer,
+        )
         self.total_steps, self.seed, self.skip_log = total_steps, seed, skip_log
         self.net = make_net(options, frontend, tokenizer)
         self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
         for suffix in VALIDATION_CHUNKS:
-            self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = CharErrorRate(), WordErrorRate()
+            self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = (
+                CharErrorRate(),
+                WordErrorRate(),
+            )
         self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
         self.steps = StepLog(step_log)
         self.update_skipped = False
-        self.request = self.agreed = 0  # what to do after an update, of this rank and the largest of all; see recovery.py
+        self.request = self.agreed = (
+            0  # what to do after an update, of this rank and the largest of all; see recovery.py
+        )
         self.skips_in_a_row = self.skips_in_all = 0
         self.validated_step = -1  # global_step at the last validation
         self.lr_steps = None  # how often the learning rate had moved where a resumed run was left
@@ -175,7 +235,15 @@ class U2(L.LightningModule):
         """feats (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
         return stream.stream(self.net.encoder, feats, state, last)
 
-    def loss(self, feats, feat_lengths, targets, target_lengths, chunk_size: int = -1, left_chunks: int = -1):
+    def loss(
+        self,
+        feats,
+        feat_lengths,
+        targets,
+        target_lengths,
+        chunk_size: int = -1,
+        left_chunks: int = -1,
+    ):
         """{"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
         return self.net.loss(feats, feat_lengths, targets, target_lengths, chunk_size, left_chunks)
 
@@ -205,7 +273,9 @@ class U2(L.LightningModule):
         count = self.trainer.fit_loop.total_batch_idx
         mixed = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)) + self.global_rank)
-        for module in self.net.encoder.modules():  # a frozen encoder's batch norm learns no statistics either
+        for module in (
+            self.net.encoder.modules()
+        ):  # a frozen encoder's batch norm learns no statistics either
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.train(not self.encoder_is_frozen)
 
@@ -218,12 +288,24 @@ class U2(L.LightningModule):
         chunk_size, left_chunks = draw_chunk(size, self.options)
         if not self.window:
             self.buffers_before = self.keep_buffers()
-        losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths,
-                               chunk_size, left_chunks, self.sizes(batch))
+        losses = self.net.loss(
+            batch.features,
+            batch.feature_lengths,
+            batch.labels,
+            batch.label_lengths,
+            chunk_size,
+            left_chunks,
+            self.sizes(batch),
+        )
         row_losses, loss = losses.pop("row_losses"), losses["loss"]
         self.window.append((batch.rows, blame(batch.features, row_losses), loss.detach()))
-        self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch.rows))
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
+        self.log_dict(
+            {f"train_{name}": value.detach() for name, value in losses.items()},
+            batch_size=len(batch.rows),
+        )
+        self.log(
+            "loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows)
+        )
         return loss
 
     def sizes(self, batch):
@@ -252,34 +334,53 @@ class U2(L.LightningModule):
     def configure_optimizers(self):
         o = self.optim
         kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
-        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None  # a fused one unscales by itself, too late
+        fused = (
+            getattr(self.trainer.precision_plugin, "scaler", None) is None
+        )  # a fused one unscales by itself, too late
         optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused)
         if o.scheduler == "onecycle":
             share = min(o.warmup_steps / self.total_steps, 0.3)
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=o.lr, total_steps=self.total_steps + 1, pct_start=share, cycle_momentum=False)
+                optimizer,
+                max_lr=o.lr,
+                total_steps=self.total_steps + 1,
+                pct_start=share,
+                cycle_momentum=False,
+            )
         else:
             warm = max(o.warmup_steps, 1)
             scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: warm**0.5 * min((step + 1) ** -0.5, (step + 1) * warm**-1.5))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+                optimizer, lambda step: warm**0.5 * min((step + 1) ** -0.5, (step + 1) * warm**-1.5)
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_train_start(self):
         """A resumed run's optimizer and schedule are those of its options, over all of its updates, at the place reached."""
         if self.lr_steps is None:
             return
-        [optimizer], [config], fresh = self.trainer.optimizers, self.trainer.lr_scheduler_configs, self.configure_optimizers()
+        [optimizer], [config], fresh = (
+            self.trainer.optimizers,
+            self.trainer.lr_scheduler_configs,
+            self.configure_optimizers(),
+        )
         for group, new in zip(optimizer.param_groups, fresh["optimizer"].param_groups):
             group.update({name: value for name, value in new.items() if name != "params"})
         scheduler = config.scheduler
         if place := min(self.lr_steps, getattr(scheduler, "total_steps", math.inf) - 1):
             scheduler.last_epoch, scheduler._step_count = place - 1, place
-            with warnings.catch_warnings(action="ignore"):  # of a scheduler that moves before its optimizer
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # of a scheduler that moves before its optimizer
                 scheduler.step()
 
     def lr_scheduler_step(self, scheduler, metric):
         ended = getattr(scheduler, "total_steps", math.inf) <= scheduler.last_epoch + 1
-        if not self.update_skipped and not ended:  # a run longer than planned goes on at the last learning rate
+        if (
+            not self.update_skipped and not ended
+        ):  # a run longer than planned goes on at the last learning rate
             scheduler.step()
 
     # ------------------------------------------------------------------------------------ the guard: skip what is not finite
@@ -293,8 +394,15 @@ class U2(L.LightningModule):
         if self.encoder_is_frozen:  # (dropped here, so that DDP finds every gradient it awaits)
             for parameter in self.net.encoder.parameters():
                 parameter.grad = None
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)  # nan and inf both survive a maximum
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm(
+            gradients, norm_type=math.inf
+        )  # nan and inf both survive a maximum
         finite = torch.isfinite(norm).float()
         votes = torch.stack((finite, torch.full_like(finite, -self.request)))
         if self.trainer.world_size > 1:
@@ -305,7 +413,9 @@ class U2(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)
             self.restore_buffers(self.buffers_before)
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
         """By norm, here, because Lightning refuses to clip for a fused optimizer even where no scaler is in its way."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
@@ -338,13 +448,26 @@ class U2(L.LightningModule):
         step = self.trainer.global_step
         if self.trainer.is_global_zero and self.skip_log:
             with open(self.skip_log, "a") as file:
-                file.write(json_text({"step": step, "epoch": self.current_epoch, "rows": rows,
-                                       "rows_with_nonfinite_loss": bad_rows}) + "\n")
-        rank_zero_warn(f"step {step}: gradient not finite, update skipped; rows with non-finite loss: {bad_rows or 'none'}")
+                file.write(
+                    json_text(
+                        {
+                            "step": step,
+                            "epoch": self.current_epoch,
+                            "rows": rows,
+                            "rows_with_nonfinite_loss": bad_rows,
+                        }
+                    )
+                    + "\n"
+                )
+        rank_zero_warn(
+            f"step {step}: gradient not finite, update skipped; rows with non-finite loss: {bad_rows or 'none'}"
+        )
         if self.skips_in_a_row >= self.optim.max_skips:
             self.steps.flush()
-            raise UserError(f"{self.skips_in_a_row} updates in a row had a gradient that is not finite (the last at step "
-                            f"{step}); see {self.skip_log or 'the log'} for the rows, or lower --lr")
+            raise UserError(
+                f"{self.skips_in_a_row} updates in a row had a gradient that is not finite (the last at step "
+                f"{step}); see {self.skip_log or 'the log'} for the rows, or lower --lr"
+            )
 
     def on_train_end(self):
         self.steps.flush()
@@ -352,26 +475,42 @@ class U2(L.LightningModule):
     # ------------------------------------------------------------------------------------------------------ validation
 
     def validation_step(self, batch, batch_idx):
-        references = [self.tokenizer.decode(labels[:length].tolist())
-                      for labels, length in zip(batch.labels, batch.label_lengths)]
-        losses = self.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)
+        references = [
+            self.tokenizer.decode(labels[:length].tolist())
+            for labels, length in zip(batch.labels, batch.label_lengths)
+        ]
+        losses = self.net.loss(
+            batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
+        )
         self.val_metrics["val_loss"].update(losses["loss"], weight=len(batch.rows))
         for suffix, chunk_size in VALIDATION_CHUNKS.items():
-            heard = self.decode(batch.features, batch.feature_lengths, "ctc_greedy_search", chunk_size=chunk_size)
+            heard = self.decode(
+                batch.features, batch.feature_lengths, "ctc_greedy_search", chunk_size=chunk_size
+            )
             texts = [self.tokenizer.decode(hypothesis.tokens) for hypothesis in heard]
             self.val_metrics["val_cer" + suffix].update(texts, references)
             self.val_metrics["val_wer" + suffix].update(texts, references)
 
     def on_validation_epoch_end(self):
-        values = {name: metric.compute() for name, metric in self.val_metrics.items()}  # summed over ranks
-        values["val_cer_mean"] = sum(values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS) / len(VALIDATION_CHUNKS)
-        self.log_dict(values, sync_dist=True)  # alike on all ranks already; Lightning wants to hear it
+        values = {
+            name: metric.compute() for name, metric in self.val_metrics.items()
+        }  # summed over ranks
+        values["val_cer_mean"] = sum(
+            values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS
+        ) / len(VALIDATION_CHUNKS)
+        self.log_dict(
+            values, sync_dist=True
+        )  # alike on all ranks already; Lightning wants to hear it
         self.validated_step = self.global_step
         self.reset_metrics()
         shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
-        epoch = self.current_epoch + (self.trainer.state.fn == "fit")  # behind a training that one is over already
-        rank_zero_info(f"epoch {epoch}, step {self.global_step}: "
-                       + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown))
+        epoch = self.current_epoch + (
+            self.trainer.state.fn == "fit"
+        )  # behind a training that one is over already
+        rank_zero_info(
+            f"epoch {epoch}, step {self.global_step}: "
+            + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown)
+        )
 
     def reset_metrics(self):
         for metric in self.val_metrics.values():
@@ -380,39 +519,73 @@ class U2(L.LightningModule):
     # -------------------------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
-    def search(self, memory, lengths, mode: str, beam_size: int = 10, ctc_weight: float = 0.5, reverse_weight: float = 0.3,
-               context=None) -> list[decode.Hypothesis]:
+    def search(
+        self,
+        memory,
+        lengths,
+        mode: str,
+        beam_size: int = 10,
+        ctc_weight: float = 0.5,
+        reverse_weight: float = 0.3,
+        context=None,
+    ) -> list[decode.Hypothesis]:
         """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are.
         There is no text where CTC's best path has none."""
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         if context is not None and mode not in decode.CONTEXT_MODES:
-            raise UserError(f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}")
+            raise UserError(
+                f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}"
+            )
         net = self.net
         log_probs = net.ctc_log_probs(memory)
-        found = self._search(memory, lengths, log_probs, mode, beam_size, ctc_weight,
-                             reverse_weight, context)
+        found = self._search(
+            memory, lengths, log_probs, mode, beam_size, ctc_weight, reverse_weight, context
+        )
         ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
         silent = (decode.blank_wins(log_probs, net.blank_id) | ended).all(dim=1).tolist()
         return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
 
-    def _search(self, memory, lengths, log_probs, mode: str, beam_size: int, ctc_weight: float,
-                reverse_weight: float, context) -> list[decode.Hypothesis]:
+    def _search(
+        self,
+        memory,
+        lengths,
+        log_probs,
+        mode: str,
+        beam_size: int,
+        ctc_weight: float,
+        reverse_weight: float,
+        context,
+    ) -> list[decode.Hypothesis]:
         """The same with text everywhere: log_probs (B,T',V) are CTC's of memory."""
         net = self.net
         if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
             found = self.attention_search(memory, lengths, beam_size)
-            return [decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())]
+            return [
+                decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())
+            ]
         if mode == "ctc_greedy_search":
             return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
-        hypotheses = decode.ctc_prefix_beam_search(log_probs, lengths, beam_size, net.blank_id, context)
+        hypotheses = decode.ctc_prefix_beam_search(
+            log_probs, lengths, beam_size, net.blank_id, context
+        )
         if mode == "ctc_prefix_beam_search":
             return hypotheses
         return self.rescore(hypotheses, memory, lengths, ctc_weight, reverse_weight)
 
     @torch.no_grad()
-    def decode(self, feats, feat_lengths, mode: str, beam_size: int = 10, chunk_size: int = -1, left_chunks: int = -1,
-               ctc_weight: float = 0.5, reverse_weight: float = 0.3, context=None) -> list[decode.Hypothesis]:
+    def decode(
+        self,
+        feats,
+        feat_lengths,
+        mode: str,
+        beam_size: int = 10,
+        chunk_size: int = -1,
+        left_chunks: int = -1,
+        ctc_weight: float = 0.5,
+        reverse_weight: float = 0.3,
+        context=None,
+    ) -> list[decode.Hypothesis]:
         """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
 
         context: a context.ContextGraph of hotwords. Raises UserError for a mode that is not one of decode.MODES, or that
@@ -422,56 +595,79 @@ class U2(L.LightningModule):
         return self.search(memory, lengths, mode, beam_size, ctc_weight, reverse_weight, context)
 
     @torch.no_grad()
-    def rescore(self, hypotheses, memory, lengths, ctc_weight: float = 0.5, reverse_weight: float = 0.3):
+    def rescore(
+        self, hypotheses, memory, lengths, ctc_weight: float = 0.5, reverse_weight: float = 0.3
+    ):
         """The second pass over CTC n-best lists: memory (B,T',D) and lengths (B,) are the encoder's."""
         net = self.net
 
         def score(tree, reverse):
             decoder = net.right_decoder if reverse else net.decoder
-            return decoder(tree.tokens, memory, lengths, tree.positions, tree.sees).float().log_softmax(-1)
+            return (
+                decoder(tree.tokens, memory, lengths, tree.positions, tree.sees)
+                .float()
+                .log_softmax(-1)
+            )
 
         if net.right_decoder is None:
             reverse_weight = 0.0
-        return decode.attention_rescoring(hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight,
-                                          memory.device)
+        return decode.attention_rescoring(
+            hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight, memory.device
+        )
 
     def attention_search(self, memory, lengths, beam_size):
         net = self.net
-        rows = torch.arange(memory.size(0), device=memory.device).repeat_interleave(beam_size)  # (B*N,)
+        rows = torch.arange(memory.size(0), device=memory.device).repeat_interleave(
+            beam_size
+        )  # (B*N,)
         max_length, memory, lengths = lengths, memory[rows], lengths[rows]
 
         def step(prefixes, state, parents):
-            if parents is not None:  # parents stay within their utterance, so the source needs no reordering
+            if (
+                parents is not None
+            ):  # parents stay within their utterance, so the source needs no reordering
                 state = [(tuple(past[parents] for past in pair), source) for pair, source in state]
             logits, state = net.decoder.step(prefixes, state, memory, lengths)
             return logits.float().log_softmax(-1), state
 
-        return decode.attention_beam_search(step, len(max_length), max_length, beam_size, net.sos_id, net.eos_id,
-                                            memory.device)
+        return decode.attention_beam_search(
+            step, len(max_length), max_length, beam_size, net.sos_id, net.eos_id, memory.device
+        )
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
     def on_save_checkpoint(self, checkpoint):
         """Plain data beside the weights: a .ckpt is all that a later command needs."""
         self.steps.flush()  # before the checkpoint: the log of a resumed run is never behind it
-        if name := hub.not_finite(checkpoint):  # no gradient was at fault, else it had been skipped: the step was too long
-            raise UserError(f"step {self.global_step}: {name} is not finite any more, so that nothing is saved; lower --lr and "
-                            "go on with --resume from the checkpoint before; where there is none, "
-                            "begin again with --overwrite")
-        checkpoint.update(model_options=asdict(self.options), optim_options=asdict(self.optim),
-                          frontend=asdict(self.frontend), tokenizer=self.tokenizer.to_dict(),
-                          skips={"in_a_row": self.skips_in_a_row, "in_all": self.skips_in_all})
+        if name := not_finite(
+            checkpoint
+        ):  # no gradient was at fault, else it had been skipped: the step was too long
+            raise UserError(
+                f"step {self.global_step}: {name} is not finite any more, so that nothing is saved; lower --lr and "
+                "go on with --resume from the checkpoint before; where there is none, "
+                "begin again with --overwrite"
+            )
+        checkpoint.update(
+            model_options=asdict(self.options),
+            optim_options=asdict(self.optim),
+            frontend=asdict(self.frontend),
+            tokenizer=self.tokenizer.to_dict(),
+            skips={"in_a_row": self.skips_in_a_row, "in_all": self.skips_in_all},
+        )
 
     def on_load_checkpoint(self, checkpoint):
         # The learning rate is a function of the options and of how often it has moved: nothing else is taken over.
-        self.lr_steps, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"][0]["last_epoch"], []
+        self.lr_steps, checkpoint["lr_schedulers"] = (
+            checkpoint["lr_schedulers"][0]["last_epoch"],
+            [],
+        )
         skips = checkpoint.get("skips", {"in_a_row": 0, "in_all": 0})  # older checkpoints have none
         self.skips_in_a_row, self.skips_in_all = skips["in_a_row"], skips["in_all"]
 
 
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
-    """(model in evaluation mode, tokenizer, frontend) of what read_checkpoint reads. Raises UserError for what is not ours."""
-    checkpoint = read_checkpoint(path)
+    """(model in evaluation mode, tokenizer, frontend) of what read_checked reads. Raises UserError for what is not ours."""
+    checkpoint = read_checked(path)
     options, optim, frontend, tokenizer = make_parts(checkpoint)
     model = U2(options=options, optim=optim, frontend=frontend, tokenizer=tokenizer)
     model.load_state_dict(checkpoint["state_dict"])
@@ -480,8 +676,12 @@ def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
 
 def make_parts(checkpoint: dict) -> tuple[ModelOptions, OptimOptions, Frontend, Tokenizer]:
     """What a checkpoint says in plain data. Raises UserError, TypeError and the like where it says something else."""
-    return (ModelOptions(**checkpoint["model_options"]), OptimOptions(**checkpoint["optim_options"]),
-            Frontend(**checkpoint["frontend"]), Tokenizer.from_dict(checkpoint["tokenizer"]))
+    return (
+        ModelOptions(**checkpoint["model_options"]),
+        OptimOptions(**checkpoint["optim_options"]),
+        Frontend(**checkpoint["frontend"]),
+        Tokenizer.from_dict(checkpoint["tokenizer"]),
+    )
 
 
 def check_model(checkpoint: dict) -> None:
@@ -490,41 +690,40 @@ def check_model(checkpoint: dict) -> None:
     options, _, frontend, tokenizer = make_parts(checkpoint)
     weights = checkpoint["state_dict"]
     if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
         raise UserError("state_dict holds no weights by name")
     net = skeleton(options, frontend, tokenizer, len(weights))
     expected = {f"net.{name}": value for name, value in net.state_dict().items()}
     if differ := expected.keys() ^ weights.keys():
-        raise UserError(f"{shown(min(differ), 100)} is {'missing' if min(differ) in expected else 'left over'}")
+        raise UserError(
+            f"{shown(min(differ), 100)} is {'missing' if min(differ) in expected else 'left over'}"
+        )
     for name, value in expected.items():
         given = weights[name]
         if given.shape != value.shape or given.is_floating_point() != value.is_floating_point():
-            raise UserError(f"{name} has shape {shown(tuple(given.shape), 100)} of {given.dtype}, not {tuple(value.shape)} of "
-                            f"{value.dtype}")
+            raise UserError(
+                f"{name} has shape {shown(tuple(given.shape), 100)} of {given.dtype}, not {tuple(value.shape)} of "
+                f"{value.dtype}"
+            )
 
 
-def read_checkpoint(path: str) -> dict:
-    """The checkpoint's dict, tensors on the CPU, of a .ckpt, a folder for the hub or a hub repository org/name, which have no
-    state of training. Raises UserError where it is missing, unreadable or not ours; what it returns has passed check_model."""
-    place = hub.locate(path)
-    if os.path.isdir(place):
-        checkpoint = hub.read_model(place)
-    elif not os.path.exists(place):
-        raise UserError(f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt")
-    else:
-        try:
-            checkpoint = hub.read_weights_only(place)
-        except UserError as error:
-            raise UserError(f"{path}: not a checkpoint of lightning-U2: {error}") from error
-    needed = ("state_dict", "model_options", "optim_options", "frontend", "tokenizer")
-    missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
+def read_checked(path: str) -> dict:
+    """What read_checkpoint reads, once check_model has passed it. Raises UserError for anything else."""
+    checkpoint = read_checkpoint(path)
     try:
         check_model(checkpoint)
-    except (UserError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: its options and weights do not fit this version of lightning-U2 "
-                        f"({shown(str(error), 200)})") from error
-    if name := hub.not_finite(checkpoint):
-        raise UserError(f"{path}: damaged by training: {name} is not finite; use a checkpoint from before")
+    except (
+        UserError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        raise UserError(
+            f"{path}: its options and weights do not fit this version of lightning-U2 "
+            f"({shown(str(error), 200)})"
+        ) from error
     return checkpoint

@@ -6,8 +6,6 @@ ROOT/rejected.csv the rows that could not be used, ROOT/prepare.json a sample ra
 all of it is written, or not at all.
 """
 
-import cli  # first: from here on Ctrl-C is one line, also within the imports
-
 import collections
 import contextlib
 import itertools
@@ -15,6 +13,9 @@ import logging
 import os
 import re
 import unicodedata
+
+import cli
+from cli import UserError, option, options_class, shown
 
 import datasets
 import numpy as np
@@ -24,15 +25,20 @@ from tqdm import tqdm
 import files
 import tokenizer as tk
 from audio import read_audio, resample
-from cli import UserError, option, options_class, shown
 from sources import Row, SourceOptions, Split, open_source
 from transforms import RATES
 
-CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")  # after clean_text: no white space, and nothing that is said or written
+CONTROL = re.compile(
+    "[\0-\x1f\x7f-\x9f]"
+)  # after clean_text: no white space, and nothing that is said or written
 # What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
 # directions. tk.NOTHING stays where it has something beside it.
-INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
-LONGEST_TEXT = 2**16  # characters of a row: in an hour, the longest that audio.py reads whole, nobody says as many
+INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+)
+LONGEST_TEXT = (
+    2**16
+)  # characters of a row: in an hour, the longest that audio.py reads whole, nobody says as many
 QUIET = 20  # steps of 16 bits: in nothing that stays within so many is anything said
 EDGE = 160  # samples: 10 ms
 
@@ -41,16 +47,25 @@ EDGE = 160  # samples: 10 ms
 class PrepareOptions(SourceOptions):
     demo: bool = option(False, "make the synthetic demo corpus instead of reading a source")
     data_root: str | None = option(None, "folder to write; with --demo data/demo if not given")
-    sample_rate: int = option(16000, "samples per second of the rows",
-                              at_least=RATES[0], at_most=RATES[1])
-    tokenizer: str = option("char", "char, bpe, or the path of a tokenizer.json, .ckpt, vocab.json or transformers folder")
-    vocab_size: int | None = option(None, "number of tokens of --tokenizer bpe; 500 if not given",
-                                    at_least=1, at_most=10**6)
+    sample_rate: int = option(
+        16000, "samples per second of the rows", at_least=RATES[0], at_most=RATES[1]
+    )
+    tokenizer: str = option(
+        "char",
+        "char, bpe, or the path of a tokenizer.json, .ckpt, vocab.json or transformers folder",
+    )
+    vocab_size: int | None = option(
+        None, "number of tokens of --tokenizer bpe; 500 if not given", at_least=1, at_most=10**6
+    )
     shard_rows: int = option(2000, "rows of a shard", at_least=1, at_most=10**6)
     overwrite: bool = option(False, "replace the data that an earlier run left in data_root")
-    lowercase: bool = option(False, "write all text in lower case, Unicode's: I becomes i in any language")
+    lowercase: bool = option(
+        False, "write all text in lower case, Unicode's: I becomes i in any language"
+    )
     uppercase: bool = option(False, "write all text in upper case")
-    remove_punctuation: bool = option(False, "leave punctuation out of the text, apostrophes excepted")
+    remove_punctuation: bool = option(
+        False, "leave punctuation out of the text, apostrophes excepted"
+    )
 
 
 class BadRow(Exception):
@@ -65,7 +80,9 @@ def waveform_of(audio, sample_rate: int) -> np.ndarray:
     if audio is None:
         raise BadRow("no audio")
     try:
-        return resample(*audio(), sample_rate) if callable(audio) else read_audio(audio, sample_rate)
+        return (
+            resample(*audio(), sample_rate) if callable(audio) else read_audio(audio, sample_rate)
+        )
     except UserError as reason:
         raise BadRow(str(reason)) from None
 
@@ -79,8 +96,10 @@ def silence(samples: np.ndarray) -> str:
     level = 32768 * np.quantile(np.abs(inner - middle), 0.999)
     if len(inner) == 1 or level > QUIET + 15 * abs(middle):  # resampled, a constant ripples so much
         return ""
-    return (f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; "
-            "if it is speech, make it louder")
+    return (
+        f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; "
+        "if it is speech, make it louder"
+    )
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:
@@ -88,7 +107,10 @@ def clean_text(text: str, options: PrepareOptions) -> str:
     Empty where nothing shows."""
     text = INVISIBLE.sub("", tk.normalize_text(text))
     if options.remove_punctuation:
-        text = "".join(" " if unicodedata.category(c).startswith("P") and c not in "'\u2019" else c for c in text)
+        text = "".join(
+            " " if unicodedata.category(c).startswith("P") and c not in "'\u2019" else c
+            for c in text
+        )
     if options.lowercase:
         text = text.replace("\u0130", "i").lower()  # of which lower() would leave a combining dot
     elif options.uppercase:
@@ -102,7 +124,9 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     if row.reason:
         raise BadRow(row.reason)
     if len(row.text) > LONGEST_TEXT:
-        raise BadRow(f"a text of {len(row.text)} characters; {LONGEST_TEXT} is the most: cut it into utterances")
+        raise BadRow(
+            f"a text of {len(row.text)} characters; {LONGEST_TEXT} is the most: cut it into utterances"
+        )
     text = clean_text(row.text, options)
     if not text:
         raise BadRow("empty text")
@@ -111,14 +135,21 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     samples = waveform_of(row.audio, options.sample_rate)
     if reason := silence(samples):
         raise BadRow(reason)
-    return {"input_values": samples, "labels": {"input_ids": tokenizer.encode(text)}, "length": len(samples),
-            "text": text, "speaker": row.speaker}
+    return {
+        "input_values": samples,
+        "labels": {"input_ids": tokenizer.encode(text)},
+        "length": len(samples),
+        "text": text,
+        "speaker": row.speaker,
+    }
 
 
 # Writing
 
 
-def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, rejected: list) -> int:
+def write_split(
+    name: str, parts: list[Split], folder: str, tokenizer, options, rejected: list
+) -> int:
     """Writes the shards folder/0, folder/1, ...; bad rows are added to `rejected`. Returns the rows kept."""
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
     bar = tqdm(rows, desc=shown(name), unit=" rows", total=sum(part.count for part in parts))
@@ -145,19 +176,31 @@ def write_split(name: str, parts: list[Split], folder: str, tokenizer, options, 
         raise UserError(f"split {name} has no usable row{first}; nothing was written")
     told = tk.most_frequent(unknown, examples)
     if 2 * unknown.total() > tokens:
-        raise UserError(f"{unknown.total()} of {tokens} tokens of split {name} are unknown to "
-                        f"{options.tokenizer}: {told}; "
-                        "try --uppercase or --lowercase, or another --tokenizer")
+        raise UserError(
+            f"{unknown.total()} of {tokens} tokens of split {name} are unknown to "
+            f"{options.tokenizer}: {told}; "
+            "try --uppercase or --lowercase, or another --tokenizer"
+        )
     if unknown:
-        print(shown(f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: "
-                    f"{told}"))
+        print(
+            shown(
+                f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: {told}"
+            )
+        )
     if changed:
-        print(shown(f"{name}: the labels of {changed} rows say something else than their text, "
-                    f"because the tokenizer cannot tell it apart: {change}"))
+        print(
+            shown(
+                f"{name}: the labels of {changed} rows say something else than their text, "
+                f"because the tokenizer cannot tell it apart: {change}"
+            )
+        )
     return writer.rows
 
 
-BATCH_ROWS, BATCH_SAMPLES = 100, 2**25  # written at a time: an hour of speech waits in memory, however long the rows are
+BATCH_ROWS, BATCH_SAMPLES = (
+    100,
+    2**25,
+)  # written at a time: an hour of speech waits in memory, however long the rows are
 
 
 class ShardWriter:
@@ -165,17 +208,24 @@ class ShardWriter:
 
     def __init__(self, folder: str, shard_rows: int, speakers: bool):
         self.folder, self.shard_rows = folder, shard_rows
-        columns = {"input_values": datasets.List(datasets.Value("float32")),
-                   "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
-                   "length": datasets.Value("int64"), "text": datasets.Value("string")}
-        self._features = datasets.Features(columns | ({"speaker": datasets.Value("string")} if speakers else {}))
+        columns = {
+            "input_values": datasets.List(datasets.Value("float32")),
+            "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
+            "length": datasets.Value("int64"),
+            "text": datasets.Value("string"),
+        }
+        self._features = datasets.Features(
+            columns | ({"speaker": datasets.Value("string")} if speakers else {})
+        )
         self.rows = self.shards = self._waiting = 0
         self._writer, self._stream = None, f"{folder}.arrow"
         os.makedirs(folder)
 
     def write(self, example: dict) -> None:
         if self._writer is None:
-            self._writer = ArrowWriter(path=self._stream, features=self._features, writer_batch_size=BATCH_ROWS)
+            self._writer = ArrowWriter(
+                path=self._stream, features=self._features, writer_batch_size=BATCH_ROWS
+            )
         self._writer.write({name: example[name] for name in self._features})
         self._waiting += example["length"]
         if self._waiting > BATCH_SAMPLES:
@@ -190,7 +240,9 @@ class ShardWriter:
             return
         self._writer.finalize()
         self._writer = None
-        datasets.Dataset.from_file(self._stream).save_to_disk(os.path.join(self.folder, str(self.shards)))
+        datasets.Dataset.from_file(self._stream).save_to_disk(
+            os.path.join(self.folder, str(self.shards))
+        )
         os.remove(self._stream)
         self.shards += 1
 
@@ -200,24 +252,38 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
     if options.tokenizer not in ("char", "bpe"):
         return tk.load_tokenizer(options.tokenizer)
     if "train" not in splits:
-        raise UserError(f"no split train to train a tokenizer on, only {', '.join(splits)}; name it with "
-                        "--split_map OLD=train, or give --tokenizer PATH, the tokenizer.json or .ckpt of "
-                        "the model this data is for")
-    texts = (clean_text(text, options) for part in splits["train"] for text in part.texts() if len(text) <= LONGEST_TEXT)
+        raise UserError(
+            f"no split train to train a tokenizer on, only {', '.join(splits)}; name it with "
+            "--split_map OLD=train, or give --tokenizer PATH, the tokenizer.json or .ckpt of "
+            "the model this data is for"
+        )
+    texts = (
+        clean_text(text, options)
+        for part in splits["train"]
+        for text in part.texts()
+        if len(text) <= LONGEST_TEXT
+    )
     texts = (text for text in texts if not CONTROL.search(text))
-    return tk.train_char(texts) if options.tokenizer == "char" else tk.train_bpe(texts, options.vocab_size or 500)
+    return (
+        tk.train_char(texts)
+        if options.tokenizer == "char"
+        else tk.train_bpe(texts, options.vocab_size or 500)
+    )
 
 
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
     files.check_utf8(os.path.realpath(options.data_root), "--data_root", "Arrow")
-    with files.published(options.data_root, "data of prepare.py", options.overwrite,
-                         (options.source,)) as folder:
+    with files.published(
+        options.data_root, "data of prepare.py", options.overwrite, (options.source,)
+    ) as folder:
         splits, left_out = open_source(options)
         tokenizer = make_tokenizer(splits, options)
         rejected: list[tuple[str, str, str]] = []
-        kept = sum(write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
-                   for name, parts in splits.items())
+        kept = sum(
+            write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
+            for name, parts in splits.items()
+        )
         table = files.csv_text([("split", "file_name", "reason"), *rejected])
         files.write_whole(os.path.join(folder, "rejected.csv"), table.encode())
         if options.sample_rate != 16000:
@@ -232,32 +298,46 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
 
 def parse(argv: list[str]) -> PrepareOptions:
     given = vars(cli.make_parser(__doc__, PrepareOptions).parse_args(argv))
-    options = cli.build(PrepareOptions, given, **({"data_root": "data/demo"} if given.get("demo") else {}))
+    options = cli.build(
+        PrepareOptions, given, **({"data_root": "data/demo"} if given.get("demo") else {})
+    )
     if options.demo == (options.source is not None):
         raise UserError("give either --demo or --source SRC, and --data_root ROOT")
     if options.data_root is None:
         raise UserError("give --data_root ROOT, the folder to write")
-    unused = {"split_map", "config", "text_column", "audio_column"} & set(given) if options.demo else set()
+    unused = (
+        {"split_map", "config", "text_column", "audio_column"} & set(given)
+        if options.demo
+        else set()
+    )
     unused |= {"vocab_size"} & set(given) if options.tokenizer != "bpe" else set()
     if unused:
         raise UserError(f"--{sorted(unused)[0]} has no effect here; leave it out")
     if options.lowercase and options.uppercase:
         raise UserError("give --lowercase or --uppercase, not both")
     if options.sample_rate % 25:
-        raise UserError(f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. "
-                        f"{RATES[1]}, in steps of 25")
+        raise UserError(
+            f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. "
+            f"{RATES[1]}, in steps of 25"
+        )
     return options
 
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
     datasets.disable_progress_bars()  # save_to_disk's; ours counts rows
-    for library in ("datasets", "huggingface_hub", "fsspec"):  # their errors reach the user as ours, in one line
+    for library in (
+        "datasets",
+        "huggingface_hub",
+        "fsspec",
+    ):  # their errors reach the user as ours, in one line
         logging.getLogger(library).setLevel(logging.CRITICAL)
     kept, rejected = prepare(options)
     root = shown(options.data_root)
-    print(f"{root}: kept {kept} rows, rejected {rejected} rows"
-          + (f" (reasons in {os.path.join(root, 'rejected.csv')})" if rejected else ""))
+    print(
+        f"{root}: kept {kept} rows, rejected {rejected} rows"
+        + (f" (reasons in {os.path.join(root, 'rejected.csv')})" if rejected else "")
+    )
 
 
 if __name__ == "__main__":

@@ -19,22 +19,26 @@ import time
 import zlib
 from typing import NamedTuple
 
+from cli import UserError, out_of_memory, send_nowhere, shown
+
 import numpy as np
 import pytorch_lightning as L
 import torch
 import torch.distributed as dist
-from packaging.version import Version
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from packaging.version import Version
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import hub
-from cli import UserError, out_of_memory, send_nowhere, shown
+from checkpoint import not_finite, read_weights_only
 from files import FULL, SMALL, parse_json, write_whole
 
-SAVE, STOP = 1, 128  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
+SAVE, STOP = (
+    1,
+    128,
+)  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
 
 
 def cut_log(path: str, step: int) -> None:
@@ -45,7 +49,11 @@ def cut_log(path: str, step: int) -> None:
             try:
                 if not line.endswith(b"\n") or parse_json(line.decode())["step"] >= step:
                     break
-            except (ValueError, LookupError, TypeError):  # a machine that lost its power may leave anything
+            except (
+                ValueError,
+                LookupError,
+                TypeError,
+            ):  # a machine that lost its power may leave anything
                 break
             end += len(line)
         file.truncate(end)
@@ -86,6 +94,7 @@ def one_line_endings(trainer, folder, begun):
         """Without what TensorBoard's thread cannot write: the trainer's next number says it."""
         if not isinstance(failure.exc_value, OSError):
             hook(failure)
+
     threading.excepthook = quietly
     try:
         yield
@@ -93,22 +102,30 @@ def one_line_endings(trainer, folder, begun):
         status, step = stopped.args
         if not trainer.is_global_zero:
             sys.exit(0)  # Lightning would kill rank 0 for another status
-        print(f"\n{signal.Signals(status - STOP).name} at step {step}: {shown(folder)}/last.ckpt "
-              "is saved; the same command with --resume goes on", file=sys.stderr)
+        print(
+            f"\n{signal.Signals(status - STOP).name} at step {step}: {shown(folder)}/last.ckpt "
+            "is saved; the same command with --resume goes on",
+            file=sys.stderr,
+        )
         sys.exit(status)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # of a signal, of which Lightning makes a status of its own
+        if isinstance(
+            error.__context__, KeyboardInterrupt
+        ):  # of a signal, of which Lightning makes a status of its own
             raise error.__context__ from None
         raise
     except (OSError, UserError) as error:
         if hasattr(trainer.strategy.launcher, "procs"):
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # ranks that this process started would wait for it for ever
+            trainer.strategy.launcher.kill(
+                signal.SIGKILL
+            )  # ranks that this process started would wait for it for ever
         full = getattr(error, "errno", None) in FULL
         if not full and not getattr(error, "filename", None):
             raise
         advice = "make room there" if full else "put that right"
-        raise UserError(f"{error.filename or folder}: {error.strerror}; {advice}; "
-                        f"{way_on(folder, begun())}") from error
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror}; {advice}; {way_on(folder, begun())}"
+        ) from error
     finally:
         threading.excepthook = hook
 
@@ -137,16 +154,20 @@ class LastCheckpoint(Checkpoint):
     def on_validation_start(self, trainer, module):
         self.listen(module)
         if trainer.state.fn == "fit":
-            self.save(trainer)  # what a validation may run out of is no reason to lose the epoch before it
+            self.save(
+                trainer
+            )  # what a validation may run out of is no reason to lose the epoch before it
 
     def listen(self, module):
         """Takes the signals over from Lightning, whose handlers end a run without saving or hang on several ranks. Those that
         the run was started to ignore, as under nohup or in a script's background, stay ignored."""
+
         def note(number, _):
             self.stop = module.request = STOP + number
             signal.signal(number, signal.SIG_DFL)  # a second one ends at once
             if number == signal.SIGHUP:
                 leave_terminal()
+
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if not self.stop else ():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, note)
@@ -175,16 +196,22 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit":  # else training has ended and is saved
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
-                    callback.on_validation_epoch_end(trainer, module)  # takes its average out of the model's place
+                    callback.on_validation_epoch_end(
+                        trainer, module
+                    )  # takes its average out of the model's place
             self.save(trainer)
         raise Stopped(int(stop), trainer.global_step)
 
     def save(self, trainer):
-        trainer.save_checkpoint(self.path, weights_only=False)  # (said, or Lightning logs a line each time)
+        trainer.save_checkpoint(
+            self.path, weights_only=False
+        )  # (said, or Lightning logs a line each time)
         self.saved = time.monotonic()
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
-        checkpoint["plan"] = make_plan(trainer.datamodule, trainer.world_size, trainer.accumulate_grad_batches)
+        checkpoint["plan"] = make_plan(
+            trainer.datamodule, trainer.world_size, trainer.accumulate_grad_batches
+        )
         checkpoint["run_options"] = self.options
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
@@ -211,7 +238,9 @@ class BestCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.score = best_score(self.path)
         if self.score == math.inf and os.path.exists(self.path):
-            rank_zero_info(f"note: {self.path} is damaged; the model of the next validation takes its place")
+            rank_zero_info(
+                f"note: {self.path} is damaged; the model of the next validation takes its place"
+            )
 
     def on_validation_end(self, trainer, module):
         score = float(trainer.callback_metrics["val_cer_mean"])
@@ -226,15 +255,28 @@ class BestCheckpoint(Checkpoint):
 def best_score(path: str) -> float:
     """The val_cer_mean of the best.ckpt at `path`; infinite where there is none that can be used."""
     try:
-        checkpoint = hub.read_weights_only(path, mmap=True)
-        if hub.not_finite(checkpoint):
+        checkpoint = read_weights_only(path, mmap=True)
+        if not_finite(checkpoint):
             return math.inf
         if "best_score" not in checkpoint:
-            states = checkpoint["callbacks"].values()  # of a version that left the score to Lightning
-            checkpoint["best_score"] = next(state["best_model_score"] for state in states if "best_model_score" in state)
+            states = checkpoint[
+                "callbacks"
+            ].values()  # of a version that left the score to Lightning
+            checkpoint["best_score"] = next(
+                state["best_model_score"] for state in states if "best_model_score" in state
+            )
         score = float(checkpoint["best_score"])
         return math.inf if math.isnan(score) else score
-    except (UserError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, StopIteration):
+    except (
+        UserError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        StopIteration,
+    ):
         return math.inf
 
 
@@ -276,19 +318,25 @@ def find_place(path: str, checkpoint: dict) -> Place:
         batches = 0 if over else loop["epoch_loop.batch_progress"]["current"]["ready"]
         if not all(fits(number, 0) for number in (epoch, batches, checkpoint["global_step"])):
             raise TypeError
-        return Place(path, epoch, epoch + over, batches, checkpoint["global_step"], checkpoint.get("plan"))
+        return Place(
+            path, epoch, epoch + over, batches, checkpoint["global_step"], checkpoint.get("plan")
+        )
 
 
 def fits(given, like) -> bool:
     """Whether a part of a checkpoint has the names and types of `like`; numbers are not negative, and none is immense."""
     if isinstance(like, dict):
-        return isinstance(given, dict) and all(name in given and fits(given[name], part) for name, part in like.items())
+        return isinstance(given, dict) and all(
+            name in given and fits(given[name], part) for name, part in like.items()
+        )
     typed = type(given) in ((int, float) if isinstance(like, float) else (type(like),))
     return typed and (not isinstance(like, (int, float)) or 0 <= given < 2**53)
 
 
 def damaged(path: str, part: str) -> UserError:
-    return UserError(f"{path}: its state of training is damaged ({part}); --init_from starts a new run from its weights")
+    return UserError(
+        f"{path}: its state of training is damaged ({part}); --init_from starts a new run from its weights"
+    )
 
 
 @contextlib.contextmanager
@@ -296,16 +344,35 @@ def refusing(path: str, part: str):
     """What goes wrong within it is the fault of that part of the checkpoint."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise damaged(path, part) from error
 
 
 def check_state(path: str, checkpoint: dict) -> None:
     """UserError unless what a resumed run reads of a checkpoint, whose weights have been checked, before its training begins is
     what a run has saved; check_restored looks at the rest."""
-    parts = {"loops": {"fit_loop": {}}, "callbacks": {}, "pytorch-lightning_version": "", "lr_schedulers": [], "optimizer_states": []}
-    newer = {"skips": {"in_a_row": 0, "in_all": 0}, "plan": {"processes": 0}, "run_options": {}}  # older checkpoints have none
-    for part, like in (parts | {part: like for part, like in newer.items() if part in checkpoint}).items():
+    parts = {
+        "loops": {"fit_loop": {}},
+        "callbacks": {},
+        "pytorch-lightning_version": "",
+        "lr_schedulers": [],
+        "optimizer_states": [],
+    }
+    newer = {
+        "skips": {"in_a_row": 0, "in_all": 0},
+        "plan": {"processes": 0},
+        "run_options": {},
+    }  # older checkpoints have none
+    for part, like in (
+        parts | {part: like for part, like in newer.items() if part in checkpoint}
+    ).items():
         if not fits(checkpoint.get(part), like):
             raise damaged(path, part)
     with refusing(path, "pytorch-lightning_version"):
@@ -320,7 +387,11 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
     """UserError where what Lightning's loops, a callback or the optimizer would go on from is not of the kind that they save."""
     path, states, plugin = trainer.ckpt_path, checkpoint["callbacks"], trainer.precision_plugin
     parts = [("loops", checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict())]
-    parts += [(key, states[key], callback.state_dict()) for callback in trainer.callbacks if (key := callback.state_key) in states]
+    parts += [
+        (key, states[key], callback.state_dict())
+        for callback in trainer.callbacks
+        if (key := callback.state_key) in states
+    ]
     if (name := type(plugin).__qualname__) in checkpoint:
         parts.append((name, checkpoint[name], plugin.state_dict()))
     for name, given, like in parts:
@@ -332,7 +403,10 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
     with refusing(path, "optimizer_states"):
         [optimizer] = checkpoint["optimizer_states"]
         for number, state in optimizer["state"].items():
-            if state["step"].numel() != 1 or not state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[number]:
+            if (
+                state["step"].numel() != 1
+                or not state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[number]
+            ):
                 raise TypeError
         if [group["params"] for group in optimizer["param_groups"]] != [list(shapes)]:
             raise TypeError
@@ -343,11 +417,17 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     setup('fit')."""
     seconds, rows = data.options.max_batch_seconds, data.kept
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
-    return {"seed": data.seed, "rows of train": f"{len(rows)} (checksum {checksum:08x})",
-            "labels of train": f"(checksum {data.label_checksum:08x})", "max_batch_seconds": seconds,
-            "batch_size": None if seconds else data.options.batch_size or 16, "group_by_length": data.options.group_by_length,
-            "accumulate_grad_batches": accumulate_grad_batches, "processes": world_size,
-            "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})"}
+    return {
+        "seed": data.seed,
+        "rows of train": f"{len(rows)} (checksum {checksum:08x})",
+        "labels of train": f"(checksum {data.label_checksum:08x})",
+        "max_batch_seconds": seconds,
+        "batch_size": None if seconds else data.options.batch_size or 16,
+        "group_by_length": data.options.group_by_length,
+        "accumulate_grad_batches": accumulate_grad_batches,
+        "processes": world_size,
+        "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})",
+    }
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
@@ -356,17 +436,33 @@ def check_plan(place: Place, plan: dict, data) -> None:
     Within an epoch it can where the rest of the epoch stays the same: with the same plan, or with other processes and batches
     that make the same batches of all processes together. Raises UserError else. At an epoch's end any plan will do.
     """
-    differ = {name: (value, plan.get(name)) for name, value in (place.plan or plan).items() if value != plan.get(name)}
+    differ = {
+        name: (value, plan.get(name))
+        for name, value in (place.plan or plan).items()
+        if value != plan.get(name)
+    }
     if dev := differ.pop("dev", None):
-        rank_zero_info(f"note: {place.path} was validated on {shown(dev[0], 50)} of dev, which is now {dev[1]}: the best before and from here "
-                       "on are not comparable")
+        rank_zero_info(
+            f"note: {place.path} was validated on {shown(dev[0], 50)} of dev, which is now {dev[1]}: the best before and from here "
+            "on are not comparable"
+        )
     if not differ or place.batches and same_steps(place, plan, data, set(differ)):
         return
-    said = shown("; ".join(f"{shown(name, 50)} {shown(str(before), 50)}, not {now}" for name, (before, now) in differ.items()), 500)
+    said = shown(
+        "; ".join(
+            f"{shown(name, 50)} {shown(str(before), 50)}, not {now}"
+            for name, (before, now) in differ.items()
+        ),
+        500,
+    )
     if place.batches:
-        raise UserError(f"{place.path} was saved within an epoch that is planned with {said}; give the same, or the same rows "
-                        "per update by --batch_size times all --devices, or resume from a checkpoint at an epoch's end")
-    rank_zero_info(f"note: {place.path} was planned with {said}; epochs from here on are planned anew")
+        raise UserError(
+            f"{place.path} was saved within an epoch that is planned with {said}; give the same, or the same rows "
+            "per update by --batch_size times all --devices, or resume from a checkpoint at an epoch's end"
+        )
+    rank_zero_info(
+        f"note: {place.path} was planned with {said}; epochs from here on are planned anew"
+    )
 
 
 def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
@@ -376,15 +472,19 @@ def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
         return False
     before = copy.copy(data)
     before.options = dataclasses.replace(data.options, **{name: place.plan[name] for name in sizes})
-    old, new = (side.sampler(0, options["processes"]).steps(place.epoch)
-                for side, options in ((before, place.plan), (data, plan)))
+    old, new = (
+        side.sampler(0, options["processes"]).steps(place.epoch)
+        for side, options in ((before, place.plan), (data, plan))
+    )
     return len(old) == len(new) and all(map(np.array_equal, old, new))
 
 
 def epoch_is_over(loop: dict) -> bool:
     """Whether the state of the fit loop in a checkpoint is that after an epoch's validation."""
     epoch = loop["epoch_progress"]["current"]
-    return epoch["processed"] == epoch["ready"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
+    return (
+        epoch["processed"] == epoch["ready"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
+    )
 
 
 def settle(loop: dict) -> None:
@@ -406,7 +506,9 @@ def settle(loop: dict) -> None:
         if progress["is_last_batch"]:
             batch["completed"] = batch["ready"]
             # as if it had been left in its validation's first batch
-            loop["epoch_loop.val_loop.batch_progress"][part].update(ready=1, started=1, processed=0, completed=0)
+            loop["epoch_loop.val_loop.batch_progress"][part].update(
+                ready=1, started=1, processed=0, completed=0
+            )
 
 
 class MemoryCheck(L.Callback):
@@ -420,19 +522,42 @@ class MemoryCheck(L.Callback):
         if isinstance(trainer.strategy, FSDPStrategy):
             return  # which gathers weights in its own forward only
         data = trainer.datamodule
-        checks = [(self.learn, batch, self.advice(data.options, batch)) for batch in data.largest_batches()]
+        checks = [
+            (self.learn, batch, self.advice(data.options, batch))
+            for batch in data.largest_batches()
+        ]
         batch = data.longest_dev_batch()
-        checks.append((self.validate, batch, f"cut row {int(batch.rows[0])} of dev, or leave it out" if len(batch.rows) == 1
-                       else self.advice(data.options, batch)))
+        checks.append(
+            (
+                self.validate,
+                batch,
+                f"cut row {int(batch.rows[0])} of dev, or leave it out"
+                if len(batch.rows) == 1
+                else self.advice(data.options, batch),
+            )
+        )
         reasons = [reason for check in checks if (reason := self.reason(trainer, module, *check))]
         if trainer.strategy.reduce_boolean_decision(bool(reasons), all=False):
-            raise UserError((reasons or ["the largest batch does not fit the memory of another rank; lower --batch_size or "
-                                         "--max_batch_seconds"])[0])
+            raise UserError(
+                (
+                    reasons
+                    or [
+                        "the largest batch does not fit the memory of another rank; lower --batch_size or "
+                        "--max_batch_seconds"
+                    ]
+                )[0]
+            )
 
     @staticmethod
     def advice(options, batch) -> str:
         rows, frames, _ = batch.features.shape
-        name = "max_frame" if rows == 1 else "max_batch_seconds" if options.max_batch_seconds else "batch_size"
+        name = (
+            "max_frame"
+            if rows == 1
+            else "max_batch_seconds"
+            if options.max_batch_seconds
+            else "batch_size"
+        )
         now = frames if rows == 1 else options.max_batch_seconds or options.batch_size or 16
         return f"lower --{name}, for example to {now / 2:.0f}"
 
@@ -447,8 +572,10 @@ class MemoryCheck(L.Callback):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            return (f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does not fit the memory of "
-                    f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); {advice}")
+            return (
+                f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does not fit the memory of "
+                f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); {advice}"
+            )
         finally:
             module.restore_buffers(buffers)
 
@@ -462,8 +589,16 @@ class MemoryCheck(L.Callback):
     def learn(self, trainer, module, batch):
         parameters = [p for p in module.parameters() if p.requires_grad]
         # room for the optimizer's two moments, which the first update will make
-        moments = [torch.empty_like(p) for p in parameters for _ in range(0 if trainer.optimizers[0].state else 2)]
+        moments = [
+            torch.empty_like(p)
+            for p in parameters
+            for _ in range(0 if trainer.optimizers[0].state else 2)
+        ]
         with trainer.precision_plugin.forward_context():
-            loss = module.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"]
-        torch.autograd.grad(loss, parameters, allow_unused=True)  # gradients of its own: those of training stay unmade
+            loss = module.net.loss(
+                batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
+            )["loss"]
+        torch.autograd.grad(
+            loss, parameters, allow_unused=True
+        )  # gradients of its own: those of training stay unmade
         del moments

@@ -6,10 +6,10 @@ draw this epoch's augmentation. Use them as DataLoader(dataset, sampler=plan, ba
 
 import math
 
+from cli import UserError
+
 import numpy as np
 from torch.utils.data import Sampler
-
-from cli import UserError
 
 DRAWS = 20  # of an epoch, until one has no more batches than the first epoch
 # The shorter half of the rows, the longer half, and of that the longest tenth, which spans most of the range of lengths:
@@ -31,20 +31,39 @@ class LengthGroupedSampler(Sampler):
     ranks are left over; with max_batch they depend on world_size. Raises UserError when there are fewer rows than ranks.
     """
 
-    def __init__(self, *, lengths, batch_size: int | None = None, max_batch: float | None = None, rows=None,
-                 group_by_length: bool = True, megabatch: int = 50, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        *,
+        lengths,
+        batch_size: int | None = None,
+        max_batch: float | None = None,
+        rows=None,
+        group_by_length: bool = True,
+        megabatch: int = 50,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         check_share(len(lengths), world_size)
         self.lengths = np.asarray(lengths)
         self.rows = np.arange(len(lengths)) if rows is None else np.asarray(rows)
-        self.batch_size, self.max_batch, self.group_by_length = batch_size, max_batch, group_by_length
+        self.batch_size, self.max_batch, self.group_by_length = (
+            batch_size,
+            max_batch,
+            group_by_length,
+        )
         per_batch = batch_size or max(1, int(max_batch / max(self.lengths.mean(), 1)))
         self.megarows = megabatch * per_batch * world_size
         self.bands = self._bands()
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.start_batch = 0, 0
         self.count = len(self._borders(self._order(0, 0))) - 1
-        if max_batch and self.count > 1:  # batches by duration vary in number from epoch to epoch: leave a little room,
-            self.count = min(self.count + self.count // 50 + 1, len(lengths) // world_size)  # then fill it exactly
+        if (
+            max_batch and self.count > 1
+        ):  # batches by duration vary in number from epoch to epoch: leave a little room,
+            self.count = min(
+                self.count + self.count // 50 + 1, len(lengths) // world_size
+            )  # then fill it exactly
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -55,14 +74,17 @@ class LengthGroupedSampler(Sampler):
         return self.count
 
     def __iter__(self):
-        start, self.start_batch = self.start_batch, 0  # a resumed epoch begins where it was left, the next ones do not
+        start, self.start_batch = (
+            self.start_batch,
+            0,
+        )  # a resumed epoch begins where it was left, the next ones do not
         epoch = self.epoch
         for batch in self.plan(epoch)[start:]:
             yield [(epoch, int(row)) for row in batch]
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The batches of this rank in `epoch`, as row numbers."""
-        return [step[self.rank::self.world_size] for step in self.steps(epoch)]
+        return [step[self.rank :: self.world_size] for step in self.steps(epoch)]
 
     def steps(self, epoch: int) -> list[np.ndarray]:
         """The batches of all ranks together: the row numbers of each step, which the ranks take in turn."""
@@ -78,9 +100,11 @@ class LengthGroupedSampler(Sampler):
         longest = np.maximum.reduceat(self.lengths[order], borders[:-1])
         sequence = np.random.default_rng((self.seed, epoch, 1)).permutation(len(longest))
         first = np.argmax(longest[sequence])
-        sequence[[0, first]] = sequence[[first, 0]]  # the longest first: memory runs out at once or never
+        sequence[[0, first]] = sequence[
+            [first, 0]
+        ]  # the longest first: memory runs out at once or never
         rows = self.rows[order]
-        return [rows[borders[i]:borders[i + 1]] for i in sequence]
+        return [rows[borders[i] : borders[i + 1]] for i in sequence]
 
     def _bands(self) -> np.ndarray:
         """(n,) uint8, the band of every row."""
@@ -103,7 +127,9 @@ class LengthGroupedSampler(Sampler):
         if self.batch_size:
             borders = list(range(0, size, self.batch_size * world))
         else:
-            borders = borders_by_duration(self.lengths[order], world, self.max_batch, megarows=self.megarows)
+            borders = borders_by_duration(
+                self.lengths[order], world, self.max_batch, megarows=self.megarows
+            )
         return end_of_borders(borders, size, world)
 
     def _split(self, borders: list[int]) -> np.ndarray:
@@ -119,15 +145,26 @@ class LengthGroupedSampler(Sampler):
         return borders
 
 
-def borders_by_duration(lengths, world_size: int, max_batch: float, batch_size: float = math.inf,
-                        megarows: float = math.inf) -> list[int]:
+def borders_by_duration(
+    lengths,
+    world_size: int,
+    max_batch: float,
+    batch_size: float = math.inf,
+    megarows: float = math.inf,
+) -> list[int]:
     """Where batches of all ranks together begin: as many rows as keep rows * longest of every rank within max_batch, and rows
     within batch_size. No batch crosses `megarows`."""
-    longest_of_step = np.maximum.reduceat(lengths, np.arange(0, len(lengths), world_size))  # a step: one row for every rank
+    longest_of_step = np.maximum.reduceat(
+        lengths, np.arange(0, len(lengths), world_size)
+    )  # a step: one row for every rank
     borders, rows, longest = [0], 0, 0
     for step, length in enumerate(longest_of_step.tolist()):
         longest = max(longest, length)
-        if rows and ((rows + 1) * longest > max_batch or rows == batch_size or step * world_size % megarows == 0):
+        if rows and (
+            (rows + 1) * longest > max_batch
+            or rows == batch_size
+            or step * world_size % megarows == 0
+        ):
             borders.append(step * world_size)
             rows, longest = 0, length
         rows += 1
@@ -136,7 +173,9 @@ def borders_by_duration(lengths, world_size: int, max_batch: float, batch_size: 
 
 def end_of_borders(borders: list[int], size: int, world_size: int) -> list[int]:
     """With the end behind them, and so that the last batch too has at least one row for every rank."""
-    if len(borders) > 1 and size - borders[-1] < world_size:  # too few left for all ranks: take some from the batch before
+    if (
+        len(borders) > 1 and size - borders[-1] < world_size
+    ):  # too few left for all ranks: take some from the batch before
         borders[-1] = size - world_size
         if borders[-1] - borders[-2] < world_size:
             borders.pop()
@@ -146,12 +185,15 @@ def end_of_borders(borders: list[int], size: int, world_size: int) -> list[int]:
 def check_share(rows: int, world_size: int, split: str = "") -> None:
     """UserError where a rank would have no row."""
     if rows < world_size:
-        raise UserError(f"{rows} rows{split and f' of {split}'} cannot be spread over {world_size} processes; give more rows "
-                        "or lower --devices")
+        raise UserError(
+            f"{rows} rows{split and f' of {split}'} cannot be spread over {world_size} processes; give more rows "
+            "or lower --devices"
+        )
 
 
-def eval_batches(lengths, batch_size: float, rank: int = 0, world_size: int = 1,
-                 max_batch: float = math.inf) -> list[list[tuple[int, int]]]:
+def eval_batches(
+    lengths, batch_size: float, rank: int = 0, world_size: int = 1, max_batch: float = math.inf
+) -> list[list[tuple[int, int]]]:
     """All rows once, sorted by falling length, equally many batches on every rank. Keys are (0, row).
 
     A batch has at most `batch_size` rows and, unless it is one row, at most max_batch of rows * longest (in the unit of
@@ -161,5 +203,12 @@ def eval_batches(lengths, batch_size: float, rank: int = 0, world_size: int = 1,
     check_share(len(lengths), world_size)
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
-    borders = end_of_borders(borders_by_duration(lengths[order], world_size, max_batch, batch_size), len(order), world_size)
-    return [[(0, int(row)) for row in order[start:end][rank::world_size]] for start, end in zip(borders, borders[1:])]
+    borders = end_of_borders(
+        borders_by_duration(lengths[order], world_size, max_batch, batch_size),
+        len(order),
+        world_size,
+    )
+    return [
+        [(0, int(row)) for row in order[start:end][rank::world_size]]
+        for start, end in zip(borders, borders[1:])
+    ]

@@ -18,24 +18,40 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from cli import UserError, option, options_class, shown
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import soundfile
 
-import demo
 import tokenizer as tk
-from cli import UserError, option, options_class, shown
 from audio import EXTENSIONS
 from files import parse_yaml, read_small, read_text, why
+from tools import demo
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
-SPLIT_NAMES = {"train.clean.100": "train", "train.clean.360": "train", "train.other.500": "train",
-               "train.100": "train", "train.360": "train", "train.500": "train", "train": "train",
-               "validation.clean": "dev", "validation.other": "dev_other", "validation": "dev",
-               "valid": "dev", "val": "dev", "dev": "dev", "dev_other": "dev_other",
-               "test.clean": "eval_clean", "test.other": "eval_other", "test": "eval_clean",
-               "eval_clean": "eval_clean", "eval_other": "eval_other"}
+SPLIT_NAMES = {
+    "train.clean.100": "train",
+    "train.clean.360": "train",
+    "train.other.500": "train",
+    "train.100": "train",
+    "train.360": "train",
+    "train.500": "train",
+    "train": "train",
+    "validation.clean": "dev",
+    "validation.other": "dev_other",
+    "validation": "dev",
+    "valid": "dev",
+    "val": "dev",
+    "dev": "dev",
+    "dev_other": "dev_other",
+    "test.clean": "eval_clean",
+    "test.other": "eval_other",
+    "test": "eval_clean",
+    "eval_clean": "eval_clean",
+    "eval_other": "eval_other",
+}
 SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is of train
 NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
@@ -55,17 +71,24 @@ DEEPEST = 100  # folders in folders
 @options_class
 class SourceOptions:
     source: str | None = option(
-        None, "folder of SRC/{split}/metadata.csv or .jsonl, folder of parquet files, or a hub "
-              "dataset's id")
+        None,
+        "folder of SRC/{split}/metadata.csv or .jsonl, folder of parquet files, or a hub "
+        "dataset's id",
+    )
     split_map: tuple[str, ...] = option(
-        (), "read only these splits under these names, e.g. train.100=train test=dev")
+        (), "read only these splits under these names, e.g. train.100=train test=dev"
+    )
     config: str | None = option(
-        None, "configuration of a hub dataset, or folder of the splits, e.g. clean")
+        None, "configuration of a hub dataset, or folder of the splits, e.g. clean"
+    )
     text_column: str | None = option(
-        None, f"column of the text; the first of {', '.join(TEXT_COLUMNS)} if not given")
+        None, f"column of the text; the first of {', '.join(TEXT_COLUMNS)} if not given"
+    )
     audio_column: str | None = option(
-        None, "column of the audio in parquet and hub data; the first of "
-              f"{', '.join(AUDIO_COLUMNS)} if not given")
+        None,
+        "column of the audio in parquet and hub data; the first of "
+        f"{', '.join(AUDIO_COLUMNS)} if not given",
+    )
 
 
 class Row(NamedTuple):
@@ -145,14 +168,17 @@ def usual(name: str) -> str | None:
     return SPLIT_NAMES.get(name.lower()) or SPLIT_NAMES.get(NUMBER.sub("", name.lower()))
 
 
-def choose_column(columns, wanted: str | None, names, place: str,
-                  flag: str = "--text_column") -> str:
+def choose_column(
+    columns, wanted: str | None, names, place: str, flag: str = "--text_column"
+) -> str:
     """The column `wanted`, or the first of the usual `names`; UserError when there is none."""
     found = [c for c in ([wanted] if wanted else names) if c in columns]
     if not found:
-        raise UserError(f"{place} has no column {wanted or ' or '.join(names)}; its columns are "
-                        f"{', '.join(map(str, columns))}: name one with {flag}, or leave the split "
-                        "out by --split_map, which names the others")
+        raise UserError(
+            f"{place} has no column {wanted or ' or '.join(names)}; its columns are "
+            f"{', '.join(map(str, columns))}: name one with {flag}, or leave the split "
+            "out by --split_map, which names the others"
+        )
     return found[0]
 
 
@@ -160,8 +186,10 @@ def string(value, place: str) -> str:
     """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError
     for bytes, lists and dicts."""
     if isinstance(value, (bytes, list, dict)):
-        raise UserError(f"{place}: a {type(value).__name__} is neither text nor speaker; name the "
-                        "column of the text with --text_column")
+        raise UserError(
+            f"{place}: a {type(value).__name__} is neither text nor speaker; name the "
+            "column of the text with --text_column"
+        )
     return "" if value is None else str(value)
 
 
@@ -174,8 +202,10 @@ class Folder:
     def __init__(self, source: str):
         self.source, self.path = source, os.path.abspath(source)
         if not os.path.isdir(source):
-            raise UserError(f"{source} has neither SRC/{{split}}/metadata.csv nor parquet files: "
-                            "it is a file; give a folder")
+            raise UserError(
+                f"{source} has neither SRC/{{split}}/metadata.csv nor parquet files: "
+                "it is a file; give a folder"
+            )
         self.files = list(walk(self.path))
         self.read = set()
 
@@ -194,8 +224,10 @@ class Folder:
             return path, reason
         if not os.path.isfile(path):
             slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
-            near = sorted(self.by_name[alike(os.path.basename(slashed))],
-                          key=lambda file: alike(file) != alike(slashed))
+            near = sorted(
+                self.by_name[alike(os.path.basename(slashed))],
+                key=lambda file: alike(file) != alike(slashed),
+            )
             same = [file for file in near if tk.nfc(file) == tk.nfc(path)]
             if near and len(same) != 1:
                 return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
@@ -221,15 +253,26 @@ class Folder:
             manual = os.path.basename(name).lower().startswith(("readme", "license"))
             if file not in self.read and not manual:
                 kinds[top, os.path.splitext(name)[1]].append(name)
-        said = [names[0] + f" and {len(names) - 1} more {ending or 'other'} files in {top or 'it'}"
-                * (len(names) > 1) for (top, ending), names in kinds.items()]
+        said = [
+            names[0]
+            + f" and {len(names) - 1} more {ending or 'other'} files in {top or 'it'}"
+            * (len(names) > 1)
+            for (top, ending), names in kinds.items()
+        ]
         folders = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
-        return ", ".join(said + [f"{name}/ (empty)" for name in folders
-                                 if name not in tops and not name.startswith(".")])
+        return ", ".join(
+            said
+            + [
+                f"{name}/ (empty)"
+                for name in folders
+                if name not in tops and not name.startswith(".")
+            ]
+        )
 
 
-def walk(folder: str, above: tuple[str, ...] = (), seen: collections.Counter | None = None
-         ) -> Iterator[str]:
+def walk(
+    folder: str, above: tuple[str, ...] = (), seen: collections.Counter | None = None
+) -> Iterator[str]:
     """All files below, also behind links; one that leads back up is not followed. Raises UserError
     where more than MOST_LINKS lead to a folder, and below DEEPEST."""
     real, seen = os.path.realpath(folder), collections.Counter() if seen is None else seen
@@ -237,15 +280,17 @@ def walk(folder: str, above: tuple[str, ...] = (), seen: collections.Counter | N
         return
     seen[real] += 1
     if seen[real] > MOST_LINKS:
-        raise UserError(f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some "
-                        "out")
+        raise UserError(
+            f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some out"
+        )
     if len(above) > DEEPEST:
         raise UserError(f"{folder}: it lies below {DEEPEST} folders; take it out")
     try:
         entries = sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); change that, or take it "
-                        "out") from None
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}); change that, or take it out"
+        ) from None
     for name, path, is_folder in entries:
         if not name.startswith("."):
             yield from walk(path, (*above, real), seen) if is_folder else [path]
@@ -255,7 +300,7 @@ def alike(name: str) -> str:
     """The same for names that are easily taken for each other: in another case, in another Unicode
     form, with a space at an end, or with what Latin-1 makes of the bytes of one that is not in
     UTF-8 on disk."""
-    name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xdc00), name)
+    name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), name)
     return tk.nfc(name).casefold().strip()
 
 
@@ -282,31 +327,42 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
     folder.read.update(table.path for table in tables)
     if not tables:
         there = folder.left_out()
-        raise UserError(f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor "
-                        f"parquet files{there and f', only {there}'}; lay the speech out as "
-                        "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
-                        "file_name and text")
+        raise UserError(
+            f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor "
+            f"parquet files{there and f', only {there}'}; lay the speech out as "
+            "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
+            "file_name and text"
+        )
     splits, shards = collections.defaultdict(list), collections.Counter()
     for table in tables:
         splits[table.split].append(table)
         stem = os.path.splitext(table.path)[0]
         if found := SHARD.search(stem):
-            shards[stem[:found.start()], found[1]] += 1
+            shards[stem[: found.start()], found[1]] += 1
     for (stem, total), count in shards.items():
         if count < int(total):
-            print(shown(f"note: of {stem}-*-of-{total} only {count} are there; get the others, or "
-                        "go on without them"), flush=True)
-    return {name: functools.partial(open_tables, folder, name, parts, options)
-            for name, parts in splits.items()}
+            print(
+                shown(
+                    f"note: of {stem}-*-of-{total} only {count} are there; get the others, or "
+                    "go on without them"
+                ),
+                flush=True,
+            )
+    return {
+        name: functools.partial(open_tables, folder, name, parts, options)
+        for name, parts in splits.items()
+    }
 
 
 def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list[Split]:
     """What the split `name` is made of."""
     kinds = {os.path.splitext(table.path)[1].lower(): table.path for table in tables}
     if len(kinds) > 1:
-        raise UserError(f"{folder.source}: split {name} has "
-                        f"{' and '.join(sorted(kinds.values()))}; take one of them away, or move "
-                        "it to a folder of its own")
+        raise UserError(
+            f"{folder.source}: split {name} has "
+            f"{' and '.join(sorted(kinds.values()))}; take one of them away, or move "
+            "it to a folder of its own"
+        )
     if is_parquet(tables[0].path):
         return [parquet_split(folder, name, table.path, options) for table in tables]
     return [metadata_split(folder, tables, options)]
@@ -338,8 +394,9 @@ def find_tables(folder: Folder) -> list[Table]:
                 tables += found
                 continue
         if place is None:
-            place = max((place for place in range(len(names)) if tuple(names[:place]) in above),
-                        default=0)
+            place = max(
+                (place for place in range(len(names)) if tuple(names[:place]) in above), default=0
+            )
         tables.append(Table("/".join(names[:place]) or ".", names[place], file, records))
     return tables
 
@@ -348,9 +405,11 @@ def first_usual(names: list[str], file: str) -> int | None:
     """Where the first usual name of a split is; UserError where that of another one follows."""
     places = [place for place, name in enumerate(names) if usual(name)]
     if len({usual(names[place]) for place in places}) > 1:
-        raise UserError(f"{file}: it may belong to the split "
-                        f"{' or '.join(names[place] for place in places)}; rename the file or its "
-                        "folder")
+        raise UserError(
+            f"{file}: it may belong to the split "
+            f"{' or '.join(names[place] for place in places)}; rename the file or its "
+            "folder"
+        )
     return places[0] if places else None
 
 
@@ -363,19 +422,25 @@ def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
     else:
         files = [(record.get("file_name") or "").replace("\\", "/") for record in records]
         folders = [os.path.normpath(file).split("/")[:-1] for file in files]
-        levels = [[folder[level] if level < len(folder) else "" for folder in folders]
-                  for level in range(max(map(len, folders)))]
+        levels = [
+            [folder[level] if level < len(folder) else "" for folder in folders]
+            for level in range(max(map(len, folders)))
+        ]
         names = next((level for level in levels if any(map(usual, level))), None)
         where = "folder in file_name"
     if names is None and folder:
         return []
     if names is None:
-        raise UserError(f"{path} has neither a column split nor names that begin with a split's "
-                        "folder (train/a.wav); add one, or move it with its files to "
-                        f"{os.path.join(os.path.dirname(path), 'train')}")
+        raise UserError(
+            f"{path} has neither a column split nor names that begin with a split's "
+            "folder (train/a.wav); add one, or move it with its files to "
+            f"{os.path.join(os.path.dirname(path), 'train')}"
+        )
     if "" in names:
-        raise UserError(f"{path}: row {names.index('') + 1} names no split by its "
-                        f"{where}, as others do; name it there")
+        raise UserError(
+            f"{path}: row {names.index('') + 1} names no split by its "
+            f"{where}, as others do; name it there"
+        )
     rows = collections.defaultdict(list)
     for record, name in zip(records, names):
         rows[name].append(record)
@@ -387,25 +452,38 @@ def readme_tables(folder: Folder) -> list[Table]:
     try:
         text = read_text(os.path.join(folder.path, "README.md"), 2**20)
         card = parse_yaml(re.match(r"---\n(.*?\n)---", text, re.DOTALL)[1])
-        said = [(str(config["config_name"]), *part) for config in card["configs"]
-                for part in data_files(config)]
+        said = [
+            (str(config["config_name"]), *part)
+            for config in card["configs"]
+            for part in data_files(config)
+        ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []  # no README, or one that says nothing of files
     tables, absent = [], []
     for config, split, pattern in said:
         path = os.path.normpath(os.path.join(folder.path, pattern))
         if "://" in pattern or outside(folder.source, path):
-            raise UserError(f"{folder.source}/README.md: {pattern} of configuration {config} lies "
-                            f"outside {folder.source}; move it there, and say so in README.md")
+            raise UserError(
+                f"{folder.source}/README.md: {pattern} of configuration {config} lies "
+                f"outside {folder.source}; move it there, and say so in README.md"
+            )
         steps = tuple(os.path.relpath(path, folder.path).split(os.sep))
-        found = [file for file in folder.files
-                 if len(steps) < DEEPEST
-                 and follows(tuple(os.path.relpath(file, folder.path).split(os.sep)), steps)]
+        found = [
+            file
+            for file in folder.files
+            if len(steps) < DEEPEST
+            and follows(tuple(os.path.relpath(file, folder.path).split(os.sep)), steps)
+        ]
         tables += [Table(config, split, file) for file in found if is_parquet(file)]
         absent += [] if found else [f"{pattern} (split {split})"]
     if tables and absent:
-        print(shown(f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing "
-                    "is there; get it, or go on without it"), flush=True)
+        print(
+            shown(
+                f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing "
+                "is there; get it, or go on without it"
+            ),
+            flush=True,
+        )
     return list(dict.fromkeys(tables))
 
 
@@ -439,9 +517,11 @@ def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[
     first = {}
     for table in tables if wanted is None else ():
         if first.setdefault(table.split, table).config != table.config:
-            raise UserError(f"{source} has the split {table.split} more than once, as "
-                            f"{first[table.split].path} and {table.path}; choose one with --config "
-                            f"({', '.join(configs)}), or give --source its folder")
+            raise UserError(
+                f"{source} has the split {table.split} more than once, as "
+                f"{first[table.split].path} and {table.path}; choose one with --config "
+                f"({', '.join(configs)}), or give --source its folder"
+            )
     return [table for table in tables if wanted in (None, table.config)]
 
 
@@ -457,9 +537,11 @@ def read_metadata(path: str) -> list[dict]:
         line = error.object.count(b"\n", 0, error.start) + 1
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         other = "UTF-16" if error.object.startswith(marks) else "LATIN1"
-        raise UserError(f"{path} is not in UTF-8: line {line} has the byte "
-                        f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
-                        f"-t UTF-8, if it is in {other})") from None
+        raise UserError(
+            f"{path} is not in UTF-8: line {line} has the byte "
+            f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
+            f"-t UTF-8, if it is in {other})"
+        ) from None
     except (OSError, ValueError) as error:
         reason = why(error)
         raise UserError(f"cannot read {path}: {reason}; get it anew, or take it out") from None
@@ -484,15 +566,19 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for record in itertools.chain([{None: columns}], reader):  # the header may have some, too
             if found := swallowed(record, os.path.dirname(path)):
-                raise UserError(f"{path}: one field of the row in lines {line} to "
-                                f"{reader.line_num} holds {found!r}, which looks like a row of its "
-                                "own; close the quotation mark that is left open there, or put "
-                                "the text on one line")
+                raise UserError(
+                    f"{path}: one field of the row in lines {line} to "
+                    f"{reader.line_num} holds {found!r}, which looks like a row of its "
+                    "own; close the quotation mark that is left open there, or put "
+                    "the text on one line"
+                )
             records.append(record)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path} is no CSV file from line {line} on: {error}; is a quotation mark "
-                        "left open, or not doubled within quotation marks?") from None
+        raise UserError(
+            f"{path} is no CSV file from line {line} on: {error}; is a quotation mark "
+            "left open, or not doubled within quotation marks?"
+        ) from None
     return columns, records[1:]
 
 
@@ -504,16 +590,26 @@ def swallowed(record: dict, folder: str) -> str:
     """
     endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
     fields = [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]
-    cells = {line: [cell.strip().strip('"') for cell in line.split(",")]
-             for field in fields for line in field.splitlines()}
+    cells = {
+        line: [cell.strip().strip('"') for cell in line.split(",")]
+        for field in fields
+        for line in field.splitlines()
+    }
     named = sum(ending(cell) in endings for parts in cells.values() for cell in parts)
     fused = None in record and (named > 1 or "file_name" not in record)
     for field in fields:
         lines = field.splitlines()
         for line in lines if len(lines) > 1 else ():
-            if line.strip() and (fused or any(os.path.isfile(os.path.join(folder, cell)) or
-                                              len(cells[line]) > 1 and ending(cell) in endings
-                                              for cell in cells[line] if cell)):
+            if line.strip() and (
+                fused
+                or any(
+                    os.path.isfile(os.path.join(folder, cell))
+                    or len(cells[line]) > 1
+                    and ending(cell) in endings
+                    for cell in cells[line]
+                    if cell
+                )
+            ):
                 return line
     return ""
 
@@ -535,8 +631,10 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
                 if name != "file_name" and isinstance(value, str):
                     value.encode()  # raises where JSON has escaped half of a surrogate pair
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is no JSON object in Unicode ({error}); write "
-                            "one a line, with file_name and text") from None
+            raise UserError(
+                f"{path}: line {number} is no JSON object in Unicode ({error}); write "
+                "one a line, with file_name and text"
+            ) from None
         records.append(record)
     return list(dict.fromkeys(itertools.chain(*records))), records
 
@@ -551,25 +649,36 @@ def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
         parts.append((table.path, records, text, speaker))
 
     def texts():
-        return (string(record.get(text), path) for path, records, text, _ in parts
-                for record in records)
+        return (
+            string(record.get(text), path) for path, records, text, _ in parts for record in records
+        )
 
     def rows():
         return used_once([row for part in parts for row in metadata_rows(folder, *part)])
 
-    return Split(sum(len(records) for _, records, _, _ in parts), any(part[-1] for part in parts),
-                 texts, rows)
+    return Split(
+        sum(len(records) for _, records, _, _ in parts),
+        any(part[-1] for part in parts),
+        texts,
+        rows,
+    )
 
 
-def metadata_rows(folder: Folder, table: str, records: list[dict], text: str,
-                  speaker: str | None) -> Iterator[Row]:
+def metadata_rows(
+    folder: Folder, table: str, records: list[dict], text: str, speaker: str | None
+) -> Iterator[Row]:
     for record in records:
         name = record.get("file_name") or ""
         path, reason = folder.find(os.path.dirname(table), name)
         if None in record:  # where DictReader puts what has no column
             reason = "more fields than columns; put a text with commas between quotation marks"
-        yield Row(name, path, string(record.get(text), table),
-                  string(speaker and record.get(speaker), table), reason)
+        yield Row(
+            name,
+            path,
+            string(record.get(text), table),
+            string(speaker and record.get(speaker), table),
+            reason,
+        )
 
 
 def used_once(rows: list[Row]) -> Iterator[Row]:
@@ -602,8 +711,9 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
             check_unpacked(parquet, os.path.getsize(path))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a "
-                        "pointer)") from None
+        raise UserError(
+            f"cannot load {path}: {error}; get the file anew (git lfs pull, if it is a pointer)"
+        ) from None
 
     def batches(columns):
         with open(path, "rb") as file:  # page by page: a row group need not fit into memory
@@ -618,8 +728,9 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
         far, wrong = folder.find(folder.path, name)
         return (far, "") if not wrong and os.path.isfile(far) else (near, reason)
 
-    return arrow_split(schema, count, batches, find, path, f"split {name} of {folder.source}",
-                       options)
+    return arrow_split(
+        schema, count, batches, find, path, f"split {name} of {folder.source}", options
+    )
 
 
 def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
@@ -635,32 +746,45 @@ def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
         for column in map(group.column, columns):
             unpacked = max(column.total_uncompressed_size, 4 * column.num_values)
             if unpacked > max(UNPACKED, PACKED * min(column.total_compressed_size, size)):
-                raise ValueError(f"{column.total_compressed_size} bytes of its column "
-                                 f"{column.path_in_schema} promise {unpacked}")
+                raise ValueError(
+                    f"{column.total_compressed_size} bytes of its column "
+                    f"{column.path_in_schema} promise {unpacked}"
+                )
 
 
 def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
     try:
         loaded = datasets.load_dataset(source, options.config)
     except Exception as error:  # datasets raises many kinds, some of them bare
-        raise UserError(f"cannot load {source}: {str(error).rstrip('.')}; give a folder with "
-                        "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
-                        "dataset") from None
+        raise UserError(
+            f"cannot load {source}: {str(error).rstrip('.')}; give a folder with "
+            "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
+            "dataset"
+        ) from None
 
     def batches(data, columns):
         return data.select_columns(columns).with_format("arrow").iter(BATCH)
 
     def open_split(name):
         data = loaded[name]
-        return [arrow_split(data.features.arrow_schema, len(data),
-                            functools.partial(batches, data), lambda path: (path, ""), source,
-                            f"split {name} of {source}", options)]
+        return [
+            arrow_split(
+                data.features.arrow_schema,
+                len(data),
+                functools.partial(batches, data),
+                lambda path: (path, ""),
+                source,
+                f"split {name} of {source}",
+                options,
+            )
+        ]
 
     return {name: functools.partial(open_split, name) for name in loaded}
 
 
-def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: str,
-                options) -> Split:
+def arrow_split(
+    schema: pa.Schema, count: int, batches, find, path: str, place: str, options
+) -> Split:
     """batches(columns): some rows at a time. find(name): a path, why it cannot be used or ""."""
     text = choose_column(schema.names, options.text_column, TEXT_COLUMNS, path)
     audio = choose_column(schema.names, options.audio_column, AUDIO_COLUMNS, path, "--audio_column")
@@ -685,23 +809,34 @@ def arrow_split(schema: pa.Schema, count: int, batches, find, path: str, place: 
             content, name, reason = sound_of(sound)
             if content is None and name and not reason:
                 content, reason = find(name)
-            yield Row(name or f"row {i}", content, words(said),
-                      words(who[0]) if who else "", reason)
+            yield Row(
+                name or f"row {i}", content, words(said), words(who[0]) if who else "", reason
+            )
 
-    return Split(count, speaker is not None, lambda: (words(cell) for cell, in read(text)), rows)
+    return Split(count, speaker is not None, lambda: (words(cell) for (cell,) in read(text)), rows)
 
 
 def check_audio_type(kind: pa.DataType, column: str, path: str) -> None:
     """Raises UserError where a column holds no audio that can be read."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
-             pa.types.is_large_binary, pa.types.is_null)
-    if not (any(test(kind) for test in tests) or fields & {"bytes", "path"}
-            or fields >= {"array", "sampling_rate"}):
-        raise UserError(f"{path}: column {column} is {kind}; audio is the bytes of a file, its "
-                        "path, a struct of bytes and path, or one of array and sampling_rate: "
-                        "name its column with --audio_column")
+    tests = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_null,
+    )
+    if not (
+        any(test(kind) for test in tests)
+        or fields & {"bytes", "path"}
+        or fields >= {"array", "sampling_rate"}
+    ):
+        raise UserError(
+            f"{path}: column {column} is {kind}; audio is the bytes of a file, its "
+            "path, a struct of bytes and path, or one of array and sampling_rate: "
+            "name its column with --audio_column"
+        )
 
 
 def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:

@@ -10,17 +10,20 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from cli import UserError
+
 import torch
 
 import decode
-from cli import UserError
 from conformer import Encoder, receptive_field, subsampled_length
 from transforms import check_samples, feature_state, stream_features
 
 # An utterance ends after so many ms of blanks, of blanks behind some text, or of speech: WeNet's rules 1 to 3.
 SILENCE, SILENCE_AFTER_TEXT, LONGEST = 5000, 1000, 20000
 MAX_POSITION = 5000  # encoder frames, 200 s; as far as WeNet's table of positions goes
-BLANK_THRESHOLD = 0.8  # a frame is silent when CTC's blank is likelier than this; WeNet's value, too
+BLANK_THRESHOLD = (
+    0.8  # a frame is silent when CTC's blank is likelier than this; WeNet's value, too
+)
 HUSH = 16  # encoder frames in a row in which the blank wins, from which on nothing is being said
 
 
@@ -33,37 +36,57 @@ class StreamState(NamedTuple):
     blocks: tuple  # per block ((keys, values, positions), last inputs of the convolution), (None, None) at the beginning
 
 
-def stream_state(encoder: Encoder, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION) -> StreamState:
+def stream_state(
+    encoder: Encoder, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION
+) -> StreamState:
     """The state before the first frame. Raises UserError for an encoder that sees the future.
 
     Positions count the encoder frames of an utterance. Where a chunk would go beyond max_position it stays there, and what
     it sees of the past keeps its distance: an endless stream is as if its visible part ended at max_position.
     """
     if encoder.options.encoder == "conformer" and not encoder.options.causal:
-        raise UserError("this model's convolution is not causal: it hears whole utterances only; train with --causal to stream")
+        raise UserError(
+            "this model's convolution is not causal: it hears whole utterances only; train with --causal to stream"
+        )
     nothing = encoder.cmvn_mean.new_zeros(1, 0, len(encoder.cmvn_mean))
-    return StreamState(chunk_size, left_chunks, max_position, nothing, 0, ((None, None),) * len(encoder.blocks))
+    return StreamState(
+        chunk_size, left_chunks, max_position, nothing, 0, ((None, None),) * len(encoder.blocks)
+    )
 
 
-def stream(encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool = False) -> tuple[torch.Tensor, StreamState]:
+def stream(
+    encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool = False
+) -> tuple[torch.Tensor, StreamState]:
     """feats (1,n,F), n >= 0 -> encoder output (1,m,D) of the chunks now complete, and the state behind them.
 
     `last` also gives what remains, a shorter chunk, and hands back the state before the first frame of a new utterance.
     """
     feats = torch.cat((state.feats, feats), dim=1)
     field, rate = receptive_field(encoder.options.input_layer)
-    ready = subsampled_length(feats.size(1), encoder.options.input_layer)  # encoder frames that feats suffice for
+    ready = subsampled_length(
+        feats.size(1), encoder.options.input_layer
+    )  # encoder frames that feats suffice for
     out = [feats.new_zeros(1, 0, encoder.options.output_size)]
     while ready and (last or 0 < state.chunk_size <= ready):
         size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
         position = min(state.offset, max(state.max_position - size, 0))
-        pasts = state.blocks if position == state.offset else tuple(map(without_positions, state.blocks))
-        x, blocks = encoder.forward_chunk(feats[:, :(size - 1) * rate + field], position, pasts)
+        pasts = (
+            state.blocks
+            if position == state.offset
+            else tuple(map(without_positions, state.blocks))
+        )
+        x, blocks = encoder.forward_chunk(feats[:, : (size - 1) * rate + field], position, pasts)
         out.append(x)
-        feats, ready = feats[:, size * rate:], ready - size
+        feats, ready = feats[:, size * rate :], ready - size
         keep = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
-        state = state._replace(offset=state.offset + size, blocks=tuple(trim(block, keep) for block in blocks))
-    state = stream_state(encoder, state.chunk_size, state.left_chunks, state.max_position) if last else state._replace(feats=feats)
+        state = state._replace(
+            offset=state.offset + size, blocks=tuple(trim(block, keep) for block in blocks)
+        )
+    state = (
+        stream_state(encoder, state.chunk_size, state.left_chunks, state.max_position)
+        if last
+        else state._replace(feats=feats)
+    )
     return torch.cat(out, dim=1), state
 
 
@@ -77,7 +100,7 @@ def trim(block, keep: int):
     """The block's cache with the newest `keep` keys, values and positions; all of them where keep is negative."""
     seen, last_inputs = block
     if keep >= 0:  # (B,H,S,D/H); cloned, because a view would keep the whole past alive
-        seen = tuple(past[:, :, past.size(2) - min(keep, past.size(2)):].clone() for past in seen)
+        seen = tuple(past[:, :, past.size(2) - min(keep, past.size(2)) :].clone() for past in seen)
     return seen, last_inputs
 
 
@@ -91,11 +114,18 @@ class Heard(NamedTuple):
     first_frame: int  # that frame's number since the stream began
     seconds: float  # how much of the stream has been heard
     final: bool  # after the second pass; False: CTC prefix search, what may yet change
-    memory: torch.Tensor | None = None  # (1,m,D), the encoder's output over the utterance, where final
+    memory: torch.Tensor | None = (
+        None  # (1,m,D), the encoder's output over the utterance, where final
+    )
 
 
-def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, endpoints: bool = True,
-           context=None) -> Iterator[Heard]:
+def listen(
+    model,
+    pieces: Iterable[torch.Tensor],
+    search: decode.SearchOptions,
+    endpoints: bool = True,
+    context=None,
+) -> Iterator[Heard]:
     """Recognises pieces of a waveform, each (n,) of any length n, as they come: two passes (U2, section 3.3).
 
     model: a model.U2. After every chunk comes what was heard so far, by CTC prefix search; at the end of an
@@ -108,7 +138,9 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
     state, first_frame = model.stream_state(search.chunk_size, search.left_chunks), 0
     beam, hushed = decode.prefix_start(context=context), HUSH
     memory, frames, silent = [], 0, 0
-    sizes = piece_samples(model, search.chunk_size) if search.chunk_size > 0 else (math.inf, math.inf)
+    sizes = (
+        piece_samples(model, search.chunk_size) if search.chunk_size > 0 else (math.inf, math.inf)
+    )
     for samples, last in in_chunks(with_last(pieces), *sizes):
         features, features_state = advance(samples, features_state)
         out, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
@@ -121,12 +153,19 @@ def listen(model, pieces: Iterable[torch.Tensor], search: decode.SearchOptions, 
         memory.append(out)
         frames += out.size(1)
         silent = trailing_blanks(log_probs[0, :, model.net.blank_id], silent)
-        (heard,), seconds = decode.prefix_result(beam), (first_frame + frames) * frame_ms(model) / 1000
+        (heard,), seconds = (
+            decode.prefix_result(beam),
+            (first_frame + frames) * frame_ms(model) / 1000,
+        )
         if last or endpoints and is_endpoint(model, bool(heard.tokens), silent, frames):
             memory = torch.cat(memory, dim=1)
-            yield Heard(second_pass(model, heard, memory, search), first_frame, seconds, True, memory)
+            yield Heard(
+                second_pass(model, heard, memory, search), first_frame, seconds, True, memory
+            )
             first_frame += frames
-            state = model.stream_state(search.chunk_size, search.left_chunks)._replace(feats=state.feats)
+            state = model.stream_state(search.chunk_size, search.left_chunks)._replace(
+                feats=state.feats
+            )
             beam, hushed = decode.prefix_start(context=context), HUSH
             memory, frames, silent = [], 0, 0
         elif out.size(1):
@@ -143,8 +182,9 @@ def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bo
             yield samples[:good], False
             count += good
             if reason:
-                raise UserError(f"sample {count} of the stream: {reason}; mend the recording, or "
-                                "leave it out")
+                raise UserError(
+                    f"sample {count} of the stream: {reason}; mend the recording, or leave it out"
+                )
     except Exception as failure:
         error = failure
     yield torch.zeros(0), True
@@ -162,8 +202,9 @@ def as_samples(piece) -> torch.Tensor:
     return piece.detach().float().cpu()
 
 
-def in_chunks(pieces: Iterable[tuple[torch.Tensor, bool]], first: float,
-              later: float) -> Iterator[tuple[torch.Tensor, bool]]:
+def in_chunks(
+    pieces: Iterable[tuple[torch.Tensor, bool]], first: float, later: float
+) -> Iterator[tuple[torch.Tensor, bool]]:
     """What with_last gives, cut anew: `first` samples, then `later` at a time; what remains has True.
 
     stream_features normalises samples by what is known at their end. With the same ends for the same
@@ -211,11 +252,17 @@ def trailing_blanks(blank_log_probs: torch.Tensor, before: int) -> int:
 def is_endpoint(model, has_text: bool, silent_frames: int, frames: int) -> bool:
     """WeNet's three rules, any of which ends an utterance."""
     ms = frame_ms(model)
-    return (silent_frames * ms >= SILENCE or has_text and silent_frames * ms >= SILENCE_AFTER_TEXT
-            or frames * ms >= LONGEST)
+    return (
+        silent_frames * ms >= SILENCE
+        or has_text
+        and silent_frames * ms >= SILENCE_AFTER_TEXT
+        or frames * ms >= LONGEST
+    )
 
 
-def second_pass(model, heard: decode.Hypothesis, memory: torch.Tensor, search: decode.SearchOptions) -> decode.Hypothesis:
+def second_pass(
+    model, heard: decode.Hypothesis, memory: torch.Tensor, search: decode.SearchOptions
+) -> decode.Hypothesis:
     if not heard.tokens or not memory.size(1):
         return heard
     lengths = torch.tensor([memory.size(1)], device=memory.device)

@@ -14,13 +14,14 @@ import os
 import re
 import unicodedata
 
+from cli import UserError, shown
+
 import tokenizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
-import hub
-from cli import UserError, shown
+from checkpoint import TOKENIZER, locate, read_weights_only
 from files import parse_json, read_json, read_text, write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
@@ -28,22 +29,34 @@ UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one chara
 BPE_SPACE = "\u2581"
 # What shows nothing alone: joiners, variation selectors and tags, which change what is beside them,
 # and fillers.
-NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
-                     "\U000e0000-\U000e0fff]")
+NOTHING = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0000-\U000e0fff]"
+)
 # What no transcript holds and no line of a file: controls, ends of lines, and halves of characters.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LONGEST_TOKEN, LARGEST_VOCABULARY = 256, 2**21  # characters, of one token and of all
-HAN = re.compile("([\u4e00-\u9fff])")  # the Chinese characters that WeNet never hands to sentencepiece
+HAN = re.compile(
+    "([\u4e00-\u9fff])"
+)  # the Chinese characters that WeNet never hands to sentencepiece
 # What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what such a token
 # is called in a vocab.json, in the order in which transformers appends those that are missing.
-VOCAB_NAMES = {"sos": ("bos_token", "<s>", "[BOS]", "<sos>"),
-               "eos": ("eos_token", "</s>", "[EOS]", "<eos>"),
-               "unk": ("unk_token", "<unk>", "[UNK]"),
-               "blank": ("pad_token", "<pad>", "[PAD]", "<blank>")}
-WAV2VEC2_FILES = ("vocab.json", "added_tokens.json", "special_tokens_map.json",
-                  "tokenizer_config.json")
-WAV2VEC2_OPTIONS = {"tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"),
-                    "replace_word_delimiter_char": (None, " ")}  # and what we support of each
+VOCAB_NAMES = {
+    "sos": ("bos_token", "<s>", "[BOS]", "<sos>"),
+    "eos": ("eos_token", "</s>", "[EOS]", "<eos>"),
+    "unk": ("unk_token", "<unk>", "[UNK]"),
+    "blank": ("pad_token", "<pad>", "[PAD]", "<blank>"),
+}
+WAV2VEC2_FILES = (
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+WAV2VEC2_OPTIONS = {
+    "tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"),
+    "replace_word_delimiter_char": (None, " "),
+}  # and what we support of each
 
 
 def normalize_text(text: str) -> str:
@@ -57,15 +70,17 @@ def nfc(text: str) -> str:
     if len(text) > 1000 and not text.isascii():
         parts = "".join(unicodedata.normalize("NFD", character) for character in text)
         runs = itertools.groupby(parts, lambda character: unicodedata.combining(character) > 0)
-        text = "".join("".join(sorted(run, key=unicodedata.combining) if marks else run)
-                       for marks, run in runs)
+        text = "".join(
+            "".join(sorted(run, key=unicodedata.combining) if marks else run) for marks, run in runs
+        )
     return unicodedata.normalize("NFC", text)
 
 
 def quoted(piece: str) -> str:
     """Text for a message: in quotation marks, or by its code points where not all of it is seen."""
     seen = piece.isprintable() and not any(
-        unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
+        unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece
+    )
     return f"'{piece}'" if seen else " ".join(f"U+{ord(c):04X}" for c in piece)
 
 
@@ -76,9 +91,10 @@ def brief(value) -> str:
 
 def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
     """For a message: what a tokenizer did not know, how often each occurs, and where."""
-    told = [f"{quoted(piece)} x {count}"
-            + (f" (as in {examples[piece]})" if piece in examples else "")
-            for piece, count in unknown.most_common(10)]
+    told = [
+        f"{quoted(piece)} x {count}" + (f" (as in {examples[piece]})" if piece in examples else "")
+        for piece, count in unknown.most_common(10)
+    ]
     rest = len(unknown) - len(told)
     return ", ".join(told) + (f" and {rest} others" if rest else "")
 
@@ -87,17 +103,30 @@ def check_parts(tokens, ids, space, merges, sentencepiece, wav2vec2) -> None:
     """UserError where a part of a Tokenizer is not what its docstring says."""
     added = wav2vec2["added"] if wav2vec2 else []
     texts = [*tokens, space, *added, *(part for pair in merges or () for part in pair)]
-    if isinstance(tokens, str) or isinstance(added, str) or not all(isinstance(text, str) for text in texts):
+    if (
+        isinstance(tokens, str)
+        or isinstance(added, str)
+        or not all(isinstance(text, str) for text in texts)
+    ):
         raise UserError("a token is no text")
-    if any(len(text) > LONGEST_TOKEN for text in texts) or sum(map(len, texts)) > LARGEST_VOCABULARY:
-        raise UserError(f"a token is longer than {LONGEST_TOKEN} characters, or all are longer than {LARGEST_VOCABULARY}")
+    if (
+        any(len(text) > LONGEST_TOKEN for text in texts)
+        or sum(map(len, texts)) > LARGEST_VOCABULARY
+    ):
+        raise UserError(
+            f"a token is longer than {LONGEST_TOKEN} characters, or all are longer than {LARGEST_VOCABULARY}"
+        )
     if strange := next(filter(None, map(CONTROLS.search, texts)), None):
         raise UserError(f"a token holds the control character {quoted(strange[0])}; take it out")
     if not all(type(i) is int and 0 <= i < len(tokens) for i in ids):
-        raise UserError(f"its special ids {shown(ids, 100)} are not all of its {len(tokens)} tokens")
+        raise UserError(
+            f"its special ids {shown(ids, 100)} are not all of its {len(tokens)} tokens"
+        )
     if any(len(pair) != 2 for pair in merges or ()):
         raise UserError("a merge is not of two tokens")
-    if sentencepiece and not (isinstance(sentencepiece["model"], str) and type(sentencepiece["han"]) is bool):
+    if sentencepiece and not (
+        isinstance(sentencepiece["model"], str) and type(sentencepiece["han"]) is bool
+    ):
         raise UserError("its sentencepiece model is none")
     if wav2vec2 and type(wav2vec2["do_lower_case"]) is not bool:
         raise UserError("do_lower_case is neither true nor false")
@@ -115,14 +144,29 @@ class Tokenizer:
     Raises UserError for other types, ids beyond the vocabulary, and tokens that are very long or hold control characters.
     """
 
-    def __init__(self, *, tokens, blank_id, unk_id, sos_id, eos_id, space=" ", merges=None,
-                 sentencepiece=None, wav2vec2=None):
-        check_parts(tokens, (blank_id, unk_id, sos_id, eos_id), space, merges, sentencepiece, wav2vec2)
+    def __init__(
+        self,
+        *,
+        tokens,
+        blank_id,
+        unk_id,
+        sos_id,
+        eos_id,
+        space=" ",
+        merges=None,
+        sentencepiece=None,
+        wav2vec2=None,
+    ):
+        check_parts(
+            tokens, (blank_id, unk_id, sos_id, eos_id), space, merges, sentencepiece, wav2vec2
+        )
         self.tokens = list(tokens)
         self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
         self.space, self.merges, self.sentencepiece = space, merges, sentencepiece
         self.wav2vec2 = wav2vec2
-        self._of_pieces = merges is not None or sentencepiece is not None  # there a space is part of a piece
+        self._of_pieces = (
+            merges is not None or sentencepiece is not None
+        )  # there a space is part of a piece
         self._silent = {blank_id, sos_id, eos_id}
         specials = self._silent | {unk_id}
         # A special token is never what a piece of text means, even when the text spells its name.
@@ -146,7 +190,9 @@ class Tokenizer:
 
     def _build_bpe(self):
         vocabulary = {**self._ids, self.tokens[self.unk_id]: self.unk_id}
-        model = BPE(vocabulary, [tuple(pair) for pair in self.merges], unk_token=self.tokens[self.unk_id])
+        model = BPE(
+            vocabulary, [tuple(pair) for pair in self.merges], unk_token=self.tokens[self.unk_id]
+        )
         bpe = tokenizers.Tokenizer(model)
         bpe.pre_tokenizer = Metaspace(BPE_SPACE)
         return bpe
@@ -154,7 +200,9 @@ class Tokenizer:
     def _build_processor(self):
         import sentencepiece  # only models from WeNet need it
 
-        return sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(self.sentencepiece["model"]))
+        return sentencepiece.SentencePieceProcessor(
+            model_proto=base64.b64decode(self.sentencepiece["model"])
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -163,7 +211,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of `text` after `normalize_text`, without sos and eos; what the vocabulary lacks is unk_id."""
         ids = [i for _, i in self.spell(text)]
-        return [i for i in ids if i != self.blank_id]  # which is what is unknown to a vocabulary without unknown token
+        return [
+            i for i in ids if i != self.blank_id
+        ]  # which is what is unknown to a vocabulary without unknown token
 
     def unknown(self, text: str) -> list[str]:
         """The pieces of `text`, mostly characters, that the vocabulary lacks."""
@@ -218,13 +268,20 @@ class Tokenizer:
         if not self.sentencepiece["han"]:
             return self._processor.encode(text, out_type=str)
         parts = [part for part in HAN.split(text.upper()) if part.strip()]
-        return [piece for part in parts
-                for piece in ([part] if HAN.fullmatch(part) else self._processor.encode(part, out_type=str))]
+        return [
+            piece
+            for part in parts
+            for piece in (
+                [part] if HAN.fullmatch(part) else self._processor.encode(part, out_type=str)
+            )
+        ]
 
     def texts(self, ids) -> list[str]:
         """What each token id adds to what `written` makes a text of: blank, sos and eos nothing."""
-        pieces = ["" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i]
-                  for i in ids]
+        pieces = [
+            "" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i]
+            for i in ids
+        ]
         if self._of_pieces:
             return [piece.replace(self.space, " ") for piece in pieces]
         return [" " if piece == self.space else piece for piece in pieces]
@@ -239,13 +296,27 @@ class Tokenizer:
 
     def shared_ids(self, other: "Tokenizer") -> list[tuple[int, int]]:
         """(own id, other's id) of the special tokens, by role, and of every token that both know."""
-        roles = [(getattr(self, role), getattr(other, role)) for role in ("blank_id", "unk_id", "sos_id", "eos_id")]
-        return roles + [(own, other._ids[token]) for token, own in self._ids.items() if token in other._ids]
+        roles = [
+            (getattr(self, role), getattr(other, role))
+            for role in ("blank_id", "unk_id", "sos_id", "eos_id")
+        ]
+        return roles + [
+            (own, other._ids[token]) for token, own in self._ids.items() if token in other._ids
+        ]
 
     def to_dict(self) -> dict:
         """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
-        names = ("tokens", "blank_id", "unk_id", "sos_id", "eos_id", "space", "merges",
-                 "sentencepiece", "wav2vec2")
+        names = (
+            "tokens",
+            "blank_id",
+            "unk_id",
+            "sos_id",
+            "eos_id",
+            "space",
+            "merges",
+            "sentencepiece",
+            "wav2vec2",
+        )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
@@ -254,7 +325,9 @@ class Tokenizer:
         try:
             return cls(**data)
         except Exception as error:  # tokenizers raises bare Exceptions for bad merges
-            raise UserError(f"not a tokenizer of ours: {shown(str(error), 200)}; make one with prepare.py") from None
+            raise UserError(
+                f"not a tokenizer of ours: {shown(str(error), 200)}; make one with prepare.py"
+            ) from None
 
 
 def split_off(text: str, tokens: set[str], ordered: list[str] = []) -> list[str]:
@@ -279,22 +352,29 @@ def split_off(text: str, tokens: set[str], ordered: list[str] = []) -> list[str]
             end = at if seen in tokens else end
         return end
 
-    cuts, begun, behind = [0], {}, 0  # begun: of each place where a token may have begun, its characters
+    cuts, begun, behind = (
+        [0],
+        {},
+        0,
+    )  # begun: of each place where a token may have begun, its characters
     for here in range(len(text) + 1):
         if here < behind:
             continue
-        grown = {start: seen + text[here:here + 1] for start, seen in begun.items()}
+        grown = {start: seen + text[here : here + 1] for start, seen in begun.items()}
         whole = next((start for start, seen in begun.items() if seen in tokens), None)
         if whole is None:
             begun = {start: seen for start, seen in grown.items() if begins(seen)}
         else:
             for start, seen in begun.items():
-                end = longest(seen, here) if start == whole else longest(
-                    grown[start] if begins(grown[start]) else seen, here + 1)
+                end = (
+                    longest(seen, here)
+                    if start == whole
+                    else longest(grown[start] if begins(grown[start]) else seen, here + 1)
+                )
                 if end is not None:
                     break
             cuts, begun, behind = [*cuts, start, end], {}, end
-        if behind <= here and begins(text[here:here + 1]):
+        if behind <= here and begins(text[here : here + 1]):
             begun[here] = text[here]
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
 
@@ -305,7 +385,9 @@ def train_char(texts) -> Tokenizer:
     for text in texts:
         characters.update(CONTROLS.sub("", normalize_text(text)))  # which are unknown to it
     if not characters:
-        raise UserError("no text to train a tokenizer on: the transcripts of the train split are empty")
+        raise UserError(
+            "no text to train a tokenizer on: the transcripts of the train split are empty"
+        )
     return Tokenizer(tokens=SPECIALS + sorted(characters), blank_id=0, unk_id=1, sos_id=2, eos_id=3)
 
 
@@ -314,17 +396,28 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
 
     Every character of `texts` is a token. Raises UserError when vocab_size has no room for them.
     """
-    minimum = train_char(texts := list(texts)).vocab_size + 1  # a space is spelled by its own symbol
+    minimum = (
+        train_char(texts := list(texts)).vocab_size + 1
+    )  # a space is spelled by its own symbol
     if vocab_size < minimum:
-        raise UserError(f"--vocab_size {vocab_size} has no room for this text's characters; give {minimum} or more")
+        raise UserError(
+            f"--vocab_size {vocab_size} has no room for this text's characters; give {minimum} or more"
+        )
     bpe = tokenizers.Tokenizer(BPE(unk_token=SPECIALS[1]))
     bpe.pre_tokenizer = Metaspace(BPE_SPACE)
     trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
     bpe.train_from_iterator((CONTROLS.sub("", normalize_text(text)) for text in texts), trainer)
     model = json.loads(bpe.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return Tokenizer(tokens=tokens, blank_id=0, unk_id=1, sos_id=2, eos_id=3, space=BPE_SPACE,
-                     merges=[list(pair) for pair in model["merges"]])
+    return Tokenizer(
+        tokens=tokens,
+        blank_id=0,
+        unk_id=1,
+        sos_id=2,
+        eos_id=3,
+        space=BPE_SPACE,
+        merges=[list(pair) for pair in model["merges"]],
+    )
 
 
 def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokenizer:
@@ -334,14 +427,20 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
     """
     if vocabulary and all(isinstance(i, dict) for i in vocabulary.values()):
         languages = shown(", ".join(list(vocabulary)[:5]), 100)
-        raise UserError(f"it holds the vocabularies of several languages ({languages}, ...); give its "
-                        "folder, with a target_lang in its tokenizer_config.json")
+        raise UserError(
+            f"it holds the vocabularies of several languages ({languages}, ...); give its "
+            "folder, with a target_lang in its tokenizer_config.json"
+        )
     tokens = {}
     for token, i in [*vocabulary.items(), *added.items()]:
         if vocabulary.get(token, i) != i:
-            raise UserError(f"the token {brief(token)} has two ids, {brief(vocabulary[token])} and {brief(i)}")
+            raise UserError(
+                f"the token {brief(token)} has two ids, {brief(vocabulary[token])} and {brief(i)}"
+            )
         if tokens.setdefault(i, token) != token:
-            raise UserError(f"the tokens {brief(tokens[i])} and {brief(token)} have the same id {brief(i)}")
+            raise UserError(
+                f"the tokens {brief(tokens[i])} and {brief(token)} have the same id {brief(i)}"
+            )
     if not all(isinstance(i, int) for i in tokens) or sorted(tokens) != list(range(len(tokens))):
         raise UserError("not a vocab.json: it must map tokens to the ids 0, 1, 2, ... without gaps")
     tokens, special = [tokens[i] for i in range(len(tokens))], {}
@@ -350,7 +449,9 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
         names = [config[option]] if config.get(option) else names
         found = [tokens.index(name) for name in names if name in tokens]
         if not found and role == "blank":
-            raise UserError(f"the vocabulary has no pad token ({shown(', '.join(names), 100)}), which CTC needs as its blank")
+            raise UserError(
+                f"the vocabulary has no pad token ({shown(', '.join(names), 100)}), which CTC needs as its blank"
+            )
         special[f"{role}_id"] = found[0] if found else len(tokens)
         if not found:
             tokens.append(names[0])
@@ -367,19 +468,25 @@ def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tok
     """
     for option, supported in WAV2VEC2_OPTIONS.items():
         if config.get(option) not in supported:
-            raise UserError(f"tokenizer_config.json: {option} {brief(config[option])} is not supported, only "
-                            f"{supported[1]!r}")
+            raise UserError(
+                f"tokenizer_config.json: {option} {brief(config[option])} is not supported, only "
+                f"{supported[1]!r}"
+            )
     chosen = {"do_lower_case": config.get("do_lower_case")}
     for option in (*(option for option, *_ in VOCAB_NAMES.values()), "word_delimiter_token"):
         told = [source[option] for source in (names, config) if source.get(option)]
         told = {token["content"] if isinstance(token, dict) else token for token in told}
         if len(told) > 1:
-            raise UserError("special_tokens_map.json and tokenizer_config.json differ on "
-                            f"{option}: {shown(' or '.join(sorted(told)), 100)}")
+            raise UserError(
+                "special_tokens_map.json and tokenizer_config.json differ on "
+                f"{option}: {shown(' or '.join(sorted(told)), 100)}"
+            )
         chosen[option] = next(iter(told), None)
     if len(chosen["word_delimiter_token"] or " ") > 1:
-        raise UserError(f"word_delimiter_token {brief(chosen['word_delimiter_token'])} is not supported, only "
-                        "a single character")
+        raise UserError(
+            f"word_delimiter_token {brief(chosen['word_delimiter_token'])} is not supported, only "
+            "a single character"
+        )
     if language := config.get("target_lang"):
         if not isinstance(vocabulary.get(language), dict):
             raise UserError(f"target_lang {brief(language)} is none of vocab.json's languages")
@@ -387,9 +494,13 @@ def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tok
     for i, token in config.get("added_tokens_decoder", {}).items():
         content = token["content"]
         if added.setdefault(content, int(i)) != int(i):
-            raise UserError("added_tokens.json and tokenizer_config.json differ on the id of "
-                            f"{brief(content)}: {brief(added[content])} or {shown(i, 20)}")
-        whole = content in vocabulary and len(content) > 1  # which takes the spaces beside it anyway
+            raise UserError(
+                "added_tokens.json and tokenizer_config.json differ on the id of "
+                f"{brief(content)}: {brief(added[content])} or {shown(i, 20)}"
+            )
+        whole = (
+            content in vocabulary and len(content) > 1
+        )  # which takes the spaces beside it anyway
         for flag in ("single_word", *(() if whole else ("lstrip", "rstrip"))):
             if token.get(flag):
                 raise UserError(f"{flag} of the added token {brief(content)} is not supported")
@@ -400,25 +511,27 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Reads a tokenizer.json, a vocab.json, the tokenizer inside a .ckpt, or the one in a folder for the
     hub, in a hub repository org/name or in a folder of Wav2Vec2CTCTokenizer.save_pretrained. Raises
     UserError if it is none of these."""
-    path = hub.locate(str(path))
-    if os.path.exists(os.path.join(path, hub.TOKENIZER)):
-        path = os.path.join(path, hub.TOKENIZER)
+    path = locate(str(path))
+    if os.path.exists(os.path.join(path, TOKENIZER)):
+        path = os.path.join(path, TOKENIZER)
     folder, unreadable = os.path.isdir(path), "not a tokenizer.json, vocab.json or checkpoint"
     try:
         if folder:
             unreadable = f"one of {', '.join(WAV2VEC2_FILES)} is no JSON object"
             if not os.path.exists(os.path.join(path, WAV2VEC2_FILES[0])):
-                raise UserError(f"neither {hub.TOKENIZER} nor {WAV2VEC2_FILES[0]} is in it")
+                raise UserError(f"neither {TOKENIZER} nor {WAV2VEC2_FILES[0]} is in it")
             names = [os.path.join(path, name) for name in WAV2VEC2_FILES]
             data = [read_json(name) if os.path.exists(name) else {} for name in names]
         elif path.endswith(".ckpt"):
-            data = hub.read_weights_only(path, mmap=True)["tokenizer"]
+            data = read_weights_only(path, mmap=True)["tokenizer"]
         else:
             data = parse_json(read_text(path))
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         reason = str(error) if isinstance(error, UserError) else getattr(error, "strerror", None)
-        raise UserError(f"cannot read a tokenizer from {path}: {reason or unreadable}; give "
-                        "the path of a tokenizer.json, vocab.json or .ckpt, or a folder with one") from None
+        raise UserError(
+            f"cannot read a tokenizer from {path}: {reason or unreadable}; give "
+            "the path of a tokenizer.json, vocab.json or .ckpt, or a folder with one"
+        ) from None
     try:
         if folder:
             return from_folder(*data)
@@ -427,22 +540,34 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(unreadable)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # of JSON of another shape
-        raise UserError(f"{path}: not what Wav2Vec2CTCTokenizer.save_pretrained writes; save it anew") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ):  # of JSON of another shape
+        raise UserError(
+            f"{path}: not what Wav2Vec2CTCTokenizer.save_pretrained writes; save it anew"
+        ) from None
 
 
 def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:
     """Raises UserError when DATA_ROOT/tokenizer.json, which made the labels there, is another tokenizer."""
     path = os.path.join(data_root, "tokenizer.json")
     if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
-        raise UserError(f"{name} differs from {path}, which made the labels; use that one, or prepare the data again with "
-                        "prepare.py --tokenizer")
+        raise UserError(
+            f"{name} differs from {path}, which made the labels; use that one, or prepare the data again with "
+            "prepare.py --tokenizer"
+        )
 
 
 def unit_lines(tokens: list[str], file: str) -> str:
     """Lines `token id` of WeNet's units.txt and sherpa-onnx's tokens.txt; UserError where they could not be read back."""
     if len(set(tokens)) < len(tokens) or any(len(token.split()) != 1 for token in tokens):
-        raise UserError(f"its tokens cannot be lines of a {file}: they hold spaces or are not distinct")
+        raise UserError(
+            f"its tokens cannot be lines of a {file}: they hold spaces or are not distinct"
+        )
     return "".join(f"{token} {i}\n" for i, token in enumerate(tokens))
 
 

@@ -12,12 +12,13 @@ from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
 
+from cli import UserError, option, options_class
+
 import numpy as np
 import torch
 import torchaudio
 import torchaudio.compliance.kaldi as kaldi
 
-from cli import UserError, option, options_class
 from files import parse_json, read_text
 
 RATES = (4000, 384_000)  # samples per second of recordings; the filter of others may take gigabytes
@@ -29,30 +30,49 @@ LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of 
 class Frontend:
     """How samples become features; travels in the checkpoint. Raises UserError for values that make no frame."""
 
-    frontend: str = option("log_mel", "log_mel, or Kaldi's fbank with global CMVN, as WeNet trains on",
-                           choices=("log_mel", "fbank"))
+    frontend: str = option(
+        "log_mel",
+        "log_mel, or Kaldi's fbank with global CMVN, as WeNet trains on",
+        choices=("log_mel", "fbank"),
+    )
     sample_rate: int = option(
-        16000, "samples per second of input_values; train.py takes DATA_ROOT's",
-        at_least=RATES[0], at_most=RATES[1])
-    num_mel_bins: int = option(80, "mel filters, the width of the features",
-                               at_least=1, at_most=512)
-    frame_length: int = option(25, "window of a frame in ms; also the FFT's length",
-                               at_least=1, at_most=200)
+        16000,
+        "samples per second of input_values; train.py takes DATA_ROOT's",
+        at_least=RATES[0],
+        at_most=RATES[1],
+    )
+    num_mel_bins: int = option(
+        80, "mel filters, the width of the features", at_least=1, at_most=512
+    )
+    frame_length: int = option(
+        25, "window of a frame in ms; also the FFT's length", at_least=1, at_most=200
+    )
     frame_shift: int = option(10, "distance between frames in ms", at_least=1, at_most=200)
-    window: str = option("hamming", "window function of log_mel (fbank's is povey)", choices=("hamming", "hann"))
-    mean_var_norm: bool = option(True, "give every waveform zero mean and unit variance; log_mel only")
+    window: str = option(
+        "hamming", "window function of log_mel (fbank's is povey)", choices=("hamming", "hann")
+    )
+    mean_var_norm: bool = option(
+        True, "give every waveform zero mean and unit variance; log_mel only"
+    )
     high_freq: float = option(
-        0.0, "upper end of fbank's filters in Hz, or, 0 or less, how far from half the sample rate; "
+        0.0,
+        "upper end of fbank's filters in Hz, or, 0 or less, how far from half the sample rate; "
         "WeNet's is 0, sherpa-onnx's own -400",
-        at_least=-RATES[1] / 2, at_most=RATES[1] / 2)
+        at_least=-RATES[1] / 2,
+        at_most=RATES[1] / 2,
+    )
 
     def __post_init__(self):
         if self.frontend == "fbank" and self.num_mel_bins < 4:
-            raise UserError(f"--num_mel_bins {self.num_mel_bins}: --frontend fbank needs at least 4")
+            raise UserError(
+                f"--num_mel_bins {self.num_mel_bins}: --frontend fbank needs at least 4"
+            )
         half = self.sample_rate / 2
         if not LOW_FREQ < self.high_freq + (self.high_freq <= 0) * half <= half:
-            raise UserError(f"--high_freq {self.high_freq:g}: it must be within {LOW_FREQ:g} and {half:g} Hz, or at most "
-                            "0 to count from there")
+            raise UserError(
+                f"--high_freq {self.high_freq:g}: it must be within {LOW_FREQ:g} and {half:g} Hz, or at most "
+                "0 to count from there"
+            )
 
     @property
     def is_wenets(self) -> bool:
@@ -73,26 +93,40 @@ class Augment:
     """Augmentation of training examples with WeNet's semantics."""
 
     speeds: tuple[float, ...] = option(
-        (0.9, 1.0, 1.1), "speeds to choose from, per example; none: off",
-        at_least=0.1, at_most=10.0)
+        (0.9, 1.0, 1.1), "speeds to choose from, per example; none: off", at_least=0.1, at_most=10.0
+    )
     num_freq_masks: int = option(2, "frequency masks per example; 0: off", at_least=0, at_most=100)
     max_freq_mask: int = option(10, "widest frequency mask in mel bins", at_least=0, at_most=512)
     num_time_masks: int = option(2, "time masks per example; 0: off", at_least=0, at_most=100)
     max_time_mask: int = option(50, "longest time mask in frames", at_least=0, at_most=10000)
-    num_subs: int = option(3, "stretches replaced by earlier frames (spec_sub) per example; 0: off",
-                           at_least=0, at_most=100)
+    num_subs: int = option(
+        3,
+        "stretches replaced by earlier frames (spec_sub) per example; 0: off",
+        at_least=0,
+        at_most=100,
+    )
     max_sub: int = option(30, "longest replaced stretch in frames", at_least=0, at_most=10000)
-    max_trim: int = option(0, "most frames cut from the end (spec_trim; 50 is usual); 0: off",
-                           at_least=0, at_most=10000)
+    max_trim: int = option(
+        0,
+        "most frames cut from the end (spec_trim; 50 is usual); 0: off",
+        at_least=0,
+        at_most=10000,
+    )
     dither: float = option(
-        1.0, "deviation of the noise added before fbank, in steps of 16-bit samples; 0: off",
-        at_least=0.0, at_most=32768.0)
+        1.0,
+        "deviation of the noise added before fbank, in steps of 16-bit samples; 0: off",
+        at_least=0.0,
+        at_most=32768.0,
+    )
 
     def __post_init__(self):
         if len(self.speeds) > 100:
             raise UserError(f"--speeds: {len(self.speeds)} of them; give at most 100")
-        for count, size in (("num_freq_masks", "max_freq_mask"), ("num_time_masks", "max_time_mask"),
-                            ("num_subs", "max_sub")):
+        for count, size in (
+            ("num_freq_masks", "max_freq_mask"),
+            ("num_time_masks", "max_time_mask"),
+            ("num_subs", "max_sub"),
+        ):
             if getattr(self, count) and not getattr(self, size):
                 raise UserError(f"--{size} 0: it must be at least 1, unless --{count} is 0")
 
@@ -184,11 +218,13 @@ def _resampler(orig: int, new: int):
     periods, taps = -(-16 // new), kernel.shape[1]
     matrix = torch.zeros((periods - 1) * orig + taps, periods * new)
     for period in range(periods):
-        matrix[period * orig:period * orig + taps, period * new:(period + 1) * new] = kernel.T
+        matrix[period * orig : period * orig + taps, period * new : (period + 1) * new] = kernel.T
 
     def resampler(waveform: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(waveform, (width, width + periods * orig))
-        return (padded.unfold(0, len(matrix), periods * orig) @ matrix.to(waveform.device)).flatten()
+        return (
+            padded.unfold(0, len(matrix), periods * orig) @ matrix.to(waveform.device)
+        ).flatten()
 
     return resampler
 
@@ -243,7 +279,9 @@ def filters_on(device: torch.device, make, frontend: Frontend):
     bands = []
     for first in range(0, mel.shape[1], BAND):
         columns = slice(first, first + BAND)
-        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [0]  # narrow filters may meet no bin at all
+        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [
+            0
+        ]  # narrow filters may meet no bin at all
         bins = slice(used[0], used[-1] + 1)
         bands.append((bins, columns, mel[bins, columns].contiguous().to(device)))
     return window.to(device), bands
@@ -253,7 +291,12 @@ def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
     """Window (window,) and mel filters (bins, F) of log_mel."""
     window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
     mel = torchaudio.functional.melscale_fbanks(
-        frontend.window_samples // 2 + 1, 0.0, frontend.sample_rate / 2, frontend.num_mel_bins, frontend.sample_rate)
+        frontend.window_samples // 2 + 1,
+        0.0,
+        frontend.sample_rate / 2,
+        frontend.num_mel_bins,
+        frontend.sample_rate,
+    )
     return window(frontend.window_samples, periodic=False), mel
 
 
@@ -281,8 +324,16 @@ def fbank_fft(frontend: Frontend) -> int:
 def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
     """Window (window,) and mel filters (bins, F) of fbank."""
     size = fbank_fft(frontend)
-    mel, _ = kaldi.get_mel_banks(frontend.num_mel_bins, size, frontend.sample_rate, LOW_FREQ, frontend.high_freq,
-                                 vtln_low=100.0, vtln_high=-500.0, vtln_warp_factor=1.0)
+    mel, _ = kaldi.get_mel_banks(
+        frontend.num_mel_bins,
+        size,
+        frontend.sample_rate,
+        LOW_FREQ,
+        frontend.high_freq,
+        vtln_low=100.0,
+        vtln_high=-500.0,
+        vtln_warp_factor=1.0,
+    )
     mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # the Nyquist bin has no weight
     return torch.hann_window(frontend.window_samples, periodic=False).pow(0.85), mel  # povey
 
@@ -299,15 +350,21 @@ def fbank(frontend: Frontend, dither: float = 0.0):
     def transform(example: dict, generator: torch.Generator | None) -> dict:
         waveform = example["input_values"] * 32768
         if dither and generator is not None:
-            noise = torch.randn(len(waveform), generator=generator)  # on the CPU wherever the waveform is: the same noise
+            noise = torch.randn(
+                len(waveform), generator=generator
+            )  # on the CPU wherever the waveform is: the same noise
             waveform = waveform.add_(noise.to(waveform.device), alpha=dither)
         power = mel_power(waveform, frontend, fbank_filters, spectrum)
         return {**example, "features": power.clamp_(min=floor).log_().T}
 
     def spectrum(frames, window):  # (T, window) -> (T, bins)
         frames = frames - frames.mean(dim=1, keepdim=True)
-        before = 0.97 * torch.cat((frames[:, :1], frames[:, :-1]), dim=1)  # the first sample has itself before it
-        frames = (frames - before) * window  # rounded as Kaldi rounds: a fused step moves quiet bands by 0.03
+        before = 0.97 * torch.cat(
+            (frames[:, :1], frames[:, :-1]), dim=1
+        )  # the first sample has itself before it
+        frames = (
+            frames - before
+        ) * window  # rounded as Kaldi rounds: a fused step moves quiet bands by 0.03
         return torch.fft.rfft(frames, n=fbank_fft(frontend))
 
     return transform
@@ -323,20 +380,40 @@ def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
         with np.errstate(all="ignore"):
             if text.lstrip().startswith("{"):
                 sums = parse_json(text)
-                total, squares, count = np.array(sums["mean_stat"]), np.array(sums["var_stat"]), sums["frame_num"]
+                total, squares, count = (
+                    np.array(sums["mean_stat"]),
+                    np.array(sums["var_stat"]),
+                    sums["frame_num"],
+                )
             else:  # [ sums .. count newline sums of squares .. 0 ]
-                total, squares = np.array(text.replace("[", " ").replace("]", " ").split(), np.float64).reshape(2, -1)
+                total, squares = np.array(
+                    text.replace("[", " ").replace("]", " ").split(), np.float64
+                ).reshape(2, -1)
                 total, squares, count = total[:-1], squares[:-1], total[-1]
             mean = total / count
             istd = 1 / np.sqrt(np.maximum(squares / count - mean**2, 1e-20))
             mean, istd = mean.astype(np.float32), istd.astype(np.float32)
-        if not (count > 0 and mean.ndim == 1 and mean.shape == istd.shape and np.isfinite([mean, istd]).all()):
+        if not (
+            count > 0
+            and mean.ndim == 1
+            and mean.shape == istd.shape
+            and np.isfinite([mean, istd]).all()
+        ):
             raise ValueError
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a global_cmvn file, or leave it out") from None
-    except (ValueError, LookupError, TypeError, ArithmeticError):  # which quote what is there, be it another's secret
-        raise UserError(f"{path}: no global CMVN, sums over at least one frame in JSON or Kaldi's text; name a global_cmvn file, or "
-                        "leave it out") from None
+        raise UserError(
+            f"{path}: {error.strerror}; name a global_cmvn file, or leave it out"
+        ) from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+    ):  # which quote what is there, be it another's secret
+        raise UserError(
+            f"{path}: no global CMVN, sums over at least one frame in JSON or Kaldi's text; name a global_cmvn file, or "
+            "leave it out"
+        ) from None
     return torch.from_numpy(mean), torch.from_numpy(istd)
 
 
@@ -348,8 +425,10 @@ def spec_aug(augment: Augment):
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"].clone()  # (F, T)
-        for axis, count, widest in ((1, augment.num_time_masks, augment.max_time_mask),
-                                    (0, augment.num_freq_masks, augment.max_freq_mask)):
+        for axis, count, widest in (
+            (1, augment.num_time_masks, augment.max_time_mask),
+            (0, augment.num_freq_masks, augment.max_freq_mask),
+        ):
             for _ in range(count):
                 start = _draw(0, features.shape[axis] - 1, generator)
                 width = min(_draw(1, widest, generator), features.shape[axis] - start)
@@ -363,13 +442,15 @@ def spec_sub(augment: Augment):
     """Replaces stretches of time by the frames some way before them (U2++, arXiv:2106.05642, section 3.2.3)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
-        before = example["features"]  # (F, T); every stretch copies from here, never from an earlier replacement
+        before = example[
+            "features"
+        ]  # (F, T); every stretch copies from here, never from an earlier replacement
         features = before.clone()
         for _ in range(augment.num_subs):
             start = _draw(0, before.shape[1] - 1, generator)
             length = min(_draw(1, augment.max_sub, generator), before.shape[1] - start)
             source = start - _draw(0, start, generator)
-            features[:, start:start + length] = before[:, source:source + length]
+            features[:, start : start + length] = before[:, source : source + length]
         return {**example, "features": features}
 
     return transform
@@ -383,7 +464,7 @@ def spec_trim(augment: Augment):
         length = _draw(1, augment.max_trim, generator)
         if 2 * length >= features.shape[1]:
             return example
-        return {**example, "features": features[:, :features.shape[1] - length]}
+        return {**example, "features": features[:, : features.shape[1] - length]}
 
     return transform
 
@@ -470,7 +551,9 @@ def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak) -> t
     included, by window / (window + 1), which keeps the count. Pieces of any length give the same.
     """
     wide = samples.double().clamp(-peak, peak)
-    count = past[0] + torch.arange(samples.size(0) + 1)  # (n+1,) before each sample and behind the last
+    count = past[0] + torch.arange(
+        samples.size(0) + 1
+    )  # (n+1,) before each sample and behind the last
     over = (count - window).clamp(min=0)  # how often the past was scaled until then
     weights = ((over - over[-1]) * math.log1p(1 / window)).exp()
     weighted = weights[:-1] * wide
@@ -506,7 +589,9 @@ def stream_features(frontend: Frontend):
     """
     normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
     window = STREAM_WINDOW * frontend.sample_rate
-    chain = Compose([*features_chain(dataclasses.replace(frontend, mean_var_norm=False)), transpose])
+    chain = Compose(
+        [*features_chain(dataclasses.replace(frontend, mean_var_norm=False)), transpose]
+    )
 
     def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:
         samples = finite(samples)
@@ -515,9 +600,9 @@ def stream_features(frontend: Frontend):
         frames = int(num_frames(len(waiting), frontend))
         if not frames:
             return torch.zeros(0, frontend.num_mel_bins), FeatureState(waiting, statistics)
-        ready = waiting[:(frames - 1) * frontend.shift_samples + frontend.window_samples]
+        ready = waiting[: (frames - 1) * frontend.shift_samples + frontend.window_samples]
         ready = normalize(ready, statistics) if normalised else ready
         features = chain({"input_values": ready}, None)["features"]
-        return features, FeatureState(waiting[frames * frontend.shift_samples:], statistics)
+        return features, FeatureState(waiting[frames * frontend.shift_samples :], statistics)
 
     return advance

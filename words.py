@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import quote
 
+from cli import UNSHOWN, shown
+
 import torch
 
 import decode
-from cli import UNSHOWN, shown
 from conformer import receptive_field
 from files import json_text
 from tokenizer import Tokenizer
@@ -22,10 +23,14 @@ from transforms import Frontend
 
 # Chinese and Japanese characters, which no space parts: radicals, 々 〆 〇 and other signs, kana,
 # bopomofo, ideographs.
-ALONE = re.compile("[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff"
-                   "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f"
-                   "\U00020000-\U0003ffff]")
-GOES_ON = "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"  # long vowels, voicing, joiners: as marks
+ALONE = re.compile(
+    "[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f"
+    "\U00020000-\U0003ffff]"
+)
+GOES_ON = (
+    "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"  # long vowels, voicing, joiners: as marks
+)
 OPENING, CLOSING = ("Ps", "Pi"), ("Pe", "Pf", "Po", "Pd", "Pc")  # categories of punctuation
 LINE, LINES = 42, 2  # a cue of subtitles: so many columns in so many lines,
 LONGEST_CUE, SHORTEST_CUE = 7.0, 1.0  # so many seconds, and no less where the next leaves room;
@@ -64,7 +69,10 @@ class FrameTimes(NamedTuple):
 
 def frame_times(input_layer: str, frontend: Frontend) -> FrameTimes:
     field, rate = receptive_field(input_layer)
-    return FrameTimes(rate * frontend.frame_shift / 1000, ((field - 1) * frontend.frame_shift + frontend.frame_length) / 1000)
+    return FrameTimes(
+        rate * frontend.frame_shift / 1000,
+        ((field - 1) * frontend.frame_shift + frontend.frame_length) / 1000,
+    )
 
 
 class Spelled(NamedTuple):
@@ -89,7 +97,7 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
             category = unicodedata.category(character)
             goes_on = character in GOES_ON or category[0] == "M" or category in CLOSING
             alone = not goes_on and bool(ALONE.match(character))
-            opens = category in OPENING and (not inside or ord(character) > 0x2e7f)
+            opens = category in OPENING and (not inside or ord(character) > 0x2E7F)
             if spaced or not (goes_on or opened or inside and not alone and not opens):
                 words.append(Spelled("", [], spaced))
                 inside = True
@@ -126,12 +134,20 @@ def join_words(parts: Iterable[list[Word]]) -> list[Word]:
         before = (character for word in reversed(words) for character in reversed(word.text))
         words += [part[0]._replace(spaced=parted(before, text_of(part))), *part[1:]]
     limits = [word.start for word in words[1:]] + [float("inf")]
-    return [word._replace(end=max(min(word.end, limit), word.start))
-            for word, limit in zip(words, limits)]
+    return [
+        word._replace(end=max(min(word.end, limit), word.start))
+        for word, limit in zip(words, limits)
+    ]
 
 
-def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer, times: FrameTimes, offset: float = 0.0,
-                delay: float = 0.0) -> list[Word]:
+def align_words(
+    tokens: list[int],
+    log_probs: torch.Tensor,
+    tokenizer: Tokenizer,
+    times: FrameTimes,
+    offset: float = 0.0,
+    delay: float = 0.0,
+) -> list[Word]:
     """The words of `tokens`, which were heard in log_probs (T,V), of a piece that begins at `offset`.
 
     A word starts where the frame of its first token begins to see, and ends half a shift behind the middle of its last
@@ -144,13 +160,22 @@ def align_words(tokens: list[int], log_probs: torch.Tensor, tokenizer: Tokenizer
     frames = decode.align(alone, log_probs, len(log_probs), tokenizer.blank_id).times
     if not frames:
         share = len(log_probs) * times.shift / max(len(spelled), 1)
-        return [Word(text, offset + i * share, offset + (i + 1) * share, 0.0, spaced)
-                for i, (text, _, spaced) in enumerate(spelled)]
+        return [
+            Word(text, offset + i * share, offset + (i + 1) * share, 0.0, spaced)
+            for i, (text, _, spaced) in enumerate(spelled)
+        ]
     probabilities = log_probs[frames, tokens].exp().tolist()
     behind = (times.field + times.shift) / 2 - delay
-    words = [Word(text, offset + max(frames[places[0]] * times.shift - delay, 0.0),
-                  offset + frames[places[-1]] * times.shift + behind,
-                  min(probabilities[place] for place in places), spaced) for text, places, spaced in spelled]
+    words = [
+        Word(
+            text,
+            offset + max(frames[places[0]] * times.shift - delay, 0.0),
+            offset + frames[places[-1]] * times.shift + behind,
+            min(probabilities[place] for place in places),
+            spaced,
+        )
+        for text, places, spaced in spelled
+    ]
     return join_words([words])
 
 
@@ -165,8 +190,15 @@ def as_txt(transcript: Transcript) -> str:
 
 def as_json(transcript: Transcript) -> str:
     """One line: file, text, duration and words, each with word, start, end and confidence."""
-    words = [{"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
-              "confidence": round(word.confidence, 4)} for word in transcript.words]
+    words = [
+        {
+            "word": word.text,
+            "start": round(word.start, 3),
+            "end": round(word.end, 3),
+            "confidence": round(word.confidence, 4),
+        }
+        for word in transcript.words
+    ]
     fields = {**transcript._asdict(), "duration": round(transcript.duration, 3), "words": words}
     return json_text(fields, ensure_ascii=False) + "\n"
 
@@ -180,7 +212,9 @@ def as_ctm(transcript: Transcript) -> str:
     name = NO_COLUMN.sub(lambda found: percent(found[0]), transcript.file)
     lines = []
     for word in printable(transcript.words):
-        duration = round(word.end, 3) - round(word.start, 3)  # so that sums, too, end before the next
+        duration = round(word.end, 3) - round(
+            word.start, 3
+        )  # so that sums, too, end before the next
         text = "_".join(word.text.split())
         lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {text} {word.confidence:.4f}\n")
     return "".join(lines)
@@ -226,14 +260,24 @@ def cues(words: list[Word]) -> list[tuple[float, float, str]]:
     groups = []
     for word in printable(words):
         group = groups[-1] if groups else []
-        if (group and word.start - group[-1].end < PAUSE and word.end - group[0].start <= LONGEST_CUE
-                and len(lines_of([*group, word])) <= LINES):
+        if (
+            group
+            and word.start - group[-1].end < PAUSE
+            and word.end - group[0].start <= LONGEST_CUE
+            and len(lines_of([*group, word])) <= LINES
+        ):
             group.append(word)
         else:
             groups.append([word])
     limits = [group[0].start for group in groups[1:]] + [float("inf")]
-    return [(group[0].start, min(max(group[-1].end, group[0].start + SHORTEST_CUE), limit),
-             "\n".join(lines_of(group))) for group, limit in zip(groups, limits)]
+    return [
+        (
+            group[0].start,
+            min(max(group[-1].end, group[0].start + SHORTEST_CUE), limit),
+            "\n".join(lines_of(group)),
+        )
+        for group, limit in zip(groups, limits)
+    ]
 
 
 def lines_of(words: list[Word]) -> list[str]:

@@ -6,10 +6,16 @@ import tempfile
 import time
 from pathlib import Path
 
-if not os.environ.get("GPU_TESTS"):  # what is tested is what a CPU does, much of it in forked processes, where CUDA cannot work
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one, and for all child processes
+if not os.environ.get(
+    "GPU_TESTS"
+):  # what is tested is what a CPU does, much of it in forked processes, where CUDA cannot work
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # before torch looks for one, and for all child processes
+    )
 for name in list(os.environ):  # of a cluster's job, in which each process would wait for others
-    if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+    if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")) or name.endswith(
+        ("RANK", "WORLD_SIZE")
+    ):
         del os.environ[name]
 CACHE = tempfile.TemporaryDirectory()  # a home may be read-only or absent
 os.environ["HF_HOME"] = CACHE.name
@@ -19,10 +25,14 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = float(os.environ.get("TEST_DEADLINE", 600))  # seconds for a test with its fixtures; see also pytest.ini
+DEADLINE = float(
+    os.environ.get("TEST_DEADLINE", 600)
+)  # seconds for a test with its fixtures; see also pytest.ini
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-tqdm.monitor_interval = 0  # some tests fork, and what another thread holds at that moment stays locked in the child
+tqdm.monitor_interval = (
+    0  # some tests fork, and what another thread holds at that moment stays locked in the child
+)
 # Nor must a child collect what other tests left behind: onnxruntime waits there for ever for threads that only the parent has.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 # Who starts the tests under nohup or in a script's background ignores them, and child processes would inherit that.
@@ -38,7 +48,9 @@ def pytest_runtest_protocol():
     global ends
     ends = time.monotonic() + DEADLINE
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not done after {DEADLINE:g} s"))
-    signal.setitimer(signal.ITIMER_REAL, DEADLINE, 30)  # and again, should it hang in its cleaning up
+    signal.setitimer(
+        signal.ITIMER_REAL, DEADLINE, 30
+    )  # and again, should it hang in its cleaning up
     try:
         return (yield)
     finally:

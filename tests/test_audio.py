@@ -7,6 +7,8 @@ import struct
 import threading
 import tracemalloc
 
+from cli import SIGNALS, UserError
+
 import numpy as np
 import pytest
 import soundfile
@@ -14,12 +16,11 @@ import torch
 import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prepare_properties import cases
 
 import audio
 from audio import read_audio, read_blocks, resample
-from cli import SIGNALS, UserError
 from containers import frame_of, parts
+from test_prepare_properties import cases
 
 RATE = 16000
 
@@ -40,8 +41,8 @@ def encoded(samples, format="WAV", subtype=None, rate=RATE, **how):
 
 def without_xing(mp3):
     """The frames alone: the first one that LAME writes holds no sound."""
-    assert mp3[frame_of(mp3).info:][:4] in (b"Xing", b"Info")
-    return mp3[frame_of(mp3).size:]
+    assert mp3[frame_of(mp3).info :][:4] in (b"Xing", b"Info")
+    return mp3[frame_of(mp3).size :]
 
 
 def variable(samples, rate=RATE):
@@ -77,12 +78,31 @@ def loss(content):
 # Both ways in
 
 
-FORMATS = [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "MS_ADPCM"),
-           ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("W64", "PCM_16"), ("AIFF", "PCM_16"),
-           ("AU", "PCM_16"), ("AU", "ULAW"), ("CAF", "PCM_16"), ("CAF", "ALAC_16"),
-           ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
-UNKNOWN_SIZE = {"WAV": b"\xff" * 4, "AIFF": b"\xff" * 4, "AU": b"\xff" * 4, "CAF": b"\xff" * 8,
-                "W64": b"\xff" * 7 + b"\x7f"}
+FORMATS = [
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_24"),
+    ("WAV", "FLOAT"),
+    ("WAV", "MS_ADPCM"),
+    ("WAVEX", "PCM_16"),
+    ("RF64", "PCM_16"),
+    ("W64", "PCM_16"),
+    ("AIFF", "PCM_16"),
+    ("AU", "PCM_16"),
+    ("AU", "ULAW"),
+    ("CAF", "PCM_16"),
+    ("CAF", "ALAC_16"),
+    ("FLAC", "PCM_16"),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("MP3", None),
+]
+UNKNOWN_SIZE = {
+    "WAV": b"\xff" * 4,
+    "AIFF": b"\xff" * 4,
+    "AU": b"\xff" * 4,
+    "CAF": b"\xff" * 8,
+    "W64": b"\xff" * 7 + b"\x7f",
+}
 
 
 def size_field(content, format):
@@ -108,20 +128,20 @@ def recordings(draw):
     changed = bytearray(content)
     at = size_field(content, format)
     if damage == "cut":
-        del changed[draw(st.integers(len(content) // 10, len(content) - 1)):]
+        del changed[draw(st.integers(len(content) // 10, len(content) - 1)) :]
     elif damage == "hole":
         start = draw(st.integers(0, len(content)))
-        changed[start:start + 300] = bytes(len(changed[start:start + 300]))
+        changed[start : start + 300] = bytes(len(changed[start : start + 300]))
     elif len(whole) > 1 or damage == "none":
         damage = "none"
     elif damage == "unknown" and format in UNKNOWN_SIZE:
-        changed[at:at + len(UNKNOWN_SIZE[format])] = UNKNOWN_SIZE[format]
+        changed[at : at + len(UNKNOWN_SIZE[format])] = UNKNOWN_SIZE[format]
     elif damage == "unknown" and format == "FLAC":
         changed[21:26] = bytes([changed[21] & 0xF0, 0, 0, 0, 0])
     elif at and damage in ("less", "more") and format not in ("W64", "CAF"):
         order = "big" if format in ("AIFF", "AU") else "little"
-        size = int.from_bytes(content[at:at + 4], order)
-        changed[at:at + 4] = (size // 4 * 2 if damage == "less" else 2 * size).to_bytes(4, order)
+        size = int.from_bytes(content[at : at + 4], order)
+        changed[at : at + 4] = (size // 4 * 2 if damage == "less" else 2 * size).to_bytes(4, order)
     else:
         damage = "none"
     return bytes(changed), damage, whole
@@ -149,7 +169,9 @@ def test_both_ways_in_hear_the_same_and_all_that_is_there(recording):
         assert not reasons and np.array_equal(samples, expected)
     if damage == "more":
         assert reasons and np.array_equal(samples, expected)
-    if damage == "cut" and not reasons:  # nothing says that more was there: it ends where a part does
+    if (
+        damage == "cut" and not reasons
+    ):  # nothing says that more was there: it ends where a part does
         ends = np.cumsum([len(read_audio(part)) for part in whole])
         assert np.abs(ends - len(samples)).min() < RATE / 10
 
@@ -194,9 +216,10 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
     soundfile.write(tmp_path / "a.wav", np.stack([speech(30.0, 44100)] * 2, axis=1), 44100)
-    handlers = {number: signal.signal(number, signal.default_int_handler),
-                signal.SIGALRM: signal.signal(
-                    signal.SIGALRM, lambda *call: os.kill(os.getpid(), number))}
+    handlers = {
+        number: signal.signal(number, signal.default_int_handler),
+        signal.SIGALRM: signal.signal(signal.SIGALRM, lambda *call: os.kill(os.getpid(), number)),
+    }
     try:
         for attempt in range(40 if number == signal.SIGINT else 15):
             with pytest.raises(KeyboardInterrupt):
@@ -219,11 +242,15 @@ def test_an_mp3_of_variable_bit_rate_without_a_xing_header_is_heard_to_its_end(r
         whole = variable(samples, rate)
         expected, found = heard(whole), heard(without_xing(whole))
         assert len(expected) == len(resample(samples, rate))
-        assert 0 <= len(found) - len(expected) < 0.4 * RATE  # what the encoder padded is no longer known
+        assert (
+            0 <= len(found) - len(expected) < 0.4 * RATE
+        )  # what the encoder padded is no longer known
         shift = len(found) - len(expected)
-        power = lambda x: np.square(x[:len(x) // 800 * 800].reshape(-1, 800)).sum(axis=1)  # noqa: E731
-        alike = [np.corrcoef(power(found[skip:][:len(expected)]), power(expected))[0, 1]
-                 for skip in range(0, shift, 40)]
+        power = lambda x: np.square(x[: len(x) // 800 * 800].reshape(-1, 800)).sum(axis=1)  # noqa: E731
+        alike = [
+            np.corrcoef(power(found[skip:][: len(expected)]), power(expected))[0, 1]
+            for skip in range(0, shift, 40)
+        ]
         assert max(alike) > 0.99
 
 
@@ -235,8 +262,11 @@ def test_frames_of_several_bit_rates_are_all_heard():
 def test_several_mp3_files_in_one_are_all_heard():
     one, other = variable(speech(2.0)), constant(speech(1.0, 44100, 1), 0.5, 44100)
     bare = without_xing(one)
-    tags = (b"ID3\4\0\0\0\0\0\5hello", b"TAG" + bytes(125),
-            b"APETAGEX" + struct.pack("<IIII", 2000, 32, 0, 0) + bytes(8))
+    tags = (
+        b"ID3\4\0\0\0\0\0\5hello",
+        b"TAG" + bytes(125),
+        b"APETAGEX" + struct.pack("<IIII", 2000, 32, 0, 0) + bytes(8),
+    )
     for first, second in ((one, one), (one, other), (other, one), (bare, other), (other, bare)):
         expected = np.concatenate([heard(first), heard(second)])
         assert np.array_equal(heard(first + second), expected)
@@ -249,8 +279,8 @@ def test_several_mp3_files_in_one_are_all_heard():
 def test_a_xing_header_that_lies_loses_nothing(promised):
     content = variable(speech(2.0))
     at = frame_of(content).info + 8
-    there = int.from_bytes(content[at:at + 4], "big")
-    lying = content[:at] + promised.to_bytes(4, "big") + content[at + 4:]
+    there = int.from_bytes(content[at : at + 4], "big")
+    lying = content[:at] + promised.to_bytes(4, "big") + content[at + 4 :]
     if promised > there + 2:
         assert loss(lying).startswith(f"cut short: 2.0 s of {promised * 0.036 - 0.05:.1f}")
     else:
@@ -263,9 +293,11 @@ def test_an_mp3_that_is_cut_short_is_found_out_with_and_without_a_xing_header():
         size = int(share * len(content))
         assert loss(content[:size]).endswith("s of 4.0 s")
         assert loss(content[:size] + content).endswith("s of 4.0 s")  # begins within a frame
-        places = [start for start in range(len(content)) if content[start:start + 2] == content[:2]]
+        places = [
+            start for start in range(len(content)) if content[start : start + 2] == content[:2]
+        ]
         inside = max(place for place in places if place < size) + 7
-        bare = without_xing(content)[:inside - len(content)]
+        bare = without_xing(content)[: inside - len(content)]
         assert "frame" in loss(bare)
         assert "frame" in loss(bare + content)
 
@@ -273,18 +305,21 @@ def test_an_mp3_that_is_cut_short_is_found_out_with_and_without_a_xing_header():
 def test_what_lies_between_frames_is_skipped_and_told_where_it_may_have_been_sound():
     content = without_xing(constant(speech(2.0), 0.5))
     size = frame_of(content).size
-    with_junk = lambda junk: content[:10 * size] + junk + content[10 * size:]  # noqa: E731
+    with_junk = lambda junk: content[: 10 * size] + junk + content[10 * size :]  # noqa: E731
     assert np.array_equal(heard(with_junk(b"\xff\xfbjunk\xff" * 5)), heard(content))
     assert loss(with_junk(bytes(20 * size))).startswith("cut short: 2.")
 
 
 def test_layer_2_and_the_free_format_have_lengths_too():
     """Headers of frames that soundfile does not write."""
-    assert frame_of(bytes.fromhex("fffda000"))[1:3] == (626, 1152)  # MPEG 1, layer 2, 192 k, 44.1 kHz
+    assert frame_of(bytes.fromhex("fffda000"))[1:3] == (
+        626,
+        1152,
+    )  # MPEG 1, layer 2, 192 k, 44.1 kHz
     assert frame_of(bytes.fromhex("fff55400"))[1:3] == (240, 1152)  # MPEG 2, layer 2, 40 k, 24 kHz
     assert frame_of(bytes.fromhex("ffff4400"))[1:3] == (128, 384)  # MPEG 1, layer 1, 128 k, 48 kHz
     frame = b"\xff\xfb\x04\xc0" + bytes(200)  # free format, layer 3, mono, 48 kHz
-    part, = parts(io.BytesIO(10 * frame))
+    (part,) = parts(io.BytesIO(10 * frame))
     assert part.pieces[1:] == [(0, 2040)] and part.frames == 10 * 1152 - 529
 
 
@@ -299,7 +334,7 @@ def test_samples_that_a_header_does_not_know_of_are_heard(format, size):
     order = "big" if format in ("AIFF", "AU") else "little"
     riffs = (content[4:8], bytes(4), b"\xff" * 4)
     for riff in riffs if format.startswith("WAV") else riffs[:1]:
-        lying = content[:4] + riff + content[8:at] + size.to_bytes(4, order) + content[at + 4:]
+        lying = content[:4] + riff + content[8:at] + size.to_bytes(4, order) + content[at + 4 :]
         assert np.array_equal(heard(lying), heard(content))
 
 
@@ -309,17 +344,29 @@ def test_samples_that_a_wide_header_does_not_know_of_are_heard(format, size):
     content = encoded(speech(), format, "PCM_16")
     at = size_field(content, format)
     order = "big" if format == "CAF" else "little"
-    lying = content[:at] + size.to_bytes(8, order) + content[at + 8:]
+    lying = content[:at] + size.to_bytes(8, order) + content[at + 8 :]
     assert np.array_equal(heard(lying), heard(content))
 
 
 @pytest.mark.parametrize("rate, samples", [(RATE, 8000), (RATE, 8001)])
 def test_chunks_after_the_samples_are_not_heard(rate, samples):
     content = encoded(speech()[:samples], "WAV", "PCM_U8", rate)
-    chunks = [b"LIST" + struct.pack("<I", 5) + b"INFOx\0", b"id3 " + struct.pack("<I", 4) + b"ID3\0"]
-    for tail in (chunks[0], chunks[0][:-1], chunks[0] + chunks[1], chunks[1][:-2],
-                 b"odd " + struct.pack("<I", 0), b"TAG" + bytes(125)):
-        for padded in {content, content[:44 + samples]}:  # an odd number of bytes may be padded or not
+    chunks = [
+        b"LIST" + struct.pack("<I", 5) + b"INFOx\0",
+        b"id3 " + struct.pack("<I", 4) + b"ID3\0",
+    ]
+    for tail in (
+        chunks[0],
+        chunks[0][:-1],
+        chunks[0] + chunks[1],
+        chunks[1][:-2],
+        b"odd " + struct.pack("<I", 0),
+        b"TAG" + bytes(125),
+    ):
+        for padded in {
+            content,
+            content[: 44 + samples],
+        }:  # an odd number of bytes may be padded or not
             assert np.array_equal(heard(padded + tail), heard(content))
     empty = encoded(np.zeros(0, np.float32), "WAV")
     with pytest.raises(UserError, match="no samples"):
@@ -329,8 +376,10 @@ def test_chunks_after_the_samples_are_not_heard(rate, samples):
 def test_several_files_in_one_are_all_heard_whatever_their_formats():
     contents = [encoded(speech(0.5, seed=i), *kind) for i, kind in enumerate(FORMATS[:-1])]
     expected = np.concatenate(list(map(read_audio, contents)))
-    assert np.array_equal(heard(b"".join(contents[:-3]) + contents[-3]), np.concatenate([
-        *map(read_audio, contents[:-3]), read_audio(contents[-3])]))
+    assert np.array_equal(
+        heard(b"".join(contents[:-3]) + contents[-3]),
+        np.concatenate([*map(read_audio, contents[:-3]), read_audio(contents[-3])]),
+    )
     assert len(expected) and len(heard(500 * contents[0])) == 500 * 8000
 
 
@@ -339,21 +388,30 @@ def test_a_file_that_is_cut_short_is_told_and_the_one_after_it_is_heard(format, 
     content = encoded(speech(6.0), format, subtype)
     expected = heard(content)
     for share in (0.5, 0.777):
-        cut = content[:int(share * len(content))]
+        cut = content[: int(share * len(content))]
         assert " s" in loss(cut) and " s" in loss(cut + content)
-        assert np.array_equal(told(cut + content)[0][-len(expected):], expected)
+        assert np.array_equal(told(cut + content)[0][-len(expected) :], expected)
 
 
 @pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
 def test_recordings_of_unknown_length_that_follow_each_other_do_not_hear_the_other_header(format):
     content = encoded(speech(), format, "PCM_16")
     at = size_field(content, format)
-    unknown = content[:at] + b"\xff" * 4 + content[at + 4:]
+    unknown = content[:at] + b"\xff" * 4 + content[at + 4 :]
     assert np.array_equal(heard(unknown + unknown + content), np.tile(heard(content), 3))
 
 
-@pytest.mark.parametrize("frames, what", [(0, "all"), (100, "all"), (31999, "all"), (32000, "all"),
-                                          (64000, "2.0 s of 4.0 s"), (2**36 - 1, "2.0 s of 4294967.3 s")])
+@pytest.mark.parametrize(
+    "frames, what",
+    [
+        (0, "all"),
+        (100, "all"),
+        (31999, "all"),
+        (32000, "all"),
+        (64000, "2.0 s of 4.0 s"),
+        (2**36 - 1, "2.0 s of 4294967.3 s"),
+    ],
+)
 def test_flac_is_heard_to_its_end_whatever_its_header_says(frames, what):
     content = encoded(speech(), "FLAC")
     number = (content[21] & 0xF0) << 32 | frames
@@ -364,7 +422,7 @@ def test_flac_is_heard_to_its_end_whatever_its_header_says(frames, what):
         assert np.array_equal(heard(lying + b"TAG" + bytes(125)), heard(content))
     else:
         assert loss(lying) == f"cut short: {what}"
-    reason = loss(lying[:len(content) // 2])
+    reason = loss(lying[: len(content) // 2])
     assert reason.startswith(("damaged after 0.", "damaged after 1."))
     assert (" of " in reason) == (frames > 31000)
 
@@ -376,7 +434,9 @@ def test_flac_is_heard_to_its_end_whatever_its_header_says(frames, what):
 def test_channels_that_cancel_out_are_heard_as_the_loudest_from_start_to_end(format):
     pause = np.zeros(RATE, np.float32)
     samples = np.concatenate([pause, speech(), pause, speech(seed=1)])
-    noise = np.random.default_rng(0).normal(0, 1e-3, (len(samples), 2))  # apart, as of two microphones
+    noise = np.random.default_rng(0).normal(
+        0, 1e-3, (len(samples), 2)
+    )  # apart, as of two microphones
     found = heard(encoded(np.stack([samples, -0.9 * samples], axis=1) + noise, format))
     expected = samples + noise[:, 0]
     limit = 1e-3 if format in ("WAV", "FLAC") else 0.1
@@ -418,46 +478,77 @@ def test_a_pipe_is_heard_to_its_end_whatever_its_header_says(pipe, subtype, chan
     content = encoded(np.stack([speech(0.4)] * channels, axis=1), "WAV", subtype)
     at, chunk = size_field(content, "WAV"), b"LIST" + struct.pack("<I", 4) + b"INFO"
     expected = heard(content)
-    right = int.from_bytes(content[at:at + 4], "little")
-    for size, tail in ((right, b""), (right, chunk), (0, b""), (1200, b""), (0xFFFFFFFF, b""),
-                       (0x7FFFF000, b"")):
-        pipe(content[:at] + size.to_bytes(4, "little") + content[at + 4:] + tail)
+    right = int.from_bytes(content[at : at + 4], "little")
+    for size, tail in (
+        (right, b""),
+        (right, chunk),
+        (0, b""),
+        (1200, b""),
+        (0xFFFFFFFF, b""),
+        (0x7FFFF000, b""),
+    ):
+        pipe(content[:at] + size.to_bytes(4, "little") + content[at + 4 :] + tail)
         samples, reasons = told("-")
         assert not reasons and np.array_equal(samples, expected)
-    pipe(content[:len(content) // 2])
+    pipe(content[: len(content) // 2])
     assert told("-")[1] == ["cut short: 0.2 s of 0.4 s"]
 
 
-PIPED = [("WAV", "PCM_16", "FILE"), ("WAV", "PCM_U8", "FILE"), ("WAV", "FLOAT", "BIG"),
-         ("RF64", "PCM_16", "FILE"), ("W64", "PCM_24", "FILE"), ("AIFF", "PCM_16", "FILE"),
-         ("AIFF", "PCM_S8", "FILE"), ("AIFF", "PCM_16", "LITTLE"), ("AU", "PCM_16", "FILE"),
-         ("AU", "PCM_16", "LITTLE"), ("AU", "ULAW", "FILE"), ("CAF", "PCM_16", "FILE")]
+PIPED = [
+    ("WAV", "PCM_16", "FILE"),
+    ("WAV", "PCM_U8", "FILE"),
+    ("WAV", "FLOAT", "BIG"),
+    ("RF64", "PCM_16", "FILE"),
+    ("W64", "PCM_24", "FILE"),
+    ("AIFF", "PCM_16", "FILE"),
+    ("AIFF", "PCM_S8", "FILE"),
+    ("AIFF", "PCM_16", "LITTLE"),
+    ("AU", "PCM_16", "FILE"),
+    ("AU", "PCM_16", "LITTLE"),
+    ("AU", "ULAW", "FILE"),
+    ("CAF", "PCM_16", "FILE"),
+]
 
 
 @pytest.mark.parametrize("format, subtype, endian", PIPED)
 def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(
-        pipe, format, subtype, endian):
+    pipe, format, subtype, endian
+):
     stereo = np.stack([speech(0.3), speech(0.3, seed=1)], axis=1)
     content = encoded(stereo, format, subtype, endian=endian)
     expected, at = heard(content), size_field(content, format)
     width = {"RF64": 8, "W64": 8, "CAF": 8}.get(format, 4)
-    right = content[at:at + width]
+    right = content[at : at + width]
     for size in (right, bytes(width), b"\xff" * width):
-        pipe(content[:at] + size + content[at + width:])
+        pipe(content[:at] + size + content[at + width :])
         samples, reasons = told("-")
         assert not reasons and np.array_equal(samples, expected), size
-    pipe(content[:-len(content) // 3])
+    pipe(content[: -len(content) // 3])
     assert told("-")[1][0].startswith("cut short: 0.")
 
 
-@pytest.mark.parametrize("content", [
-    encoded(speech(), "FLAC"), encoded(speech(), "MP3"), without_xing(encoded(speech(), "MP3")),
-    encoded(speech(), "OGG"), encoded(speech(), "WAV", "MS_ADPCM"),
-    encoded(speech(), "CAF", "ALAC_16"), b"", b"R", b"RIFF", b"RIFF\0\0\0\0WAVE",
-    b"RIFF\0\0\0\0WAVEdata\0\0\0\0" + bytes(999), b".snd" + b"\xff" * 999,
-    b"caff\0\1\0\0" + b"\xff" * 999, bytes(9999),
-    b"hello world " * 999, b"\x1f\x8b" + np.random.default_rng(0).bytes(9999)],
-    ids=range(16))
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(speech(), "FLAC"),
+        encoded(speech(), "MP3"),
+        without_xing(encoded(speech(), "MP3")),
+        encoded(speech(), "OGG"),
+        encoded(speech(), "WAV", "MS_ADPCM"),
+        encoded(speech(), "CAF", "ALAC_16"),
+        b"",
+        b"R",
+        b"RIFF",
+        b"RIFF\0\0\0\0WAVE",
+        b"RIFF\0\0\0\0WAVEdata\0\0\0\0" + bytes(999),
+        b".snd" + b"\xff" * 999,
+        b"caff\0\1\0\0" + b"\xff" * 999,
+        bytes(9999),
+        b"hello world " * 999,
+        b"\x1f\x8b" + np.random.default_rng(0).bytes(9999),
+    ],
+    ids=range(16),
+)
 def test_a_pipe_of_anything_else_is_refused_and_never_taken_for_samples(pipe, content):
     pipe(content)
     with pytest.raises(UserError, match="cannot be decoded: .*; pipe wav"):
@@ -465,11 +556,12 @@ def test_a_pipe_of_anything_else_is_refused_and_never_taken_for_samples(pipe, co
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
-@pytest.mark.parametrize("bad, reason", [
-    (np.nan, "samples are not finite"), (1e10, "samples as large as 1e.10; full")])
+@pytest.mark.parametrize(
+    "bad, reason", [(np.nan, "samples are not finite"), (1e10, "samples as large as 1e.10; full")]
+)
 def test_what_comes_before_a_sample_that_is_none_is_heard_to_its_end(pipe, rate, bad, reason):
     samples = speech(0.3, rate)
-    expected = read_audio(encoded(samples[:rate // 4], "WAV", "FLOAT", rate))
+    expected = read_audio(encoded(samples[: rate // 4], "WAV", "FLOAT", rate))
     samples[rate // 4] = bad
     content = encoded(samples, "WAV", "FLOAT", rate)
     for source in ("-", content):
@@ -518,8 +610,13 @@ def test_audio_files_become_mono_at_16_khz(tmp_path):
 def test_audio_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.wav").write_text("not audio")
     empty, wrong = encoded(np.zeros(0)), encoded(np.array([0.0, np.nan]), "WAV", "FLOAT")
-    for source, reason in ((str(tmp_path / "no.wav"), "file missing"),
-                           (str(tmp_path / "text.wav"), "cannot be decoded"), (b"", "cannot be decoded"), (empty, "no samples"), (wrong, "not finite")):
+    for source, reason in (
+        (str(tmp_path / "no.wav"), "file missing"),
+        (str(tmp_path / "text.wav"), "cannot be decoded"),
+        (b"", "cannot be decoded"),
+        (empty, "no samples"),
+        (wrong, "not finite"),
+    ):
         with pytest.raises(UserError, match=reason):
             read_audio(source)
 
@@ -547,7 +644,9 @@ def test_resampling_in_blocks_is_resampling_the_whole(rate):
 def test_cutting_loses_no_sample_reads_no_further_than_it_must_and_finds_the_pauses():
     rng = np.random.default_rng(0)
     loud = [rng.normal(0, 0.1, int(seconds * RATE)) for seconds in (3.1, 3.4, 2.8, 3.3, 1.0)]
-    samples = np.concatenate([part for piece in loud for part in (piece, rng.normal(0.3, 0.001, RATE // 4))]).astype(np.float32)
+    samples = np.concatenate(
+        [part for piece in loud for part in (piece, rng.normal(0.3, 0.001, RATE // 4))]
+    ).astype(np.float32)
     consumed = 0
 
     def blocks():
@@ -559,7 +658,10 @@ def test_cutting_loses_no_sample_reads_no_further_than_it_must_and_finds_the_pau
     pieces = []
     for piece in audio.cut_at_pauses(blocks(), RATE, 4.0):
         pieces.append(piece)
-        assert len(piece) <= 4 * RATE and consumed <= sum(map(len, pieces)) + 4 * RATE + len(samples) // 50
+        assert (
+            len(piece) <= 4 * RATE
+            and consumed <= sum(map(len, pieces)) + 4 * RATE + len(samples) // 50
+        )
     assert np.array_equal(np.concatenate(pieces), samples)
     pauses = np.cumsum([len(part) + RATE // 4 for part in loud]) - RATE // 8  # their middles
     cuts = np.cumsum([len(piece) for piece in pieces])[:-1]

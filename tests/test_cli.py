@@ -2,7 +2,6 @@
 Options: what is none is refused, wherever it comes from."""
 
 import dataclasses
-import importlib
 import io
 import math
 import os
@@ -12,11 +11,14 @@ import signal
 import subprocess
 import sys
 
+import cli
+
 import pytest
+
+import files
+from helpers import FILES, module
 from test_house import FILES, imported
 
-import cli
-import files
 
 @cli.options_class
 class Options:
@@ -28,42 +30,79 @@ class Options:
     names: tuple[str, ...] = cli.option((), "what")
 
 
-@pytest.mark.parametrize("name, value", [
-    *(("count", value) for value in (0, 10, -10**5000, 10**5000, 2.0, True, None, "1", math.nan)),
-    *(("share", value) for value in (0, -0.0, 1.1, math.nan, math.inf, -math.inf, True, 10**5000, "0.5", None)),
-    *(("kind", value) for value in ("c", "", 1, ["a"])), ("on", 1), ("on", None), ("on", "yes"), ("speeds", (1.0, math.nan)),
-    ("speeds", 1.0), ("speeds", "1"), ("names", "abc"), ("names", ("a\0",)), ("names", ("",)), ("names", ("x/" * 3000,))],
-                         ids=lambda value: cli.shown(value, 30))
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(
+            ("count", value)
+            for value in (0, 10, -(10**5000), 10**5000, 2.0, True, None, "1", math.nan)
+        ),
+        *(
+            ("share", value)
+            for value in (0, -0.0, 1.1, math.nan, math.inf, -math.inf, True, 10**5000, "0.5", None)
+        ),
+        *(("kind", value) for value in ("c", "", 1, ["a"])),
+        ("on", 1),
+        ("on", None),
+        ("on", "yes"),
+        ("speeds", (1.0, math.nan)),
+        ("speeds", 1.0),
+        ("speeds", "1"),
+        ("names", "abc"),
+        ("names", ("a\0",)),
+        ("names", ("",)),
+        ("names", ("x/" * 3000,)),
+    ],
+    ids=lambda value: cli.shown(value, 30),
+)
 def test_what_is_no_value_of_an_option_is_one_line_wherever_it_comes_from(name, value):
-    for make in (lambda: Options(**{name: value}), lambda: dataclasses.replace(Options(), **{name: value}),
-                 lambda: cli.build(Options, {}, **{name: value})):
-        with pytest.raises(cli.UserError, match=f"^--{name} .*: (it must|choose one of)") as refused:
+    for make in (
+        lambda: Options(**{name: value}),
+        lambda: dataclasses.replace(Options(), **{name: value}),
+        lambda: cli.build(Options, {}, **{name: value}),
+    ):
+        with pytest.raises(
+            cli.UserError, match=f"^--{name} .*: (it must|choose one of)"
+        ) as refused:
             make()
         assert len(str(refused.value)) < 300
 
 
 def test_the_values_within_the_bounds_and_the_bounds_themselves_are_taken():
     made = cli.build(Options, {"speeds": [0.1, 10]}, count=9, share=1, kind="b", cls="x", given="x")
-    assert made == Options(9, 1, "b", False, (0.1, 10)) and Options(share=5e-324).share > 0 and Options().kind is None
+    assert (
+        made == Options(9, 1, "b", False, (0.1, 10))
+        and Options(share=5e-324).share > 0
+        and Options().kind is None
+    )
 
 
 def test_the_help_says_the_bounds(capsys):
     with pytest.raises(SystemExit):
         cli.make_parser("", Options).parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "how many (default: 1; within 1 .. 9)" in said and "(default: 0.5; above 0, at most 1.0)" in said
+    assert (
+        "how many (default: 1; within 1 .. 9)" in said
+        and "(default: 0.5; above 0, at most 1.0)" in said
+    )
 
 
 def test_every_number_among_all_options_has_bounds_and_a_default_within_them():
-    modules = [importlib.import_module(os.path.splitext(name)[0]) for name in sorted(os.listdir(os.path.dirname(cli.__file__)))
-               if name.endswith(".py")]
-    found = {kind for module in modules for kind in vars(module).values()
-             if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    modules = [module(path.stem) for path in FILES if path.stem != "__init__"]
+    found = {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
     assert len(found) > 15
     for kind in found:
         kind()
         for field in dataclasses.fields(kind):
-            assert cli.bounds_of(field) or cli.kinds(kind)[field.name].type in (str, bool), (kind, field.name)
+            assert cli.bounds_of(field) or cli.kinds(kind)[field.name].type in (str, bool), (
+                kind,
+                field.name,
+            )
 
 
 HOLD = "import sys, time, files\nwith files.alone(sys.argv[1], 'it'):\n print('held', flush=True)\n time.sleep(60)"
@@ -71,8 +110,11 @@ HOLD = "import sys, time, files\nwith files.alone(sys.argv[1], 'it'):\n print('h
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "lock")], stdout=subprocess.PIPE,
-                               cwd=os.path.dirname(cli.__file__))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "lock")],
+        stdout=subprocess.PIPE,
+        cwd=os.path.dirname(cli.__file__),
+    )
     assert process.stdout.readline() == b"held\n"
     yield process
     process.kill()
@@ -80,7 +122,10 @@ def holder(tmp_path):
 
 
 def test_a_lock_is_held_by_one_process_and_not_by_a_dead_one(tmp_path, holder):
-    with pytest.raises(cli.UserError, match="^it: another process"), files.alone(str(tmp_path / "lock"), "it"):
+    with (
+        pytest.raises(cli.UserError, match="^it: another process"),
+        files.alone(str(tmp_path / "lock"), "it"),
+    ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -102,7 +147,10 @@ def test_a_child_does_not_inherit_a_lock(tmp_path):
 
 
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
-    with pytest.raises(cli.UserError, match="cannot be written"), files.alone(str(tmp_path / "none" / "lock"), "it"):
+    with (
+        pytest.raises(cli.UserError, match="cannot be written"),
+        files.alone(str(tmp_path / "none" / "lock"), "it"),
+    ):
         pass
 
 
@@ -125,9 +173,14 @@ def test_a_signal_ends_a_command_in_one_line_and_the_next_ones_do_not_disturb_th
     def reset():  # a parent may ignore them
         for number in cli.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-    process = subprocess.Popen([sys.executable, "-c", TIDY], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, cwd=os.path.dirname(cli.__file__),
-                               preexec_fn=reset)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", TIDY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=os.path.dirname(cli.__file__),
+        preexec_fn=reset,
+    )
     assert process.stdout.readline() == b"on\n"
     process.send_signal(first)
     assert process.stdout.readline() == b"tidying\n"

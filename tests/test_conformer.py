@@ -4,13 +4,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import conformer
-from conformer import (PRESETS, SUBSAMPLING, Dropout, Linear, ModelOptions, Subsampling, U2Conformer, attention, chunk_mask,
-                       draw_chunk, for_few_rows, in_eights, label_smoothing_loss, receptive_field, reverse, sinusoids,
-                       subsampled_length, valid_mask)
+import kernels
+from conformer import (
+    PRESETS,
+    SUBSAMPLING,
+    ModelOptions,
+    Subsampling,
+    U2Conformer,
+    chunk_mask,
+    draw_chunk,
+    label_smoothing_loss,
+    receptive_field,
+    reverse,
+    sinusoids,
+    subsampled_length,
+    valid_mask,
+)
+from kernels import Dropout, Linear, attention, for_few_rows, in_eights
 
-TINY = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5,
-                    decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
+TINY = ModelOptions(
+    output_size=16,
+    attention_heads=2,
+    linear_units=32,
+    num_blocks=2,
+    cnn_module_kernel=5,
+    decoder_num_blocks=1,
+    r_num_blocks=1,
+    decoder_linear_units=32,
+)
 
 
 def network(seed=0, **changes):
@@ -23,10 +44,17 @@ def test_predicted_length_is_the_length_that_the_convolutions_give(input_layer):
     subsampling = Subsampling(input_layer, 80, 4)
     field, rate = receptive_field(input_layer)
     for length in range(field, field + 40):
-        assert subsampling(torch.zeros(1, length, 80)).size(1) == subsampled_length(length, input_layer)
-    assert subsampled_length(field - 1, input_layer) == 0 and subsampled_length(field + rate, input_layer) == 2
+        assert subsampling(torch.zeros(1, length, 80)).size(1) == subsampled_length(
+            length, input_layer
+        )
+    assert (
+        subsampled_length(field - 1, input_layer) == 0
+        and subsampled_length(field + rate, input_layer) == 2
+    )
     lengths = torch.tensor([0, 1, field - 1, field, 100])
-    assert subsampled_length(lengths, input_layer).tolist() == [subsampled_length(n, input_layer) for n in lengths.tolist()]
+    assert subsampled_length(lengths, input_layer).tolist() == [
+        subsampled_length(n, input_layer) for n in lengths.tolist()
+    ]
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
@@ -45,13 +73,25 @@ def test_the_faster_backward_of_the_subsampling_gives_autograds_gradients(input_
 
 @pytest.mark.parametrize("kind", ["everything", "mask", "causal", "scale"])
 def test_attention_by_hand_is_scaled_dot_product_attention(kind):
-    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
-    more = {"everything": {}, "mask": dict(mask=chunk_mask(7, 3)), "causal": dict(is_causal=True), "scale": dict(scale=0.7)}[kind]
-    torch.testing.assert_close(attention(q, k, v, p=1e-9, **more), attention(q, k, v, **more))  # by hand, drops nothing
+    q, k, v = torch.randn(
+        3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    more = {
+        "everything": {},
+        "mask": dict(mask=chunk_mask(7, 3)),
+        "causal": dict(is_causal=True),
+        "scale": dict(scale=0.7),
+    }[kind]
+    torch.testing.assert_close(
+        attention(q, k, v, p=1e-9, **more), attention(q, k, v, **more)
+    )  # by hand, drops nothing
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    net, (feats, lengths) = network(dropout_rate=0.2).train(), (torch.randn(2, 60, 80), torch.tensor([60, 43]))
+    net, (feats, lengths) = (
+        network(dropout_rate=0.2).train(),
+        (torch.randn(2, 60, 80), torch.tensor([60, 43])),
+    )
     targets, target_lengths = torch.tensor([[4, 5, 6], [7, 8, 0]]), torch.tensor([3, 2])
     gradients = []
     for net.encoder.gradient_checkpointing in (False, True):
@@ -79,8 +119,12 @@ def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25
     draws = [draw_chunk(200, TINY)[0] for _ in range(2000)]
     assert 0.45 < sum(chunk == -1 for chunk in draws) / len(draws) < 0.55
     assert set(draws) - {-1} == set(range(1, 26))
-    lefts = [draw_chunk(200, dataclasses.replace(TINY, use_dynamic_left_chunk=True)) for _ in range(500)]
-    assert all(left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts)
+    lefts = [
+        draw_chunk(200, dataclasses.replace(TINY, use_dynamic_left_chunk=True)) for _ in range(500)
+    ]
+    assert all(
+        left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts
+    )
     assert draw_chunk(200, dataclasses.replace(TINY, use_dynamic_chunk=False)) == (-1, -1)
 
 
@@ -92,8 +136,10 @@ def test_padding_and_neighbours_change_nothing(chunk_size, left_chunks, causal):
     lengths = torch.tensor([90, 53, 30])
     together, frames = model.encode(feats, lengths, chunk_size, left_chunks)
     for row, length in enumerate(lengths.tolist()):
-        alone, _ = model.encode(feats[row:row + 1, :length], lengths[row:row + 1], chunk_size, left_chunks)
-        torch.testing.assert_close(together[row, :frames[row]], alone[0], rtol=0, atol=1e-12)
+        alone, _ = model.encode(
+            feats[row : row + 1, :length], lengths[row : row + 1], chunk_size, left_chunks
+        )
+        torch.testing.assert_close(together[row, : frames[row]], alone[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 7])
@@ -115,7 +161,10 @@ def test_what_lies_beyond_the_chunk_is_never_seen(chunk_size):
 def test_relative_attention_is_the_textbook_formula():
     """(q+u).k + (q+v).p, written out, against keys k+p with one bias per key."""
     attention = network().double().encoder.blocks[0].self_attn
-    x, positions = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(1, 9, 16, dtype=torch.float64)
+    x, positions = (
+        torch.randn(2, 9, 16, dtype=torch.float64),
+        torch.randn(1, 9, 16, dtype=torch.float64),
+    )
     mask = valid_mask(torch.tensor([9, 6]), 9)[:, None, None].expand(2, 1, 9, 9)
     q, (k, v) = attention.split(attention.linear_q(x)), attention.keys_values(x)
     p = attention.split(attention.linear_pos(positions))
@@ -147,17 +196,26 @@ def test_dropout_keeps_its_share_and_its_mean_and_is_reproducible():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is without oneDNN")
-@pytest.mark.parametrize("rows, size, width, bias", [((3, 7), 5, 9, True), ((4,), 9, 5, False), ((0, 7), 5, 5, True)])
-def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients(monkeypatch, rows, size, width, bias):
+@pytest.mark.parametrize(
+    "rows, size, width, bias", [((3, 7), 5, 9, True), ((4,), 9, 5, False), ((0, 7), 5, 5, True)]
+)
+def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients(
+    monkeypatch, rows, size, width, bias
+):
     torch.manual_seed(0)
     layer, x = Linear(size, width, bias), torch.randn(*rows, size, requires_grad=True)
     weights = torch.randn(*rows, width)
     found = []
     for onednn in (True, False):
-        monkeypatch.setattr(conformer, "ONEDNN", onednn)
+        monkeypatch.setattr(kernels, "ONEDNN", onednn)
         y, inputs = layer(x), [x, *layer.parameters()]
-        found.append([y, *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True),
-                      *torch.autograd.grad(y.sum(), inputs)])  # whose gradient of y is one number, seen many times
+        found.append(
+            [
+                y,
+                *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True),
+                *torch.autograd.grad(y.sum(), inputs),
+            ]
+        )  # whose gradient of y is one number, seen many times
         with torch.no_grad():
             found[-1] += [layer(x), for_few_rows(layer)(x)]
     for one, other in zip(*found):
@@ -167,17 +225,24 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
 def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
     original = torch.nn.Module.compile
     # Traced and differentiated as for a GPU, but run by torch's own kernels, so that nobody waits for a C++ compiler.
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda block, dynamic, options: original(block, backend="aot_eager", dynamic=dynamic))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda block, dynamic, options: original(block, backend="aot_eager", dynamic=dynamic),
+    )
 
     def gradients(net, rows, frames):
         torch.manual_seed(frames)
         feats, lengths = torch.randn(rows, frames, 80), torch.arange(rows) + frames - rows + 1
-        loss = net.loss(feats, lengths, torch.full((rows, 3), 5), torch.full((rows,), 3), chunk_size=4)["loss"]
+        loss = net.loss(
+            feats, lengths, torch.full((rows, 3), 5), torch.full((rows,), 3), chunk_size=4
+        )["loss"]
         return [loss, *torch.autograd.grad(loss, list(net.parameters()))]
 
     for dropout, sizes in ((0.1, [(3, 90)]), (0.0, [(3, 90), (4, 150), (5, 70)])):
-        net, compiled = (network(dropout_rate=dropout, attention_dropout_rate=dropout).train() for _ in range(2))
+        net, compiled = (
+            network(dropout_rate=dropout, attention_dropout_rate=dropout).train() for _ in range(2)
+        )
         compiled.encoder.compile_blocks()
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -196,7 +261,9 @@ def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
     valid = valid_mask(torch.tensor([5, 3]), 5)
     soft = torch.full((2, 5, 7), smoothing / 6).scatter(2, targets[..., None], 1 - smoothing)
     divergence = F.kl_div(logits.log_softmax(-1), soft, reduction="none").sum(-1)
-    torch.testing.assert_close(label_smoothing_loss(logits, targets, valid, smoothing), (divergence * valid).sum(-1))
+    torch.testing.assert_close(
+        label_smoothing_loss(logits, targets, valid, smoothing), (divergence * valid).sum(-1)
+    )
 
 
 def test_reverse_reads_each_row_backwards_within_its_length():
@@ -213,24 +280,34 @@ def test_loss_is_the_weighted_sum_of_its_branches_and_ignores_the_padding_of_tar
     torch.testing.assert_close(losses["loss"], 0.3 * losses["loss_ctc"] + 0.7 * losses["loss_att"])
     again = model.loss(feats, lengths, torch.tensor([[4, 5, 6], [7, 0, 0]]), target_lengths)
     assert torch.equal(losses["loss"], again["loss"])
-    alone = [model.loss(feats[i:i + 1, :n], lengths[i:i + 1], targets[i:i + 1], target_lengths[i:i + 1])["loss"]
-             for i, n in enumerate(lengths.tolist())]
+    alone = [
+        model.loss(
+            feats[i : i + 1, :n], lengths[i : i + 1], targets[i : i + 1], target_lengths[i : i + 1]
+        )["loss"]
+        for i, n in enumerate(lengths.tolist())
+    ]
     torch.testing.assert_close(losses["loss"], sum(alone) / 2)
 
 
 def test_u2_has_no_right_to_left_decoder():
     model = network(reverse_weight=0.0)
     assert model.right_decoder is None
-    losses = model.loss(torch.randn(1, 40, 80), torch.tensor([40]), torch.tensor([[4, 5]]), torch.tensor([2]))
+    losses = model.loss(
+        torch.randn(1, 40, 80), torch.tensor([40]), torch.tensor([[4, 5]]), torch.tensor([2])
+    )
     losses["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_utterances_too_short_for_a_frame_have_a_finite_loss():
     model = network()
-    losses = model.loss(torch.randn(2, 5, 80), torch.tensor([5, 1]), torch.tensor([[4], [5]]), torch.tensor([1, 1]))
+    losses = model.loss(
+        torch.randn(2, 5, 80), torch.tensor([5, 1]), torch.tensor([[4], [5]]), torch.tensor([1, 1])
+    )
     losses["loss"].backward()
-    assert losses["loss"].isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert losses["loss"].isfinite() and all(
+        p.grad.isfinite().all() for p in model.parameters() if p.grad is not None
+    )
 
 
 def test_decoder_step_by_step_equals_the_full_pass():
@@ -239,21 +316,33 @@ def test_decoder_step_by_step_equals_the_full_pass():
     tokens = torch.randint(0, 12, (3, 6))
     whole, state = model.decoder(tokens, memory, lengths), None
     for step in range(tokens.size(1)):
-        logits, state = model.decoder.step(tokens[:, :step + 1], state, memory, lengths)
+        logits, state = model.decoder.step(tokens[:, : step + 1], state, memory, lengths)
         torch.testing.assert_close(logits, whole[:, step], rtol=1e-5, atol=1e-5)
 
 
-VARIANTS = {"transformer": dict(encoder="transformer", selfattention_layer_type="selfattn", pos_enc_layer_type="abs_pos"),
-            "transformer_rel": dict(encoder="transformer"), "batch_norm": dict(cnn_module_norm="batch_norm", causal=False),
-            "abs_pos": dict(pos_enc_layer_type="abs_pos", selfattention_layer_type="selfattn", activation_type="relu"),
-            "heads": dict(decoder_attention_heads=4)}
+VARIANTS = {
+    "transformer": dict(
+        encoder="transformer", selfattention_layer_type="selfattn", pos_enc_layer_type="abs_pos"
+    ),
+    "transformer_rel": dict(encoder="transformer"),
+    "batch_norm": dict(cnn_module_norm="batch_norm", causal=False),
+    "abs_pos": dict(
+        pos_enc_layer_type="abs_pos", selfattention_layer_type="selfattn", activation_type="relu"
+    ),
+    "heads": dict(decoder_attention_heads=4),
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_all_of_its_weights(name):
     model = network(**VARIANTS[name]).train()
-    losses = model.loss(torch.randn(2, 60, 80), torch.tensor([60, 44]), torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]),
-                        chunk_size=4)
+    losses = model.loss(
+        torch.randn(2, 60, 80),
+        torch.tensor([60, 44]),
+        torch.tensor([[4, 5], [6, 0]]),
+        torch.tensor([2, 1]),
+        chunk_size=4,
+    )
     losses["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -271,7 +360,11 @@ def test_without_a_position_term_plain_attention_is_what_is_left():
     with torch.no_grad():
         for parameter in (relative.pos_bias_u, relative.pos_bias_v, relative.linear_pos.weight):
             parameter.zero_()
-    plain.load_state_dict({k: v for k, v in relative.state_dict().items() if k in plain.state_dict()})
+    plain.load_state_dict(
+        {k: v for k, v in relative.state_dict().items() if k in plain.state_dict()}
+    )
     x, positions = torch.randn(2, 9, 16), torch.randn(1, 9, 16)
     mask = chunk_mask(9, 4)[None, None]
-    torch.testing.assert_close(plain(x, None, mask)[0], relative(x, positions, mask)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        plain(x, None, mask)[0], relative(x, positions, mask)[0], rtol=1e-5, atol=1e-5
+    )

@@ -43,12 +43,42 @@ def test_loop():
 def test_hangs_fail_and_children_get_neither_a_gpu_nor_ignored_signals(tmp_path):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-v", "-c", ROOT / "pytest.ini", "-o", "faulthandler_timeout=4",
-               "-p", "no:cacheprovider", "-p", "no:xdist", "--color=no", "--rootdir", tmp_path, tmp_path]
-    environment = {**os.environ, "TEST_DEADLINE": "1", "CUDA_VISIBLE_DEVICES": "0", "GPU_TESTS": "", "PYTEST_ADDOPTS": "",
-                   "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-c",
+        ROOT / "pytest.ini",
+        "-o",
+        "faulthandler_timeout=4",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--color=no",
+        "--rootdir",
+        tmp_path,
+        tmp_path,
+    ]
+    environment = {
+        **os.environ,
+        "TEST_DEADLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "GPU_TESTS": "",
+        "PYTEST_ADDOPTS": "",
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     results = dict(re.findall(r"(test_\w+) (PASSED|FAILED|ERROR)", done.stdout))
-    assert results == {"test_fixture": "ERROR", "test_child": "FAILED", "test_world": "PASSED"}, done.stdout
+    assert results == {"test_fixture": "ERROR", "test_child": "FAILED", "test_world": "PASSED"}, (
+        done.stdout
+    )
     assert done.returncode == 1 and "Timeout" in done.stderr and "in test_loop" in done.stderr

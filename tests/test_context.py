@@ -4,17 +4,18 @@ import json
 import math
 import random
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
-from test_decode import all_sequences, random_log_probs
-from test_score import score_json, world  # noqa: F401 (a fixture)
 
 import score
-from cli import UserError
 from context import HotwordOptions, load_hotwords, make_graph
 from decode import ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
 from model import U2
+from test_decode import all_sequences, random_log_probs
+from test_score import score_json, world  # noqa: F401 (a fixture)
 from tokenizer import Tokenizer, train_bpe, train_char
 
 
@@ -28,21 +29,32 @@ def walk(graph, tokens):
 
 
 def ends_with(tokens, phrase):
-    return len(phrase) <= len(tokens) and tokens[len(tokens) - len(phrase):] == phrase
+    return len(phrase) <= len(tokens) and tokens[len(tokens) - len(phrase) :] == phrase
 
 
 def bonus_by_definition(phrases, score, tokens):
     """(of all phrases in the tokens, however they overlap; of the longest beginning of a phrase at the end)"""
-    kept = sum(score * len(phrase) for end in range(len(tokens) + 1) for phrase in set(phrases)
-               if ends_with(tokens[:end], phrase))
-    begun = [phrase[:size] for phrase in phrases for size in range(1, len(phrase) + 1) if ends_with(tokens, phrase[:size])]
+    kept = sum(
+        score * len(phrase)
+        for end in range(len(tokens) + 1)
+        for phrase in set(phrases)
+        if ends_with(tokens[:end], phrase)
+    )
+    begun = [
+        phrase[:size]
+        for phrase in phrases
+        for size in range(1, len(phrase) + 1)
+        if ends_with(tokens, phrase[:size])
+    ]
     return kept, score * max(map(len, begun), default=0)
 
 
 def test_the_bonus_is_that_of_all_whole_phrases_and_of_the_one_that_has_begun():
     draw = random.Random(0)
     for _ in range(300):
-        phrases = [tuple(draw.choices(range(3), k=draw.randint(1, 4))) for _ in range(draw.randint(1, 5))]
+        phrases = [
+            tuple(draw.choices(range(3), k=draw.randint(1, 4))) for _ in range(draw.randint(1, 5))
+        ]
         graph = make_graph([(list(phrase), 1.5) for phrase in phrases])
         tokens = tuple(draw.choices(range(4), k=12))
         for size in range(13):
@@ -60,13 +72,21 @@ def test_a_token_of_two_phrases_has_the_larger_bonus():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_scores_are_log_probability_and_bonus_of_whole_phrases_when_the_beam_holds_every_prefix(seed):
+def test_scores_are_log_probability_and_bonus_of_whole_phrases_when_the_beam_holds_every_prefix(
+    seed,
+):
     log_probs, phrases = random_log_probs(2, 4, 4, seed=seed), [(1, 2), (2, 3, 1), (3,)]
     graph, lengths = make_graph([(list(phrase), 0.8) for phrase in phrases]), torch.tensor([4, 3])
-    for row, length, found in zip(log_probs, lengths, ctc_prefix_beam_search(log_probs, lengths, 1000, 0, graph)):
-        expected = {tokens: math.log(probability) + bonus_by_definition(phrases, 0.8, tokens)[0]
-                    for tokens, probability in all_sequences(row[:length], 0).items()}
-        assert dict(zip(map(tuple, found.nbest), found.nbest_scores)) == pytest.approx(expected, abs=1e-5)
+    for row, length, found in zip(
+        log_probs, lengths, ctc_prefix_beam_search(log_probs, lengths, 1000, 0, graph)
+    ):
+        expected = {
+            tokens: math.log(probability) + bonus_by_definition(phrases, 0.8, tokens)[0]
+            for tokens, probability in all_sequences(row[:length], 0).items()
+        }
+        assert dict(zip(map(tuple, found.nbest), found.nbest_scores)) == pytest.approx(
+            expected, abs=1e-5
+        )
         assert found.nbest_scores == sorted(found.nbest_scores, reverse=True)
         assert list(map(len, found.nbest_times)) == list(map(len, found.nbest))
 
@@ -76,7 +96,10 @@ def test_a_phrase_wins_over_a_likelier_neighbour_and_a_broken_one_does_not():
     for frame, token in enumerate((1, 0, 2, 0, 3)):
         probabilities[0, frame, token] = 0.6
     probabilities[0, 2, 4] = 0.3  # 1 4 3 is half as likely as 1 2 3
-    log_probs, lengths = (probabilities / probabilities.sum(-1, keepdim=True)).log(), torch.tensor([5])
+    log_probs, lengths = (
+        (probabilities / probabilities.sum(-1, keepdim=True)).log(),
+        torch.tensor([5]),
+    )
 
     def heard(*phrases, score=1.0):
         graph = make_graph([(list(phrase), score) for phrase in phrases])
@@ -90,7 +113,9 @@ def test_a_phrase_wins_over_a_likelier_neighbour_and_a_broken_one_does_not():
 def test_phrases_that_never_occur_change_nothing_in_one_piece_or_many():
     log_probs, lengths = random_log_probs(2, 40, 8, seed=1, sharpness=4.0), torch.tensor([40, 31])
     graph = make_graph([([100, 101], 3.0)])
-    assert ctc_prefix_beam_search(log_probs, lengths, 5, 0, graph) == ctc_prefix_beam_search(log_probs, lengths, 5, 0)
+    assert ctc_prefix_beam_search(log_probs, lengths, 5, 0, graph) == ctc_prefix_beam_search(
+        log_probs, lengths, 5, 0
+    )
     graph, beam = make_graph([([1, 2], 1.0), ([2, 1, 3], 2.0)]), None
     beam = prefix_start(1, graph)
     for piece in log_probs[:1].split(7, dim=1):
@@ -104,11 +129,14 @@ def test_score_hears_hotwords_and_says_that_it_was_given_them(world, capsys, tmp
     words, details = tmp_path / "words.txt", tmp_path / "details"
     words.write_text("fox\n")
     argv = [*stream, "--beam_size", 20, "--details", details]  # every token is offered
-    plain, = score_json(capsys, world, *argv)
+    (plain,) = score_json(capsys, world, *argv)
     assert "fox" not in details.read_text() and "hotwords" not in plain
-    found, = score_json(capsys, world, *argv, "--hotwords", words, "--context_score", 20)
+    (found,) = score_json(capsys, world, *argv, "--hotwords", words, "--context_score", 20)
     heard = [json.loads(line)["hypothesis"] for line in details.read_text().splitlines()]
-    assert sum("fox" in text for text in heard) > 3 and (found["hotwords"], found["context_score"]) == (str(words), 20.0)
+    assert sum("fox" in text for text in heard) > 3 and (
+        found["hotwords"],
+        found["context_score"],
+    ) == (str(words), 20.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -126,16 +154,32 @@ def test_pieces_of_words_are_phrases_too(tmp_path):
     path, tokenizer = tmp_path / "words.txt", train_bpe(["new york new york newer"], 20)
     path.write_text("york\n")
     tokens = tokenizer.encode("new york")
-    assert walk(load_hotwords(str(path), tokenizer, 1.0), tokens)[1] == len(tokenizer.encode("york")) < len("york")
+    assert (
+        walk(load_hotwords(str(path), tokenizer, 1.0), tokens)[1]
+        == len(tokenizer.encode("york"))
+        < len("york")
+    )
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("one\ntwö\n", "line 2: the tokenizer cannot spell 'ö';"), ("two\u200b\n", "line 1: the tokenizer cannot spell U+200B;"),
-    ("\ufeffone\n\ufefftwo\n", "line 2: the tokenizer cannot spell U+FEFF;"), ("one\u2028two z\n", "cannot spell 'z';"),
-    ("o\u0308ne\n", "cannot spell 'ö';"), ("w\u0308o\n", "cannot spell 'ẅ';"), ("a\u0301\u0301\n", "cannot spell 'á' U+0301;"), ("One\n", "line 1: the tokenizer cannot spell 'O';"),
-    ("one :two\n", "line 1: :two is no score"), ("one :-1\n", "line 1: :-1 is no score"),
-    ("one :nan\n", "line 1: :nan is no score"), ("\n \n", "no phrase in it"),
-    (None, "cannot be read (No such file"), (b"\xff\xfe", "cannot be read (not UTF-8)")])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("one\ntwö\n", "line 2: the tokenizer cannot spell 'ö';"),
+        ("two\u200b\n", "line 1: the tokenizer cannot spell U+200B;"),
+        ("\ufeffone\n\ufefftwo\n", "line 2: the tokenizer cannot spell U+FEFF;"),
+        ("one\u2028two z\n", "cannot spell 'z';"),
+        ("o\u0308ne\n", "cannot spell 'ö';"),
+        ("w\u0308o\n", "cannot spell 'ẅ';"),
+        ("a\u0301\u0301\n", "cannot spell 'á' U+0301;"),
+        ("One\n", "line 1: the tokenizer cannot spell 'O';"),
+        ("one :two\n", "line 1: :two is no score"),
+        ("one :-1\n", "line 1: :-1 is no score"),
+        ("one :nan\n", "line 1: :nan is no score"),
+        ("\n \n", "no phrase in it"),
+        (None, "cannot be read (No such file"),
+        (b"\xff\xfe", "cannot be read (not UTF-8)"),
+    ],
+)
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, complaint):
     path = tmp_path / "words.txt"
     if text is not None:
@@ -145,17 +189,24 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, complaint):
     assert complaint in str(raised.value) and str(raised.value).startswith(f"--hotwords {path}")
 
 
-@pytest.mark.parametrize("text", ["caf\u00e9", "cafe\u0301", "\ufeffcafe\u0301\r\n", "\ufeff\n caf\u00e9 "])
+@pytest.mark.parametrize(
+    "text", ["caf\u00e9", "cafe\u0301", "\ufeffcafe\u0301\r\n", "\ufeff\n caf\u00e9 "]
+)
 def test_a_phrase_may_be_decomposed_and_behind_a_byte_order_mark(tmp_path, text):
     path, tokenizer = tmp_path / "words.txt", train_char(["un caf\u00e9"])
     path.write_bytes(text.encode())
-    assert walk(load_hotwords(str(path), tokenizer, 1.0), tokenizer.encode("caf\u00e9")) == (2 * 4.0, 4.0)
+    assert walk(load_hotwords(str(path), tokenizer, 1.0), tokenizer.encode("caf\u00e9")) == (
+        2 * 4.0,
+        4.0,
+    )
 
 
 def test_a_vocabulary_without_an_unknown_token_leaves_nothing_out(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("abc\n")
-    tokenizer = Tokenizer(tokens=["<blank>", "a", "b", "<sos>", "<eos>"], blank_id=0, unk_id=0, sos_id=3, eos_id=4)
+    tokenizer = Tokenizer(
+        tokens=["<blank>", "a", "b", "<sos>", "<eos>"], blank_id=0, unk_id=0, sos_id=3, eos_id=4
+    )
     with pytest.raises(UserError, match="cannot spell 'c';"):
         load_hotwords(str(path), tokenizer, 1.0)
 

@@ -7,6 +7,8 @@ import pickle
 import shutil
 from functools import partial
 
+from cli import UserError
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -14,10 +16,20 @@ import pytest
 import pytorch_lightning as L
 import torch
 
-from cli import UserError
 from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
-from datamodule import (DataOptions, SpeechDataModule, SpeechDataset, audio_lengths, eval_loader,
-                        filter_conformer_len_prob, get_concat_dataset, label_checksum, label_statistics, load_split, row_values)
+from datamodule import (
+    DataOptions,
+    SpeechDataModule,
+    SpeechDataset,
+    audio_lengths,
+    eval_loader,
+    filter_conformer_len_prob,
+    get_concat_dataset,
+    label_checksum,
+    label_statistics,
+    load_split,
+    row_values,
+)
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform
 
@@ -34,8 +46,10 @@ def audio(samples, row=0):
 def columns(samples, labels=None, struct=True, length=True):
     """Columns of a shard; row i has audio of its own, seeded by its number of samples."""
     labels = labels or [[4, 5, 5]] * len(samples)
-    made = {"input_values": [audio(n, n) for n in samples],
-            "labels": [{"input_ids": ids} for ids in labels] if struct else labels}
+    made = {
+        "input_values": [audio(n, n) for n in samples],
+        "labels": [{"input_ids": ids} for ids in labels] if struct else labels,
+    }
     return made | ({"length": list(samples)} if length else {})
 
 
@@ -53,8 +67,13 @@ def root(tmp_path):
 
 
 def module(*roots, augment=AUGMENT, **options):
-    return SpeechDataModule(data_roots=roots, tokenizer=TOKENIZER, frontend=FRONTEND, augment=augment,
-                            options=DataOptions(**{"num_workers": 0, "batch_size": 3} | options))
+    return SpeechDataModule(
+        data_roots=roots,
+        tokenizer=TOKENIZER,
+        frontend=FRONTEND,
+        augment=augment,
+        options=DataOptions(**{"num_workers": 0, "batch_size": 3} | options),
+    )
 
 
 def one_line(error):
@@ -69,7 +88,9 @@ def test_shards_come_in_numeric_order_whether_at_k_or_k_data(tmp_path):
     for shard in range(12):
         save(tmp_path / f"train/{shard}" / ("data" if shard % 2 else ""), [1000 + shard])
     (tmp_path / "train/.tmp-12").mkdir()  # what an interrupted run may leave
-    assert audio_lengths(get_concat_dataset([tmp_path], "train")).tolist() == [1000 + shard for shard in range(12)]
+    assert audio_lengths(get_concat_dataset([tmp_path], "train")).tolist() == [
+        1000 + shard for shard in range(12)
+    ]
 
 
 def test_a_shard_of_another_name_or_one_that_is_absent_is_told(tmp_path, caplog):
@@ -77,13 +98,17 @@ def test_a_shard_of_another_name_or_one_that_is_absent_is_told(tmp_path, caplog)
         save(tmp_path / "train" / name, [1000])
     with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
         assert len(get_concat_dataset([tmp_path], "train")) == 3
-    assert caplog.messages == [f"{tmp_path}/train: left out part_5; shards are called 0, 1, ...",
-                               f"{tmp_path}/train: 2 of the shards 0 .. 4 absent"]
+    assert caplog.messages == [
+        f"{tmp_path}/train: left out part_5; shards are called 0, 1, ...",
+        f"{tmp_path}/train: 2 of the shards 0 .. 4 absent",
+    ]
 
 
 @pytest.mark.parametrize("spelling", ["same", "dots", "link", "linked split", "linked shard"])
 def test_the_same_rows_twice_are_refused_however_they_are_spelt(root, tmp_path, spelling):
-    other = {"same": root, "dots": root / "train/..", "link": tmp_path / "link"}.get(spelling, tmp_path / "other")
+    other = {"same": root, "dots": root / "train/..", "link": tmp_path / "link"}.get(
+        spelling, tmp_path / "other"
+    )
     if spelling == "link":
         other.symlink_to(root)
     elif spelling.startswith("linked"):
@@ -106,19 +131,28 @@ def test_a_split_comes_from_the_roots_that_have_it_and_the_others_are_named(root
     assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 10, "dev": 4}
     assert [line for line in caplog.messages if "has none" in line] == [
         f"train: {tmp_path}/less has none, so it is that of {root}, {tmp_path}/more alone",
-        f"dev: {tmp_path}/more has none, so it is that of {root}, {tmp_path}/less alone"]
-    for roots, reason in (((tmp_path / "more", tmp_path / "more"), "no split dev"), ((root, tmp_path / "no"), "no such data root")):
+        f"dev: {tmp_path}/more has none, so it is that of {root}, {tmp_path}/less alone",
+    ]
+    for roots, reason in (
+        ((tmp_path / "more", tmp_path / "more"), "no split dev"),
+        ((root, tmp_path / "no"), "no such data root"),
+    ):
         with pytest.raises(UserError, match=reason):
             get_concat_dataset(roots, "dev")
 
 
-@pytest.mark.parametrize("length", [[3000, 2999, 3001], [3000, None, 3001], [3000, -1, 3001]], ids=str)
+@pytest.mark.parametrize(
+    "length", [[3000, 2999, 3001], [3000, None, 3001], [3000, -1, 3001]], ids=str
+)
 def test_a_length_that_the_audio_contradicts_is_refused_and_the_row_named(tmp_path, length):
     for shard in ("0", "1"):
         made = columns([3000, 3000, 3001])
-        datasets.Dataset.from_dict(made | {"length": made["length"] if shard == "0" else length}).save_to_disk(
-            str(tmp_path / "train" / shard))
-    with pytest.raises(UserError, match=f"length is {length[1] or 'nan'} in row 1 of the shard, .* 3000 samples") as error:
+        datasets.Dataset.from_dict(
+            made | {"length": made["length"] if shard == "0" else length}
+        ).save_to_disk(str(tmp_path / "train" / shard))
+    with pytest.raises(
+        UserError, match=f"length is {length[1] or 'nan'} in row 1 of the shard, .* 3000 samples"
+    ) as error:
         get_concat_dataset([tmp_path], "train")
     assert str(tmp_path / "train/1") in one_line(error)
 
@@ -131,11 +165,18 @@ def test_a_shard_of_another_schema_is_named(tmp_path):
     assert str(tmp_path / "train/1") in one_line(error) and "labels" in one_line(error)
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"labels": None}, "no column labels"), ({"input_values": None}, "no column input_values"),
-    ({"labels": ["ab"]}, "not a list of ints"), ({"labels": [{"ids": [4]}]}, "not a list of ints"),
-    ({"input_values": [[1, 2]]}, "not a list of floats"), ({"length": [0.5]}, "column length"),
-    ({"labels": [None], "input_values": [None]}, "column")])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"labels": None}, "no column labels"),
+        ({"input_values": None}, "no column input_values"),
+        ({"labels": ["ab"]}, "not a list of ints"),
+        ({"labels": [{"ids": [4]}]}, "not a list of ints"),
+        ({"input_values": [[1, 2]]}, "not a list of floats"),
+        ({"length": [0.5]}, "column length"),
+        ({"labels": [None], "input_values": [None]}, "column"),
+    ],
+)
 def test_a_wrong_column_is_refused_and_the_shard_named(tmp_path, change, reason):
     made = {name: value for name, value in (columns([3000]) | change).items() if value is not None}
     datasets.Dataset.from_dict(made).save_to_disk(str(tmp_path / "train/0"))
@@ -156,13 +197,18 @@ def test_a_truncated_shard_is_named(root, kept):
 def test_a_shard_cut_between_two_record_batches_is_not_taken_for_whole(tmp_path):
     save(tmp_path / "train/0", [3000] * 2500)
     file = next((tmp_path / "train/0").glob("*.arrow"))
-    os.truncate(file, file.stat().st_size - 8)  # all rows, no end mark: what a cut at a batch's border looks like
+    os.truncate(
+        file, file.stat().st_size - 8
+    )  # all rows, no end mark: what a cut at a batch's border looks like
     with pytest.raises(UserError, match="truncated"):
         get_concat_dataset([tmp_path], "train")
 
 
 def test_a_wrong_root_a_missing_split_and_an_empty_split_are_refused(root):
-    for split, where, reason in (("train", root / "no", "no such data root"), ("eval_other", root, "no split eval_other")):
+    for split, where, reason in (
+        ("train", root / "no", "no such data root"),
+        ("eval_other", root, "no split eval_other"),
+    ):
         with pytest.raises(UserError, match=reason) as error:
             get_concat_dataset([where], split)
         assert str(where) in one_line(error)
@@ -192,17 +238,28 @@ def test_token_ids_that_no_label_may_hold_are_refused_with_their_row(tmp_path):
 # Lengths
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float32()), pa.list_(pa.float64())], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.float32()), pa.large_list(pa.float32()), pa.list_(pa.float64())], ids=str
+)
 def test_an_absent_length_comes_from_the_offsets_in_any_list_type_and_number_of_chunks(kind):
-    parts = [pa.table({"input_values": pa.array([np.zeros(n) for n in part], kind)}) for part in ([5, 0, 7], [2], [9, 1])]
-    dataset = datasets.Dataset(pa.concat_tables([parts[0].slice(1), *parts[1:]]))  # a slice: offsets do not start at 0
+    parts = [
+        pa.table({"input_values": pa.array([np.zeros(n) for n in part], kind)})
+        for part in ([5, 0, 7], [2], [9, 1])
+    ]
+    dataset = datasets.Dataset(
+        pa.concat_tables([parts[0].slice(1), *parts[1:]])
+    )  # a slice: offsets do not start at 0
     assert dataset.data.column("input_values").num_chunks == 3
     assert audio_lengths(dataset).tolist() == [0, 7, 2, 9, 1]
 
 
 def test_a_shard_saved_from_a_selection_keeps_its_rows(tmp_path):
-    whole = datasets.Dataset.from_dict(columns(SAMPLES, [[4, 4, i + 4] for i in range(8)], struct=False, length=False))
-    for shard, rows in enumerate(([5, 0, 2], range(3, 6))):  # picked, and a slice of the same Arrow table
+    whole = datasets.Dataset.from_dict(
+        columns(SAMPLES, [[4, 4, i + 4] for i in range(8)], struct=False, length=False)
+    )
+    for shard, rows in enumerate(
+        ([5, 0, 2], range(3, 6))
+    ):  # picked, and a slice of the same Arrow table
         whole.select(rows).save_to_disk(str(tmp_path / f"train/{shard}"))
     made, order = get_concat_dataset([tmp_path], "train"), [5, 0, 2, 3, 4, 5]
     assert audio_lengths(made).tolist() == [SAMPLES[row] for row in order]
@@ -226,20 +283,35 @@ def test_label_statistics_count_adjacent_repeats_within_a_row_only(struct):
 
 def test_the_checksum_of_labels_is_of_what_they_say_and_not_of_how_they_are_stored():
     def checksum(*parts, struct=False, pick=None):
-        made = datasets.concatenate_datasets([
-            datasets.Dataset.from_dict(columns([1] * len(part), part, struct=struct)) for part in parts])
+        made = datasets.concatenate_datasets(
+            [
+                datasets.Dataset.from_dict(columns([1] * len(part), part, struct=struct))
+                for part in parts
+            ]
+        )
         return label_checksum(made if pick is None else made.select(pick))
 
     labels = [[4, 5], [], [6], [7, 7, 7]]
-    assert checksum(labels) == checksum(labels[:1], labels[1:], struct=True) == checksum(labels[::-1], pick=[3, 2, 1, 0])
-    others = [[[5, 5], [], [6], [7, 7, 7]], [[4], [5], [6], [7, 7, 7]], labels[::-1], [[4, 5], [6], [], [7, 7, 7]]]
+    assert (
+        checksum(labels)
+        == checksum(labels[:1], labels[1:], struct=True)
+        == checksum(labels[::-1], pick=[3, 2, 1, 0])
+    )
+    others = [
+        [[5, 5], [], [6], [7, 7, 7]],
+        [[4], [5], [6], [7, 7, 7]],
+        labels[::-1],
+        [[4, 5], [6], [], [7, 7, 7]],
+    ]
     assert len({checksum(labels), *map(checksum, others)}) == 5
 
 
 def test_picked_rows_have_their_own_lengths():
     labels = [[4, 4], [5], []]
     for length in (True, False):
-        dataset = datasets.Dataset.from_dict(columns([10, 20, 30], labels, length=length)).select([2, 0])
+        dataset = datasets.Dataset.from_dict(columns([10, 20, 30], labels, length=length)).select(
+            [2, 0]
+        )
         assert audio_lengths(dataset).tolist() == [30, 10]
         assert [made.tolist() for made in label_statistics(dataset)] == [[0, 2], [0, 1]]
 
@@ -253,47 +325,86 @@ def test_the_predicted_encoder_length_is_the_real_one(input_layer):
     for samples in [*range(3000, 5400, 79), 16000, 16159, 16160, 40001]:
         for speed in (0.9, 1.0, 1.1):
             augment = Augment(speeds=(speed,), num_freq_masks=0, num_time_masks=0, num_subs=0)
-            example = train_transform(FRONTEND, augment)({"input_values": torch.from_numpy(audio(samples))},
-                                                         torch.Generator().manual_seed(0))
-            predicted = int(subsampled_length(shortest_frames(samples, FRONTEND, augment), input_layer))
+            example = train_transform(FRONTEND, augment)(
+                {"input_values": torch.from_numpy(audio(samples))}, torch.Generator().manual_seed(0)
+            )
+            predicted = int(
+                subsampled_length(shortest_frames(samples, FRONTEND, augment), input_layer)
+            )
             assert subsampling(example["features"][None]).shape[1] == predicted
-        predicted = int(subsampled_length(shortest_frames(samples, FRONTEND, Augment(speeds=())), input_layer))
+        predicted = int(
+            subsampled_length(shortest_frames(samples, FRONTEND, Augment(speeds=())), input_layer)
+        )
         assert subsampling(extractor(torch.from_numpy(audio(samples)))[None]).shape[1] == predicted
 
 
 def kept(samples, labels, repeats, **options):
-    return filter_conformer_len_prob(np.array(samples), np.array(labels), np.array(repeats), frontend=FRONTEND,
-                                     augment=AUGMENT, input_layer="conv2d", options=DataOptions(**options))
+    return filter_conformer_len_prob(
+        np.array(samples),
+        np.array(labels),
+        np.array(repeats),
+        frontend=FRONTEND,
+        augment=AUGMENT,
+        input_layer="conv2d",
+        options=DataOptions(**options),
+    )
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
-@pytest.mark.parametrize("augment", [AUGMENT, Augment(max_trim=50), Augment(speeds=())], ids=["speeds", "trim", "plain"])
+@pytest.mark.parametrize(
+    "augment", [AUGMENT, Augment(max_trim=50), Augment(speeds=())], ids=["speeds", "trim", "plain"]
+)
 def test_a_kept_row_has_finite_ctc_loss_and_one_dropped_for_ctc_has_none(input_layer, augment):
     rng, decisions = np.random.default_rng(0), []
     for samples in rng.integers(6000, 24000, 24).tolist():
         frames = int(subsampled_length(shortest_frames(samples, FRONTEND, augment), input_layer))
         if not frames:
             continue
-        log_probs = torch.from_numpy(rng.standard_normal((frames, 1, 6), np.float32)).log_softmax(-1)
-        for count in range(max(1, frames // 2), frames + 2):  # labels of 3 kinds: repeats are many; the boundary is inside
+        log_probs = torch.from_numpy(rng.standard_normal((frames, 1, 6), np.float32)).log_softmax(
+            -1
+        )
+        for count in range(
+            max(1, frames // 2), frames + 2
+        ):  # labels of 3 kinds: repeats are many; the boundary is inside
             labels = rng.integers(1, 4, count)
-            [[length], [repeats]] = label_statistics(datasets.Dataset.from_dict({"labels": [labels]}))
+            [[length], [repeats]] = label_statistics(
+                datasets.Dataset.from_dict({"labels": [labels]})
+            )
             if abs(length + repeats - frames) > 1:
                 continue
-            loss = torch.nn.functional.ctc_loss(log_probs, torch.from_numpy(labels)[None], (frames,), (count,),
-                                                reduction="none")
-            keep, _ = filter_conformer_len_prob(np.array([samples]), np.array([length]), np.array([repeats]), options=
-                                                DataOptions(), frontend=FRONTEND, augment=augment, input_layer=input_layer)
+            loss = torch.nn.functional.ctc_loss(
+                log_probs, torch.from_numpy(labels)[None], (frames,), (count,), reduction="none"
+            )
+            keep, _ = filter_conformer_len_prob(
+                np.array([samples]),
+                np.array([length]),
+                np.array([repeats]),
+                options=DataOptions(),
+                frontend=FRONTEND,
+                augment=augment,
+                input_layer=input_layer,
+            )
             assert torch.isfinite(loss).item() == keep[0]
             decisions.append((keep[0], repeats > 0))
-    assert {True, False} == {kept for kept, _ in decisions} and any(repeated for _, repeated in decisions)
+    assert {True, False} == {kept for kept, _ in decisions} and any(
+        repeated for _, repeated in decisions
+    )
 
 
 def test_the_filter_counts_every_dropped_row_under_one_reason():
-    keep, reasons = kept([1000, 16000, 160000, 16000], [1, 3, 3, 90], [0, 0, 0, 0], min_frame=20, max_frame=500)
+    keep, reasons = kept(
+        [1000, 16000, 160000, 16000], [1, 3, 3, 90], [0, 0, 0, 0], min_frame=20, max_frame=500
+    )
     assert keep.tolist() == [False, True, False, False]
-    assert reasons == {"shorter than 20 frames": 1, "longer than 500 frames": 1, "labels too long for CTC": 1}
-    assert kept([16000], [15], [0], output_len_prob=1.0)[0].all() and not kept([16000], [15], [0], output_len_prob=0.5)[0].any()
+    assert reasons == {
+        "shorter than 20 frames": 1,
+        "longer than 500 frames": 1,
+        "labels too long for CTC": 1,
+    }
+    assert (
+        kept([16000], [15], [0], output_len_prob=1.0)[0].all()
+        and not kept([16000], [15], [0], output_len_prob=0.5)[0].any()
+    )
 
 
 def test_rows_are_dropped_from_train_only_and_numbered_as_before_the_filter(root, caplog):
@@ -303,25 +414,51 @@ def test_rows_are_dropped_from_train_only_and_numbered_as_before_the_filter(root
     with caplog.at_level("INFO", logger="pytorch_lightning.utilities.rank_zero"):
         data.setup("fit")
     assert "9 of 10 rows kept, dropped: 1 labels too long for CTC" in caplog.text
-    assert sorted(row for batch in data.train_dataloader() for row in batch.rows.tolist()) == [*range(8), 9]
-    assert sorted(row for batch in data.val_dataloader() for row in batch.rows.tolist()) == [*range(5)]
+    assert sorted(row for batch in data.train_dataloader() for row in batch.rows.tolist()) == [
+        *range(8),
+        9,
+    ]
+    assert sorted(row for batch in data.val_dataloader() for row in batch.rows.tolist()) == [
+        *range(5)
+    ]
     unfiltered = module(root, filter=False)
     unfiltered.setup("fit")
-    assert sorted(row for batch in unfiltered.train_dataloader() for row in batch.rows.tolist()) == [*range(10)]
+    assert sorted(
+        row for batch in unfiltered.train_dataloader() for row in batch.rows.tolist()
+    ) == [*range(10)]
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
 def test_a_dev_row_too_short_for_its_labels_is_scored_with_a_finite_loss(tmp_path, input_layer):
     save(tmp_path / "dev/0", [1, 300, 1500, 9000], [[4, 5], [4] * 9, [4] * 40, []])
-    options = DataOptions(num_workers=0, batch_size=2, min_frame=50)  # what the filter would drop from train
+    options = DataOptions(
+        num_workers=0, batch_size=2, min_frame=50
+    )  # what the filter would drop from train
     loader = eval_loader(load_split([tmp_path], "dev", TOKENIZER), FRONTEND, options)
     torch.manual_seed(0)
-    net = U2Conformer(ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
-                                   decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32, input_layer=input_layer),
-                      80, TOKENIZER.vocab_size, 0, TOKENIZER.sos_id, TOKENIZER.eos_id).eval()
+    net = U2Conformer(
+        ModelOptions(
+            output_size=16,
+            attention_heads=2,
+            linear_units=32,
+            num_blocks=1,
+            cnn_module_kernel=3,
+            decoder_num_blocks=1,
+            r_num_blocks=1,
+            decoder_linear_units=32,
+            input_layer=input_layer,
+        ),
+        80,
+        TOKENIZER.vocab_size,
+        0,
+        TOKENIZER.sos_id,
+        TOKENIZER.eos_id,
+    ).eval()
     rows = []
     for batch in loader:
-        loss = net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"]
+        loss = net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)[
+            "loss"
+        ]
         assert torch.isfinite(loss)
         rows += batch.rows.tolist()
     assert sorted(rows) == [0, 1, 2, 3]
@@ -337,18 +474,30 @@ def test_no_row_left_is_refused(root):
 
 
 def test_a_batch_is_padded_with_zeros_and_its_lengths_are_true(root):
-    data = module(root, batch_size=8, augment=Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0))
+    data = module(
+        root,
+        batch_size=8,
+        augment=Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0),
+    )
     data.setup("fit")
     [batch] = data.train_dataloader()
-    assert batch.features.dtype == torch.float32 and batch.labels.dtype == batch.rows.dtype == torch.int64
+    assert (
+        batch.features.dtype == torch.float32
+        and batch.labels.dtype == batch.rows.dtype == torch.int64
+    )
     for i, row in enumerate(batch.rows.tolist()):
         expected = extract(FRONTEND)(torch.from_numpy(audio(SAMPLES[row], SAMPLES[row])))
         frames = int(batch.feature_lengths[i])
-        assert torch.equal(batch.features[i, :frames], expected) and not batch.features[i, frames:].any()
-        assert batch.labels[i, :batch.label_lengths[i]].tolist() == [4, 5, 5]
+        assert (
+            torch.equal(batch.features[i, :frames], expected)
+            and not batch.features[i, frames:].any()
+        )
+        assert batch.labels[i, : batch.label_lengths[i]].tolist() == [4, 5, 5]
 
 
-@pytest.mark.parametrize("options", [{"struct": False}, {"length": False}], ids=["labels as a list", "no length"])
+@pytest.mark.parametrize(
+    "options", [{"struct": False}, {"length": False}], ids=["labels as a list", "no length"]
+)
 def test_every_form_of_the_data_gives_the_same_batches(root, tmp_path, options):
     save(tmp_path / "same/train/0", SAMPLES, **options)
     save(tmp_path / "same/dev/0", SAMPLES[:3], **options)
@@ -362,8 +511,12 @@ def test_what_transformers_feature_extractor_gives_is_accepted(tmp_path):
     assert dataset.features["input_values"].feature.dtype == "float64"
     for split in ("train", "dev"):
         dataset.save_to_disk(str(tmp_path / split / "0"))
-    [batch] = eval_loader(load_split([tmp_path], "dev", TOKENIZER), FRONTEND, DataOptions(num_workers=0))
-    assert torch.equal(batch.features[0], extract(FRONTEND)(torch.from_numpy(waveform.astype(np.float32))))
+    [batch] = eval_loader(
+        load_split([tmp_path], "dev", TOKENIZER), FRONTEND, DataOptions(num_workers=0)
+    )
+    assert torch.equal(
+        batch.features[0], extract(FRONTEND)(torch.from_numpy(waveform.astype(np.float32)))
+    )
 
 
 def examples(data, epoch=0, world_size=1):
@@ -377,13 +530,19 @@ def examples(data, epoch=0, world_size=1):
         for batch in loader:
             for i, row in enumerate(batch.rows.tolist()):
                 assert row not in found
-                found[row] = batch.features[i, :batch.feature_lengths[i]], batch.labels[i, :batch.label_lengths[i]]
+                found[row] = (
+                    batch.features[i, : batch.feature_lengths[i]],
+                    batch.labels[i, : batch.label_lengths[i]],
+                )
     return found
 
 
 def same_examples(one, other):
     return one.keys() == other.keys() and all(
-        a.shape == b.shape and torch.equal(a, b) for row in one for a, b in zip(one[row], other[row]))
+        a.shape == b.shape and torch.equal(a, b)
+        for row in one
+        for a, b in zip(one[row], other[row])
+    )
 
 
 def test_examples_are_a_function_of_seed_epoch_and_row_alone(root):
@@ -400,16 +559,26 @@ def test_persistent_workers_learn_the_epoch(root):
     epochs = []
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
-        epochs.append({row: (batch.features[i, :batch.feature_lengths[i]],) for batch in loader
-                       for i, row in enumerate(batch.rows.tolist())})
-        assert same_examples(epochs[-1], {row: made[:1] for row, made in examples(module(root), epoch).items()})
+        epochs.append(
+            {
+                row: (batch.features[i, : batch.feature_lengths[i]],)
+                for batch in loader
+                for i, row in enumerate(batch.rows.tolist())
+            }
+        )
+        assert same_examples(
+            epochs[-1], {row: made[:1] for row, made in examples(module(root), epoch).items()}
+        )
     assert not same_examples(*epochs)
 
 
 def test_a_loader_works_with_workers_that_are_not_forked(root):
     """macOS spawns workers, Python 3.14 starts them from a server: both send the dataset to them by pickle."""
     loader = eval_loader(load_split([root], "dev", TOKENIZER), FRONTEND, DataOptions(num_workers=1))
-    for dataset in (loader.dataset, SpeechDataset(loader.dataset.dataset, partial(train_transform, FRONTEND, AUGMENT), 0)):
+    for dataset in (
+        loader.dataset,
+        SpeechDataset(loader.dataset.dataset, partial(train_transform, FRONTEND, AUGMENT), 0),
+    ):
         made = pickle.loads(pickle.dumps(dataset))[[(1, 2)]]
         assert torch.equal(made.features, dataset[[(1, 2)]].features)
 
@@ -418,18 +587,35 @@ def test_rows_are_read_from_the_table_itself_picked_ones_too(root):
     dataset = get_concat_dataset([root], "train")
     for column in ("input_values", "labels"):
         values = row_values(dataset, column, 5)
-        assert isinstance(values, np.ndarray) and not values.flags.owndata  # no copy, no Python list
+        assert (
+            isinstance(values, np.ndarray) and not values.flags.owndata
+        )  # no copy, no Python list
     assert np.array_equal(row_values(dataset.select([6, 5]), "input_values", 1), audio(8000, 8000))
 
 
-@pytest.mark.parametrize("frontend", [FRONTEND, Frontend(frontend="fbank")], ids=lambda frontend: frontend.frontend)
+@pytest.mark.parametrize(
+    "frontend", [FRONTEND, Frontend(frontend="fbank")], ids=lambda frontend: frontend.frontend
+)
 def test_features_on_the_device_are_those_of_the_loader(root, frontend):
     def seen(on_device):
-        data = SpeechDataModule(data_roots=[root], tokenizer=TOKENIZER, frontend=frontend, augment=Augment(max_trim=50), seed=5,
-                                options=DataOptions(num_workers=0, batch_size=3, features_on_device=on_device))
+        data = SpeechDataModule(
+            data_roots=[root],
+            tokenizer=TOKENIZER,
+            frontend=frontend,
+            augment=Augment(max_trim=50),
+            seed=5,
+            options=DataOptions(num_workers=0, batch_size=3, features_on_device=on_device),
+        )
         model = Seer()
-        L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                  enable_model_summary=False, num_sanity_val_steps=0).fit(model, datamodule=data)
+        L.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        ).fit(model, datamodule=data)
         return model.seen
 
     pairs = list(zip(seen(False), seen(True), strict=True))
@@ -462,7 +648,9 @@ def test_a_batch_is_the_same_behind_a_pipe(root):
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     for made in (pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch)):
-        assert type(made) is type(batch) and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(made, batch))
+        assert type(made) is type(batch) and all(
+            torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(made, batch)
+        )
 
 
 def test_test_splits_are_eval_clean_and_where_present_eval_other(root):
@@ -481,8 +669,17 @@ def test_limit_rows_takes_the_first_rows_of_every_split(root):
         assert sorted(row for batch in loader for row in batch.rows.tolist()) == [0, 1]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 4, "max_batch_seconds": 9.0},
-                                     {"max_batch_seconds": -1.0}, {"limit_rows": 0}, {"num_workers": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"batch_size": 4, "max_batch_seconds": 9.0},
+        {"max_batch_seconds": -1.0},
+        {"limit_rows": 0},
+        {"num_workers": -1},
+    ],
+    ids=str,
+)
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(UserError, match=f"--{next(iter(options))}"):
         DataOptions(**options)

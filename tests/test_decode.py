@@ -10,7 +10,13 @@ import torch
 
 import decode
 from conformer import PRESETS, ModelOptions, U2Conformer
-from decode import Hypothesis, attention_beam_search, attention_rescoring, ctc_greedy_search, ctc_prefix_beam_search
+from decode import (
+    Hypothesis,
+    attention_beam_search,
+    attention_rescoring,
+    ctc_greedy_search,
+    ctc_prefix_beam_search,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
 SOS, EOS = 0, 1  # of the attention tests
@@ -31,18 +37,36 @@ def all_sequences(log_probs, blank_id):
     sums = {}
     for path in itertools.product(range(vocabulary), repeat=frames):
         sequence = collapse(path, blank_id)
-        sums[sequence] = sums.get(sequence, 0.0) + math.exp(sum(log_probs[t, v].item() for t, v in enumerate(path)))
+        sums[sequence] = sums.get(sequence, 0.0) + math.exp(
+            sum(log_probs[t, v].item() for t, v in enumerate(path))
+        )
     return sums
 
 
-@pytest.mark.parametrize("frames, vocabulary, blank_id, seed", [
-    (1, 2, 0, 0), (1, 4, 3, 1), (2, 3, 0, 2), (3, 3, 1, 3), (4, 3, 2, 4), (5, 3, 0, 5), (4, 4, 0, 6), (6, 2, 0, 7)])
-def test_prefix_beam_search_is_the_sum_over_all_paths_when_the_beam_holds_every_prefix(frames, vocabulary, blank_id,
-                                                                                       seed):
+@pytest.mark.parametrize(
+    "frames, vocabulary, blank_id, seed",
+    [
+        (1, 2, 0, 0),
+        (1, 4, 3, 1),
+        (2, 3, 0, 2),
+        (3, 3, 1, 3),
+        (4, 3, 2, 4),
+        (5, 3, 0, 5),
+        (4, 4, 0, 6),
+        (6, 2, 0, 7),
+    ],
+)
+def test_prefix_beam_search_is_the_sum_over_all_paths_when_the_beam_holds_every_prefix(
+    frames, vocabulary, blank_id, seed
+):
     log_probs = random_log_probs(1, frames, vocabulary, seed=seed)
     expected = all_sequences(log_probs[0], blank_id)
-    found, = ctc_prefix_beam_search(log_probs, torch.tensor([frames]), beam_size=1000, blank_id=blank_id)
-    assert sorted(map(tuple, found.nbest)) == sorted(expected)  # each sequence once, none impossible
+    (found,) = ctc_prefix_beam_search(
+        log_probs, torch.tensor([frames]), beam_size=1000, blank_id=blank_id
+    )
+    assert sorted(map(tuple, found.nbest)) == sorted(
+        expected
+    )  # each sequence once, none impossible
     for tokens, score in zip(found.nbest, found.nbest_scores):
         assert score == pytest.approx(math.log(expected[tuple(tokens)]), abs=1e-5)
     assert tuple(found.tokens) == max(expected, key=expected.get)
@@ -51,10 +75,15 @@ def test_prefix_beam_search_is_the_sum_over_all_paths_when_the_beam_holds_every_
 
 def test_prefix_beam_search_score_is_minus_the_ctc_loss():
     log_probs = random_log_probs(1, 12, 4, seed=8)
-    found, = ctc_prefix_beam_search(log_probs, torch.tensor([12]), beam_size=3000)
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([12]), beam_size=3000)
     for tokens, score in zip(found.nbest[:20], found.nbest_scores):
-        loss = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1).double(), torch.tensor([tokens]), [12],
-                                            [len(tokens)], reduction="sum")
+        loss = torch.nn.functional.ctc_loss(
+            log_probs.transpose(0, 1).double(),
+            torch.tensor([tokens]),
+            [12],
+            [len(tokens)],
+            reduction="sum",
+        )
         assert score == pytest.approx(-loss.item(), abs=1e-3)
 
 
@@ -63,7 +92,7 @@ def test_a_narrow_beam_never_overestimates_and_a_wider_one_never_finds_less(seed
     log_probs = random_log_probs(1, 5, 4, seed=seed)
     exact = all_sequences(log_probs[0], 0)
     for beam_size in (1, 2, 3, 5):
-        found, = ctc_prefix_beam_search(log_probs, torch.tensor([5]), beam_size)
+        (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([5]), beam_size)
         assert 1 <= len(found.nbest) <= beam_size
         assert found.nbest_scores == sorted(found.nbest_scores, reverse=True)
         for tokens, score in zip(found.nbest, found.nbest_scores):
@@ -74,7 +103,7 @@ def test_prefix_beam_search_prefers_the_likelier_sequence_to_the_likelier_path()
     # Best path: blank, blank (0.36). Sequence "a": 0.4*0.4 + 2*0.6*0.4 = 0.64.
     log_probs = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log()
     assert ctc_greedy_search(log_probs, torch.tensor([2]))[0].tokens == []
-    found, = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=2)
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=2)
     assert found.tokens == [1] and found.score == pytest.approx(math.log(0.64), abs=1e-6)
 
 
@@ -82,7 +111,9 @@ def test_prefix_beam_search_prefers_the_likelier_sequence_to_the_likelier_path()
 def test_greedy_search_collapses_the_best_path(blank_id):
     log_probs = random_log_probs(4, 30, 3, seed=9)
     lengths = torch.tensor([30, 17, 1, 0])
-    for row, length, found in zip(log_probs, lengths, ctc_greedy_search(log_probs, lengths, blank_id)):
+    for row, length, found in zip(
+        log_probs, lengths, ctc_greedy_search(log_probs, lengths, blank_id)
+    ):
         best = row[:length].max(dim=-1)
         assert tuple(found.tokens) == collapse(best.indices.tolist(), blank_id)
         assert found.score == pytest.approx(best.values.sum().item(), abs=1e-4)
@@ -91,28 +122,36 @@ def test_greedy_search_collapses_the_best_path(blank_id):
 
 def test_times_are_frames_that_hold_the_token_and_peak_in_greedy_search():
     path = [0, 1, 1, 1, 0, 1, 2, 2, 0]
-    peak = [.9, .6, .8, .7, .9, .6, .7, .9, .9]
+    peak = [0.9, 0.6, 0.8, 0.7, 0.9, 0.6, 0.7, 0.9, 0.9]
     probabilities = torch.tensor([[(1 - p) / 2] * 3 for p in peak])
     probabilities[range(9), path] = torch.tensor(peak)
     log_probs, lengths = probabilities.log()[None], torch.tensor([9])
-    greedy, = ctc_greedy_search(log_probs, lengths)
+    (greedy,) = ctc_greedy_search(log_probs, lengths)
     assert (greedy.tokens, greedy.times) == ([1, 1, 2], [2, 5, 7])
-    beam, = ctc_prefix_beam_search(log_probs, lengths, beam_size=5)
+    (beam,) = ctc_prefix_beam_search(log_probs, lengths, beam_size=5)
     assert (beam.tokens, beam.times) == ([1, 1, 2], [3, 5, 7])  # WeNet: the last frame of the run
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_times_rise_and_number_the_tokens(seed):
     log_probs = random_log_probs(1, 40, 6, seed=seed)
-    for found in (ctc_greedy_search(log_probs, torch.tensor([40])),
-                  ctc_prefix_beam_search(log_probs, torch.tensor([40]), beam_size=8)):
+    for found in (
+        ctc_greedy_search(log_probs, torch.tensor([40])),
+        ctc_prefix_beam_search(log_probs, torch.tensor([40]), beam_size=8),
+    ):
         for tokens, times in zip(found[0].nbest, found[0].nbest_times):
             assert len(tokens) == len(times) and times == sorted(set(times))
             assert all(0 <= time < 40 for time in times)
-            assert all(times[i + 1] - times[i] >= 2 for i in range(len(tokens) - 1) if tokens[i] == tokens[i + 1])
+            assert all(
+                times[i + 1] - times[i] >= 2
+                for i in range(len(tokens) - 1)
+                if tokens[i] == tokens[i + 1]
+            )
 
 
-@pytest.mark.parametrize("search", [ctc_greedy_search, lambda p, n: ctc_prefix_beam_search(p, n, beam_size=4)])
+@pytest.mark.parametrize(
+    "search", [ctc_greedy_search, lambda p, n: ctc_prefix_beam_search(p, n, beam_size=4)]
+)
 def test_padding_and_neighbours_change_nothing(search):
     log_probs, lengths = random_log_probs(3, 20, 5, seed=10), torch.tensor([20, 11, 0])
     together = search(log_probs, lengths)
@@ -129,33 +168,50 @@ def log_add(a, b):
 
 def search_by_prefixes(log_probs, beam_size, blank_id):
     """One utterance (T,V), prefix by prefix and token by token in WeNet's order, in Python's floats."""
-    new = [-math.inf] * 4 + [None] * 2  # log-probability to a blank and to the last token; the same of Viterbi; its times
+    new = [-math.inf] * 4 + [
+        None
+    ] * 2  # log-probability to a blank and to the last token; the same of Viterbi; its times
     beam = [((), [0.0, -math.inf, 0.0, -math.inf, None, None])]
     for frame, row in enumerate(log_probs):
         reached = {}
-        for log_prob, token in zip(*(offers.tolist() for offers in row.topk(min(beam_size, len(row))))):
+        for log_prob, token in zip(
+            *(offers.tolist() for offers in row.topk(min(beam_size, len(row))))
+        ):
             for prefix, (blank, ending, v_blank, v_ending, t_blank, t_ending) in beam:
                 total = log_add(blank, ending)
                 viterbi, times = (v_blank, t_blank) if v_blank > v_ending else (v_ending, t_ending)
                 if token == blank_id:
                     entry = reached.setdefault(prefix, new[:])
-                    entry[0], entry[2], entry[4] = log_add(entry[0], total + log_prob), viterbi + log_prob, times
+                    entry[0], entry[2], entry[4] = (
+                        log_add(entry[0], total + log_prob),
+                        viterbi + log_prob,
+                        times,
+                    )
                     continue
                 if prefix[-1:] == (token,):
                     entry = reached.setdefault(prefix, new[:])
                     entry[1] = log_add(entry[1], ending + log_prob)
                     if entry[3] < v_ending + log_prob:
                         entry[3] = v_ending + log_prob
-                        entry[5] = entry[5] or [*t_ending[:-1], frame]  # WeNet keeps the times of a path that entered just now
+                        entry[5] = entry[5] or [
+                            *t_ending[:-1],
+                            frame,
+                        ]  # WeNet keeps the times of a path that entered just now
                     total, viterbi, times = blank, v_blank, t_blank
                 entry = reached.setdefault((*prefix, token), new[:])
                 entry[1] = log_add(entry[1], total + log_prob)
                 if entry[3] < viterbi + log_prob:
                     entry[3], entry[5] = viterbi + log_prob, [*(times or []), frame]
-        beam = sorted(reached.items(), key=lambda item: log_add(*item[1][:2]), reverse=True)[:beam_size]
+        beam = sorted(reached.items(), key=lambda item: log_add(*item[1][:2]), reverse=True)[
+            :beam_size
+        ]
     beam = [item for item in beam if log_add(*item[1][:2]) > -math.inf] or beam[:1]
     times = [entry[4] if entry[2] > entry[3] else entry[5] for _, entry in beam]
-    return [list(prefix) for prefix, _ in beam], [log_add(*entry[:2]) for _, entry in beam], [row or [] for row in times]
+    return (
+        [list(prefix) for prefix, _ in beam],
+        [log_add(*entry[:2]) for _, entry in beam],
+        [row or [] for row in times],
+    )
 
 
 def peaky_log_probs(*shape, blank_id, seed):
@@ -166,12 +222,15 @@ def peaky_log_probs(*shape, blank_id, seed):
     return logits.log_softmax(-1)
 
 
-KINDS = {"flat": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed, sharpness=1.0),
-         "peaky": lambda shape, blank_id, seed: peaky_log_probs(*shape, blank_id=blank_id, seed=seed),
-         "tied": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed).round(),
-         "alike": lambda shape, blank_id, seed: torch.full(shape, -1.0),
-         "impossible": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed).where(
-             random_log_probs(*shape, seed=seed + 1) > -3, -math.inf)}
+KINDS = {
+    "flat": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed, sharpness=1.0),
+    "peaky": lambda shape, blank_id, seed: peaky_log_probs(*shape, blank_id=blank_id, seed=seed),
+    "tied": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed).round(),
+    "alike": lambda shape, blank_id, seed: torch.full(shape, -1.0),
+    "impossible": lambda shape, blank_id, seed: random_log_probs(*shape, seed=seed).where(
+        random_log_probs(*shape, seed=seed + 1) > -3, -math.inf
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,7 +249,9 @@ def test_all_at_once_and_prefix_by_prefix_are_the_same_to_the_bit_ties_included(
 def test_frames_of_blanks_take_the_short_way_to_the_same(monkeypatch):
     log_probs, lengths = peaky_log_probs(2, 120, 60, blank_id=0, seed=5), torch.tensor([120, 90])
     short, taken = decode._advance_by_blank, []
-    monkeypatch.setattr(decode, "_advance_by_blank", lambda *args: taken.append(short(*args)) or taken[-1])
+    monkeypatch.setattr(
+        decode, "_advance_by_blank", lambda *args: taken.append(short(*args)) or taken[-1]
+    )
     found = ctc_prefix_beam_search(log_probs, lengths, 6)
     assert len(taken) == 120 and sum(beam is not None for beam in taken) > 30
     for row, length, hypothesis in zip(log_probs, lengths, found):
@@ -199,11 +260,13 @@ def test_frames_of_blanks_take_the_short_way_to_the_same(monkeypatch):
 
 def test_a_beam_is_a_value_that_goes_on_in_pieces_of_any_length():
     log_probs = random_log_probs(2, 30, 6, seed=12)
-    whole, = {str(ctc_prefix_beam_search(log_probs, torch.tensor([30, 30]), beam_size=4))}
+    (whole,) = {str(ctc_prefix_beam_search(log_probs, torch.tensor([30, 30]), beam_size=4))}
     beam = decode.prefix_start(2)
     for piece in log_probs.split([7, 0, 1, 22], dim=1):
         before, beam = beam, decode.prefix_advance(beam, piece, beam_size=4)
-        decode.prefix_advance(before, -piece, beam_size=4)  # another future of the same past changes nothing
+        decode.prefix_advance(
+            before, -piece, beam_size=4
+        )  # another future of the same past changes nothing
         again = decode.prefix_advance(before, piece, beam_size=4)
         assert str(decode.prefix_result(again)) == str(decode.prefix_result(beam))
     assert str(decode.prefix_result(beam)) == whole
@@ -211,7 +274,7 @@ def test_a_beam_is_a_value_that_goes_on_in_pieces_of_any_length():
 
 def test_a_beam_wider_than_the_vocabulary_and_impossible_tokens_are_fine():
     log_probs = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]).log()
-    found, = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=50)
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=50)
     assert found.nbest == [[], [1]] or found.nbest == [[1], []]
     assert found.nbest_scores == pytest.approx([math.log(0.5)] * 2)
 
@@ -227,6 +290,7 @@ def next_token_log_probs(prefix, vocabulary, salt=0):
 
 def make_step(vocabulary, beam_size, salts=(0,)):
     """A decoder for attention_beam_search whose state is what each row has been given so far: it checks `parents`."""
+
     def step(prefixes, state, parents):
         rows = prefixes.tolist()
         if parents is None:
@@ -234,8 +298,12 @@ def make_step(vocabulary, beam_size, salts=(0,)):
         else:
             assert [state[parent] for parent in parents.tolist()] == [row[:-1] for row in rows]
             assert (parents // beam_size).tolist() == [i // beam_size for i in range(len(rows))]
-        scores = [next_token_log_probs(row[1:], vocabulary, salts[i // beam_size]) for i, row in enumerate(rows)]
+        scores = [
+            next_token_log_probs(row[1:], vocabulary, salts[i // beam_size])
+            for i, row in enumerate(rows)
+        ]
         return torch.stack(scores), rows
+
     return step
 
 
@@ -245,7 +313,9 @@ def all_endings(vocabulary, max_length, salt):
     for _ in range(max_length):
         longer = {}
         for prefix, score in open_ends.items():
-            for token, log_prob in enumerate(next_token_log_probs(prefix, vocabulary, salt).tolist()):
+            for token, log_prob in enumerate(
+                next_token_log_probs(prefix, vocabulary, salt).tolist()
+            ):
                 (endings if token == EOS else longer)[prefix + (token,)] = score + log_prob
         open_ends = longer
     return {**endings, **open_ends}
@@ -253,16 +323,20 @@ def all_endings(vocabulary, max_length, salt):
 
 def test_attention_beam_search_with_a_beam_that_holds_everything_is_exhaustive_search():
     vocabulary, max_length, beam_size = 4, 3, 64
-    found = attention_beam_search(make_step(vocabulary, beam_size, (1, 2, 3)), 3, max_length, beam_size, SOS, EOS)
+    found = attention_beam_search(
+        make_step(vocabulary, beam_size, (1, 2, 3)), 3, max_length, beam_size, SOS, EOS
+    )
     for salt, hypothesis in zip((1, 2, 3), found):
         expected = all_endings(vocabulary, max_length, salt)
         best = max(expected, key=expected.get)
         assert hypothesis.tokens == [token for token in best if token != EOS]
-        assert hypothesis.nbest_scores == pytest.approx(sorted(expected.values(), reverse=True), abs=1e-4)
+        assert hypothesis.nbest_scores == pytest.approx(
+            sorted(expected.values(), reverse=True), abs=1e-4
+        )
 
 
 def test_attention_beam_of_one_is_greedy():
-    found, = attention_beam_search(make_step(6, 1), 1, 8, 1, SOS, EOS)
+    (found,) = attention_beam_search(make_step(6, 1), 1, 8, 1, SOS, EOS)
     prefix, score = [], 0.0
     while len(prefix) < 8:
         log_probs = next_token_log_probs(prefix, 6)
@@ -281,12 +355,18 @@ def test_attention_beam_search_batched_equals_one_by_one():
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.5], ids=["tied", "random"])
 def test_each_utterance_of_an_attention_beam_search_ends_at_its_own_length(sharpness, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.next_token_log_probs", lambda prefix, vocabulary, salt: random_log_probs(
-        vocabulary, seed=hash((salt, *prefix)) % 2**31, sharpness=sharpness))
+    monkeypatch.setattr(
+        f"{__name__}.next_token_log_probs",
+        lambda prefix, vocabulary, salt: random_log_probs(
+            vocabulary, seed=hash((salt, *prefix)) % 2**31, sharpness=sharpness
+        ),
+    )
     for seed in range(25):
         vocabulary, beam_size = 2 + seed % 6, 1 + seed % 7
         lengths, salts = [seed % 11, 3, 0, 7, 10], range(seed, seed + 5)
-        together = attention_beam_search(make_step(vocabulary, beam_size, salts), 5, torch.tensor(lengths), beam_size, SOS, EOS)
+        together = attention_beam_search(
+            make_step(vocabulary, beam_size, salts), 5, torch.tensor(lengths), beam_size, SOS, EOS
+        )
         for salt, length, hypothesis in zip(salts, lengths, together):
             assert all(len(tokens) <= length for tokens in hypothesis.nbest)
             step = make_step(vocabulary, beam_size, (salt,))
@@ -294,53 +374,83 @@ def test_each_utterance_of_an_attention_beam_search_ends_at_its_own_length(sharp
 
 
 def test_attention_length_penalty_favours_longer_hypotheses():
-    def step(prefixes, state, parents):  # "2 2 2 eos" is less likely than "eos" but likelier per token
+    def step(
+        prefixes, state, parents
+    ):  # "2 2 2 eos" is less likely than "eos" but likelier per token
         ends = torch.tensor([[0.0, 0.4, 0.6]] if prefixes.shape[1] < 4 else [[0.0, 0.9, 0.1]])
         return ends.log().expand(prefixes.shape[0], -1), None
+
     assert attention_beam_search(step, 1, 10, 3, SOS, EOS)[0].tokens == []
-    assert attention_beam_search(step, 1, 10, 3, SOS, EOS, length_penalty=1.0)[0].tokens == [2, 2, 2]
+    assert attention_beam_search(step, 1, 10, 3, SOS, EOS, length_penalty=1.0)[0].tokens == [
+        2,
+        2,
+        2,
+    ]
 
 
 def make_scorer(vocabulary, calls):
     """Teacher forcing of next_token_log_probs, another one per direction and utterance, by what each node sees."""
+
     def score(tree, reverse):
         calls.append(reverse)
         log_probs = torch.empty(*tree.tokens.shape, vocabulary)
         for row, (tokens, positions, sees) in enumerate(zip(*tree)):
             assert tokens[0] == SOS
             for node in range(len(tokens)):
-                before = sorted(sees[node].nonzero()[:, 0].tolist(), key=positions.tolist().__getitem__)
+                before = sorted(
+                    sees[node].nonzero()[:, 0].tolist(), key=positions.tolist().__getitem__
+                )
                 if before[0] == 0:  # else the node is padding
-                    assert positions[before].tolist() == list(range(len(before))) and before[-1] == node
-                    log_probs[row, node] = next_token_log_probs(tokens[before[1:]].tolist(), vocabulary, 10 * row + reverse)
+                    assert (
+                        positions[before].tolist() == list(range(len(before)))
+                        and before[-1] == node
+                    )
+                    log_probs[row, node] = next_token_log_probs(
+                        tokens[before[1:]].tolist(), vocabulary, 10 * row + reverse
+                    )
                 else:
                     assert before == [node] and tokens[node] == EOS
                     log_probs[row, node] = math.nan
         return log_probs
+
     return score
 
 
 def sequence_log_prob(tokens, vocabulary, salt):
-    return sum(next_token_log_probs(tokens[:i], vocabulary, salt)[token].item()
-               for i, token in enumerate([*tokens, EOS]))
+    return sum(
+        next_token_log_probs(tokens[:i], vocabulary, salt)[token].item()
+        for i, token in enumerate([*tokens, EOS])
+    )
 
 
 @pytest.mark.parametrize("ctc_weight, reverse_weight", [(0.5, 0.3), (0.0, 0.0), (1.0, 1.0)])
 def test_attention_rescoring_is_the_weighted_sum_over_both_directions(ctc_weight, reverse_weight):
     vocabulary, calls = 6, []
-    ctc = ctc_prefix_beam_search(random_log_probs(3, 9, vocabulary, seed=11), torch.tensor([9, 5, 0]), beam_size=5)
-    found = attention_rescoring(ctc, make_scorer(vocabulary, calls), SOS, EOS, ctc_weight, reverse_weight)
-    assert calls == ([False, True] if reverse_weight else [False])  # the whole batch in one call per direction
+    ctc = ctc_prefix_beam_search(
+        random_log_probs(3, 9, vocabulary, seed=11), torch.tensor([9, 5, 0]), beam_size=5
+    )
+    found = attention_rescoring(
+        ctc, make_scorer(vocabulary, calls), SOS, EOS, ctc_weight, reverse_weight
+    )
+    assert calls == (
+        [False, True] if reverse_weight else [False]
+    )  # the whole batch in one call per direction
     for row, (before, after) in enumerate(zip(ctc, found)):
-        expected = {tuple(tokens): ctc_weight * score + (1 - reverse_weight) * sequence_log_prob(tokens, vocabulary,
-                                                                                              10 * row)
-                    + reverse_weight * sequence_log_prob(tokens[::-1], vocabulary, 10 * row + 1)
-                    for tokens, score in zip(before.nbest, before.nbest_scores)}
-        assert {tuple(tokens): score for tokens, score in zip(after.nbest, after.nbest_scores)} == pytest.approx(
-            expected, abs=1e-4)
+        expected = {
+            tuple(tokens): ctc_weight * score
+            + (1 - reverse_weight) * sequence_log_prob(tokens, vocabulary, 10 * row)
+            + reverse_weight * sequence_log_prob(tokens[::-1], vocabulary, 10 * row + 1)
+            for tokens, score in zip(before.nbest, before.nbest_scores)
+        }
+        assert {
+            tuple(tokens): score for tokens, score in zip(after.nbest, after.nbest_scores)
+        } == pytest.approx(expected, abs=1e-4)
         assert after.nbest_scores == sorted(after.nbest_scores, reverse=True)
-        assert (after.tokens, after.score, after.times) == (after.nbest[0], after.nbest_scores[0],
-                                                            after.nbest_times[0])
+        assert (after.tokens, after.score, after.times) == (
+            after.nbest[0],
+            after.nbest_scores[0],
+            after.nbest_times[0],
+        )
         assert after.times == before.nbest_times[before.nbest.index(after.tokens)]
 
 
@@ -349,7 +459,10 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
     net = U2Conformer(ModelOptions(**PRESETS["tiny"]), 80, 12, 0, 10, 11).double().eval()
     memory, lengths = torch.randn(3, 7, 64, dtype=torch.float64), torch.tensor([7, 4, 0])
     nbests = [[[2, 3, 4, 5], [2, 3, 5], [3, 4, 5], [2, 3, 4, 5, 5]], [[]], [[6, 7], [7]]]
-    hypotheses = [Hypothesis(nbest[0], 0.0, [], nbest, [0.0] * len(nbest), [[]] * len(nbest)) for nbest in nbests]
+    hypotheses = [
+        Hypothesis(nbest[0], 0.0, [], nbest, [0.0] * len(nbest), [[]] * len(nbest))
+        for nbest in nbests
+    ]
     sizes = []
 
     def score(tree, reverse):
@@ -362,12 +475,20 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
         for row, hypothesis in enumerate(found):
             for tokens, total in zip(hypothesis.nbest, hypothesis.nbest_scores):
                 expected = 0.0
-                for decoder, weight, said in ((net.decoder, 0.7, tokens), (net.right_decoder, 0.3, tokens[::-1])):
-                    logits = decoder(torch.tensor([[10, *said]]), memory[row:row + 1], lengths[row:row + 1])
+                for decoder, weight, said in (
+                    (net.decoder, 0.7, tokens),
+                    (net.right_decoder, 0.3, tokens[::-1]),
+                ):
+                    logits = decoder(
+                        torch.tensor([[10, *said]]), memory[row : row + 1], lengths[row : row + 1]
+                    )
                     targets = torch.tensor([*said, 11])[:, None]
                     expected += weight * logits[0].log_softmax(-1).gather(1, targets).sum().item()
                 assert total == pytest.approx(expected, abs=1e-9)
-    assert sizes == [1 + 9, 1 + 10]  # <sos> and 15 tokens, less those that two hypotheses begin (end) with
+    assert sizes == [
+        1 + 9,
+        1 + 10,
+    ]  # <sos> and 15 tokens, less those that two hypotheses begin (end) with
 
 
 # -------------------------------------------------------------------------------------------------------------- golden
@@ -378,11 +499,17 @@ def test_ctc_searches_return_what_wenet_returns():
     golden = torch.load(GOLDEN, weights_only=True)
     expected = json.loads(golden["decode"])
     log_probs, lengths = golden["ctc_log_probs_full"], golden["encoder_lengths"]
-    for found, wanted in zip(ctc_greedy_search(log_probs, lengths), expected["ctc_greedy_search"], strict=True):
+    for found, wanted in zip(
+        ctc_greedy_search(log_probs, lengths), expected["ctc_greedy_search"], strict=True
+    ):
         assert found.tokens == wanted["tokens"]
     beams = ctc_prefix_beam_search(log_probs, lengths, beam_size=5)
     for found, wanted in zip(beams, expected["ctc_prefix_beam_search"], strict=True):
-        assert (found.tokens, found.times, found.nbest) == (wanted["tokens"], wanted["times"], wanted["nbest"])
+        assert (found.tokens, found.times, found.nbest) == (
+            wanted["tokens"],
+            wanted["times"],
+            wanted["nbest"],
+        )
         assert found.score == pytest.approx(wanted["score"], abs=1e-9)
         assert found.nbest_scores == pytest.approx(wanted["nbest_scores"], abs=1e-9)
 
@@ -391,11 +518,19 @@ def test_alignment_takes_the_best_ctc_path_of_the_tokens():
     torch.manual_seed(0)
     log_probs = torch.randn(7, 4).log_softmax(-1)
     tokens = [1, 1, 2]
-    paths = [path for path in itertools.product(range(4), repeat=7)
-             if [token for token, _ in itertools.groupby(path) if token] == tokens]
-    best = max(paths, key=lambda path: sum(float(log_probs[t, token]) for t, token in enumerate(path)))
+    paths = [
+        path
+        for path in itertools.product(range(4), repeat=7)
+        if [token for token, _ in itertools.groupby(path) if token] == tokens
+    ]
+    best = max(
+        paths, key=lambda path: sum(float(log_probs[t, token]) for t, token in enumerate(path))
+    )
     runs = [list(run) for token, run in itertools.groupby(range(7), key=best.__getitem__) if token]
     expected = [max(run, key=lambda t: float(log_probs[t, best[t]])) for run in runs]
     hypothesis = Hypothesis(tokens, 0.0, [], [tokens, [3] * 5], [0.0, 0.0], [[], []])
     aligned = decode.align(hypothesis, log_probs, 7)
-    assert aligned.times == expected and aligned.nbest_times == [expected, []]  # five threes have no path in 7 frames
+    assert aligned.times == expected and aligned.nbest_times == [
+        expected,
+        [],
+    ]  # five threes have no path in 7 frames

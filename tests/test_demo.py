@@ -3,18 +3,19 @@
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import demo
 import prepare
+from helpers import ROOT
+from tools import demo
 
 pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
 
 HASH = """
-import sys, hashlib, demo
+import sys, hashlib
+from tools import demo
 order = [u for split in demo.UTTERANCES for u in demo.plan(split, len(demo.VOICES[split]))]
 for u in order[::int(sys.argv[1])]:
     print(u.voice, hashlib.sha256(demo.speak(u).tobytes()).hexdigest())
@@ -22,8 +23,9 @@ for u in order[::int(sys.argv[1])]:
 
 
 def hashes(order):
-    result = subprocess.run([sys.executable, "-c", HASH, order], capture_output=True, text=True, check=True,
-                            cwd=Path(demo.__file__).parent)
+    result = subprocess.run(
+        [sys.executable, "-c", HASH, order], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return dict(line.split() for line in result.stdout.splitlines())
 
 
@@ -40,11 +42,15 @@ def test_no_voice_and_no_sentence_is_in_two_splits():
     sentences = [u.spoken for plan in plans.values() for u in plan]
     assert len(sentences) == len(set(sentences))
     for split, plan in plans.items():
-        assert len(plan) == demo.UTTERANCES[split] and {u.voice for u in plan} == set(demo.VOICES[split])
+        assert len(plan) == demo.UTTERANCES[split] and {u.voice for u in plan} == set(
+            demo.VOICES[split]
+        )
 
 
 def test_the_test_splits_hold_no_word_that_training_lacks():
-    words = {split: {w for u in demo.plan(split) for w in u.text.split()} for split in demo.UTTERANCES}
+    words = {
+        split: {w for u in demo.plan(split) for w in u.text.split()} for split in demo.UTTERANCES
+    }
     assert words["dev"] | words["eval_clean"] <= words["train"]
     assert all(text == text.lower() for text in words["train"])
 
@@ -61,7 +67,10 @@ def test_speech_is_neither_silent_nor_clipped_and_of_the_promised_length():
 
 def test_the_letter_a_is_spoken_and_rate_and_pitch_matter():
     base = demo.Utterance("my name is anna A N N A", "m1", 150, 50)
-    assert len(demo.speak(base)) > len(demo.speak(base._replace(spoken="my name is anna N N"))) + 0.25 * demo.RATE
+    assert (
+        len(demo.speak(base))
+        > len(demo.speak(base._replace(spoken="my name is anna N N"))) + 0.25 * demo.RATE
+    )
     assert len(demo.speak(base)) > len(demo.speak(base._replace(rate=175)))
     assert not np.array_equal(demo.speak(base), demo.speak(base._replace(pitch=60)))
 

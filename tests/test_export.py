@@ -3,30 +3,46 @@
 import subprocess
 import sys
 
+from cli import UserError
+
 import datasets
 import numpy as np
 import onnxruntime
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
 
-import export
-import onnx_checks
-import parity
-from cli import UserError
 from conformer import ModelOptions, subsampled_length
-from export import BLANK, ExportOptions, export as export_model, main, token_lines
+from conftest import ROOT
 from model import U2, OptimOptions
-from onnx_checks import call, given_of, graph_stream, greedy, network_stream, network_whole, synthetic_sound
-from onnx_graphs import Chunk, ChunkOptions, cache_inputs
 from stream import MAX_POSITION
 from tokenizer import Tokenizer, train_char
+from tools import export, onnx_checks, parity
+from tools.export import BLANK, ExportOptions, main, token_lines
+from tools.export import export as export_model
+from tools.onnx_checks import (
+    call,
+    given_of,
+    graph_stream,
+    greedy,
+    network_stream,
+    network_whole,
+    synthetic_sound,
+)
+from tools.onnx_graphs import Chunk, ChunkOptions, cache_inputs
+from tools.wenet_import import load_wenet
 from transforms import STREAM_WINDOW, Frontend, extract
-from wenet_import import load_wenet
 
-TINY = dict(output_size=16, attention_heads=2, linear_units=32, num_blocks=2, cnn_module_kernel=5, decoder_num_blocks=1,
-            r_num_blocks=1, decoder_linear_units=32)
+TINY = dict(
+    output_size=16,
+    attention_heads=2,
+    linear_units=32,
+    num_blocks=2,
+    cnn_module_kernel=5,
+    decoder_num_blocks=1,
+    r_num_blocks=1,
+    decoder_linear_units=32,
+)
 CHUNK, LEFT = 4, 2
 CHUNKS = ChunkOptions(CHUNK, LEFT)
 CACHE = CHUNK * LEFT
@@ -37,10 +53,16 @@ AN4 = ROOT.parent / "shared" / "speech" / "an4" / "dev"
 def network(frontend="fbank", seed=0, **changes):
     torch.manual_seed(seed)
     frontend = Frontend(**{"frontend": frontend, **changes.pop("features", {})})
-    model = U2(options=ModelOptions(**{**TINY, **changes}), optim=OptimOptions(), frontend=frontend,
-               tokenizer=train_char(["the quick brown fox"])).eval()
+    model = U2(
+        options=ModelOptions(**{**TINY, **changes}),
+        optim=OptimOptions(),
+        frontend=frontend,
+        tokenizer=train_char(["the quick brown fox"]),
+    ).eval()
     if frontend.frontend == "fbank":
-        model.set_cmvn(torch.full((frontend.num_mel_bins,), 8.0), torch.full((frontend.num_mel_bins,), 0.3))
+        model.set_cmvn(
+            torch.full((frontend.num_mel_bins,), 8.0), torch.full((frontend.num_mel_bins,), 0.3)
+        )
     with torch.no_grad():
         model.net.ctc.weight.mul_(8)  # it is sure of its nonsense
         for block in model.net.encoder.blocks:  # and hears positions
@@ -49,7 +71,9 @@ def network(frontend="fbank", seed=0, **changes):
 
 
 def write(model, folder, chunks=CHUNKS, **options):
-    lines = export_model(model, ExportOptions(**{"out": str(folder / "out"), "max_int8_cer": 1.0, **options}), chunks)
+    lines = export_model(
+        model, ExportOptions(**{"out": str(folder / "out"), "max_int8_cer": 1.0, **options}), chunks
+    )
     return folder / "out", lines
 
 
@@ -81,40 +105,105 @@ def described(nodes):
 
 def test_the_files_are_what_sherpa_onnx_reads(fbank):
     _, folder, lines = fbank
-    offline, streaming = session_of(folder, "model.onnx"), session_of(folder, "model-streaming.onnx")
-    assert described(offline.get_inputs()) == [("x", "tensor(float)", 3), ("x_lens", "tensor(int64)", 1)]
-    assert described(offline.get_outputs()) == [("log_probs", "tensor(float)", 3), ("log_probs_lens", "tensor(int64)", 1)]
+    offline, streaming = (
+        session_of(folder, "model.onnx"),
+        session_of(folder, "model-streaming.onnx"),
+    )
+    assert described(offline.get_inputs()) == [
+        ("x", "tensor(float)", 3),
+        ("x_lens", "tensor(int64)", 1),
+    ]
+    assert described(offline.get_outputs()) == [
+        ("log_probs", "tensor(float)", 3),
+        ("log_probs_lens", "tensor(int64)", 1),
+    ]
     assert described(streaming.get_inputs()) == [
-        ("x", "tensor(float)", 3), ("offset", "tensor(int64)", 1), ("required_cache_size", "tensor(int64)", 1),
-        ("attn_cache", "tensor(float)", 4), ("conv_cache", "tensor(float)", 4), ("attn_mask", "tensor(bool)", 3)]
-    assert [node.name for node in streaming.get_outputs()] == ["log_probs", "next_att_cache", "next_conv_cache"]
-    expected = dict(model_type="wenet_ctc", version="1", vocab_size="20", subsampling_factor="4", right_context="6")
+        ("x", "tensor(float)", 3),
+        ("offset", "tensor(int64)", 1),
+        ("required_cache_size", "tensor(int64)", 1),
+        ("attn_cache", "tensor(float)", 4),
+        ("conv_cache", "tensor(float)", 4),
+        ("attn_mask", "tensor(bool)", 3),
+    ]
+    assert [node.name for node in streaming.get_outputs()] == [
+        "log_probs",
+        "next_att_cache",
+        "next_conv_cache",
+    ]
+    expected = dict(
+        model_type="wenet_ctc",
+        version="1",
+        vocab_size="20",
+        subsampling_factor="4",
+        right_context="6",
+    )
     metadata = streaming.get_modelmeta().custom_metadata_map
     assert expected.items() <= offline.get_modelmeta().custom_metadata_map.items()
-    assert {**expected, "chunk_size": "4", "left_chunks": "2", "head": "2", "num_blocks": "2", "output_size": "16",
-            "cnn_module_kernel": "5"}.items() <= metadata.items()
-    assert metadata.items() <= session_of(folder, "model-streaming.int8.onnx").get_modelmeta().custom_metadata_map.items()
+    assert {
+        **expected,
+        "chunk_size": "4",
+        "left_chunks": "2",
+        "head": "2",
+        "num_blocks": "2",
+        "output_size": "16",
+        "cnn_module_kernel": "5",
+    }.items() <= metadata.items()
+    assert (
+        metadata.items()
+        <= session_of(folder, "model-streaming.int8.onnx")
+        .get_modelmeta()
+        .custom_metadata_map.items()
+    )
     for name in ("model", "model-streaming"):
         assert (folder / f"{name}.int8.onnx").is_file()
     assert lines[0].startswith("checked on a synthetic sound")
-    assert sum("within" in line for line in lines) == 4 and sum("heard otherwise" in line for line in lines) == 2
+    assert (
+        sum("within" in line for line in lines) == 4
+        and sum("heard otherwise" in line for line in lines) == 2
+    )
 
 
 def test_the_files_are_what_wenet_s_runtime_reads(fbank):
     _, folder, _ = fbank
-    encoder, ctc, decoder = (session_of(folder, f"{name}.onnx") for name in ("encoder", "ctc", "decoder"))
+    encoder, ctc, decoder = (
+        session_of(folder, f"{name}.onnx") for name in ("encoder", "ctc", "decoder")
+    )
     assert described(encoder.get_inputs()) == [
-        ("chunk", "tensor(float)", 3), ("offset", "tensor(int64)", 0), ("required_cache_size", "tensor(int64)", 0),
-        ("att_cache", "tensor(float)", 4), ("cnn_cache", "tensor(float)", 4), ("att_mask", "tensor(bool)", 3)]
+        ("chunk", "tensor(float)", 3),
+        ("offset", "tensor(int64)", 0),
+        ("required_cache_size", "tensor(int64)", 0),
+        ("att_cache", "tensor(float)", 4),
+        ("cnn_cache", "tensor(float)", 4),
+        ("att_mask", "tensor(bool)", 3),
+    ]
     assert [node.name for node in encoder.get_outputs()] == ["output", "r_att_cache", "r_cnn_cache"]
-    assert described(ctc.get_inputs() + ctc.get_outputs()) == [("hidden", "tensor(float)", 3), ("probs", "tensor(float)", 3)]
+    assert described(ctc.get_inputs() + ctc.get_outputs()) == [
+        ("hidden", "tensor(float)", 3),
+        ("probs", "tensor(float)", 3),
+    ]
     assert described(decoder.get_inputs()) == [
-        ("hyps", "tensor(int64)", 2), ("hyps_lens", "tensor(int64)", 1), ("encoder_out", "tensor(float)", 3)]
-    assert described(decoder.get_outputs()) == [("score", "tensor(float)", 3), ("r_score", "tensor(float)", 3)]
+        ("hyps", "tensor(int64)", 2),
+        ("hyps_lens", "tensor(int64)", 1),
+        ("encoder_out", "tensor(float)", 3),
+    ]
+    assert described(decoder.get_outputs()) == [
+        ("score", "tensor(float)", 3),
+        ("r_score", "tensor(float)", 3),
+    ]
     metadata = encoder.get_modelmeta().custom_metadata_map
-    assert {"output_size": "16", "num_blocks": "2", "head": "2", "cnn_module_kernel": "5", "subsampling_rate": "4",
-            "right_context": "6", "sos_symbol": "2", "eos_symbol": "3", "is_bidirectional_decoder": "1", "chunk_size": "4",
-            "left_chunks": "2"}.items() <= metadata.items()
+    assert {
+        "output_size": "16",
+        "num_blocks": "2",
+        "head": "2",
+        "cnn_module_kernel": "5",
+        "subsampling_rate": "4",
+        "right_context": "6",
+        "sos_symbol": "2",
+        "eos_symbol": "3",
+        "is_bidirectional_decoder": "1",
+        "chunk_size": "4",
+        "left_chunks": "2",
+    }.items() <= metadata.items()
 
 
 @torch.no_grad()
@@ -122,13 +211,19 @@ def test_padding_changes_nothing_and_nothing_is_too_short(fbank):
     model, folder, _ = fbank
     lengths = torch.tensor([131, 52, 7, 3])
     x = torch.randn(4, 131, 80) + 8
-    log_probs, frames = session_of(folder, "model.onnx").run(None, {"x": x.numpy(), "x_lens": lengths.numpy()})
+    log_probs, frames = session_of(folder, "model.onnx").run(
+        None, {"x": x.numpy(), "x_lens": lengths.numpy()}
+    )
     assert frames.tolist() == [32, 12, 1, 0]
     for row, length, count in zip(x, lengths, frames):
         out, _ = model.encode(row[None, :length], length[None])
         expected = model.ctc_log_probs(out)[0, :count].numpy()
-        np.testing.assert_allclose(log_probs[lengths.tolist().index(length), :count], expected, atol=1e-4)
-    log_probs, frames = session_of(folder, "model.onnx").run(None, {"x": x[:1, :3].numpy(), "x_lens": lengths[3:].numpy()})
+        np.testing.assert_allclose(
+            log_probs[lengths.tolist().index(length), :count], expected, atol=1e-4
+        )
+    log_probs, frames = session_of(folder, "model.onnx").run(
+        None, {"x": x[:1, :3].numpy(), "x_lens": lengths[3:].numpy()}
+    )
     assert log_probs.shape == (1, 1, 20) and frames.tolist() == [0]
 
 
@@ -137,10 +232,12 @@ def stream_as_sherpa(session, x, chunks, offset=CACHE, cache=(2, 2, CACHE, 16), 
     caches, outs = [np.zeros(cache, np.float32), np.zeros(conv, np.float32)], []
     for index in range(chunks):
         mask = np.ones((1, 1, CACHE + CHUNK), bool)
-        mask[..., :max(CACHE - index * CHUNK, 0)] = False
-        window = x[:, index * CHUNK * 4:index * CHUNK * 4 + (CHUNK - 1) * 4 + 7]
+        mask[..., : max(CACHE - index * CHUNK, 0)] = False
+        window = x[:, index * CHUNK * 4 : index * CHUNK * 4 + (CHUNK - 1) * 4 + 7]
         inputs = (window, np.array([offset]), np.array([CACHE]), *caches, mask)
-        out, *caches = session.run(None, dict(zip([node.name for node in session.get_inputs()], inputs)))
+        out, *caches = session.run(
+            None, dict(zip([node.name for node in session.get_inputs()], inputs))
+        )
         assert caches[0].shape == cache and caches[1].shape == conv
         outs.append(out)
         offset += out.shape[1]
@@ -155,7 +252,9 @@ def test_chunk_by_chunk_it_is_the_masked_pass_over_the_whole(fbank, frames):
     expected = model.ctc_log_probs(model.encode(x, torch.tensor([frames]), CHUNK, LEFT)[0])
     chunks = -(-subsampled_length(frames, "conv2d") // CHUNK)
     heard = stream_as_sherpa(session_of(folder, "model-streaming.onnx"), x.numpy(), chunks)
-    np.testing.assert_allclose(heard, expected.numpy(), atol=1e-4)  # the last chunk is a part of one
+    np.testing.assert_allclose(
+        heard, expected.numpy(), atol=1e-4
+    )  # the last chunk is a part of one
 
 
 @torch.no_grad()
@@ -165,7 +264,9 @@ def test_an_endless_stream_is_that_of_stream_py(fbank, offset):
     x = torch.randn(1, 99, 80) + 8
     state = model.stream_state(CHUNK, LEFT)._replace(offset=offset)
     expected = model.ctc_log_probs(model.stream(x, state, last=True)[0])
-    heard = stream_as_sherpa(session_of(folder, "model-streaming.onnx"), x.numpy(), 6, offset + CACHE)
+    heard = stream_as_sherpa(
+        session_of(folder, "model-streaming.onnx"), x.numpy(), 6, offset + CACHE
+    )
     np.testing.assert_allclose(heard, expected.numpy(), atol=1e-4)
 
 
@@ -173,25 +274,47 @@ class WenetRuntime:
     """What onnx_asr_model.cc does with encoder.onnx, ctc.onnx and decoder.onnx, from their metadata alone."""
 
     def __init__(self, folder):
-        self.encoder, self.ctc, self.decoder = (session_of(folder, f"{name}.onnx") for name in ("encoder", "ctc", "decoder"))
-        self.read = {name: int(value) for name, value in self.encoder.get_modelmeta().custom_metadata_map.items()
-                     if value.isdigit()}
+        self.encoder, self.ctc, self.decoder = (
+            session_of(folder, f"{name}.onnx") for name in ("encoder", "ctc", "decoder")
+        )
+        self.read = {
+            name: int(value)
+            for name, value in self.encoder.get_modelmeta().custom_metadata_map.items()
+            if value.isdigit()
+        }
         self.outs = []
 
     def forward(self, feats):
         """(1,T,F) -> log-probabilities (T',V); the encoder's output is kept."""
         m = self.read
-        chunk, left, rate, context = m["chunk_size"], m["left_chunks"], m["subsampling_rate"], m["right_context"]
+        chunk, left, rate, context = (
+            m["chunk_size"],
+            m["left_chunks"],
+            m["subsampling_rate"],
+            m["right_context"],
+        )
         size, offset, log_probs = chunk * left, chunk * left, []
-        att = np.zeros((m["num_blocks"], m["head"], size, m["output_size"] // m["head"] * 2), np.float32)
-        cnn = np.zeros((m["num_blocks"], 1, m["output_size"], m["cnn_module_kernel"] - 1), np.float32)
+        att = np.zeros(
+            (m["num_blocks"], m["head"], size, m["output_size"] // m["head"] * 2), np.float32
+        )
+        cnn = np.zeros(
+            (m["num_blocks"], 1, m["output_size"], m["cnn_module_kernel"] - 1), np.float32
+        )
         for start in range(0, feats.shape[1] - context, chunk * rate):
             mask, index = np.ones((1, 1, size + chunk), bool), offset // chunk - left
-            mask[..., :max(left - index, 0) * chunk] = False
-            window = feats[:, start:start + (chunk - 1) * rate + context + 1]
-            out, att, cnn = self.encoder.run(None, {
-                "chunk": window, "offset": np.array(offset), "required_cache_size": np.array(size), "att_cache": att,
-                "cnn_cache": cnn, "att_mask": mask})
+            mask[..., : max(left - index, 0) * chunk] = False
+            window = feats[:, start : start + (chunk - 1) * rate + context + 1]
+            out, att, cnn = self.encoder.run(
+                None,
+                {
+                    "chunk": window,
+                    "offset": np.array(offset),
+                    "required_cache_size": np.array(size),
+                    "att_cache": att,
+                    "cnn_cache": cnn,
+                    "att_mask": mask,
+                },
+            )
             offset += out.shape[1]
             self.outs.append(out)
             log_probs.append(self.ctc.run(None, {"hidden": out})[0][0])
@@ -202,11 +325,18 @@ class WenetRuntime:
         lengths = np.array([len(hyp) + 1 for hyp in hyps])
         padded = np.zeros((len(hyps), lengths.max()), np.int64)
         for row, hyp in zip(padded, hyps):
-            row[:len(hyp) + 1] = [self.read["sos_symbol"], *hyp]
+            row[: len(hyp) + 1] = [self.read["sos_symbol"], *hyp]
         names = [node.name for node in self.decoder.get_inputs()]  # it gives them in this order
-        ways = self.decoder.run(None, dict(zip(names, (padded, lengths, np.concatenate(self.outs, axis=1)))))
-        left, right = ([sum(of_hyp[i, token] for i, token in enumerate([*tokens, self.read["eos_symbol"]]))
-                        for of_hyp, tokens in zip(way, said)] for way, said in zip(ways, (hyps, [h[::-1] for h in hyps])))
+        ways = self.decoder.run(
+            None, dict(zip(names, (padded, lengths, np.concatenate(self.outs, axis=1))))
+        )
+        left, right = (
+            [
+                sum(of_hyp[i, token] for i, token in enumerate([*tokens, self.read["eos_symbol"]]))
+                for of_hyp, tokens in zip(way, said)
+            ]
+            for way, said in zip(ways, (hyps, [h[::-1] for h in hyps]))
+        )
         return [(1 - reverse_weight) * a + reverse_weight * b for a, b in zip(left, right)]
 
 
@@ -219,11 +349,17 @@ def test_two_passes_as_in_wenet_s_runtime_are_those_of_the_model(fbank, samples)
     log_probs = runtime.forward(feats.numpy())
     memory, lengths = model.encode(feats, torch.tensor([feats.size(1)]), CHUNK, LEFT)
     np.testing.assert_allclose(log_probs, model.ctc_log_probs(memory)[0], atol=1e-4)
-    found = model.decode(feats, torch.tensor([feats.size(1)]), "ctc_prefix_beam_search", 4, CHUNK, LEFT)[0]
-    found = found._replace(nbest=found.nbest[:3] + [[]], nbest_scores=[0.0] * 4, nbest_times=[[]] * 4)
+    found = model.decode(
+        feats, torch.tensor([feats.size(1)]), "ctc_prefix_beam_search", 4, CHUNK, LEFT
+    )[0]
+    found = found._replace(
+        nbest=found.nbest[:3] + [[]], nbest_scores=[0.0] * 4, nbest_times=[[]] * 4
+    )
     expected = model.rescore([found], memory, lengths, 0.0, 0.3)[0]
     scores = dict(zip(map(tuple, found.nbest), runtime.rescore(found.nbest, 0.3)))
-    assert [scores[tuple(tokens)] for tokens in expected.nbest] == pytest.approx(expected.nbest_scores, abs=1e-3)
+    assert [scores[tuple(tokens)] for tokens in expected.nbest] == pytest.approx(
+        expected.nbest_scores, abs=1e-3
+    )
     assert max(scores.values()) - min(scores.values()) > 1  # they do tell hypotheses apart
 
 
@@ -233,7 +369,9 @@ def test_a_waveform_goes_in_where_features_are_log_mel(log_mel, samples):
     model, folder, _ = log_mel
     feats = extract(model.frontend)(SOUND[:samples])[None]
     out, expected_lengths = model.encode(feats, torch.tensor([feats.size(1)]))
-    log_probs, lengths = session_of(folder, "model.onnx").run(None, {"waveform": SOUND[:samples].numpy()})
+    log_probs, lengths = session_of(folder, "model.onnx").run(
+        None, {"waveform": SOUND[:samples].numpy()}
+    )
     assert lengths.tolist() == expected_lengths.tolist()
     np.testing.assert_allclose(log_probs, model.ctc_log_probs(out).numpy(), atol=1e-4)
 
@@ -242,10 +380,17 @@ def test_a_waveform_goes_in_where_features_are_log_mel(log_mel, samples):
 def test_hear_py_hears_what_the_network_hears(log_mel):
     model, folder, _ = log_mel
     soundfile.write(folder / "sound.wav", SOUND.numpy(), 16000, subtype="FLOAT")
-    for name, log_probs in (("model.onnx", network_whole(model, SOUND)),
-                            ("model-streaming.onnx", model.ctc_log_probs(network_stream(model, CHUNKS, SOUND)))):
+    for name, log_probs in (
+        ("model.onnx", network_whole(model, SOUND)),
+        ("model-streaming.onnx", model.ctc_log_probs(network_stream(model, CHUNKS, SOUND))),
+    ):
         expected = greedy(model, log_probs)
-        done = subprocess.run([sys.executable, "hear.py", name, "sound.wav"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "hear.py", name, "sound.wav"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
         assert done.stdout == "".join(token_of(model, i) for i in expected) + "\n", done.stderr
     assert not list(folder.glob("encoder.onnx"))
 
@@ -268,8 +413,15 @@ def token_of(model, i):
 
 def test_other_sizes_and_kinds(tmp_path):
     """A U2 of every option that is allowed to differ, also as a command."""
-    model = network(cnn_module_norm="batch_norm", input_layer="conv2d6", activation_type="relu", cnn_module_kernel=4,
-                    reverse_weight=0.0, decoder_attention_heads=4, features=dict(num_mel_bins=40, sample_rate=8000))
+    model = network(
+        cnn_module_norm="batch_norm",
+        input_layer="conv2d6",
+        activation_type="relu",
+        cnn_module_kernel=4,
+        reverse_weight=0.0,
+        decoder_attention_heads=4,
+        features=dict(num_mel_bins=40, sample_rate=8000),
+    )
     folder, lines = write(model, tmp_path, ChunkOptions(3, 1))
     assert lines[-1].startswith("decoder.onnx: log-probabilities within")
     decoder = session_of(folder, "decoder.onnx")
@@ -284,14 +436,23 @@ def test_other_sizes_and_kinds(tmp_path):
 
 def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tmp_path):
     model = network(features=dict(high_freq=-400.0))
-    theirs, ours = parity.sherpa_features(model, SOUND)[0], extract(model.frontend)(SOUND[40:])  # its frames begin 7.5 ms before 0
-    torch.testing.assert_close(theirs[1:1 + len(ours)], ours, rtol=0, atol=1e-3)
+    theirs, ours = (
+        parity.sherpa_features(model, SOUND)[0],
+        extract(model.frontend)(SOUND[40:]),
+    )  # its frames begin 7.5 ms before 0
+    torch.testing.assert_close(theirs[1 : 1 + len(ours)], ours, rtol=0, atol=1e-3)
     assert len(theirs) - len(ours) == 2
 
     folder, lines = write(model, tmp_path)  # not for WeNet, which has other filters
-    assert lines[-1].startswith("model-streaming.int8.onnx") and not list(folder.glob("*coder.onnx"))
+    assert lines[-1].startswith("model-streaming.int8.onnx") and not list(
+        folder.glob("*coder.onnx")
+    )
     said = (folder / "README.md").read_text()
-    assert "--high-freq=-400 " in said and "snip_edges = -400, True" in said and "decoder_main" not in said
+    assert (
+        "--high-freq=-400 " in said
+        and "snip_edges = -400, True" in said
+        and "decoder_main" not in said
+    )
 
 
 def sounds():
@@ -308,10 +469,18 @@ def rows(fbank):
 @pytest.mark.parametrize("context", ["full", "chunk"])
 def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context, features):
     """torch, onnxruntime and sherpa-onnx, whose dither of whole recordings is drowned."""
-    alike = [row for row in rows if row[:2] == (context, features) and row.weights == "float32"
-             and (context, row.program) != ("full", "sherpa-onnx")]
-    assert [row.program for row in alike] == ["torch", "onnxruntime", "sherpa-onnx, louder"] if context == "full" else [
-        "torch, masked", "torch", "onnxruntime", "sherpa-onnx"]
+    alike = [
+        row
+        for row in rows
+        if row[:2] == (context, features)
+        and row.weights == "float32"
+        and (context, row.program) != ("full", "sherpa-onnx")
+    ]
+    assert (
+        [row.program for row in alike] == ["torch", "onnxruntime", "sherpa-onnx, louder"]
+        if context == "full"
+        else ["torch, masked", "torch", "onnxruntime", "sherpa-onnx"]
+    )
     assert all(len(tokens) > 5 for tokens in alike[0].tokens)
     assert [row.tokens for row in alike] == [alike[0].tokens] * len(alike)
 
@@ -319,7 +488,10 @@ def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context,
 def test_other_features_are_heard_otherwise(rows):
     """Else the test before would show nothing."""
     for context in ("full", "chunk"):
-        own, theirs = (next(row for row in rows if row[:3] == (context, kind, "torch")) for kind in (parity.OWN, parity.SHERPA))
+        own, theirs = (
+            next(row for row in rows if row[:3] == (context, kind, "torch"))
+            for kind in (parity.OWN, parity.SHERPA)
+        )
         assert parity.otherwise(own, theirs) > 0
 
 
@@ -335,9 +507,14 @@ def refused(model, tmp_path, **options):
 
 def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
     true = Chunk.positions
-    monkeypatch.setattr(Chunk, "positions", staticmethod(lambda before, size, first, width: true(
-        before, size, first + CACHE, width)))  # as sherpa-onnx's offset has it
-    assert refused(network(), tmp_path).startswith("runs/demo/best.ckpt: model-streaming.onnx: its log-probabilities are up to")
+    monkeypatch.setattr(
+        Chunk,
+        "positions",
+        staticmethod(lambda before, size, first, width: true(before, size, first + CACHE, width)),
+    )  # as sherpa-onnx's offset has it
+    assert refused(network(), tmp_path).startswith(
+        "runs/demo/best.ckpt: model-streaming.onnx: its log-probabilities are up to"
+    )
 
 
 def test_int8_that_hears_otherwise_is_an_error(tmp_path, monkeypatch):
@@ -348,43 +525,82 @@ def test_int8_that_hears_otherwise_is_an_error(tmp_path, monkeypatch):
 def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows, monkeypatch):
     model, folder, _ = fbank
     monkeypatch.chdir(folder)
-    code = "\n".join(line[4:] for line in (folder / "README.md").read_text().split("features that it was trained with:")[1]
-                     .split("\n\n")[1].splitlines())
+    code = "\n".join(
+        line[4:]
+        for line in (folder / "README.md")
+        .read_text()
+        .split("features that it was trained with:")[1]
+        .split("\n\n")[1]
+        .splitlines()
+    )
     scope = {"sherpa_onnx": parity.sherpa_onnx}
     exec(code, scope)
-    heard = [parity.sherpa_stream(model, scope["recognizer"], parity.to_chunks(model, CHUNKS, sound)) for sound in sounds()]
+    heard = [
+        parity.sherpa_stream(model, scope["recognizer"], parity.to_chunks(model, CHUNKS, sound))
+        for sound in sounds()
+    ]
     assert heard == next(row.tokens for row in rows if row[:3] == ("chunk", parity.OWN, "torch"))
 
 
 def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
     model, path = log_mel[0], tmp_path / "model.ckpt"
     save(model, path)
-    columns = {"input_values": [SOUND.tolist()] * 2, "length": [len(SOUND)] * 2, "labels": [[4]] * 2, "text": ["the fox"] * 2}
+    columns = {
+        "input_values": [SOUND.tolist()] * 2,
+        "length": [len(SOUND)] * 2,
+        "labels": [[4]] * 2,
+        "text": ["the fox"] * 2,
+    }
     datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "data" / "dev" / "0"))
-    parity.main(["--checkpoint", str(path), "--data_root", str(tmp_path / "data"), "--chunk_size", "4", "--left_chunks", "2"])
+    parity.main(
+        [
+            "--checkpoint",
+            str(path),
+            "--data_root",
+            str(tmp_path / "data"),
+            "--chunk_size",
+            "4",
+            "--left_chunks",
+            "2",
+        ]
+    )
     said = capsys.readouterr().out
-    assert "2 recordings; chunks of 4, 2 to the left" in said and "no rows of sherpa-onnx: it does not compute log_mel" in said
+    assert (
+        "2 recordings; chunks of 4, 2 to the left" in said
+        and "no rows of sherpa-onnx: it does not compute log_mel" in said
+    )
     assert sum(line[:1].isdigit() for line in said.splitlines()) == 8
     for line in ("full; the model's: 2 rows", "chunk; the model's, so far: 3 rows"):
         assert f"{line}, no tokens heard otherwise" in said
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(encoder="transformer"), "its encoder is a transformer"), (dict(causal=False), "not causal"),
-    (dict(pos_enc_layer_type="abs_pos"), "abs_pos"), (dict(selfattention_layer_type="selfattn"), "selfattn"),
-    (dict(features=dict(frame_shift=20)), "20 apart")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(encoder="transformer"), "its encoder is a transformer"),
+        (dict(causal=False), "not causal"),
+        (dict(pos_enc_layer_type="abs_pos"), "abs_pos"),
+        (dict(selfattention_layer_type="selfattn"), "selfattn"),
+        (dict(features=dict(frame_shift=20)), "20 apart"),
+    ],
+)
 def test_what_the_runtimes_cannot_run_is_refused(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(export, "write_graph", None)  # before anything is written
-    model = U2(options=ModelOptions(**{**TINY, **{k: v for k, v in changes.items() if k != "features"}}),
-               optim=OptimOptions(), frontend=Frontend(frontend="fbank", **changes.get("features", {})),
-               tokenizer=train_char(["a"]))
+    model = U2(
+        options=ModelOptions(**{**TINY, **{k: v for k, v in changes.items() if k != "features"}}),
+        optim=OptimOptions(),
+        frontend=Frontend(frontend="fbank", **changes.get("features", {})),
+        tokenizer=train_char(["a"]),
+    )
     assert message in refused(model, tmp_path)
 
 
 def test_sounds_that_are_missing_or_too_short_are_refused(tmp_path):
     soundfile.write(tmp_path / "short.wav", np.zeros(900), 16000)
     assert "file missing" in refused(network(), tmp_path, audio=(str(tmp_path / "none.wav"),))
-    assert "too short" in refused(network("log_mel"), tmp_path, audio=(str(tmp_path / "short.wav"),))
+    assert "too short" in refused(
+        network("log_mel"), tmp_path, audio=(str(tmp_path / "short.wav"),)
+    )
 
 
 def test_options_are_checked():
@@ -395,7 +611,9 @@ def test_options_are_checked():
 
 def test_tokens_are_lines(fbank):
     lines = (fbank[1] / "tokens.txt").read_text().splitlines()
-    assert lines[:5] == ["<blank> 0", "<unk> 1", "<sos> 2", "<eos> 3", "\u2581 4"] and len(lines) == 20
+    assert (
+        lines[:5] == ["<blank> 0", "<unk> 1", "<sos> 2", "<eos> 3", "\u2581 4"] and len(lines) == 20
+    )
     special = dict(blank_id=1, unk_id=2, sos_id=3, eos_id=4, space="|")
     named = Tokenizer(tokens=["|", "<pad>", "<unk>", "<s>", "</s>", "a"], **special)
     assert token_lines(named).splitlines()[:2] == ["\u2581 0", f"{BLANK} 1"]
@@ -407,13 +625,23 @@ def test_the_command_keeps_what_is_there(tmp_path):
     model, path = network(), tmp_path / "model.ckpt"
     save(model, path)
     (tmp_path / "out").mkdir()
-    command = ["--checkpoint", str(path), "--out", str(tmp_path / "out"), "--max_int8_cer", "1", "--audio"]
+    command = [
+        "--checkpoint",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--max_int8_cer",
+        "1",
+        "--audio",
+    ]
     with pytest.raises(UserError, match="out exists; name another folder, or add --overwrite"):
         main(command[:-1])
     with pytest.raises(UserError, match="model.ckpt: --audio nowhere.wav: file missing"):
         main([*command, "nowhere.wav", "--overwrite"])
     (tmp_path / "out" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="more than an export .thesis.txt., so --overwrite does not replace it"):
+    with pytest.raises(
+        UserError, match="more than an export .thesis.txt., so --overwrite does not replace it"
+    ):
         main([*command[:-1], "--overwrite"])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
@@ -423,8 +651,23 @@ def test_the_command_says_who_runs_it(tmp_path, capsys):
     save(model, path)
     soundfile.write(tmp_path / "sound.wav", SOUND.numpy(), 16000)
     (tmp_path / "out").mkdir()
-    main(["--checkpoint", str(path), "--out", str(tmp_path / "out"), "--overwrite", "--max_int8_cer", "1",
-          "--chunk_size", "4", "--left_chunks", "1", "--audio", str(tmp_path / "sound.wav")])
+    main(
+        [
+            "--checkpoint",
+            str(path),
+            "--out",
+            str(tmp_path / "out"),
+            "--overwrite",
+            "--max_int8_cer",
+            "1",
+            "--chunk_size",
+            "4",
+            "--left_chunks",
+            "1",
+            "--audio",
+            str(tmp_path / "sound.wav"),
+        ]
+    )
     said = capsys.readouterr().out
     assert "checked on 1 recording, 2.1 s" in said and "runs in onnxruntime alone" in said
     assert (tmp_path / "out" / "hear.py").is_file()
@@ -437,14 +680,20 @@ def test_the_graphs_of_a_wenet_model_give_what_wenet_gives(golden, tmp_path):
     chunks = ChunkOptions(8, 1)
     folder, _ = write(model, tmp_path, chunks)
     feats, lengths = expected["feats"], expected["feat_lengths"]
-    log_probs, frames = session_of(folder, "model.onnx").run(None, {"x": feats.numpy(), "x_lens": lengths.numpy()})
+    log_probs, frames = session_of(folder, "model.onnx").run(
+        None, {"x": feats.numpy(), "x_lens": lengths.numpy()}
+    )
     for heard, meant, count in zip(log_probs, expected["ctc_log_probs_full"], frames):
         np.testing.assert_allclose(heard[:count], meant[:count].numpy(), atol=1e-4)
     outs = []
     _, _, *caches, _ = cache_inputs(model, chunks, 0).values()
     for index, start in enumerate(range(0, int(frames[0]), 8)):
         offset, size, _, _, mask = cache_inputs(model, chunks, index).values()
-        window = feats[:1, start * 4:min(start * 4 + 35, int(lengths[0]))]
-        out, *caches = call(session_of(folder, "encoder.onnx"), window, offset[0], size[0], *caches, mask)
+        window = feats[:1, start * 4 : min(start * 4 + 35, int(lengths[0]))]
+        out, *caches = call(
+            session_of(folder, "encoder.onnx"), window, offset[0], size[0], *caches, mask
+        )
         outs.append(out)
-    np.testing.assert_allclose(torch.cat(outs, dim=1), expected["stream_out_chunk8_left1"], atol=1e-4)
+    np.testing.assert_allclose(
+        torch.cat(outs, dim=1), expected["stream_out_chunk8_left1"], atol=1e-4
+    )

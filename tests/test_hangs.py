@@ -11,9 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conformer import PRESETS, ModelOptions, U2Conformer
 from stream import stream, stream_state
 
-WIDTHS = {name: {**preset, "num_blocks": 1, "decoder_num_blocks": 1, "r_num_blocks": 1} for name, preset in PRESETS.items()}
-WIDTHS |= {str(width): {**WIDTHS["small"], "output_size": width, "cnn_module_kernel": kernel, "causal": kernel % 2 == 0}
-           for width, kernel in ((36, 8), (80, 31), (100, 16), (144, 33), (208, 15), (272, 7))}
+WIDTHS = {
+    name: {**preset, "num_blocks": 1, "decoder_num_blocks": 1, "r_num_blocks": 1}
+    for name, preset in PRESETS.items()
+}
+WIDTHS |= {
+    str(width): {
+        **WIDTHS["small"],
+        "output_size": width,
+        "cnn_module_kernel": kernel,
+        "causal": kernel % 2 == 0,
+    }
+    for width, kernel in ((36, 8), (80, 31), (100, 16), (144, 33), (208, 15), (272, 7))
+}
 # Rows and encoder frames, the convolution's past included, that have hung in bfloat16 at width 144 with a kernel of 15.
 HUNG = ((7, 62), (13, 292), (11, 204), (13, 48))
 PRECISIONS = {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -29,7 +39,7 @@ def learn(net, rows, frames):
     """Forward and backward over encoder frames `frames`, of which the first rows have fewer."""
     features, labels = torch.randn(rows, 4 * frames + 3, 80), torch.randint(4, 30, (rows, 5))
     lengths = torch.full((rows,), features.size(1))
-    lengths[:rows // 2] = 40
+    lengths[: rows // 2] = 40
     net.loss(features, lengths, labels, torch.full((rows,), 5))["loss"].backward()
 
 
@@ -45,7 +55,10 @@ def hear(net, rows, frames):
 
 def pass_block(net, rows, frames):
     """A block alone, which takes a tenth of the time: forward, and forward and backward."""
-    block, x = net.encoder.blocks[0], torch.randn(rows, frames, net.options.output_size, requires_grad=True)
+    block, x = (
+        net.encoder.blocks[0],
+        torch.randn(rows, frames, net.options.output_size, requires_grad=True),
+    )
     inputs = x[:1], torch.ones(1, 1, frames, frames, dtype=torch.bool), torch.ones(rows, frames, 1)
     with torch.no_grad():
         block(x, *inputs)
@@ -54,8 +67,13 @@ def pass_block(net, rows, frames):
 
 def shapes(count, most_rows, most_frames):
     generator = torch.Generator().manual_seed(1)
-    return [tuple(int(torch.randint(1, most + 1, (), generator=generator)) for most in (most_rows, most_frames))
-            for _ in range(count)]
+    return [
+        tuple(
+            int(torch.randint(1, most + 1, (), generator=generator))
+            for most in (most_rows, most_frames)
+        )
+        for _ in range(count)
+    ]
 
 
 def run_all(name, precision):
@@ -64,16 +82,24 @@ def run_all(name, precision):
         for rows, frames in shapes(3, 6, 40):
             learn(net.train(), rows, frames)
             hear(net.eval(), rows, frames)
-        for rows, frames in [(rows, size - 14) for rows, size in HUNG if net.options.cnn_module_kernel == 15] + shapes(15, 16, 150):
+        for rows, frames in [
+            (rows, size - 14) for rows, size in HUNG if net.options.cnn_module_kernel == 15
+        ] + shapes(15, 16, 150):
             pass_block(net, rows, frames)
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])  # the latter is what Lightning makes of 16-mixed on a CPU
+@pytest.mark.parametrize(
+    "precision", ["32", "bf16-mixed"]
+)  # the latter is what Lightning makes of 16-mixed on a CPU
 def test_no_width_hangs_in_any_precision(precision):
     """In a process of its own: what hangs within oneDNN cannot be ended from within."""
     code = f"import test_hangs as t\nfor name in t.WIDTHS:\n print(name, flush=True)\n t.run_all(name, {precision!r})"
-    child = subprocess.Popen([sys.executable, "-c", f"import conftest\n{code}"], stdout=subprocess.PIPE, text=True,
-                             cwd=Path(__file__).parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import conftest\n{code}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     try:
         output, _ = child.communicate(timeout=DEADLINE)
     except subprocess.TimeoutExpired:
@@ -91,7 +117,10 @@ class Convolutions(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "convolution" in function.__name__ and max(argument for argument in args if type(argument) is int) > 1:
+        if (
+            "convolution" in function.__name__
+            and max(argument for argument in args if type(argument) is int) > 1
+        ):
             self.seen += [argument.dtype for argument in args if isinstance(argument, torch.Tensor)]
         return function(*args, **kwargs or {})
 

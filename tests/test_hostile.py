@@ -7,14 +7,14 @@ import argparse
 import contextlib
 import copy
 import csv
+import errno
 import functools
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
-import errno
-import itertools
 import os
 import random
 import re
@@ -23,14 +23,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 import threading
 import tracemalloc
 import unicodedata
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
+
+import cli
+from cli import UserError
 
 import datasets
 import hypothesis
@@ -41,28 +44,25 @@ import pytest
 import soundfile
 import torch
 from hypothesis import strategies as st
-from test_score import world  # noqa: F401 (a fixture)
 
 import audio
-import cli
-import compare
 import containers
 import context
 import datamodule
-import export
 import files
-import hub
 import prepare
 import score
 import sources
 import transcribe
-import wenet_import
 import words
-from cli import UserError
+from checkpoint import CONFIG_PARTS, write_folder
 from conformer import ModelOptions
 from datamodule import rows_rate
+from helpers import module
 from model import U2, OptimOptions, load_checkpoint
+from test_score import world  # noqa: F401 (a fixture)
 from tokenizer import from_vocab, load_tokenizer, normalize_text, save_tokenizer, train_char
+from tools import compare, export, wenet_import
 from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,12 +72,25 @@ DEADLINE = 60  # seconds
 
 def limited(*command, memory=MEMORY, deadline=DEADLINE, **kwargs) -> subprocess.CompletedProcess:
     """python COMMAND, with little memory and time."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CPU, (deadline, deadline))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return subprocess.run([sys.executable, *map(str, command)], cwd=kwargs.pop("cwd", ROOT), preexec_fn=limit, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=4 * deadline, env=environment, **kwargs)
+
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    )
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=kwargs.pop("cwd", ROOT),
+        preexec_fn=limit,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=4 * deadline,
+        env=environment,
+        **kwargs,
+    )
 
 
 def refused(*command, **kwargs) -> str:
@@ -91,7 +104,11 @@ def refused(*command, **kwargs) -> str:
 
 def tree(folder) -> dict:
     """Every file below a folder, with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 # ------------------------------------------------------------------------------------------ writing without destroying
@@ -128,6 +145,7 @@ def killed_at(number, act) -> bool:
             if next(step) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
+
         for name in STEPS:
             setattr(os, name, functools.partial(killing, getattr(os, name)))
         act()
@@ -139,7 +157,8 @@ def killed_at(number, act) -> bool:
 
 @pytest.mark.parametrize("before", ["old", None])
 def test_a_folder_is_the_old_or_the_new_one_whatever_step_is_the_last(
-        tmp_path, before, monkeypatch):
+    tmp_path, before, monkeypatch
+):
     monkeypatch.setattr(files, "DYING", 0.0)
     new, root = tmp_path / "new", tmp_path / "home" / "root"
     publish(new, "new")
@@ -165,19 +184,23 @@ def test_a_folder_is_the_old_or_the_new_one_whatever_step_is_the_last(
     assert number > 20
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda root: (root / "mine").write_text("x"),
-    lambda root: (root / "train/mine").write_text("x"),
-    lambda root: (root / "train/2").mkdir(),
-    lambda root: os.symlink("/", root / "train/link"),
-    lambda root: (root / "notes.md").write_text("OLD"),
-    lambda root: (root / "train/0/rows").write_text("longer"),
-    lambda root: os.mkfifo(root / "pipe"),
-    lambda root: (root / files.MARK).unlink(),
-    lambda root: (root / files.MARK).write_text("[" * 10**5),
-    lambda root: (root / files.MARK).write_text('{"what": "another", "files": {}}'),
-    lambda root: (root / files.MARK).write_text('{"what": "a thing", "files": ["notes.md"]}'),
-    lambda root: (root / "notes.md").unlink() or os.symlink("train/0/rows", root / "notes.md")])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda root: (root / "mine").write_text("x"),
+        lambda root: (root / "train/mine").write_text("x"),
+        lambda root: (root / "train/2").mkdir(),
+        lambda root: os.symlink("/", root / "train/link"),
+        lambda root: (root / "notes.md").write_text("OLD"),
+        lambda root: (root / "train/0/rows").write_text("longer"),
+        lambda root: os.mkfifo(root / "pipe"),
+        lambda root: (root / files.MARK).unlink(),
+        lambda root: (root / files.MARK).write_text("[" * 10**5),
+        lambda root: (root / files.MARK).write_text('{"what": "another", "files": {}}'),
+        lambda root: (root / files.MARK).write_text('{"what": "a thing", "files": ["notes.md"]}'),
+        lambda root: (root / "notes.md").unlink() or os.symlink("train/0/rows", root / "notes.md"),
+    ],
+)
 def test_only_what_we_wrote_is_replaced(tmp_path, spoil):
     root, names = tmp_path / "root", ("root.partial", ".root.partial", "root.tmp", ".root.old")
     neighbours = [tmp_path / name for name in names]
@@ -213,11 +236,19 @@ def test_a_folder_of_a_killed_run_never_takes_the_place_of_another_one(tmp_path)
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("where, said", [
-    (".", "is the current folder or holds it"), ("..", "is the current folder or holds it"),
-    ("", "is the current folder"), ("file", "is a file"), ("loop", "is a file"),
-    ("file/below", "cannot be written"), ("n" * 256, "cannot be written"),
-    ("/proc/none", "cannot be written")])
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        (".", "is the current folder or holds it"),
+        ("..", "is the current folder or holds it"),
+        ("", "is the current folder"),
+        ("file", "is a file"),
+        ("loop", "is a file"),
+        ("file/below", "cannot be written"),
+        ("n" * 256, "cannot be written"),
+        ("/proc/none", "cannot be written"),
+    ],
+)
 def test_where_no_folder_can_be_put_is_said_before_any_work(tmp_path, monkeypatch, where, said):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -238,6 +269,7 @@ def test_a_mount_point_is_said_before_any_work(tmp_path, monkeypatch):
         if str(old) == str(tmp_path / "root"):
             raise OSError(errno.EBUSY, "busy")
         replace(old, new)
+
     monkeypatch.setattr(os, "replace", busy)
     with pytest.raises(UserError, match="root cannot be replaced, being a mount point"):
         with files.published(str(tmp_path / "root"), "a thing", True):
@@ -260,6 +292,7 @@ def test_what_is_mounted_within_a_folder_is_not_replaced(tmp_path, monkeypatch, 
 def test_what_onnx_writes_in_half_on_a_full_disk_is_said(place, tmp_path, monkeypatch, capsys):
     def write_half(*_):
         raise ValueError("Wire format was corrupt")  # of what it then reads
+
     monkeypatch.setattr(export, "write_graph", write_half)
     words = ["--checkpoint", str(place / "best.ckpt"), "--out", str(tmp_path / "out")]
     with no_room(2**16):
@@ -306,6 +339,7 @@ def test_what_cannot_be_removed_beside_a_folder_is_named(tmp_path, monkeypatch):
 
     def denied(_):
         raise PermissionError(errno.EACCES, "Permission denied", "x")
+
     monkeypatch.setattr(shutil, "rmtree", denied)
     with pytest.raises(UserError, match=r"\.root\.lightning-u2 is left .*; remove it"):
         publish(tmp_path / "root")
@@ -314,11 +348,13 @@ def test_what_cannot_be_removed_beside_a_folder_is_named(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_folder(tmp_path):
     publish(tmp_path / "root")
     before = tree(tmp_path)
-    model = dict.fromkeys(hub.CONFIG_PARTS) | {"tokenizer": {}}
+    model = dict.fromkeys(CONFIG_PARTS) | {"tokenizer": {}}
     model["state_dict"] = {"a": torch.zeros(10**5)}
-    for write in (lambda folder: Path(folder, "a").write_bytes(bytes(10**5)),
-                  lambda folder: hub.write_model(model, folder),
-                  lambda folder: [Path(folder, str(number)).touch() for number in range(2000)]):
+    for write in (
+        lambda folder: Path(folder, "a").write_bytes(bytes(10**5)),
+        lambda folder: write_folder(model, folder),
+        lambda folder: [Path(folder, str(number)).touch() for number in range(2000)],
+    ):
         with no_room(2**14), pytest.raises(UserError, match="root: cannot be written .*make room"):
             with files.published(str(tmp_path / "root"), "a thing", True) as folder:
                 write(folder)
@@ -414,8 +450,11 @@ def test_where_no_transcript_can_be_written_is_said_before_any_work(tmp_path, mo
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     (tmp_path / "a.wav").touch()
-    monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: scan(
-        path if "closed" not in path else path + "/none"))
+    monkeypatch.setattr(
+        os,
+        "scandir",
+        lambda path, scan=os.scandir: scan(path if "closed" not in path else path + "/none"),
+    )
     found = [recording.path for recording in transcribe.find(str(tmp_path))]
     assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == ["a.wav", "closed"]
 
@@ -431,6 +470,7 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
         options = transcribe.TranscribeOptions(output_dir=out, overwrite=overwrite)
         found = [recording for path in paths for recording in transcribe.find(path)]
         return transcribe.place(found, options, ("best.ckpt", words))
+
     assert places("a/one/*/../../x.wav", out="a/one/out") == ["a/one/out/x.txt"]
     assert places("/no/such.wav", "../up.wav") == ["out/such.txt", "out/up.txt"]
     os.symlink("../elsewhere", "out/one")
@@ -439,8 +479,11 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
     os.makedirs("in/one"), os.makedirs("in/deep"), os.makedirs("in/also")
     for path in ("in/one/z.wav", "in/deep/w.wav", "in/also/w.wav", "words.wav"):
         Path(path).touch()
-    for paths, said in ((["a/x.wav"], "outside"), (["in"], "both"),
-                        (["a/one/../y.wav", "a/y.wav"], "both")):
+    for paths, said in (
+        (["a/x.wav"], "outside"),
+        (["in"], "both"),
+        (["a/one/../y.wav", "a/y.wav"], "both"),
+    ):
         with pytest.raises(UserError, match=said):
             places(*paths)
     for path, words, out in (("words.wav", "out/words.txt", "out"), ("a/talk.txt", "", "a")):
@@ -473,7 +516,9 @@ def refusal(function, *arguments, memory=2**30) -> str:
     os.close(send)
     with open(receive, errors="backslashreplace") as file:
         said = file.read()
-    assert os.waitpid(child, 0)[1] == 0 and said.startswith("UserError: ") and len(said) < 1500, said
+    assert os.waitpid(child, 0)[1] == 0 and said.startswith("UserError: ") and len(said) < 1500, (
+        said
+    )
     assert "MemoryError" not in said and "allocate" not in said, said  # where it was asked for
     return said
 
@@ -491,7 +536,10 @@ def nested(opening, middle, closing, deep=10_000):
 
 def billion(first, line, count=9):
     """Nine lines, each of which names the one before it nine times: 363 bytes of YAML that stand for 9^9 words."""
-    return first + "".join(line.format(name="bcdefghij"[i], before=", ".join(["*" + "abcdefghi"[i]] * 9)) for i in range(count))
+    return first + "".join(
+        line.format(name="bcdefghij"[i], before=", ".join(["*" + "abcdefghi"[i]] * 9))
+        for i in range(count)
+    )
 
 
 def read_hotwords(path):
@@ -500,11 +548,16 @@ def read_hotwords(path):
 
 def read_folder(name):
     """A reader of a file by its name in a folder."""
-    of = {"run.json": compare.read_run, "train.yaml": wenet_import.load_wenet, "prepare.json": lambda root: rows_rate([root])}
+    of = {
+        "run.json": compare.read_run,
+        "train.yaml": wenet_import.load_wenet,
+        "prepare.json": lambda root: rows_rate([root]),
+    }
 
     def read(path):
         os.replace(path, os.path.join(os.path.dirname(path), name))
         return of.get(name, load_tokenizer)(os.path.dirname(path))
+
     read.__name__ = name
     return read
 
@@ -514,45 +567,93 @@ def read_tokenizer_of_data(path):
     datamodule.check_tokenizers([os.path.dirname(path)])
 
 
-READERS = [read_tokenizer_of_data, load_tokenizer, load_checkpoint, read_hotwords, read_cmvn,
-           read_folder("vocab.json"), read_folder("tokenizer.json"),
-           read_folder("run.json"), read_folder("train.yaml"), read_folder("prepare.json"), wenet_import.read_units, wenet_import.read_weights]
+READERS = [
+    read_tokenizer_of_data,
+    load_tokenizer,
+    load_checkpoint,
+    read_hotwords,
+    read_cmvn,
+    read_folder("vocab.json"),
+    read_folder("tokenizer.json"),
+    read_folder("run.json"),
+    read_folder("train.yaml"),
+    read_folder("prepare.json"),
+    wenet_import.read_units,
+    wenet_import.read_weights,
+]
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 def test_a_file_without_end_a_pipe_and_a_large_one_are_refused_at_once(read, tmp_path):
-    for number, make in enumerate((lambda path: path.symlink_to("/dev/zero"), os.mkfifo,
-                                   lambda path: path.touch() or os.truncate(path, 30 * 2**30))):
+    for number, make in enumerate(
+        (
+            lambda path: path.symlink_to("/dev/zero"),
+            os.mkfifo,
+            lambda path: path.touch() or os.truncate(path, 30 * 2**30),
+        )
+    ):
         (tmp_path / str(number)).mkdir()
         make(path := tmp_path / str(number) / "file")
         refusal(read, str(path))
 
 
-@pytest.mark.parametrize("text", [nested("[", "", "]"), nested('{"a":', "1", "}"), '{"tokens": ' + nested("[", "", "]") + "}",
-                                  '{"tokens": ["a"], "blank_id": NaN}', '{"options": {}, "metrics": {"x": 1e999}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        nested("[", "", "]"),
+        nested('{"a":', "1", "}"),
+        '{"tokens": ' + nested("[", "", "]") + "}",
+        '{"tokens": ["a"], "blank_id": NaN}',
+        '{"options": {}, "metrics": {"x": 1e999}}',
+    ],
+)
 @pytest.mark.parametrize("read", READERS[:10], ids=lambda read: read.__name__)
 def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
     (tmp_path / "file").write_text(text)
     refusal(read, str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("text", [
-    billion("a: &a [x, x, x, x, x, x, x, x, x]\n", "{name}: &{name} [{before}]\n") + "encoder: *j\n",
-    billion("a: &a {x: 1}\n", "{name}: &{name} {{<<: [{before}]}}\n"),
-    "encoder: &a [*a]", "a: " + nested("[", "", "]"), "encoder: " + nested("- ", "a", "", 2000), "a: !!python/object:os.system x",
-    "? [a]\n: b", "a: \x01", "encoder: " + "x" * 10**5, "a: " + "9" * 5000, "[" * 10**6], ids=range(11))
+@pytest.mark.parametrize(
+    "text",
+    [
+        billion("a: &a [x, x, x, x, x, x, x, x, x]\n", "{name}: &{name} [{before}]\n")
+        + "encoder: *j\n",
+        billion("a: &a {x: 1}\n", "{name}: &{name} {{<<: [{before}]}}\n"),
+        "encoder: &a [*a]",
+        "a: " + nested("[", "", "]"),
+        "encoder: " + nested("- ", "a", "", 2000),
+        "a: !!python/object:os.system x",
+        "? [a]\n: b",
+        "a: \x01",
+        "encoder: " + "x" * 10**5,
+        "a: " + "9" * 5000,
+        "[" * 10**6,
+    ],
+    ids=range(11),
+)
 def test_no_yaml_swells(text, tmp_path):
     (tmp_path / "train.yaml").write_text(text)
     assert len(refusal(wenet_import.load_wenet, str(tmp_path))) < 400
 
 
 def test_yaml_may_name_a_list_twice():
-    assert files.parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: *a}") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1, "e": [1, 2]}}
+    assert files.parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: *a}") == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"d": 1, "e": [1, 2]},
+    }
 
 
-@pytest.mark.parametrize("text", ["root:$6$secret:19000:0::\n", '{"mean_stat": ["secret"], "var_stat": [1], "frame_num": 1}',
-                                  '{"mean_stat": [1e300], "var_stat": [1], "frame_num": 1}', "[ 1 secret\n 1 0 ]",
-                                  '{"mean_stat": [1], "var_stat": [1], "frame_num": 1' + "0" * 400 + "}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "root:$6$secret:19000:0::\n",
+        '{"mean_stat": ["secret"], "var_stat": [1], "frame_num": 1}',
+        '{"mean_stat": [1e300], "var_stat": [1], "frame_num": 1}',
+        "[ 1 secret\n 1 0 ]",
+        '{"mean_stat": [1], "var_stat": [1], "frame_num": 1' + "0" * 400 + "}",
+    ],
+)
 def test_nothing_of_a_file_that_is_no_cmvn_is_told(text, tmp_path):
     (tmp_path / "file").write_text(text)
     assert "secret" not in refusal(read_cmvn, str(tmp_path / "file"))
@@ -560,8 +661,11 @@ def test_nothing_of_a_file_that_is_no_cmvn_is_told(text, tmp_path):
 
 def test_hotwords_take_time_and_memory_as_their_number(tmp_path):
     """Half of the phrases go on from where those of the other half may break off."""
-    tokens = [chr(0x4e00 + i) for i in range(4000)]
-    lines = [tokens[0] + tokens[i] if i % 2 else tokens[i] + tokens[0] + tokens[i - 1] for i in range(1, 4000)] * 5
+    tokens = [chr(0x4E00 + i) for i in range(4000)]
+    lines = [
+        tokens[0] + tokens[i] if i % 2 else tokens[i] + tokens[0] + tokens[i - 1]
+        for i in range(1, 4000)
+    ] * 5
     (tmp_path / "words").write_text("\n".join(lines))
     graph = context.load_hotwords(str(tmp_path / "words"), train_char(["".join(tokens)]), 1.0)
     assert sum(array.nbytes for array in graph) < 2**20
@@ -581,11 +685,15 @@ def test_hotwords_are_bounded_in_all(tmp_path, monkeypatch):
         read_hotwords(str(tmp_path / "words"))
 
 
-@pytest.mark.parametrize("token", ["\x1b[2J", "a\nb", "\0", "\x85", "\u2028", "\ud800", "x" * 257, 5, None, ["a"]])
+@pytest.mark.parametrize(
+    "token", ["\x1b[2J", "a\nb", "\0", "\x85", "\u2028", "\ud800", "x" * 257, 5, None, ["a"]]
+)
 def test_a_vocabulary_of_control_characters_or_no_text_is_refused(token, tmp_path):
     whole = dict(tokens=["<blank>", "a", token], blank_id=0, unk_id=0, sos_id=1, eos_id=1)
     (tmp_path / "a.json").write_text(json.dumps(whole))
-    (tmp_path / "b.json").write_text(json.dumps({"<pad>": 0, "a": 1, str(token) if not isinstance(token, str) else token: 2}))
+    (tmp_path / "b.json").write_text(
+        json.dumps({"<pad>": 0, "a": 1, str(token) if not isinstance(token, str) else token: 2})
+    )
     for name in ("a.json", "b.json") if isinstance(token, str) else ("a.json",):
         with pytest.raises(cli.UserError) as raised:
             load_tokenizer(str(tmp_path / name))
@@ -625,7 +733,12 @@ def pickled(program: bytes, **records) -> bytes:
     """A .ckpt whose pickle is `program`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for name, content in {"data.pkl": b"\x80\x02" + program + b".", "byteorder": b"little", "version": b"3\n", **records}.items():
+        for name, content in {
+            "data.pkl": b"\x80\x02" + program + b".",
+            "byteorder": b"little",
+            "version": b"3\n",
+            **records,
+        }.items():
             archive.writestr(f"a/{name}", content)
     return file.getvalue()
 
@@ -638,7 +751,10 @@ def torch_file(data) -> bytes:
 def rewritten(content: bytes, change, compression=zipfile.ZIP_STORED) -> bytes:
     """An archive with its list of records changed."""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(file, "w", compression) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
         change(new)
@@ -651,23 +767,35 @@ def repeat_records(archive):
 
 ATTACKS = {  # on a reader of checkpoints: the bytes of a file
     "a key of a million tuples ends Python": lambda _: pickled(b"})" + b"\x85" * 10**6 + b"K\x01s"),
-    "ten gigabytes of zeros": lambda _: pickled(b"cbuiltins\nbytearray\n\x8a\x05\0\xe4\x0b\x54\x02\x85R"),
+    "ten gigabytes of zeros": lambda _: pickled(
+        b"cbuiltins\nbytearray\n\x8a\x05\0\xe4\x0b\x54\x02\x85R"
+    ),
     "a list within itself": lambda _: pickled(b"]q\0h\0a"),
-    "lists that stand for 2^60": lambda _: pickled(b"]q\0" + b"".join(
-        b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))),
+    "lists that stand for 2^60": lambda _: pickled(
+        b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+    ),
     "a dict copied from another": lambda _: pickled(b"ccollections\nOrderedDict\n}\x85R"),
     "lists in lists": lambda _: pickled(b"]" * 10**4 + b"a" * (10**4 - 1)),
-    "names that are tuples": lambda _: torch_file({("a", 1): 2}), "what is no plain data": lambda _: torch_file({"a": {1, 2}}),
+    "names that are tuples": lambda _: torch_file({("a", 1): 2}),
+    "what is no plain data": lambda _: torch_file({"a": {1, 2}}),
     "sparse": lambda c: torch_file(c | {"x": torch.zeros(3, 3).to_sparse()}),
     "complex": lambda c: torch_file(c | {"x": torch.zeros(3, dtype=torch.complex64)}),
-    "quantized": lambda c: torch_file(c | {"x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)}),
+    "quantized": lambda c: torch_file(
+        c | {"x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)}
+    ),
     "without memory": lambda c: torch_file(c | {"x": torch.zeros(3, device="meta")}),
     "4 bytes that stand for 4 TB": lambda c: torch_file(c | {"x": torch.zeros(1).expand(10**12)}),
-    "the same numbers a thousand times": lambda c: torch_file(c | {"x": [torch.zeros(10**5)] * 1000}),
-    "compressed": lambda c: rewritten(torch_file(c | {"x": torch.zeros(10**7)}), lambda archive: None, zipfile.ZIP_DEFLATED),
+    "the same numbers a thousand times": lambda c: torch_file(
+        c | {"x": [torch.zeros(10**5)] * 1000}
+    ),
+    "compressed": lambda c: rewritten(
+        torch_file(c | {"x": torch.zeros(10**7)}), lambda archive: None, zipfile.ZIP_DEFLATED
+    ),
     "records that overlap": lambda c: rewritten(torch_file(c), repeat_records),
     "an archive within another": lambda c: b"PK\3\4" + torch_file(c),
-    "a comment": lambda c: rewritten(torch_file(c), lambda archive: setattr(archive, "comment", b"x" * 100)),
+    "a comment": lambda c: rewritten(
+        torch_file(c), lambda archive: setattr(archive, "comment", b"x" * 100)
+    ),
 }
 
 
@@ -681,18 +809,38 @@ def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_pa
     assert "final.pt" in refusal(wenet_import.read_weights, str(tmp_path / "final.pt"))
 
 
-@pytest.mark.parametrize("options", [
-    {"linear_units": 2**16, "decoder_linear_units": 2**16}, {"linear_units": 10**7}, {"num_blocks": 200}, {"num_blocks": 10**9},
-    {"r_num_blocks": 200}, {"output_size": 8192}, {"cnn_module_kernel": 999}, {"attention_heads": 3}, {"attention_heads": 0},
-    {"linear_units": 32.0}, {"causal": 1}, {"dropout_rate": math.nan}, {"encoder": "x" * 10**6}, {"no_such": 1}, {3: 1}])
-def test_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(options, place, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"linear_units": 2**16, "decoder_linear_units": 2**16},
+        {"linear_units": 10**7},
+        {"num_blocks": 200},
+        {"num_blocks": 10**9},
+        {"r_num_blocks": 200},
+        {"output_size": 8192},
+        {"cnn_module_kernel": 999},
+        {"attention_heads": 3},
+        {"attention_heads": 0},
+        {"linear_units": 32.0},
+        {"causal": 1},
+        {"dropout_rate": math.nan},
+        {"encoder": "x" * 10**6},
+        {"no_such": 1},
+        {3: 1},
+    ],
+)
+def test_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(
+    options, place, tmp_path
+):
     checkpoint = torch.load(place / "best.ckpt", weights_only=True)
     checkpoint["model_options"] |= options
     torch.save(checkpoint, tmp_path / "x.ckpt")
     refusal(load_checkpoint, str(tmp_path / "x.ckpt"), memory=2**28)
 
 
-def test_wenets_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(place, tmp_path):
+def test_wenets_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(
+    place, tmp_path
+):
     wenet_import.export_model(str(place / "best.ckpt"), str(tmp_path / "exp"), False)
     path = tmp_path / "exp" / "train.yaml"
     text = path.read_text()
@@ -701,20 +849,49 @@ def test_wenets_options_that_the_weights_are_not_of_are_refused_before_memory_is
         refusal(wenet_import.load_wenet, str(tmp_path / "exp"), memory=2**28)
 
 
-JUNK = (None, -1, 2.5, math.nan, True, "x", [], {}, [[1]], torch.zeros(2), torch.zeros(3, 2, dtype=torch.int64), 10**30, {1: 2},
-        "\x1b[2J" * 3000, b"x", (1, 2), float(10**300))
+JUNK = (
+    None,
+    -1,
+    2.5,
+    math.nan,
+    True,
+    "x",
+    [],
+    {},
+    [[1]],
+    torch.zeros(2),
+    torch.zeros(3, 2, dtype=torch.int64),
+    10**30,
+    {1: 2},
+    "\x1b[2J" * 3000,
+    b"x",
+    (1, 2),
+    float(10**300),
+)
 
 
 def places_in(data, path=()):
-    for name in data if isinstance(data, dict) else range(min(len(data), 2)) if isinstance(data, list) else ():
+    for name in (
+        data
+        if isinstance(data, dict)
+        else range(min(len(data), 2))
+        if isinstance(data, list)
+        else ()
+    ):
         yield *path, name
         yield from places_in(data[name], (*path, name))
 
 
 def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
     """Junk in one place of many, or nothing."""
-    checkpoint, rng, counts = torch.load(place / "best.ckpt", weights_only=True), random.Random(0), Counter()
-    everywhere = [path for path in places_in(checkpoint) if path[0] != "state_dict" or len(path) == 1]
+    checkpoint, rng, counts = (
+        torch.load(place / "best.ckpt", weights_only=True),
+        random.Random(0),
+        Counter(),
+    )
+    everywhere = [
+        path for path in places_in(checkpoint) if path[0] != "state_dict" or len(path) == 1
+    ]
     weights = rng.sample(list(checkpoint["state_dict"]), 5)
     for path in everywhere + [("state_dict", name) for name in weights]:
         data = copy.deepcopy(checkpoint)
@@ -726,7 +903,12 @@ def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
         torch.save(data, tmp_path / "x.ckpt")
         try:
             model, tokenizer, frontend = load_checkpoint(str(tmp_path / "x.ckpt"))
-            heard, = model.decode(torch.randn(1, 40, frontend.num_mel_bins), torch.tensor([40]), "attention_rescoring", 3)
+            (heard,) = model.decode(
+                torch.randn(1, 40, frontend.num_mel_bins),
+                torch.tensor([40]),
+                "attention_rescoring",
+                3,
+            )
             tokenizer.decode(heard.tokens)
             counts["heard"] += 1
         except cli.UserError as error:
@@ -737,14 +919,20 @@ def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
 
 def saved(folder, state=(), packed=None, **columns) -> Path:
     """A shard as save_to_disk leaves it, of three rows; with other columns, or more in its state.json."""
-    rows = {"input_values": pa.array([[0.1, 0.2], [0.3], [0.4]], pa.list_(pa.float32())),
-            "labels": pa.array([[3], [4, 5], [3]], pa.list_(pa.int32())), "text": pa.array(["a", "b", "c"])}
+    rows = {
+        "input_values": pa.array([[0.1, 0.2], [0.3], [0.4]], pa.list_(pa.float32())),
+        "labels": pa.array([[3], [4, 5], [3]], pa.list_(pa.int32())),
+        "text": pa.array(["a", "b", "c"]),
+    }
     table = pa.table(rows | columns)
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder)
     info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(table.schema))
     info.write_to_directory(str(folder))
-    with pa.ipc.new_stream(f"{folder}/data-00000-of-00001.arrow", table.schema,
-                           options=pa.ipc.IpcWriteOptions(compression=packed)) as file:
+    with pa.ipc.new_stream(
+        f"{folder}/data-00000-of-00001.arrow",
+        table.schema,
+        options=pa.ipc.IpcWriteOptions(compression=packed),
+    ) as file:
         file.write_table(table)
     path = folder / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(state)))
@@ -758,7 +946,9 @@ def test_a_shard_as_it_should_be_is_read(tmp_path):
     assert len(datamodule.load_shard(saved(tmp_path / "0"))[0]) == 3
 
 
-@pytest.mark.parametrize("offsets", [[0, 2**30, 3, 4], [0, 3, 1, 4], [-(2**30), 1, 3, 4], [0, 1, 3, 2**31 - 1]])
+@pytest.mark.parametrize(
+    "offsets", [[0, 2**30, 3, 4], [0, 3, 1, 4], [-(2**30), 1, 3, 4], [0, 1, 3, 2**31 - 1]]
+)
 @pytest.mark.parametrize("column", OFFSETS)
 def test_offsets_that_lead_out_of_a_shard_are_refused(column, offsets, tmp_path):
     data = saved(tmp_path / "0") / "data-00000-of-00001.arrow"
@@ -769,13 +959,18 @@ def test_offsets_that_lead_out_of_a_shard_are_refused(column, offsets, tmp_path)
         datamodule.load_shard(tmp_path / "0")
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../other/data-00000-of-00001.arrow", "a/../../b.arrow", "pipe", "zeros", "none"])
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "../other/data-00000-of-00001.arrow", "a/../../b.arrow", "pipe", "zeros", "none"],
+)
 def test_a_shard_is_read_from_its_own_files_alone(name, tmp_path):
     shard = saved(tmp_path / "0", state={"_data_files": [{"filename": name}]})
     saved(tmp_path / "other")
     os.mkfifo(shard / "pipe")
     os.symlink("/dev/zero", shard / "zeros")
-    with pytest.raises(cli.UserError, match="0: cannot be read as a dataset .its state.json names .*, which"):
+    with pytest.raises(
+        cli.UserError, match="0: cannot be read as a dataset .its state.json names .*, which"
+    ):
         datamodule.load_shard(shard)
 
 
@@ -787,8 +982,16 @@ def test_a_shard_may_be_a_link_to_another_disk(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"features": {"a": %s1%s}}' % ('[' * 900, ']' * 900),
-                                  '{"_data_files": [{"filename": 1}], "features": {"a": {"_type": "Nothing"}}}', "pipe"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        '{"features": {"a": %s1%s}}' % ("[" * 900, "]" * 900),
+        '{"_data_files": [{"filename": 1}], "features": {"a": {"_type": "Nothing"}}}',
+        "pipe",
+    ],
+)
 def test_what_a_shard_says_of_itself_is_read_within_bounds(name, text, tmp_path):
     shard = saved(tmp_path / "0")
     (shard / name).write_text(text)
@@ -807,17 +1010,36 @@ def test_a_packed_shard_is_refused(packed, tmp_path):
 
 def test_rows_without_bytes_are_refused(tmp_path):
     def nothing(kind):
-        return pa.FixedSizeListArray.from_buffers(pa.list_(kind, 0), 2**31 - 1, [None], children=[pa.array([], kind)])
+        return pa.FixedSizeListArray.from_buffers(
+            pa.list_(kind, 0), 2**31 - 1, [None], children=[pa.array([], kind)]
+        )
+
     none = pa.Array.from_buffers(pa.null(), 2**31 - 1, [None])
     with pytest.raises(cli.UserError, match="promises 2147483647 rows"):
-        datamodule.load_shard(saved(tmp_path / "0", input_values=nothing(pa.float32()), labels=nothing(pa.int32()), text=none))
+        datamodule.load_shard(
+            saved(
+                tmp_path / "0",
+                input_values=nothing(pa.float32()),
+                labels=nothing(pa.int32()),
+                text=none,
+            )
+        )
 
 
 @pytest.mark.parametrize("text", [[1, 2, 3], [["a"], ["b"], ["c"]], [b"a", b"b", b"c"]])
 def test_references_that_are_no_text_are_refused(text, place, tmp_path, capsys):
     saved(tmp_path / "train/0", text=pa.array(text))
     with pytest.raises(cli.UserError, match="train: column text is .*, not text"):
-        score.main(["--checkpoint", str(place / "best.ckpt"), "--data_root", str(tmp_path), "--split", "train"])
+        score.main(
+            [
+                "--checkpoint",
+                str(place / "best.ckpt"),
+                "--data_root",
+                str(tmp_path),
+                "--split",
+                "train",
+            ]
+        )
 
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, (16000, 2)).astype(np.float32)
@@ -833,7 +1055,9 @@ def sound_file(samples=NOISE, rate=16000, kind="WAV", **how) -> bytes:
 def test_of_a_recording_that_is_too_long_no_more_is_decoded(channels, monkeypatch):
     monkeypatch.setattr(audio, "LONGEST", 1)
     blocks, decoded = audio.blocks_of, []
-    monkeypatch.setattr(audio, "blocks_of", lambda *given: (decoded.append(len(b)) or b for b in blocks(*given)))
+    monkeypatch.setattr(
+        audio, "blocks_of", lambda *given: (decoded.append(len(b)) or b for b in blocks(*given))
+    )
     assert len(audio.read_audio(sound_file(NOISE[:, :channels], kind="FLAC"))) == 16000
     decoded.clear()
     with pytest.raises(cli.UserError, match="longer than 1 s; cut it"):
@@ -860,23 +1084,31 @@ def test_heads_and_chunks_of_no_length_do_not_take_the_square_of_their_number():
         return n.to_bytes(4, "little")
 
     count = 300  # heads, each with a chunk that leads behind them all, where chunks of no length lead to what is none
-    heads = b"".join(b"RIFF" + number(4) + b"WAVEdata" + number(0) + b"JUNK" + number(28 * left)
-                     for left in reversed(range(count)))
+    heads = b"".join(
+        b"RIFF" + number(4) + b"WAVEdata" + number(0) + b"JUNK" + number(28 * left)
+        for left in reversed(range(count))
+    )
     file = Counted(heads + (b"JUNK" + number(0)) * 10 * count + bytes(12))
     assert len(containers.parts(file)) == count and file.reads < 300 * count
 
 
-@pytest.mark.parametrize("kind", [{"kind": kind} for kind in ("WAV", "W64", "CAF", "AIFF", "AU", "RF64", "FLAC", "MP3", "OGG")] + [
-    {"kind": "NIST"}, {"kind": "VOC"}, {"subtype": "IMA_ADPCM"}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [{"kind": kind} for kind in ("WAV", "W64", "CAF", "AIFF", "AU", "RF64", "FLAC", "MP3", "OGG")]
+    + [{"kind": "NIST"}, {"kind": "VOC"}, {"subtype": "IMA_ADPCM"}],
+    ids=str,
+)
 def test_a_damaged_recording_is_refused_or_gives_samples(kind):
     whole = sound_file(NOISE[:3000], **kind)
     for seed in range(25):
         chance, content = random.Random(seed), bytearray(whole)
         for _ in range(chance.choice([1, 2, 8])):
             place = chance.randrange(120 if chance.random() < 0.6 else len(content))
-            content[place:place + 4] = (chance.choice([0, 1, 8, 255, 2**24, 2**31, 2**32 - 9]) % 2**32).to_bytes(4, "little")
+            content[place : place + 4] = (
+                chance.choice([0, 1, 8, 255, 2**24, 2**31, 2**32 - 9]) % 2**32
+            ).to_bytes(4, "little")
         try:
-            samples = audio.read_audio(bytes(content[:chance.randrange(9, 2 * len(content))]))
+            samples = audio.read_audio(bytes(content[: chance.randrange(9, 2 * len(content))]))
         except cli.UserError:
             continue
         assert len(samples) < 10 * len(NOISE)
@@ -922,8 +1154,11 @@ def test_a_recording_that_is_a_pipe_or_a_device_is_rejected(tmp_path):
     assert prepared(source) == ["train,a.wav,file missing"]
 
 
-@pytest.mark.parametrize("links", [lambda i: [(i + 1, "a"), (i + 1, "b")], lambda i: [(j, j) for j in range(12) if j != i]],
-                         ids=["chain", "mesh"])
+@pytest.mark.parametrize(
+    "links",
+    [lambda i: [(i + 1, "a"), (i + 1, "b")], lambda i: [(j, j) for j in range(12) if j != i]],
+    ids=["chain", "mesh"],
+)
 def test_links_to_links_are_not_followed_for_ever(links, tmp_path):
     source = folder_of(tmp_path / "source")
     for i in range(30):
@@ -946,31 +1181,54 @@ def test_a_text_of_megabytes_is_rejected(tmp_path):
     (source / "train/metadata.csv").rename(tmp_path / "unused.csv")
     rows = [{"file_name": "a.wav", "text": "a b"}, {"file_name": "b.wav", "text": "xyz" * 10**6}]
     (source / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert prepared(source)[0].startswith("train,b.wav,a text of 3000000 characters; 65536 is the most")
+    assert prepared(source)[0].startswith(
+        "train,b.wav,a text of 3000000 characters; 65536 is the most"
+    )
     assert "x" not in json.loads(Path(f"{source}-out/tokenizer.json").read_text())["tokens"]
 
 
 def parquet(path, readme="", packed="zstd", **columns) -> Path:
-    cells = pa.StructArray.from_arrays([pa.array([sound_file(NOISE[::-1]), sound_file()])], ["bytes"])
+    cells = pa.StructArray.from_arrays(
+        [pa.array([sound_file(NOISE[::-1]), sound_file()])], ["bytes"]
+    )
     path.mkdir()
-    pyarrow.parquet.write_table(pa.table({"audio": cells, "text": ["a b", "b c"]} | columns), path / "train.parquet",
-                                compression=packed, use_dictionary=[] if packed else True)
+    pyarrow.parquet.write_table(
+        pa.table({"audio": cells, "text": ["a b", "b c"]} | columns),
+        path / "train.parquet",
+        compression=packed,
+        use_dictionary=[] if packed else True,
+    )
     if readme:
         path.joinpath("README.md").write_text(
-            f"---\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: {readme}\n---\n")
+            f"---\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: {readme}\n---\n"
+        )
     return path
 
 
-@pytest.mark.parametrize("columns", [
-    {"audio": pa.StructArray.from_arrays([pa.array([sound_file(), bytes(2**27)])], ["bytes"])},
-    {"text": ["a", "b" * 2**27]},
-    {"audio": pa.array([[0.5] * 2, None], pa.list_(pa.float32()))},
-], ids=["audio", "text", "list"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"audio": pa.StructArray.from_arrays([pa.array([sound_file(), bytes(2**27)])], ["bytes"])},
+        {"text": ["a", "b" * 2**27]},
+        {"audio": pa.array([[0.5] * 2, None], pa.list_(pa.float32()))},
+    ],
+    ids=["audio", "text", "list"],
+)
 def test_a_parquet_column_that_swells_is_refused(columns, tmp_path):
-    if "list" in str(columns.get("audio", pa.array([])).type):  # the same value 2^25 times, in a few bytes
-        values = pa.ListArray.from_arrays(pa.array([0, 2**25, 2**25], pa.int32()), pa.array(np.zeros(2**25, np.float32)))
-        columns = {"audio": pa.StructArray.from_arrays([values, pa.array([16000, 16000])], ["array", "sampling_rate"])}
-    source = parquet(tmp_path / "source", packed=None if "array" in str(columns) else "zstd", **columns)
+    if "list" in str(
+        columns.get("audio", pa.array([])).type
+    ):  # the same value 2^25 times, in a few bytes
+        values = pa.ListArray.from_arrays(
+            pa.array([0, 2**25, 2**25], pa.int32()), pa.array(np.zeros(2**25, np.float32))
+        )
+        columns = {
+            "audio": pa.StructArray.from_arrays(
+                [values, pa.array([16000, 16000])], ["array", "sampling_rate"]
+            )
+        }
+    source = parquet(
+        tmp_path / "source", packed=None if "array" in str(columns) else "zstd", **columns
+    )
     assert os.path.getsize(source / "train.parquet") < 2**17
     with pytest.raises(cli.UserError, match="cannot load .*train.parquet: .* promise 1"):
         prepared(source)
@@ -990,20 +1248,31 @@ def test_no_footer_of_a_parquet_file_ends_the_process(tmp_path):
             content[place] ^= bit
             path.write_bytes(content)
             with contextlib.suppress(cli.UserError):
-                sources.parquet_split(sources.Folder(str(source)), "train", str(path),
-                                      prepare.PrepareOptions(source=str(source)))
+                sources.parquet_split(
+                    sources.Folder(str(source)),
+                    "train",
+                    str(path),
+                    prepare.PrepareOptions(source=str(source)),
+                )
         raise cli.UserError("all of them were read or refused")
+
     refusal(read_all)
 
 
-@pytest.mark.parametrize("path", ["../other/train.parquet", "/etc/train.parquet", "a/*/../../../other/*", "'**/../../other/**'"])
+@pytest.mark.parametrize(
+    "path",
+    ["../other/train.parquet", "/etc/train.parquet", "a/*/../../../other/*", "'**/../../other/**'"],
+)
 def test_a_readme_names_no_file_outside(path, tmp_path):
     parquet(tmp_path / "other")
     with pytest.raises(cli.UserError, match="README.md: .* lies outside"):
         prepared(parquet(tmp_path / "source", path))
 
 
-@pytest.mark.parametrize("path", ["'**'", "'**/*.parquet'", f"'{'**/' * 3000}*'", f"'{'**/*' * 30}.parquet'", "'[.][.]/*/*'"])
+@pytest.mark.parametrize(
+    "path",
+    ["'**'", "'**/*.parquet'", f"'{'**/' * 3000}*'", f"'{'**/*' * 30}.parquet'", "'[.][.]/*/*'"],
+)
 def test_a_pattern_of_a_readme_leads_in_no_circles(path, tmp_path):
     source = parquet(tmp_path / "source", path)
     for i in range(3):
@@ -1026,9 +1295,27 @@ def test_what_is_shown_is_short_whatever_holds_it():
     assert len(cli.shown(bomb)) <= 1100 and len(cli.shown("x" * 10**7)) <= 1100
 
 
-HOSTILE = ["a\x1b[2Jb", "a\nb", "a\tb", "a\r\nb.wav\tforged", "\n\n7\n00:00:01,000 --> 00:00:02,000\nforged", "-->",
-           "</v><b>&", ";;a", "a\udce9", "\ud800", "a\x9b2J", "a\u2028b", "a\u202eb", "\x0b\x0c\x1c\x85", "\u3000",
-           "a b", "a%20b", "a_b", "\0"]
+HOSTILE = [
+    "a\x1b[2Jb",
+    "a\nb",
+    "a\tb",
+    "a\r\nb.wav\tforged",
+    "\n\n7\n00:00:01,000 --> 00:00:02,000\nforged",
+    "-->",
+    "</v><b>&",
+    ";;a",
+    "a\udce9",
+    "\ud800",
+    "a\x9b2J",
+    "a\u2028b",
+    "a\u202eb",
+    "\x0b\x0c\x1c\x85",
+    "\u3000",
+    "a b",
+    "a%20b",
+    "a_b",
+    "\0",
+]
 ANY = st.text(st.characters(), min_size=1) | st.sampled_from(HOSTILE)
 
 
@@ -1046,7 +1333,9 @@ def test_no_name_and_no_word_forges_a_line_a_column_or_a_cue(name, said):
     assert is_shown(line, "\t") and line.count("\t") == 1 and not rest
     line, rest = words.as_json(transcript).split("\n")
     assert is_shown(line) and not rest and "Infinity" not in line
-    assert [word["word"] for word in json.loads(line)["words"]] == said or "\ud800" <= max("".join(said))
+    assert [word["word"] for word in json.loads(line)["words"]] == said or "\ud800" <= max(
+        "".join(said)
+    )
     ctm = words.as_ctm(transcript)
     assert is_shown(ctm, "\n") and not ctm.startswith(";")
     assert [len(row.split()) for row in ctm.splitlines()] == [6] * len(texts)
@@ -1071,27 +1360,53 @@ def test_honest_names_are_as_they_are():
     transcript = words.Transcript("Ü/今天; a-b_[1]+'.wav".replace(" ", ""), "50%", 1.0, heard)
     assert words.as_ctm(transcript) == f"{transcript.file} 1 0.000 0.100 50% 0.5000\n"
     assert words.as_txt(transcript) == f"{transcript.file}\t50%\n"
-    assert files.csv_text([["train", transcript.file, "no audio"]]) == f"train,{transcript.file},no audio\r\n"
+    assert (
+        files.csv_text([["train", transcript.file, "no audio"]])
+        == f"train,{transcript.file},no audio\r\n"
+    )
 
 
-@pytest.mark.parametrize("cell", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1", "a;=1",
-                                  "a; @b", '";=1', *HOSTILE])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "=cmd|' /C calc'!A0",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        " =1",
+        "＝1",
+        "a;=1",
+        "a; @b",
+        '";=1',
+        *HOSTILE,
+    ],
+)
 def test_no_cell_is_a_formula_or_a_line_of_its_own(cell):
     text = files.csv_text([("split", "file_name", "reason"), ("train", cell, "why")])
     (_, row) = csv.reader(io.StringIO(text, newline=""))
-    assert len(row) == 3 and row[2] == "why" and is_shown(text, "\r", "\n") and text.count("\n") == 2
+    assert (
+        len(row) == 3 and row[2] == "why" and is_shown(text, "\r", "\n") and text.count("\n") == 2
+    )
     assert all(part.strip()[:1] not in [*"=+-@＝"] for part in row[1].split(";"))
 
 
 def test_what_is_not_finite_is_null_in_json():
     data = {"wer": math.nan, "rows": [math.inf, {"a": -math.inf}], "b": (1, 1e300, "NaN")}
-    assert files.json_text(data) == '{"wer": null, "rows": [null, {"a": null}], "b": [1, 1e+300, "NaN"]}'
+    assert (
+        files.json_text(data)
+        == '{"wer": null, "rows": [null, {"a": null}], "b": [1, 1e+300, "NaN"]}'
+    )
     assert files.json_text({"a": "\x9b\x7fé\u202e\udce9"}, ensure_ascii=False, indent=1) == (
-        '{\n "a": "\\u009b\\u007fé\\u202e\\udce9"\n}')
+        '{\n "a": "\\u009b\\u007fé\\u202e\\udce9"\n}'
+    )
 
 
-@pytest.mark.parametrize("hostile", ["\x1b]0;title\x07", "a\nforged", "a\x9b2J", ["a\nb"], {"a": "\x1b"},
-                                     1e308])
+@pytest.mark.parametrize(
+    "hostile", ["\x1b]0;title\x07", "a\nforged", "a\x9b2J", ["a\nb"], {"a": "\x1b"}, 1e308]
+)
 def test_tables_and_the_model_card_show_what_a_run_says_of_itself(hostile, capsys):
     compare.print_table(("run", "\x1b[2J"), [["a", hostile]])
     out = capsys.readouterr().out
@@ -1100,7 +1415,10 @@ def test_tables_and_the_model_card_show_what_a_run_says_of_itself(hostile, capsy
 
 
 def test_a_cell_of_the_model_card_is_one_cell_and_no_html():
-    assert export.markdown("a|<script>[x](https://x) &amp;") == "a\\|\\<script\\>\\[x\\](https\\://x) \\&amp;"
+    assert (
+        export.markdown("a|<script>[x](https://x) &amp;")
+        == "a\\|\\<script\\>\\[x\\](https\\://x) \\&amp;"
+    )
 
 
 def test_what_libraries_log_and_warn_of_is_shown(monkeypatch, capsys):
@@ -1109,9 +1427,14 @@ def test_what_libraries_log_and_warn_of_is_shown(monkeypatch, capsys):
     before = logging.getLogRecordFactory()
     try:
         cli.run(lambda _: None)
-        record = logging.getLogger("x").makeRecord("x", logging.INFO, "x", 1, "%s is\x1b[2J", ("a\nb\udce9",), None)
+        record = logging.getLogger("x").makeRecord(
+            "x", logging.INFO, "x", 1, "%s is\x1b[2J", ("a\nb\udce9",), None
+        )
         assert record.getMessage() == "a b\\udce9 is\\x1b[2J"
-        assert warnings.formatwarning("a\nb\x1b", UserWarning, "x.py", 1) == "x.py:1: UserWarning: a b\\x1b\n"
+        assert (
+            warnings.formatwarning("a\nb\x1b", UserWarning, "x.py", 1)
+            == "x.py:1: UserWarning: a b\\x1b\n"
+        )
     finally:
         logging.setLogRecordFactory(before)
 
@@ -1127,20 +1450,34 @@ def command(code: str, redirect: str = "", **kwargs) -> subprocess.CompletedProc
     """A command of which main is `code`, as a shell starts it."""
     code = f"import cli, os, sys\ndef main(_):\n {code}\ncli.run(main)"
     kwargs["env"] = os.environ | {"PYTHONUNBUFFERED": ""} | kwargs.get("env", {})
-    return subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code], cwd=ROOT, timeout=DEADLINE,
-                          **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs)
+    return subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, code],
+        cwd=ROOT,
+        timeout=DEADLINE,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs,
+    )
 
 
 full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-WAYS = {"midway": "print('x', flush=True); print('y')", "at the end": "print('x')", "before status 2": "print('x'); sys.exit(2)",
-        "before an error": "print('x'); raise cli.UserError('first')"}
+WAYS = {
+    "midway": "print('x', flush=True); print('y')",
+    "at the end": "print('x')",
+    "before status 2": "print('x'); sys.exit(2)",
+    "before an error": "print('x'); raise cli.UserError('first')",
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("redirect", [pytest.param(">/dev/full", marks=full), ">&-"])
 def test_output_that_cannot_be_written_is_one_line(redirect, way):
     done = command(WAYS[way], redirect)
-    reason = b"first" if "error" in way else b"No space left" if "full" in redirect else b"Bad file descriptor"
+    reason = (
+        b"first"
+        if "error" in way
+        else b"No space left"
+        if "full" in redirect
+        else b"Bad file descriptor"
+    )
     assert done.returncode == 2 and done.stderr.startswith(b"-c: error: ") and reason in done.stderr
     assert done.stderr.count(b"\n") == 1
 
@@ -1160,15 +1497,19 @@ def test_what_stderr_cannot_take_ends_nothing(redirect, tmp_path):
     note = f"print('n' * 9999, file=sys.stderr); open({str(tmp_path / 'mine')!r}, 'w').write('x'); os.write(2, b'?'); print('out')"
     note = note if "full" not in redirect else note.replace("os.write(2, b'?'); ", "")
     done = command(note, redirect)
-    assert (done.returncode, done.stdout) == (0, b"out\n") and (tmp_path / "mine").read_text() == "x"
+    assert (done.returncode, done.stdout) == (0, b"out\n") and (
+        tmp_path / "mine"
+    ).read_text() == "x"
     assert command("raise cli.UserError('bad')", redirect).returncode == 2
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "ascii:strict"])
 def test_json_is_json_in_every_encoding(encoding):
     text = "a\\\xe9\u4eca\U0001f600\udce9\x9b"
-    done = command(f"import files; print(files.json_text({text!r}, ensure_ascii=False)); print({text!r})",
-                   env={"PYTHONIOENCODING": encoding})
+    done = command(
+        f"import files; print(files.json_text({text!r}, ensure_ascii=False)); print({text!r})",
+        env={"PYTHONIOENCODING": encoding},
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     line, shown = done.stdout.decode(encoding.split(":")[0]).splitlines()
     assert json.loads(line) == text and shown.startswith("a\\") and len(shown) > 4
@@ -1177,17 +1518,51 @@ def test_json_is_json_in_every_encoding(encoding):
 # ------------------------------------------------------------------------------------------------------- tracebacks
 
 # None names anything outside of the test's own folder: some flags replace what they name.
-VALUES = ("0", "-1", "1", "2", "0.5", "-0.0", "nan", "inf", "-inf", "1e308", "1e-308", "1" + 30 * "0", "9" * 5000, "", "x",
-          "\0", "\u00e9", "caf\udce9", "\x1b[2J\n", "x" * 300, "x/" * 3000, "1 2", "\uff12", ".", "data")
-SIZES = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
-         "--r_num_blocks 1 --decoder_linear_units 32 --accelerator cpu")
+VALUES = (
+    "0",
+    "-1",
+    "1",
+    "2",
+    "0.5",
+    "-0.0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "1e-308",
+    "1" + 30 * "0",
+    "9" * 5000,
+    "",
+    "x",
+    "\0",
+    "\u00e9",
+    "caf\udce9",
+    "\x1b[2J\n",
+    "x" * 300,
+    "x/" * 3000,
+    "1 2",
+    "\uff12",
+    ".",
+    "data",
+)
+SIZES = (
+    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
+    "--r_num_blocks 1 --decoder_linear_units 32 --accelerator cpu"
+)
 # Every command, with what it takes to work in the folder of `place`.
 COMMANDS = {
-    "train": f"--data_root data --output_dir new {SIZES}", "score": "--checkpoint best.ckpt --data_root data --split dev",
-    "transcribe": "--checkpoint best.ckpt source/train/0.wav", "align": "--checkpoint best.ckpt",
-    "export": "--checkpoint best.ckpt --out new", "parity": "--checkpoint best.ckpt --data_root data",
-    "prepare": "--source source --data_root new", "bench": "growth", "torture": "--kills 1", "compare": ".",
-    "wenet_import": "source --out new.ckpt"}
+    "train": f"--data_root data --output_dir new {SIZES}",
+    "score": "--checkpoint best.ckpt --data_root data --split dev",
+    "transcribe": "--checkpoint best.ckpt source/train/0.wav",
+    "align": "--checkpoint best.ckpt",
+    "export": "--checkpoint best.ckpt --out new",
+    "parity": "--checkpoint best.ckpt --data_root data",
+    "prepare": "--source source --data_root new",
+    "bench": "growth",
+    "torture": "--kills 1",
+    "compare": ".",
+    "wenet_import": "source --out new.ckpt",
+}
 
 
 class Reached(Exception):
@@ -1209,7 +1584,12 @@ def place(tmp_path_factory):
     tokenizer = train_char(["abcdefgh"])
     save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
     sizes = dict(zip(SIZES.replace("--", "").split()[:-2:2], map(int, SIZES.split()[1:-2:2])))
-    model = U2(options=ModelOptions(**sizes), optim=OptimOptions(), frontend=Frontend(frontend="fbank"), tokenizer=tokenizer)
+    model = U2(
+        options=ModelOptions(**sizes),
+        optim=OptimOptions(),
+        frontend=Frontend(frontend="fbank"),
+        tokenizer=tokenizer,
+    )
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, folder / "best.ckpt")
@@ -1220,9 +1600,13 @@ def flags(name) -> list:
     """The actions of a command's parser."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv: found.extend(self._actions) or 1 / 0)
+        patch.setattr(
+            argparse.ArgumentParser,
+            "parse_args",
+            lambda self, argv: found.extend(self._actions) or 1 / 0,
+        )
         with pytest.raises(ZeroDivisionError):
-            importlib.import_module(name).main([])
+            module(name).main([])
     return [action for action in found if action.option_strings and action.dest != "help"]
 
 
@@ -1234,13 +1618,22 @@ def train_a_little(trainer, model, datamodule, **_):
     """What stands for Lightning's fit: a step over the largest batch, where the model has not been left unmade."""
     if not next(model.parameters()).is_meta:
         batch = datamodule.largest_batches()[0]
-        model.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)["loss"].backward()
+        model.net.loss(batch.features, batch.feature_lengths, batch.labels, batch.label_lengths)[
+            "loss"
+        ].backward()
     raise Reached
 
 
 def small(**options):
     """A U2, made for real where it takes little memory and time."""
-    if max(options["options"].num_blocks, options["options"].decoder_num_blocks, options["options"].r_num_blocks) > 20:
+    if (
+        max(
+            options["options"].num_blocks,
+            options["options"].decoder_num_blocks,
+            options["options"].r_num_blocks,
+        )
+        > 20
+    ):
         raise Reached
     with torch.device("meta"):
         model = U2(**options)
@@ -1249,13 +1642,20 @@ def small(**options):
 
 def work_is_short(patch):
     """Lets commands end where their long work begins, or do little of it."""
-    import align, bench, export, parity, sources, torture, train
+    import sources
+    import train
+    from tools import align, bench, export, parity, torture
+
     patch.setattr(train.L.Trainer, "fit", train_a_little)
     patch.setattr(train, "U2", small)
     patch.setattr(align.demo, "plan", lambda *_: [align.demo.Utterance("ab", "f1", 150, 50)])
     patch.setattr(align.demo, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
     patch.setattr(align, "summary", lambda _: defaultdict(float, words=1))
-    patch.setattr(export, "write_checked", lambda model, options, chunks, folder: export.texts(model, chunks) and [])
+    patch.setattr(
+        export,
+        "write_checked",
+        lambda model, options, chunks, folder: export.texts(model, chunks) and [],
+    )
     patch.setattr(parity, "hear", reached)
     patch.setattr(torture, "unbroken", reached)
     patch.setattr(sources, "hub_source", reached)
@@ -1268,7 +1668,7 @@ def outcome(name, words, capsys) -> str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *words])
         try:
-            cli.run(importlib.import_module(name).main)
+            cli.run(module(name).main)
         except Reached:
             return None
         except SystemExit as ended:
@@ -1288,7 +1688,9 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     work_is_short(monkeypatch)
     for flag in flags(name):
-        bounds = re.findall(r"(?:within |above )(\S+?)(?: \.\.|,) (?:at most )?([^\s)]+)", flag.help)
+        bounds = re.findall(
+            r"(?:within |above )(\S+?)(?: \.\.|,) (?:at most )?([^\s)]+)", flag.help
+        )
         for value in (*rng.sample(VALUES, 2), *(bounds[0] if bounds else ())):
             words = [flag.option_strings[-1]] + ([value] if flag.nargs != 0 else [])
             line = outcome(name, [*COMMANDS[name].split(), *words], capsys)
@@ -1299,19 +1701,36 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     assert counts[False] or name == "compare"  # which has no flags
 
 
-@pytest.mark.parametrize("name, words", [
-    ("transcribe", "--checkpoint best.ckpt"), ("compare", ""), ("wenet_import", "--out x.ckpt"),
-    ("wenet_import", "--out x --export"), ("wenet_import", "--export best.ckpt --out")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("transcribe", "--checkpoint best.ckpt"),
+        ("compare", ""),
+        ("wenet_import", "--out x.ckpt"),
+        ("wenet_import", "--out x --export"),
+        ("wenet_import", "--export best.ckpt --out"),
+    ],
+)
 def test_what_is_no_flag_of_a_dataclass_is_text_too(name, words, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for value in ("", "\0", "x/" * 3000):
         assert "it must be text" in outcome(name, [*words.split(), value], capsys)
 
 
-OUTPUTS = ("best.ckpt", "last.ckpt", "run.json", "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs/events.out.tfevents.1")
-IN_THE_WAY = [*((name, kind) for name in (*OUTPUTS[:-1], ".lock") for kind in ("folder", "link", "pipe")),
-              *(("logs", kind) for kind in ("file", "link", "pipe")),
-              *((f".last.ckpt{end}", "folder") for end in (files.ASIDE, f"{files.ASIDE}.lock"))]
+OUTPUTS = (
+    "best.ckpt",
+    "last.ckpt",
+    "run.json",
+    "scores.jsonl",
+    "skipped.jsonl",
+    "steps.jsonl",
+    "logs/events.out.tfevents.1",
+)
+IN_THE_WAY = [
+    *((name, kind) for name in (*OUTPUTS[:-1], ".lock") for kind in ("folder", "link", "pipe")),
+    *(("logs", kind) for kind in ("file", "link", "pipe")),
+    *((f".last.ckpt{end}", "folder") for end in (files.ASIDE, f"{files.ASIDE}.lock")),
+]
 
 
 def put(path: Path, kind: str) -> None:
@@ -1319,12 +1738,19 @@ def put(path: Path, kind: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
     aim = path.parent.parent / "theirs"
-    {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to(aim), "pipe": lambda: os.mkfifo(path)}[kind]()
+    {
+        "file": path.touch,
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to(aim),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
 
 
 @pytest.mark.parametrize("name, kind", IN_THE_WAY)
 @pytest.mark.parametrize("words", [["--overwrite"], ["--resume"]], ids=" ".join)
-def test_what_lies_in_the_way_of_a_run_is_seen_before_anything_is_deleted(name, kind, words, place, tmp_path):
+def test_what_lies_in_the_way_of_a_run_is_seen_before_anything_is_deleted(
+    name, kind, words, place, tmp_path
+):
     for output in OUTPUTS:
         (tmp_path / "run" / output).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / output).write_text("mine")
@@ -1332,12 +1758,27 @@ def test_what_lies_in_the_way_of_a_run_is_seen_before_anything_is_deleted(name, 
     put(tmp_path / "run" / name, kind)
     before = tree(tmp_path)
     with pytest.raises(cli.UserError, match=f"--output_dir .*{name} is (no file|no folder|a link)"):
-        importlib.import_module("train").main(["--data_root", str(place / "data"), "--output_dir", str(tmp_path / "run"), *words])
+        importlib.import_module("train").main(
+            ["--data_root", str(place / "data"), "--output_dir", str(tmp_path / "run"), *words]
+        )
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("output", ["file", "file/a/b", "pipe", "link", "x" * 300,
-                                    "x/" * 3000, "/proc/x", "/dev/null", "\0", "caf\udce9"])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "file",
+        "file/a/b",
+        "pipe",
+        "link",
+        "x" * 300,
+        "x/" * 3000,
+        "/proc/x",
+        "/dev/null",
+        "\0",
+        "caf\udce9",
+    ],
+)
 def test_where_no_run_can_be_written_is_one_line(output, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in ("file", "pipe", "link"):
@@ -1347,27 +1788,52 @@ def test_where_no_run_can_be_written_is_one_line(output, place, tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["", "logs", "logs/events.out.tfevents.1", "last.ckpt"])
-def test_a_run_that_may_not_be_changed_is_seen_before_anything_is_deleted(name, place, tmp_path, monkeypatch, capsys):
+def test_a_run_that_may_not_be_changed_is_seen_before_anything_is_deleted(
+    name, place, tmp_path, monkeypatch, capsys
+):
     """(also where the tests run as root, who may change everything)"""
     for output in OUTPUTS:
         (tmp_path / output).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / output).write_text("mine")
     closed, access = tmp_path / name, os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: os.path.realpath(path) != str(closed.parent if "tf" in name else closed)
-                        and access(path, mode))
-    line = outcome("train", ["--data_root", str(place / "data"), "--output_dir", str(tmp_path), "--overwrite"], capsys)
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: (
+            os.path.realpath(path) != str(closed.parent if "tf" in name else closed)
+            and access(path, mode)
+        ),
+    )
+    line = outcome(
+        "train",
+        ["--data_root", str(place / "data"), "--output_dir", str(tmp_path), "--overwrite"],
+        capsys,
+    )
     assert "cannot be written" in line and tree(tmp_path) == dict.fromkeys(OUTPUTS, b"mine")
 
 
-@pytest.mark.parametrize("part, name, value", [
-    ("run_options", "lr", float("nan")), ("run_options", "speeds", "fast"), ("run_options", "data_root", [1]),
-    ("model_options", "dropout_rate", 7.0), ("frontend", "num_mel_bins", 10**30), ("optim_options", "warmup_steps", None)])
-def test_options_within_a_checkpoint_are_checked_as_flags_are(part, name, value, place, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("run_options", "lr", float("nan")),
+        ("run_options", "speeds", "fast"),
+        ("run_options", "data_root", [1]),
+        ("model_options", "dropout_rate", 7.0),
+        ("frontend", "num_mel_bins", 10**30),
+        ("optim_options", "warmup_steps", None),
+    ],
+)
+def test_options_within_a_checkpoint_are_checked_as_flags_are(
+    part, name, value, place, tmp_path, capsys
+):
     checkpoint = torch.load(place / "best.ckpt", weights_only=True) | {"loops": {}}
     checkpoint[part] = checkpoint.get(part, {}) | {name: value}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     words = ["--data_root", str(place / "data")]
-    for more in (["--resume", str(tmp_path)], ["--init_from", str(tmp_path / "last.ckpt"), "--output_dir", str(tmp_path / "new")]):
+    for more in (
+        ["--resume", str(tmp_path)],
+        ["--init_from", str(tmp_path / "last.ckpt"), "--output_dir", str(tmp_path / "new")],
+    ):
         line = outcome("train", words + more, capsys)
         assert "last.ckpt: " in line and f"--{name} " in line
     assert os.listdir(tmp_path) == ["last.ckpt"]
@@ -1383,11 +1849,20 @@ def test_options_within_a_checkpoint_that_are_none_are_one_line(part, place, tmp
         assert "last.ckpt: " in outcome("train", words + more, capsys)
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "a\nb"), OSError("odd"), MemoryError(),
-                                   RecursionError("deep"), RuntimeError("CUDA out of memory. Tried to")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "a\nb"),
+        OSError("odd"),
+        MemoryError(),
+        RecursionError("deep"),
+        RuntimeError("CUDA out of memory. Tried to"),
+    ],
+)
 def test_bad_luck_that_no_place_has_foreseen_is_one_line(error, monkeypatch, capsys):
     def main(_):
         raise error
+
     monkeypatch.setattr(sys, "argv", ["x.py"])
     with pytest.raises(SystemExit, match="2"):
         cli.run(main)
@@ -1404,7 +1879,9 @@ def test_a_mistake_of_the_program_is_still_a_traceback(monkeypatch):
 
 
 def noise(seconds, loudness, seed=0):
-    return loudness * torch.randn(int(16000 * seconds), generator=torch.Generator().manual_seed(seed))
+    return loudness * torch.randn(
+        int(16000 * seconds), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def click(samples, value):
@@ -1413,13 +1890,21 @@ def click(samples, value):
 
 
 DEAFENING = {
-    "a click at the start": click(torch.zeros(800), 1e4), "a click in sound": click(noise(1, 0.05), -1e30),
-    "20 s of loud noise": noise(20, 0.5), "20 s of a constant": torch.full((320000,), 0.9),
-    "too loud": noise(5, 3), "a bang": torch.cat((noise(0.6, 0.05), noise(0.1, 1e4))), "a row of nan": torch.full((16000,), math.nan),
-    "one infinity": click(noise(1, 0.05), -math.inf), "half a minute of nothing": torch.zeros(480000)}
+    "a click at the start": click(torch.zeros(800), 1e4),
+    "a click in sound": click(noise(1, 0.05), -1e30),
+    "20 s of loud noise": noise(20, 0.5),
+    "20 s of a constant": torch.full((320000,), 0.9),
+    "too loud": noise(5, 3),
+    "a bang": torch.cat((noise(0.6, 0.05), noise(0.1, 1e4))),
+    "a row of nan": torch.full((16000,), math.nan),
+    "one infinity": click(noise(1, 0.05), -math.inf),
+    "half a minute of nothing": torch.zeros(480000),
+}
 
 
-@pytest.mark.parametrize("frontend", [Frontend(), Frontend(frontend="fbank")], ids=["log_mel", "fbank"])
+@pytest.mark.parametrize(
+    "frontend", [Frontend(), Frontend(frontend="fbank")], ids=["log_mel", "fbank"]
+)
 @pytest.mark.parametrize("attack", DEAFENING)
 def test_no_sound_deafens_a_stream_for_good(attack, frontend):
     """After twelve windows a stream hears what one hears that was spared; after a click, after two."""
@@ -1460,15 +1945,21 @@ def pipe():
         thread.join(60)
 
 
-@pytest.mark.parametrize("start, repeated", [
-    (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\xff\xff", bytes(2**16)),
-    (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\x3f\0", bytes(2**16)),
-    (b"RIFF\xff\xff\xff\xffWAVE", b"JUNK\0\0\0\0" * 2**13),
-    (b"RF64\xff\xff\xff\xffWAVE", b"ds64\0\0\0\0" * 2**13),
-    (b".snd\xff\xff\xff\xff" * 2, bytes(2**16)), (b"caff\0\1\0\0free" + b"\x7f" * 8, bytes(2**16)),
-    (b"", bytes(2**16)), (b"ID3\4\0\0\x7f\x7f\x7f\x7f", bytes(2**16)),
-    (b"fLaC\0", b"\xff" * 2**16)],
-    ids=["LIST", "LIST, small", "JUNK", "ds64", "au", "caf", "0", "ID3", "flac"])
+@pytest.mark.parametrize(
+    "start, repeated",
+    [
+        (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\xff\xff", bytes(2**16)),
+        (b"RIFF\xff\xff\xff\xffWAVELIST\xff\xff\x3f\0", bytes(2**16)),
+        (b"RIFF\xff\xff\xff\xffWAVE", b"JUNK\0\0\0\0" * 2**13),
+        (b"RF64\xff\xff\xff\xffWAVE", b"ds64\0\0\0\0" * 2**13),
+        (b".snd\xff\xff\xff\xff" * 2, bytes(2**16)),
+        (b"caff\0\1\0\0free" + b"\x7f" * 8, bytes(2**16)),
+        (b"", bytes(2**16)),
+        (b"ID3\4\0\0\x7f\x7f\x7f\x7f", bytes(2**16)),
+        (b"fLaC\0", b"\xff" * 2**16),
+    ],
+    ids=["LIST", "LIST, small", "JUNK", "ds64", "au", "caf", "0", "ID3", "flac"],
+)
 def test_a_pipe_whose_header_has_no_end_is_refused_in_little_memory(pipe, start, repeated):
     pipe(itertools.chain([start], itertools.repeat(repeated)))
     tracemalloc.start()
@@ -1497,8 +1988,16 @@ def test_a_pipe_whose_header_lies_is_sound_or_one_line(pipe, format):
 
 
 def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_is_heard(world):
-    command = [sys.executable, ROOT / "transcribe.py", "--checkpoint", world / "best.ckpt",
-               "--stream", "--chunk_size", "4", "-"]
+    command = [
+        sys.executable,
+        ROOT / "transcribe.py",
+        "--checkpoint",
+        world / "best.ckpt",
+        "--stream",
+        "--chunk_size",
+        "4",
+        "-",
+    ]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes)
     wav = sound_file(0.1 * np.sin(np.arange(3000)))
@@ -1518,51 +2017,105 @@ def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_i
 
 
 def test_a_stream_of_integer_steps_is_scaled_as_any_other():
-    (fine, _), (coarse, _) = (stream_features(Frontend())(scale * noise(1, 0.05), feature_state()) for scale in (1, 32768))
+    (fine, _), (coarse, _) = (
+        stream_features(Frontend())(scale * noise(1, 0.05), feature_state()) for scale in (1, 32768)
+    )
     torch.testing.assert_close(coarse, fine, rtol=0, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------- small, but wrong
 
 
-SCORE = {"checkpoint": "runs/a/best.ckpt", "data_root": "data/a", "split": "dev", "mode": "attention_rescoring", "stream": False,
-         "concatenate": False, "beam_size": 10, "chunk_size": -1, "left_chunks": -1, "ctc_weight": 0.5, "reverse_weight": 0.3,
-         "utterances": 9, "wer": 0.5, "cer": 0.25, "rtf": 0.1}
+SCORE = {
+    "checkpoint": "runs/a/best.ckpt",
+    "data_root": "data/a",
+    "split": "dev",
+    "mode": "attention_rescoring",
+    "stream": False,
+    "concatenate": False,
+    "beam_size": 10,
+    "chunk_size": -1,
+    "left_chunks": -1,
+    "ctc_weight": 0.5,
+    "reverse_weight": 0.3,
+    "utterances": 9,
+    "wer": 0.5,
+    "cer": 0.25,
+    "rtf": 0.1,
+}
 
 
 def write_scores(folder: Path, *scores: dict, end: str = "") -> None:
     folder.mkdir(exist_ok=True)
     (folder / "best.ckpt").touch()
     (folder / "run.json").write_text(json.dumps({"options": {}, "metrics": {}}))
-    (folder / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores) + end)
+    (folder / "scores.jsonl").write_text(
+        "".join(json.dumps(score) + "\n" for score in scores) + end
+    )
 
 
-@pytest.mark.parametrize("asked", [{"hotwords": "names.txt", "context_score": 2.0}, {"beam_size": 1}, {"ctc_weight": 0.0},
-                                   {"reverse_weight": 0}, {"concatenate": True}, {"checkpoint": "runs/a/last.ckpt"}], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"hotwords": "names.txt", "context_score": 2.0},
+        {"beam_size": 1},
+        {"ctc_weight": 0.0},
+        {"reverse_weight": 0},
+        {"concatenate": True},
+        {"checkpoint": "runs/a/last.ckpt"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_score_that_was_asked_for_otherwise_is_not_shown_as_the_plain_one(asked, plain, tmp_path, capsys):
-    import compare, export
+def test_a_score_that_was_asked_for_otherwise_is_not_shown_as_the_plain_one(
+    asked, plain, tmp_path, capsys
+):
+    from tools import compare, export
+
     write_scores(tmp_path / "run", *[SCORE] * plain, {**SCORE, **asked, "wer": 0.125})
     compare.main([str(tmp_path / "run")])
     header, *rows = capsys.readouterr().out.split("scores\n")[1].splitlines()
-    assert len(rows) == 1 + plain and (set(asked) <= set(header.split()) or not plain and "checkpoint" in asked)
+    assert len(rows) == 1 + plain and (
+        set(asked) <= set(header.split()) or not plain and "checkpoint" in asked
+    )
     card = export.numbers(str(tmp_path / "run" / "best.ckpt"))
     assert "0.1250" not in card and ("0.5000" in card) == plain and ("None yet" in card) != plain
 
 
-def test_scores_of_several_data_roots_say_so_and_an_older_one_gives_way_to_the_same_asked_again(tmp_path, capsys):
-    import compare, export
+def test_scores_of_several_data_roots_say_so_and_an_older_one_gives_way_to_the_same_asked_again(
+    tmp_path, capsys
+):
+    from tools import compare, export
+
     other = {**SCORE, "data_root": "data/b"}
-    write_scores(tmp_path / "run", {**SCORE, "wer": 0.9}, other, {**SCORE, "rtf": 0.2}, end='{"split": "dev", "mode": "att')
+    write_scores(
+        tmp_path / "run",
+        {**SCORE, "wer": 0.9},
+        other,
+        {**SCORE, "rtf": 0.2},
+        end='{"split": "dev", "mode": "att',
+    )
     compare.main([str(tmp_path / "run")])
     header, *rows = capsys.readouterr().out.split("scores\n")[1].splitlines()
     assert "data_root" in header and len(rows) == 2 and "0.9" not in "".join(rows)
     assert "data/b" in export.numbers(str(tmp_path / "run" / "best.ckpt"))
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe{", b"[" * 10**5, b"{}", b"[1]", b'{"wer": NaN, "mode": 1}', b"\0", b'{"mode": "\xe2\x82'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe{",
+        b"[" * 10**5,
+        b"{}",
+        b"[1]",
+        b'{"wer": NaN, "mode": 1}',
+        b"\0",
+        b'{"mode": "\xe2\x82',
+    ],
+)
 def test_lines_that_are_no_scores_are_passed_over(line, tmp_path):
-    import compare
+    from tools import compare
+
     write_scores(tmp_path / "run", SCORE)
     with open(tmp_path / "run" / "scores.jsonl", "ab") as file:
         file.write(line)
@@ -1570,17 +2123,26 @@ def test_lines_that_are_no_scores_are_passed_over(line, tmp_path):
 
 
 def test_a_score_says_what_it_was_asked_for(place, capsys, monkeypatch):
-    import compare, score
+    import score
+    from tools import compare
+
     monkeypatch.chdir(place)
     (place / "names.txt").write_text("ab\n")
-    score.main("--checkpoint best.ckpt --data_root data --split dev --hotwords names.txt --beam_size 3".split())
+    score.main(
+        "--checkpoint best.ckpt --data_root data --split dev --hotwords names.txt --beam_size 3".split()
+    )
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(SCORE) <= set(said) and said["data_root"] == "data" and said["checkpoint"] == "best.ckpt"
+    assert (
+        set(SCORE) <= set(said)
+        and said["data_root"] == "data"
+        and said["checkpoint"] == "best.ckpt"
+    )
     assert set(compare.unusual(said)) == {"hotwords", "context_score", "beam_size"}
 
 
 def test_no_validation_is_of_an_epoch_behind_the_last(place, tmp_path, caplog):
     import train
+
     words = f"--data_root {place / 'data'} --output_dir {tmp_path / 'run'} {SIZES} --num_workers 0 --check_val_every_n_epoch 2"
     with caplog.at_level("INFO"):
         train.main([*words.split(), "--max_epochs", "3"])

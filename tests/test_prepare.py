@@ -11,6 +11,9 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import cli
+from cli import UserError
+
 import datasets
 import numpy as np
 import pyarrow.parquet
@@ -18,11 +21,9 @@ import pytest
 import soundfile
 
 import audio
-import cli
 import files
 import prepare
 import tokenizer as tk
-from cli import UserError
 from files import MARK
 
 PREPARE = Path(prepare.__file__)
@@ -30,7 +31,9 @@ PREPARE = Path(prepare.__file__)
 
 def tone(seconds=0.5, rate=16000, channels=1, frequency=300.0):
     """A sine of amplitude 0.5; with two channels the second is silent."""
-    wave = 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate).astype(np.float32)
+    wave = 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate).astype(
+        np.float32
+    )
     return wave if channels == 1 else np.stack([wave, np.zeros_like(wave)], axis=1)
 
 
@@ -43,13 +46,17 @@ def write_split(folder, rows, header=("file_name", "transcription", "speaker"), 
         for row in rows:
             writer.writerow(row)
             if row[0]:
-                soundfile.write(folder / row[0], tone(rate=rate), rate, subtype="FLOAT", format="WAV")
+                soundfile.write(
+                    folder / row[0], tone(rate=rate), rate, subtype="FLOAT", format="WAV"
+                )
 
 
 @pytest.fixture
 def source(tmp_path):
     src = tmp_path / "src"
-    write_split(src / "train", [(f"{i}.wav", f"hello book {'abcde'[i]}", f"s{i}") for i in range(5)])
+    write_split(
+        src / "train", [(f"{i}.wav", f"hello book {'abcde'[i]}", f"s{i}") for i in range(5)]
+    )
     write_split(src / "dev", [("0.wav", "hello", "s9"), ("1.wav", "book", "s9")])
     return src
 
@@ -61,22 +68,39 @@ def run(source, root, *more):
 
 def rows_of(root, split="train"):
     shards = sorted((Path(root) / split).iterdir(), key=lambda p: int(p.name))
-    return [row for shard in shards for row in datasets.load_from_disk(str(shard)).with_format("numpy")]
+    return [
+        row for shard in shards for row in datasets.load_from_disk(str(shard)).with_format("numpy")
+    ]
 
 
 def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_a_folder_becomes_shards_with_the_promised_columns(source, tmp_path):
     assert run(source, tmp_path / "root", "--shard_rows", "2") == (7, 0)
-    assert sorted(os.listdir(tmp_path / "root")) == [MARK, "dev", "rejected.csv", "tokenizer.json", "train"]
+    assert sorted(os.listdir(tmp_path / "root")) == [
+        MARK,
+        "dev",
+        "rejected.csv",
+        "tokenizer.json",
+        "train",
+    ]
     assert sorted(os.listdir(tmp_path / "root/train")) == ["0", "1", "2"]
     features = datasets.load_from_disk(str(tmp_path / "root/train/0")).features
-    assert features == datasets.Features({
-        "input_values": datasets.List(datasets.Value("float32")),
-        "labels": {"input_ids": datasets.List(datasets.Value("int32"))}, "length": datasets.Value("int64"),
-        "text": datasets.Value("string"), "speaker": datasets.Value("string")})
+    assert features == datasets.Features(
+        {
+            "input_values": datasets.List(datasets.Value("float32")),
+            "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
+            "length": datasets.Value("int64"),
+            "text": datasets.Value("string"),
+            "speaker": datasets.Value("string"),
+        }
+    )
     tokenizer = tk.load_tokenizer(tmp_path / "root/tokenizer.json")
     rows = rows_of(tmp_path / "root")
     assert [r["text"] for r in rows] == [f"hello book {c}" for c in "abcde"]
@@ -142,8 +166,12 @@ def spoiled(value, at=50):
 
 
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(500)
-STREAMED = encoded(tone())[:40] + b"\xff\xff\xff\xff" + encoded(tone())[44:]  # written to a pipe: the size was not known
-UNENDING = encoded(tone(), format="FLAC")[:21] + b"\xff" * 5 + encoded(tone(), format="FLAC")[26:]  # says: 2^36 - 1 samples
+STREAMED = (
+    encoded(tone())[:40] + b"\xff\xff\xff\xff" + encoded(tone())[44:]
+)  # written to a pipe: the size was not known
+UNENDING = (
+    encoded(tone(), format="FLAC")[:21] + b"\xff" * 5 + encoded(tone(), format="FLAC")[26:]
+)  # says: 2^36 - 1 samples
 ODD = {  # name: (content, samples kept or reason)
     "8 bit.wav": (encoded(tone(), subtype="PCM_U8"), 8000),
     "24 bit.wav": (encoded(tone(), subtype="PCM_24"), 8000),
@@ -163,21 +191,45 @@ ODD = {  # name: (content, samples kept or reason)
     "film.wav": (MP4, "cannot be decoded: Format not recognised."),
     "no sample.wav": (encoded(tone(0)), "no samples"),
     "silence.wav": (encoded(0 * tone()), "silent: all samples are 0"),
-    "constant.wav": (encoded(np.full(8000, 0.25)), "silent: all samples are 0.25, give or take 0 steps of 16 bits"),
+    "constant.wav": (
+        encoded(np.full(8000, 0.25)),
+        "silent: all samples are 0.25, give or take 0 steps of 16 bits",
+    ),
     "constant at 8 kHz.wav": (encoded(np.full(8000, -0.5), 8000), "silent: all samples are -0.5"),
-    "hiss.mp3": (encoded(np.random.default_rng(0).normal(0, 3, 8000) / 32768, format="MP3"), "silent: all samples are "),
-    "hiss.flac": (encoded(np.random.default_rng(0).integers(-4, 5, 8000) / 32768, format="FLAC"), "silent: all samples are "),
-    "hiss.wav": (encoded(0.1 + np.random.default_rng(0).normal(0, 3, (8000, 2)) / 32768), "silent: all samples are 0.0999"),
+    "hiss.mp3": (
+        encoded(np.random.default_rng(0).normal(0, 3, 8000) / 32768, format="MP3"),
+        "silent: all samples are ",
+    ),
+    "hiss.flac": (
+        encoded(np.random.default_rng(0).integers(-4, 5, 8000) / 32768, format="FLAC"),
+        "silent: all samples are ",
+    ),
+    "hiss.wav": (
+        encoded(0.1 + np.random.default_rng(0).normal(0, 3, (8000, 2)) / 32768),
+        "silent: all samples are 0.0999",
+    ),
     "soft.wav": (encoded(tone() / 200), 8000),
-    "a word in a long silence.wav": (encoded(np.concatenate([np.zeros(160000), tone(0.3), np.zeros(160000)])), 324800),
+    "a word in a long silence.wav": (
+        encoded(np.concatenate([np.zeros(160000), tone(0.3), np.zeros(160000)])),
+        324800,
+    ),
     "inverted.wav": (encoded(np.stack([tone(), -tone()], axis=1)), 8000),
     "nan.wav": (spoiled(np.nan), "samples are not finite"),
     "inf.wav": (spoiled(-np.inf), "samples are not finite"),
-    "both infs.wav": (encoded(np.array([[np.inf, -np.inf]] * 9), subtype="FLOAT"), "samples are not finite"),
+    "both infs.wav": (
+        encoded(np.array([[np.inf, -np.inf]] * 9), subtype="FLOAT"),
+        "samples are not finite",
+    ),
     "loud.wav": (spoiled(3e38), "samples as large as 3e+38; full scale is 1"),
-    "loud 48 kHz.wav": (encoded(np.full(999, -3.4e38), 48000, subtype="FLOAT"), "samples as large as 3e+38; full scale is 1"),
+    "loud 48 kHz.wav": (
+        encoded(np.full(999, -3.4e38), 48000, subtype="FLOAT"),
+        "samples as large as 3e+38; full scale is 1",
+    ),
     "1 Hz.wav": (encoded(tone(), 1), "sample rate 1: it must be 4000 to 384000"),
-    "500 MHz.wav": (encoded(tone(), 500_000_000), "sample rate 500000000: it must be 4000 to 384000"),
+    "500 MHz.wav": (
+        encoded(tone(), 500_000_000),
+        "sample rate 500000000: it must be 4000 to 384000",
+    ),
     "unending.flac": (UNENDING, "cut short: 0.5 s of 4294967.3 s"),
     "gone.wav": (None, "file missing"),
     "folder.wav": ("a folder", "file missing"),
@@ -197,25 +249,41 @@ def test_odd_files_are_used_or_rejected_with_their_reason(tmp_path):
             (folder / name).write_bytes(content)
         elif content:
             (folder / name).mkdir()
-    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},{name}\n" for name in ODD))
+    (folder / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},{name}\n" for name in ODD)
+    )
     kept, rejected = run(tmp_path / "src", tmp_path / "root")
     lengths = {row["text"]: row["length"] for row in rows_of(tmp_path / "root")}
     reasons = dict(rejections(tmp_path / "root"))
     assert kept + rejected == len(lengths) + len(reasons) == len(ODD)
     for name, (_, expected) in ODD.items():
         got = lengths.get(name, reasons.get(name))
-        assert got == expected if isinstance(expected, int) else got.startswith(expected), (name, got)
+        assert got == expected if isinstance(expected, int) else got.startswith(expected), (
+            name,
+            got,
+        )
 
 
-@pytest.mark.parametrize("format, subtype", [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAVEX", "PCM_16"), ("AIFF", "PCM_24"),
-                                             ("AU", "ULAW"), ("FLAC", "PCM_16"), ("MP3", None), ("OGG", "VORBIS"),
-                                             ("OGG", "OPUS")])
+@pytest.mark.parametrize(
+    "format, subtype",
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "FLOAT"),
+        ("WAVEX", "PCM_16"),
+        ("AIFF", "PCM_24"),
+        ("AU", "ULAW"),
+        ("FLAC", "PCM_16"),
+        ("MP3", None),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+    ],
+)
 def test_a_file_that_is_cut_short_is_refused_and_the_whole_one_is_not(format, subtype):
     content = encoded(tone(2.0), 16000, format, subtype)
     assert len(prepare.read_audio(content)) == 32000
     for share in (0.8, 0.5, 0.1, 0.01):
         with pytest.raises(UserError, match="^(cut short|cannot be decoded): "):
-            prepare.read_audio(content[:int(share * len(content))])
+            prepare.read_audio(content[: int(share * len(content))])
 
 
 def test_many_channels_take_no_more_memory_than_one(tmp_path, monkeypatch):
@@ -243,8 +311,14 @@ def test_long_rows_are_written_before_they_fill_the_memory(source, tmp_path, mon
     monkeypatch.setattr(prepare, "BATCH_SAMPLES", 15000)  # the fixture's rows have 8000
     waiting = []
     write = prepare.ShardWriter.write
-    monkeypatch.setattr(prepare.ShardWriter, "write", lambda self, example: (
-        write(self, example), self._writer and waiting.append(len(self._writer.current_examples))))
+    monkeypatch.setattr(
+        prepare.ShardWriter,
+        "write",
+        lambda self, example: (
+            write(self, example),
+            self._writer and waiting.append(len(self._writer.current_examples)),
+        ),
+    )
     run(source, tmp_path / "root")
     assert waiting == [1, 0, 1, 0, 1, 0, 1]
     assert [r["text"] for r in rows_of(tmp_path / "root")] == [f"hello book {c}" for c in "abcde"]
@@ -253,12 +327,20 @@ def test_long_rows_are_written_before_they_fill_the_memory(source, tmp_path, mon
 # Odd metadata
 
 
-METADATA = "file_name,transcription,speaker\n0.wav,hello,s\n1.wav,\"book, two\nlines \"\"quoted\"\"\",s\n"
+METADATA = 'file_name,transcription,speaker\n0.wav,hello,s\n1.wav,"book, two\nlines ""quoted""",s\n'
 
 
-@pytest.mark.parametrize("content", [
-    METADATA.encode("utf-8-sig"), METADATA.replace("\n", "\r\n").encode(), METADATA.replace("\n", "\n\n").encode(),
-    METADATA.replace("file_name,transcription", "file_name,notes,transcription").replace(".wav", ".wav,-").encode()])
+@pytest.mark.parametrize(
+    "content",
+    [
+        METADATA.encode("utf-8-sig"),
+        METADATA.replace("\n", "\r\n").encode(),
+        METADATA.replace("\n", "\n\n").encode(),
+        METADATA.replace("file_name,transcription", "file_name,notes,transcription")
+        .replace(".wav", ".wav,-")
+        .encode(),
+    ],
+)
 def test_bom_crlf_blank_lines_quotes_and_more_columns_make_no_difference(content, source, tmp_path):
     (source / "train/metadata.csv").write_bytes(content)
     assert run(source, tmp_path / "root") == (4, 0)
@@ -266,11 +348,15 @@ def test_bom_crlf_blank_lines_quotes_and_more_columns_make_no_difference(content
 
 
 def test_a_row_that_does_not_fit_its_header_is_rejected(source, tmp_path):
-    (source / "train/metadata.csv").write_text("file_name,text,speaker\n0.wav,hello\n1.wav,well, well,s\n2.wav\n,hi,s\n")
+    (source / "train/metadata.csv").write_text(
+        "file_name,text,speaker\n0.wav,hello\n1.wav,well, well,s\n2.wav\n,hi,s\n"
+    )
     assert run(source, tmp_path / "root") == (3, 3)
     assert rejections(tmp_path / "root") == [
-        ("1.wav", "more fields than columns; put a text with commas between quotation marks"), ("2.wav", "empty text"),
-        ("", "no file name")]
+        ("1.wav", "more fields than columns; put a text with commas between quotation marks"),
+        ("2.wav", "empty text"),
+        ("", "no file name"),
+    ]
 
 
 def test_a_name_may_not_lead_out_of_the_source_but_a_link_may(source, tmp_path):
@@ -278,10 +364,19 @@ def test_a_name_may_not_lead_out_of_the_source_but_a_link_may(source, tmp_path):
     for place in (tmp_path / "other/0.wav", tmp_path / "src-2.wav"):
         place.write_bytes(encoded(tone()))
     (source / "train/linked").symlink_to(tmp_path / "other")
-    bad = ["../../other/0.wav", "/etc/passwd", str(tmp_path / "other/0.wav"), "linked/../../../other/0.wav", "../../src-2.wav",
-           "..", "../../../../../../../../etc/passwd"]
+    bad = [
+        "../../other/0.wav",
+        "/etc/passwd",
+        str(tmp_path / "other/0.wav"),
+        "linked/../../../other/0.wav",
+        "../../src-2.wav",
+        "..",
+        "../../../../../../../../etc/passwd",
+    ]
     good = ["linked/0.wav", "../dev/1.wav", str(source / "dev/0.wav"), "nowhere/../0.wav"]
-    (source / "train/metadata.csv").write_text("file_name,text\n" + "".join(f"{name},hello\n" for name in good + bad))
+    (source / "train/metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},hello\n" for name in good + bad)
+    )
     assert run(source, tmp_path / "root") == (len(good) + 2, len(bad))
     assert [name for name, _ in rejections(tmp_path / "root")] == bad
     reasons = {reason for _, reason in rejections(tmp_path / "root")}
@@ -289,42 +384,81 @@ def test_a_name_may_not_lead_out_of_the_source_but_a_link_may(source, tmp_path):
 
 
 def test_a_file_named_twice_is_used_once_and_not_at_all_where_the_texts_differ(source, tmp_path):
-    rows = [("0.wav", "hello"), ("1.wav", "one"), ("./0.wav", " hello "), ("1.wav", "two"), ("2.wav", ""), ("2.wav", "book")]
-    (source / "train/metadata.csv").write_text("file_name,text\n" + "".join(f"{name},{text}\n" for name, text in rows))
+    rows = [
+        ("0.wav", "hello"),
+        ("1.wav", "one"),
+        ("./0.wav", " hello "),
+        ("1.wav", "two"),
+        ("2.wav", ""),
+        ("2.wav", "book"),
+    ]
+    (source / "train/metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},{text}\n" for name, text in rows)
+    )
     assert run(source, tmp_path / "root") == (4, 4)
     assert [r["text"] for r in rows_of(tmp_path / "root")] == ["hello", "book"]
-    differ, same = "several rows with different texts name this file", "an earlier row with the same text names this file"
-    assert rejections(tmp_path / "root") == [("1.wav", differ), ("./0.wav", same), ("1.wav", differ), ("2.wav", "empty text")]
+    differ, same = (
+        "several rows with different texts name this file",
+        "an earlier row with the same text names this file",
+    )
+    assert rejections(tmp_path / "root") == [
+        ("1.wav", differ),
+        ("./0.wav", same),
+        ("1.wav", differ),
+        ("2.wav", "empty text"),
+    ]
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "has no rows"),
-    (b"\xef\xbb\xbf", "has no rows"),
-    (b"file_name,text\n0.wav,ok\n1.wav,caf\xe9\n", r"metadata.csv is not in UTF-8: line 3 has the byte 0xe9; save it"),
-    ("file_name,text\n0.wav,hi\n".encode("utf-16"), "not in UTF-8: line 1 has the byte 0xff"),
-    (b'file_name,text\n0.wav,hi\n1.wav,"hello\n2.wav,you\n', "from line 3 on: .* is a quotation mark left open"),
-    (b'file_name,text\n0.wav,"hi" he said\n', "from line 2 on"),
-    (b"file_name,text\n0.wav," + b"x" * 200_000 + b"\n", "from line 2 on: field larger"),
-    (b"file_name,text,text\n0.wav,a,b\n", "two columns text"),
-    (b"file_name;text\n0.wav;a\n", "no column file_name; its columns are file_name;text"),
-    (b"file_name,words\n0.wav,a\n", "no column transcription or text .*--text_column"),
-])
-def test_metadata_that_cannot_be_read_is_one_line_that_says_where(content, message, source, tmp_path):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "has no rows"),
+        (b"\xef\xbb\xbf", "has no rows"),
+        (
+            b"file_name,text\n0.wav,ok\n1.wav,caf\xe9\n",
+            r"metadata.csv is not in UTF-8: line 3 has the byte 0xe9; save it",
+        ),
+        ("file_name,text\n0.wav,hi\n".encode("utf-16"), "not in UTF-8: line 1 has the byte 0xff"),
+        (
+            b'file_name,text\n0.wav,hi\n1.wav,"hello\n2.wav,you\n',
+            "from line 3 on: .* is a quotation mark left open",
+        ),
+        (b'file_name,text\n0.wav,"hi" he said\n', "from line 2 on"),
+        (b"file_name,text\n0.wav," + b"x" * 200_000 + b"\n", "from line 2 on: field larger"),
+        (b"file_name,text,text\n0.wav,a,b\n", "two columns text"),
+        (b"file_name;text\n0.wav;a\n", "no column file_name; its columns are file_name;text"),
+        (b"file_name,words\n0.wav,a\n", "no column transcription or text .*--text_column"),
+    ],
+)
+def test_metadata_that_cannot_be_read_is_one_line_that_says_where(
+    content, message, source, tmp_path
+):
     (source / "train/metadata.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
         run(source, tmp_path / "root")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
-@pytest.mark.parametrize("columns, expected", [
-    ({"audio": ["a.wav", "gone.wav", "/etc/passwd", "../a.wav", None]}, ["file missing", "lies out", "lies out", "no audio"]),
-    ({"audio": [encoded(tone()), b"junk", b"", None]}, ["cannot be decoded: Format", "cannot be decoded: it has", "no audio"]),
-    ({"audio": [1, 2]}, "--audio_column"),
-    ({"audio": [[0.1], [0.2]]}, "--audio_column"),
-    ({"audio": [encoded(tone())], "text": [["hello"]]}, "a list is neither text"),
-    ({"audio": [encoded(tone())], "text": [b"hello"]}, "a bytes is neither text"),
-])
-def test_odd_parquet_columns_are_rejected_row_by_row_or_refused_in_one_line(columns, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        (
+            {"audio": ["a.wav", "gone.wav", "/etc/passwd", "../a.wav", None]},
+            ["file missing", "lies out", "lies out", "no audio"],
+        ),
+        (
+            {"audio": [encoded(tone()), b"junk", b"", None]},
+            ["cannot be decoded: Format", "cannot be decoded: it has", "no audio"],
+        ),
+        ({"audio": [1, 2]}, "--audio_column"),
+        ({"audio": [[0.1], [0.2]]}, "--audio_column"),
+        ({"audio": [encoded(tone())], "text": [["hello"]]}, "a list is neither text"),
+        ({"audio": [encoded(tone())], "text": [b"hello"]}, "a bytes is neither text"),
+    ],
+)
+def test_odd_parquet_columns_are_rejected_row_by_row_or_refused_in_one_line(
+    columns, expected, tmp_path, monkeypatch
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.wav").write_bytes(encoded(tone()))
@@ -337,46 +471,94 @@ def test_odd_parquet_columns_are_rejected_row_by_row_or_refused_in_one_line(colu
     assert run(tmp_path / "src", tmp_path / "root")[0] == 1
     reasons = [reason for _, reason in rejections(tmp_path / "root")]
     assert sorted(reason[:4] for reason in reasons) == sorted(
-        e[:4] for e in expected + ["lies out"] * (len(columns["audio"]) - 1 - len(expected)))
+        e[:4] for e in expected + ["lies out"] * (len(columns["audio"]) - 1 - len(expected))
+    )
 
 
 def test_text_is_nfc_and_changes_only_where_flags_say(tmp_path):
     text = "Cafe\u0301,  DON'T\tstop - ПРИВЕТ!"
     write_split(tmp_path / "src/train", [("a.wav", text, "s")])
-    expected = {(): "Caf\u00e9, DON'T stop - ПРИВЕТ!", ("--lowercase",): "caf\u00e9, don't stop - привет!",
-                ("--uppercase", "--remove_punctuation"): "CAF\u00c9 DON'T STOP ПРИВЕТ"}
+    expected = {
+        (): "Caf\u00e9, DON'T stop - ПРИВЕТ!",
+        ("--lowercase",): "caf\u00e9, don't stop - привет!",
+        ("--uppercase", "--remove_punctuation"): "CAF\u00c9 DON'T STOP ПРИВЕТ",
+    }
     for i, (flags, wanted) in enumerate(expected.items()):
         run(tmp_path / "src", tmp_path / f"root{i}", *flags)
         row = rows_of(tmp_path / f"root{i}")[0]
         assert row["text"] == wanted
-        assert tk.load_tokenizer(tmp_path / f"root{i}/tokenizer.json").decode(row["labels"]["input_ids"]) == wanted
+        assert (
+            tk.load_tokenizer(tmp_path / f"root{i}/tokenizer.json").decode(
+                row["labels"]["input_ids"]
+            )
+            == wanted
+        )
 
 
-@pytest.mark.parametrize("text, flags, wanted", [
-    ("\u200b", (), ""), ("\ufeff \u00ad\u2060", (), ""), ("\u200d\ufe0f\u3164", (), ""), ("\u2800 \u034f", (), ""),
-    ("\ufeffso\u00ad-and\u200b-so\u200e", (), "so-and-so"), ("e\u200b\u0301", (), "\u00e9"),
-    ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0915\u094d\u200d\u0937 \u2764\ufe0f", (), None),
-    ("\u0130I\u0130 I\u0307 \u0131", ("--lowercase",), "iii i \u0131"), ("\u017e\u0117 \u0116", ("--lowercase",), "\u017e\u0117 \u0117"),
-    ("stra\u00dfe i\u0307", ("--uppercase",), "STRASSE \u0130"), ("a\u037eb", ("--remove_punctuation",), "a b")])
+@pytest.mark.parametrize(
+    "text, flags, wanted",
+    [
+        ("\u200b", (), ""),
+        ("\ufeff \u00ad\u2060", (), ""),
+        ("\u200d\ufe0f\u3164", (), ""),
+        ("\u2800 \u034f", (), ""),
+        ("\ufeffso\u00ad-and\u200b-so\u200e", (), "so-and-so"),
+        ("e\u200b\u0301", (), "\u00e9"),
+        (
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0915\u094d\u200d\u0937 \u2764\ufe0f",
+            (),
+            None,
+        ),
+        ("\u0130I\u0130 I\u0307 \u0131", ("--lowercase",), "iii i \u0131"),
+        ("\u017e\u0117 \u0116", ("--lowercase",), "\u017e\u0117 \u0117"),
+        ("stra\u00dfe i\u0307", ("--uppercase",), "STRASSE \u0130"),
+        ("a\u037eb", ("--remove_punctuation",), "a b"),
+    ],
+)
 def test_what_shows_nothing_goes_and_case_leaves_no_loose_mark(text, flags, wanted):
     options = prepare.parse(["--source", "s", "--data_root", "r", *flags])
     assert prepare.clean_text(text, options) == (text if wanted is None else wanted)
 
 
-def test_unknown_characters_and_labels_that_say_something_else_are_told_with_a_row(tmp_path, capsys):
-    rows = [("a.wav", "chico bueno que chico", "s"), ("b.wav", "bueno \u00f1\u4e2d", "s"), ("c.wav", "\u4e2d\u0301 o\u2800", "s")]
+def test_unknown_characters_and_labels_that_say_something_else_are_told_with_a_row(
+    tmp_path, capsys
+):
+    rows = [
+        ("a.wav", "chico bueno que chico", "s"),
+        ("b.wav", "bueno \u00f1\u4e2d", "s"),
+        ("c.wav", "\u4e2d\u0301 o\u2800", "s"),
+    ]
     write_split(tmp_path / "src/train", rows)
-    write_split(tmp_path / "src/dev", [("d.wav", "bueno \u00e4\u00e4" + "".join(map(chr, range(0x4e00, 0x4e0b))) + "o" * 20, "s")])
+    write_split(
+        tmp_path / "src/dev",
+        [
+            (
+                "d.wav",
+                "bueno \u00e4\u00e4" + "".join(map(chr, range(0x4E00, 0x4E0B))) + "o" * 20,
+                "s",
+            )
+        ],
+    )
     tokens = ["<pad>", "<unk>", "|", "ch", *"bceinoqu"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     run(tmp_path / "src", tmp_path / "root", "--tokenizer", str(tmp_path / "vocab.json"))
     lines = capsys.readouterr().out.splitlines()
-    assert ("train: 5 of 31 tokens are unknown to the tokenizer: '\u4e2d' x 2 (as in b.wav), '\u00f1' x 1 (as in b.wav), "
-            "U+0301 x 1 (as in c.wav), U+2800 x 1 (as in c.wav)") in lines
-    assert any(line.startswith("train: the labels of 1 rows say something else") and
-               line.endswith("'chico bueno quechico' for 'chico bueno que chico' of a.wav") for line in lines)
-    assert any(line.startswith("dev: 13 of 39 tokens are unknown to the tokenizer: '\u00e4' x 2 (as in d.wav), ") and
-               line.endswith(" and 2 others") for line in lines)
+    assert (
+        "train: 5 of 31 tokens are unknown to the tokenizer: '\u4e2d' x 2 (as in b.wav), '\u00f1' x 1 (as in b.wav), "
+        "U+0301 x 1 (as in c.wav), U+2800 x 1 (as in c.wav)"
+    ) in lines
+    assert any(
+        line.startswith("train: the labels of 1 rows say something else")
+        and line.endswith("'chico bueno quechico' for 'chico bueno que chico' of a.wav")
+        for line in lines
+    )
+    assert any(
+        line.startswith(
+            "dev: 13 of 39 tokens are unknown to the tokenizer: '\u00e4' x 2 (as in d.wav), "
+        )
+        and line.endswith(" and 2 others")
+        for line in lines
+    )
 
 
 def test_bpe_and_a_given_tokenizer(source, tmp_path):
@@ -393,7 +575,9 @@ def test_bpe_and_a_given_tokenizer(source, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     run(source, tmp_path / "vocab", "--tokenizer", str(tmp_path / "vocab.json"))
     row = rows_of(tmp_path / "vocab")[0]
-    np.testing.assert_array_equal(row["labels"]["input_ids"], [vocabulary[c] for c in "hello|book|a"])
+    np.testing.assert_array_equal(
+        row["labels"]["input_ids"], [vocabulary[c] for c in "hello|book|a"]
+    )
 
 
 def parquet_source(folder, names):
@@ -402,9 +586,17 @@ def parquet_source(folder, names):
     for name in names:
         file = io.BytesIO()
         soundfile.write(file, tone(), 16000, format="FLAC")
-        audio = [{"bytes": file.getvalue(), "path": f"{name}.flac"}, {"bytes": b"junk", "path": "junk.flac"}]
-        features = datasets.Features({"audio": datasets.Audio(decode=False), "text": datasets.Value("string"),
-                                      "speaker_id": datasets.Value("int64")})
+        audio = [
+            {"bytes": file.getvalue(), "path": f"{name}.flac"},
+            {"bytes": b"junk", "path": "junk.flac"},
+        ]
+        features = datasets.Features(
+            {
+                "audio": datasets.Audio(decode=False),
+                "text": datasets.Value("string"),
+                "speaker_id": datasets.Value("int64"),
+            }
+        )
         columns = {"audio": audio, "text": [f"IN {name}"] * 2, "speaker_id": [84, 85]}
         table = pyarrow.table(columns, schema=features.arrow_schema)
         pyarrow.parquet.write_table(table, folder / f"data/{name}-00000-of-00001.parquet")
@@ -415,10 +607,16 @@ def test_local_parquet_is_read_like_librispeech_on_the_hub(tmp_path, monkeypatch
     names = ["train.clean.100", "train.clean.360", "validation.clean", "test.clean", "test.other"]
     parquet_source(tmp_path / "src", names)
     assert run(tmp_path / "src", tmp_path / "root") == (5, 5)
-    texts = {split: [r["text"] for r in rows_of(tmp_path / "root", split)]
-             for split in ("train", "dev", "eval_clean", "eval_other")}
-    assert texts == {"train": ["IN train.clean.100", "IN train.clean.360"], "dev": ["IN validation.clean"],
-                     "eval_clean": ["IN test.clean"], "eval_other": ["IN test.other"]}
+    texts = {
+        split: [r["text"] for r in rows_of(tmp_path / "root", split)]
+        for split in ("train", "dev", "eval_clean", "eval_other")
+    }
+    assert texts == {
+        "train": ["IN train.clean.100", "IN train.clean.360"],
+        "dev": ["IN validation.clean"],
+        "eval_clean": ["IN test.clean"],
+        "eval_other": ["IN test.other"],
+    }
     assert rows_of(tmp_path / "root")[0]["speaker"] == "84"
     np.testing.assert_allclose(rows_of(tmp_path / "root")[0]["input_values"], tone(), atol=1e-4)
     assert "junk.flac" in (tmp_path / "root/rejected.csv").read_text()
@@ -427,7 +625,9 @@ def test_local_parquet_is_read_like_librispeech_on_the_hub(tmp_path, monkeypatch
 def test_a_torn_parquet_file_is_one_clear_error(tmp_path):
     parquet_source(tmp_path / "src", ["train", "test"])
     file = tmp_path / "src/data/train-00000-of-00001.parquet"
-    file.write_bytes(b"PAR1" + bytes(200) + file.read_bytes()[204:])  # its first page; the footer is whole
+    file.write_bytes(
+        b"PAR1" + bytes(200) + file.read_bytes()[204:]
+    )  # its first page; the footer is whole
     with pytest.raises(UserError, match="split train of .* to its end"):
         run(tmp_path / "src", tmp_path / "root")
     file.write_bytes(file.read_bytes()[:-500])
@@ -445,13 +645,28 @@ def test_text_the_tokenizer_does_not_know_is_refused_or_counted(source, tmp_path
     assert "unknown" not in capsys.readouterr().out
     tk.save_tokenizer(tk.train_char(["hello book"]), tmp_path / "most.json")
     run(source, tmp_path / "root", "--overwrite", "--tokenizer", str(tmp_path / "most.json"))
-    assert "train: 3 of 60 tokens are unknown to the tokenizer: 'a' x 1 (as in 0.wav), 'c' x 1" in capsys.readouterr().out
+    assert (
+        "train: 3 of 60 tokens are unknown to the tokenizer: 'a' x 1 (as in 0.wav), 'c' x 1"
+        in capsys.readouterr().out
+    )
 
 
 def test_split_map_takes_the_named_splits_only(tmp_path):
     parquet_source(tmp_path / "src", ["train.clean.100", "train.clean.360", "test.clean"])
-    run(tmp_path / "src", tmp_path / "root", "--split_map", "train.clean.360=train", "test.clean=dev")
-    assert sorted(os.listdir(tmp_path / "root")) == [MARK, "dev", "rejected.csv", "tokenizer.json", "train"]
+    run(
+        tmp_path / "src",
+        tmp_path / "root",
+        "--split_map",
+        "train.clean.360=train",
+        "test.clean=dev",
+    )
+    assert sorted(os.listdir(tmp_path / "root")) == [
+        MARK,
+        "dev",
+        "rejected.csv",
+        "tokenizer.json",
+        "train",
+    ]
     assert [r["text"] for r in rows_of(tmp_path / "root")] == ["IN train.clean.360"]
     with pytest.raises(UserError, match="no split nope"):
         run(tmp_path / "src", tmp_path / "other", "--split_map", "nope=train")
@@ -498,8 +713,13 @@ def start_stuck(source, root, handler=signal.SIG_DFL, how=cli.SIGNALS):
     with open(source / "train/metadata.csv", "a") as file:
         file.write("stuck.wav,hello,s\n")
     command = [sys.executable, "-c", STUCK, "--source", source, "--data_root", root]
-    process = subprocess.Popen(command, cwd=PREPARE.parent, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, preexec_fn=lambda: set_signals(handler, how))
+    process = subprocess.Popen(
+        command,
+        cwd=PREPARE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: set_signals(handler, how),
+    )
     deadline = time.time() + 60
     while not (root.parent / f".{root.name}{files.ASIDE}/new/train.arrow").exists():
         assert process.poll() is None and time.time() < deadline
@@ -517,7 +737,8 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, t
     assert not (tmp_path / "root").exists()
     assert killed or said == f"-c: interrupted ({how.name})"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".root")) == (
-        [f".root{files.ASIDE}", f".root{files.ASIDE}.lock"] if killed else [])
+        [f".root{files.ASIDE}", f".root{files.ASIDE}.lock"] if killed else []
+    )
     assert run(source, tmp_path / "root") == (7, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
@@ -547,6 +768,7 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
         if str(new) == str(root) and os.path.basename(old) != "old":
             raise OSError("pulled plug")
         replace(old, new)
+
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(UserError, match="pulled plug"):
         run(source, root, "--overwrite", "--shard_rows", "2")
@@ -559,45 +781,68 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
     assert tree(root) == before and sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda s: s / "absent", "absent"),
-    (lambda s: "no/such/folder", "no folder"),
-    (lambda s: "../such", "no folder"),  # which is no name on the hub
-    (lambda s: "no/such", "cannot load"),
-    (lambda s: s / "train", "neither"),
-    (lambda s: s / "train/0.wav", "neither"),
-    (lambda s: (s / "train/metadata.csv").write_text("name,text\na,b\n") and s, "file_name"),
-    (lambda s: (s / "train/metadata.csv").write_text("file_name,words\na,b\n") and s, "transcription or text"),
-    (lambda s: (s / "train/metadata.csv").write_text("file_name,text\n") and s, "no rows"),
-    (lambda s: (s / "train/metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,b\n") and s, "UTF-8"),
-    (lambda s: (s / "train").rename(s / "training").parent, "--tokenizer PATH"),
-])
-def test_a_bad_source_is_one_clear_error_and_writes_nothing(make, message, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda s: s / "absent", "absent"),
+        (lambda s: "no/such/folder", "no folder"),
+        (lambda s: "../such", "no folder"),  # which is no name on the hub
+        (lambda s: "no/such", "cannot load"),
+        (lambda s: s / "train", "neither"),
+        (lambda s: s / "train/0.wav", "neither"),
+        (lambda s: (s / "train/metadata.csv").write_text("name,text\na,b\n") and s, "file_name"),
+        (
+            lambda s: (s / "train/metadata.csv").write_text("file_name,words\na,b\n") and s,
+            "transcription or text",
+        ),
+        (lambda s: (s / "train/metadata.csv").write_text("file_name,text\n") and s, "no rows"),
+        (
+            lambda s: (s / "train/metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,b\n") and s,
+            "UTF-8",
+        ),
+        (lambda s: (s / "train").rename(s / "training").parent, "--tokenizer PATH"),
+    ],
+)
+def test_a_bad_source_is_one_clear_error_and_writes_nothing(
+    make, message, source, tmp_path, monkeypatch
+):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         run(make(source), tmp_path / "root")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--data_root", "r"], "--demo or --source"),
-    (["--demo", "--source", "s"], "--demo or --source"),
-    (["--source", "s"], "--data_root"),
-    (["--demo", "--colour", "red"], "--colour"),
-    (["--demo", "--shard", "5"], "--shard"),
-    (["--demo", "--shard_rows", "0"], "--shard_rows"),
-    (["--demo", "--vocab_size", "30"], "--vocab_size has no effect"),
-    (["--demo", "--text_column", "x"], "--text_column has no effect"),
-    (["--demo", "--lowercase", "--uppercase"], "not both"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--data_root", "r"], "--demo or --source"),
+        (["--demo", "--source", "s"], "--demo or --source"),
+        (["--source", "s"], "--data_root"),
+        (["--demo", "--colour", "red"], "--colour"),
+        (["--demo", "--shard", "5"], "--shard"),
+        (["--demo", "--shard_rows", "0"], "--shard_rows"),
+        (["--demo", "--vocab_size", "30"], "--vocab_size has no effect"),
+        (["--demo", "--text_column", "x"], "--text_column has no effect"),
+        (["--demo", "--lowercase", "--uppercase"], "not both"),
+    ],
+)
 def test_flags_that_make_no_sense_are_refused(argv, message):
     with pytest.raises(UserError, match=message):
         prepare.parse(argv)
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, PREPARE, "--source", tmp_path / "absent", "--data_root", tmp_path / "root"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [
+        sys.executable,
+        PREPARE,
+        "--source",
+        tmp_path / "absent",
+        "--data_root",
+        tmp_path / "root",
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "absent" in result.stderr
 

@@ -5,6 +5,8 @@ import io
 import tempfile
 from pathlib import Path
 
+from cli import UserError, shown
+
 import datasets
 import numpy as np
 import pytest
@@ -15,33 +17,61 @@ from hypothesis import strategies as st
 import prepare
 import sources
 import tokenizer as tk
-from cli import UserError, shown
 
 datasets.disable_progress_bars()
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # those that nobody can catch
+pytestmark = pytest.mark.filterwarnings(
+    "error::pytest.PytestUnraisableExceptionWarning"
+)  # those that nobody can catch
 
 
 def cases(count):
     """Deterministic, so that a test that passed passes again; no deadline, so that a busy machine fails nothing."""
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None,
-                    suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 # Any file
 
 
-FORMATS = (("WAV", "PCM_U8"), ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAV", "ULAW"),
-           ("WAV", "MS_ADPCM"), ("AIFF", "PCM_16"), ("CAF", "ALAC_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
-           ("MP3", None))
+FORMATS = (
+    ("WAV", "PCM_U8"),
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_24"),
+    ("WAV", "FLOAT"),
+    ("WAV", "DOUBLE"),
+    ("WAV", "ULAW"),
+    ("WAV", "MS_ADPCM"),
+    ("AIFF", "PCM_16"),
+    ("CAF", "ALAC_16"),
+    ("FLAC", "PCM_16"),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("MP3", None),
+)
 RATES = (1, 3999, 4000, 8000, 11025, 16000, 22254, 44100, 96000, 384_000, 500_000_000)
-SOUNDS = {"noise": 0.1, "clipped": 10.0, "16 bit steps": 32768.0, "tiny": 1e-40, "loud": 1e30, "silence": 0.0}
+SOUNDS = {
+    "noise": 0.1,
+    "clipped": 10.0,
+    "16 bit steps": 32768.0,
+    "tiny": 1e-40,
+    "loud": 1e30,
+    "silence": 0.0,
+}
 SPOILS = (None, None, None, np.nan, np.inf, -np.inf, 3e38)
 
 
 @st.composite
 def files(draw):
     """(content, frames at 16 kHz that it must have, or None where anything may come of it)"""
-    rate, channels = draw(st.sampled_from((*RATES, 16000, 16000))), draw(st.sampled_from((1, 1, 2, 8)))
+    rate, channels = (
+        draw(st.sampled_from((*RATES, 16000, 16000))),
+        draw(st.sampled_from((1, 1, 2, 8))),
+    )
     length = draw(st.one_of(st.sampled_from((0, 1, 2)), st.integers(3, 3000), st.integers(3, 3000)))
     kind, spoil = draw(st.sampled_from([*SOUNDS, "noise", "noise"])), draw(st.sampled_from(SPOILS))
     samples = SOUNDS[kind] * np.random.default_rng(length).normal(0, 1, (length, channels))
@@ -59,19 +89,29 @@ def files(draw):
     content = bytearray(file.getvalue())
     damage = draw(st.sampled_from((*["none"] * 6, "cut", "byte", "hole")))
     if damage == "cut":
-        del content[draw(st.integers(0, len(content))):]
+        del content[draw(st.integers(0, len(content))) :]
     elif damage == "byte" and content:
         content[draw(st.integers(0, min(len(content), 100) - 1))] = draw(st.integers(0, 255))
     elif damage == "hole":
         start = draw(st.integers(0, len(content)))
-        content[start:start + 50] = bytes(len(content[start:start + 50]))
-    sound = (damage, spoil) == ("none", None) and format in ("WAV", "FLAC") and subtype != "MS_ADPCM" and length
+        content[start : start + 50] = bytes(len(content[start : start + 50]))
+    sound = (
+        (damage, spoil) == ("none", None)
+        and format in ("WAV", "FLAC")
+        and subtype != "MS_ADPCM"
+        and length
+    )
     fine = sound and 4000 <= rate <= 384_000 and kind == "noise"
     return bytes(content), -(-length * 16000 // (round(rate / 25) * 25)) if fine else None
 
 
 def check_samples(samples):
-    assert samples.dtype == np.float32 and samples.ndim == 1 and len(samples) and np.isfinite(samples).all()
+    assert (
+        samples.dtype == np.float32
+        and samples.ndim == 1
+        and len(samples)
+        and np.isfinite(samples).all()
+    )
 
 
 def check_reason(reason):
@@ -98,10 +138,13 @@ def test_any_file_becomes_finite_samples_or_one_reason(file):
 
 
 TEXTS = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),  # no UTF-8 file holds half of a surrogate pair
+    st.text(
+        st.characters(exclude_categories=["Cs"]), max_size=20
+    ),  # no UTF-8 file holds half of a surrogate pair
     st.text(" \t\n\r\0\x1c\u00a0\u200b\ufeff", max_size=4),
     st.sampled_from(["<unk>", "\u2047", "e\u0301", "\u0130I\u00df", '"', ","]),
-    st.text("ab ", min_size=1, max_size=3).map(lambda text: text * 9999))
+    st.text("ab ", min_size=1, max_size=3).map(lambda text: text * 9999),
+)
 CHANGES = st.sampled_from([(), ("--lowercase",), ("--uppercase",), ("--remove_punctuation",)])
 
 
@@ -121,17 +164,42 @@ def test_any_row_is_written_as_promised_or_has_a_reason(file, text, flags, bpe):
     check_samples(example["input_values"])
     assert example["length"] == len(example["input_values"])
     assert example["text"] == tk.normalize_text(clean) == clean
-    heard = clean.replace("\u2581", " ") if bpe else clean  # which is byte pairs' own sign for a space
+    heard = (
+        clean.replace("\u2581", " ") if bpe else clean
+    )  # which is byte pairs' own sign for a space
     assert tokenizer.decode(example["labels"]["input_ids"]) == tk.normalize_text(heard)
 
 
 # Any metadata
 
 
-NAMES = st.sampled_from([*(f"{i}.wav" for i in range(1, 9)), "./1.wav", "gone.wav", "", " ", ".", "..", "../../../etc/passwd",
-                         "/etc/passwd", "a\nb.wav", "a\0b", "\u00e9" * 300, "metadata.csv"])
-ROWS = st.lists(st.tuples(NAMES, TEXTS, st.sampled_from(["s", "", "\u00e9,\n"]), st.sampled_from([1, 2, 3, 3, 3, 3, 3, 5])),
-                min_size=2, max_size=8)
+NAMES = st.sampled_from(
+    [
+        *(f"{i}.wav" for i in range(1, 9)),
+        "./1.wav",
+        "gone.wav",
+        "",
+        " ",
+        ".",
+        "..",
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "a\nb.wav",
+        "a\0b",
+        "\u00e9" * 300,
+        "metadata.csv",
+    ]
+)
+ROWS = st.lists(
+    st.tuples(
+        NAMES,
+        TEXTS,
+        st.sampled_from(["s", "", "\u00e9,\n"]),
+        st.sampled_from([1, 2, 3, 3, 3, 3, 3, 5]),
+    ),
+    min_size=2,
+    max_size=8,
+)
 
 
 def write_source(folder, contents, rows, bom, newline):
@@ -152,16 +220,43 @@ def good_file():
 
 
 @cases(40)
-@given(st.lists(files(), min_size=4, max_size=4), ROWS, st.booleans(), st.sampled_from(["\n", "\r\n", "\r"]), CHANGES,
-       st.integers(1, 3))
-def test_rows_written_and_rejected_are_the_rows_given(some_files, rows, bom, newline, flags, shard_rows):
+@given(
+    st.lists(files(), min_size=4, max_size=4),
+    ROWS,
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    CHANGES,
+    st.integers(1, 3),
+)
+def test_rows_written_and_rejected_are_the_rows_given(
+    some_files, rows, bom, newline, flags, shard_rows
+):
     rows = [("0.wav", "hello", "s", 3), *rows]  # of nothing but bad rows no data is made
     with tempfile.TemporaryDirectory() as folder:
         source, root = Path(folder, "src"), Path(folder, "root")
-        write_source(source / "train", [good_file()] * 5 + [content for content, _ in some_files], rows, bom, newline)
-        options = prepare.parse(["--source", str(source), "--data_root", str(root), "--shard_rows", str(shard_rows), *flags])
+        write_source(
+            source / "train",
+            [good_file()] * 5 + [content for content, _ in some_files],
+            rows,
+            bom,
+            newline,
+        )
+        options = prepare.parse(
+            [
+                "--source",
+                str(source),
+                "--data_root",
+                str(root),
+                "--shard_rows",
+                str(shard_rows),
+                *flags,
+            ]
+        )
         kept, rejected = prepare.prepare(options)
-        shards = [datasets.load_from_disk(str(root / "train" / str(i))) for i in range(-(-kept // shard_rows))]
+        shards = [
+            datasets.load_from_disk(str(root / "train" / str(i)))
+            for i in range(-(-kept // shard_rows))
+        ]
         written = [row for shard in shards for row in shard.with_format("numpy")]
         with open(root / "rejected.csv", encoding="utf-8", newline="") as file:
             reasons = list(csv.reader(file))[1:]
@@ -182,8 +277,12 @@ def test_rows_written_and_rejected_are_the_rows_given(some_files, rows, bom, new
 
 
 @cases(100)
-@given(st.sampled_from([b"", b"file_name,text\n", b"\xef\xbb\xbffile_name,text\r\n", b"text,file_name,text\n"]),
-       st.one_of(st.binary(max_size=60), st.text('",\n\ra0./\0\u00e9', max_size=60).map(str.encode)))
+@given(
+    st.sampled_from(
+        [b"", b"file_name,text\n", b"\xef\xbb\xbffile_name,text\r\n", b"text,file_name,text\n"]
+    ),
+    st.one_of(st.binary(max_size=60), st.text('",\n\ra0./\0\u00e9', max_size=60).map(str.encode)),
+)
 def test_any_bytes_as_metadata_are_rows_or_one_clear_line(header, content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "metadata.csv")
@@ -195,4 +294,6 @@ def test_any_bytes_as_metadata_are_rows_or_one_clear_line(header, content):
         except UserError as error:
             assert str(path) in str(error)
             return
-    assert len(rows) == len(records) and all(row.reason or row.audio.startswith(folder) for row in rows)
+    assert len(rows) == len(records) and all(
+        row.reason or row.audio.startswith(folder) for row in rows
+    )

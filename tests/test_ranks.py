@@ -10,11 +10,12 @@ import os
 import shutil
 import signal
 
+from cli import UserError
+
 import datasets
 import pytest
 import torch
 
-from cli import UserError
 from test_train import killed, make_data, ranks, run
 
 SAME = "--dropout_rate 0 --attention_dropout_rate 0 --no-use_dynamic_chunk --max_epochs 2 --lr 0.1".split()
@@ -29,12 +30,18 @@ def data(tmp_path_factory):
 @pytest.fixture
 def sgd(monkeypatch):
     """Linear in the gradient. Adam makes a full step of a gradient that is rounding alone, as that of a bias of all keys."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
+    )
 
 
 def train_on(count, data, output, *words, **interrupt):
     """Trains in `count` processes; their exit statuses."""
-    return ranks(data, output, *words, count=count, **interrupt) if count > 1 else run(data, output, *words) or [0]
+    return (
+        ranks(data, output, *words, count=count, **interrupt)
+        if count > 1
+        else run(data, output, *words) or [0]
+    )
 
 
 def steps(output):
@@ -44,12 +51,19 @@ def steps(output):
 def assert_same(output, other, words=()):
     """Rows and loss of every update, metrics, and the weights at the end."""
     for one, two in zip(steps(output), steps(other), strict=True):
-        assert sorted(one["rows"]) == sorted(two["rows"]) and one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert sorted(one["rows"]) == sorted(two["rows"]) and one["loss"] == pytest.approx(
+            two["loss"], rel=1e-5
+        )
     metrics = [json.loads((path / "run.json").read_text())["metrics"] for path in (output, other)]
     if "--length_normalized_loss" in words:
-        del metrics[0]["val_loss"], metrics[1]["val_loss"]  # a mean over rows of batches' means per label
+        del (
+            metrics[0]["val_loss"],
+            metrics[1]["val_loss"],
+        )  # a mean over rows of batches' means per label
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
-    left = [torch.load(path / "last.ckpt", weights_only=True)["state_dict"] for path in (output, other)]
+    left = [
+        torch.load(path / "last.ckpt", weights_only=True)["state_dict"] for path in (output, other)
+    ]
     torch.testing.assert_close(left[0], left[1], rtol=1e-5, atol=1e-5)
 
 
@@ -69,52 +83,86 @@ def test_a_forked_process_leaves_the_garbage_of_its_parent_alone():
     assert process.exitcode == 0 and gc.get_freeze_count() == 0
 
 
-@pytest.mark.parametrize("words", [(), ("--length_normalized_loss",), ("--accumulate_grad_batches", 2)],
-                         ids=["per row", "per label", "accumulated"])
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--length_normalized_loss",), ("--accumulate_grad_batches", 2)],
+    ids=["per row", "per label", "accumulated"],
+)
 def test_processes_train_as_one_with_their_rows_does(data, tmp_path, sgd, words):
     run(data, tmp_path / "1", *SAME, *words, "--batch_size", 8)
     assert {len(step["rows"]) for step in steps(tmp_path / "1")} & {6, 14}
     for count in (2, 4):
-        assert set(train_on(count, data, tmp_path / str(count), *SAME, *words, "--batch_size", 8 // count)) == {0}
+        assert set(
+            train_on(count, data, tmp_path / str(count), *SAME, *words, "--batch_size", 8 // count)
+        ) == {0}
         assert_same(tmp_path / str(count), tmp_path / "1", words)
 
 
 def test_processes_train_as_one_on_batches_by_duration(tmp_path, sgd):
-    rows = make_data(tmp_path, train=30, dev=4, longer=0)  # of 0.5 s; else the bound of each process makes other batches
+    rows = make_data(
+        tmp_path, train=30, dev=4, longer=0
+    )  # of 0.5 s; else the bound of each process makes other batches
     run(rows, tmp_path / "1", *SAME, "--max_batch_seconds", 6)
     assert 6 in {len(step["rows"]) for step in steps(tmp_path / "1")}
     for count in (2, 4):
-        assert set(train_on(count, rows, tmp_path / str(count), *SAME, "--max_batch_seconds", 6 / count)) == {0}
+        assert set(
+            train_on(count, rows, tmp_path / str(count), *SAME, "--max_batch_seconds", 6 / count)
+        ) == {0}
         assert_same(tmp_path / str(count), tmp_path / "1")
 
 
 # Rows that do not divide
 
 
-@pytest.mark.parametrize("rows, dev, count, words, kept", [
-    (7, 3, 2, (), 7), (9, 5, 4, (), 9), (5, 4, 4, ("--max_batch_seconds", 1), 5),
-    (12, 4, 4, ("--max_frame", 70), 6)], ids=["odd", "one left over", "seconds", "filtered"])
-def test_rows_that_do_not_divide_come_once_an_epoch_and_nobody_waits(tmp_path, rows, dev, count, words, kept):
+@pytest.mark.parametrize(
+    "rows, dev, count, words, kept",
+    [
+        (7, 3, 2, (), 7),
+        (9, 5, 4, (), 9),
+        (5, 4, 4, ("--max_batch_seconds", 1), 5),
+        (12, 4, 4, ("--max_frame", 70), 6),
+    ],
+    ids=["odd", "one left over", "seconds", "filtered"],
+)
+def test_rows_that_do_not_divide_come_once_an_epoch_and_nobody_waits(
+    tmp_path, rows, dev, count, words, kept
+):
     data = make_data(tmp_path, rows, dev)
     assert ranks(data, tmp_path / "run", "--max_epochs", 2, *words, count=count) == [0] * count
     lines = steps(tmp_path / "run")
-    for epoch in (lines[:len(lines) // 2], lines[len(lines) // 2:]):
+    for epoch in (lines[: len(lines) // 2], lines[len(lines) // 2 :]):
         assert sorted(row for step in epoch for row in step["rows"]) == list(range(kept))
 
 
-@pytest.mark.parametrize("rows, dev, words, reason", [
-    (12, 4, ("--max_frame", 60), "3 rows of train"), (8, 3, (), "3 rows of dev")], ids=["train, filtered", "dev"])
-def test_fewer_rows_than_processes_is_one_line_on_each_and_nothing_is_written(tmp_path, capfd, rows, dev, words, reason):
+@pytest.mark.parametrize(
+    "rows, dev, words, reason",
+    [(12, 4, ("--max_frame", 60), "3 rows of train"), (8, 3, (), "3 rows of dev")],
+    ids=["train, filtered", "dev"],
+)
+def test_fewer_rows_than_processes_is_one_line_on_each_and_nothing_is_written(
+    tmp_path, capfd, rows, dev, words, reason
+):
     assert ranks(make_data(tmp_path, rows, dev), tmp_path / "run", *words, count=4) == [2] * 4
     errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    assert len(errors) == 4 and all(f"{reason} cannot be spread over 4 processes" in line for line in errors)
+    assert len(errors) == 4 and all(
+        f"{reason} cannot be spread over 4 processes" in line for line in errors
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_torchrun_and_lightning_must_speak_of_the_same_processes(data, tmp_path, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+    }.items():
         monkeypatch.setenv(name, value)
-    for words in (("--devices", 1), ("--devices", 1, "--strategy", "ddp"), ("--devices", 2, "--num_nodes", 2)):
+    for words in (
+        ("--devices", 1),
+        ("--devices", 1, "--strategy", "ddp"),
+        ("--devices", 2, "--num_nodes", 2),
+    ):
         with pytest.raises(UserError, match="torchrun has started 2 processes, but --devices"):
             run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
@@ -129,17 +177,24 @@ def cut(count, data, output, *words):
     if count == 1:
         killed(data, output, 4, *words)
     else:
-        assert ranks(data, output, *words, count=count, interrupt=(0, signal.SIGKILL, *place))[0] == -signal.SIGKILL
+        assert (
+            ranks(data, output, *words, count=count, interrupt=(0, signal.SIGKILL, *place))[0]
+            == -signal.SIGKILL
+        )
     assert torch.load(output / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 2), (2, 1)], ids=str)
-def test_a_cut_epoch_goes_on_in_other_processes_with_the_same_batches(data, tmp_path, sgd, before, after):
+def test_a_cut_epoch_goes_on_in_other_processes_with_the_same_batches(
+    data, tmp_path, sgd, before, after
+):
     run(data, tmp_path / "whole", *SAME, "--batch_size", 8)
     cut(before, data, tmp_path / "cut", *SAME, "--batch_size", 8 // before)
     words = (*SAME, "--batch_size", 8 // after, "--resume")
     assert train_on(after, data, tmp_path / "cut", *words) == [0] * after
-    assert sorted(row for step in steps(tmp_path / "cut")[3:] for row in step["rows"]) == list(range(22))
+    assert sorted(row for step in steps(tmp_path / "cut")[3:] for row in step["rows"]) == list(
+        range(22)
+    )
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -150,15 +205,32 @@ def cut_run(data, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("words, reason", [
-    (("--batch_size", 4), "batch_size 8, not 4"), (("--max_batch_seconds", 9), "max_batch_seconds None, not 9.0; batch_size 8"),
-    (("--seed", 1), "seed 0, not 1"), (("--accumulate_grad_batches", 2), "accumulate_grad_batches 1, not 2"),
-    (("--no-group_by_length",), "group_by_length True, not False"), (("--limit_rows", 21), "rows of train 22 .*, not 21"),
-    (("--batch_size", 8, "--devices", 2, "--strategy", "ddp"), "processes 1, not 2")], ids=str)
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--batch_size", 4), "batch_size 8, not 4"),
+        (("--max_batch_seconds", 9), "max_batch_seconds None, not 9.0; batch_size 8"),
+        (("--seed", 1), "seed 0, not 1"),
+        (("--accumulate_grad_batches", 2), "accumulate_grad_batches 1, not 2"),
+        (("--no-group_by_length",), "group_by_length True, not False"),
+        (("--limit_rows", 21), "rows of train 22 .*, not 21"),
+        (("--batch_size", 8, "--devices", 2, "--strategy", "ddp"), "processes 1, not 2"),
+    ],
+    ids=str,
+)
 def test_a_cut_epoch_is_not_mixed_with_another_plan(data, cut_run, words, reason):
     before = (cut_run / "steps.jsonl").read_bytes(), (cut_run / "run.json").read_bytes()
-    with pytest.raises(UserError, match=f"within an epoch that is planned with {reason}.*; give the same"):
-        run(data, cut_run, *SAME, *(() if "--max_batch_seconds" in words else ("--batch_size", 8)), *words, "--resume")
+    with pytest.raises(
+        UserError, match=f"within an epoch that is planned with {reason}.*; give the same"
+    ):
+        run(
+            data,
+            cut_run,
+            *SAME,
+            *(() if "--max_batch_seconds" in words else ("--batch_size", 8)),
+            *words,
+            "--resume",
+        )
     assert before == ((cut_run / "steps.jsonl").read_bytes(), (cut_run / "run.json").read_bytes())
 
 
@@ -167,7 +239,9 @@ def relabelled(data, folder):
     shutil.copytree(data, folder)
     shutil.rmtree(folder / "train")
     rows = datasets.load_from_disk(str(data / "train/0"))
-    labels = [{"input_ids": [4 + (token - 3) % 8 for token in row["labels"]["input_ids"]]} for row in rows]
+    labels = [
+        {"input_ids": [4 + (token - 3) % 8 for token in row["labels"]["input_ids"]]} for row in rows
+    ]
     rows = datasets.Dataset.from_dict({"input_values": rows["input_values"], "labels": labels})
     rows.save_to_disk(str(folder / "train/0"))
     return folder
@@ -175,7 +249,10 @@ def relabelled(data, folder):
 
 def test_changed_labels_of_the_same_lengths_are_noticed(data, cut_run, tmp_path, caplog):
     other = relabelled(data, tmp_path / "data")
-    with pytest.raises(UserError, match=r"within an epoch that is planned with labels of train \(checksum \w+\), not \(\w+"):
+    with pytest.raises(
+        UserError,
+        match=r"within an epoch that is planned with labels of train \(checksum \w+\), not \(\w+",
+    ):
         run(other, cut_run, *SAME, "--batch_size", 8, "--resume")
     run(data, tmp_path / "run", "--max_epochs", 1)
     run(other, tmp_path / "run", "--max_epochs", 2, "--resume")
@@ -194,7 +271,9 @@ def test_after_an_epoch_any_plan_will_do_and_the_run_says_so(data, tmp_path, cap
     words = ("--no-use_dynamic_chunk", "--max_epochs")
     assert ranks(data, tmp_path / "run", *words, 1, "--batch_size", 4) == [0, 0]
     run(data, tmp_path / "run", *words, 3, "--batch_size", 6, "--resume")
-    said = "planned with batch_size 4, not 6; processes 2, not 1; epochs from here on are planned anew"
+    said = (
+        "planned with batch_size 4, not 6; processes 2, not 1; epochs from here on are planned anew"
+    )
     assert [said in line for line in caplog.messages].count(True) == 1
     lines = steps(tmp_path / "run")
     assert len(lines) == 3 + 4 + 4

@@ -4,20 +4,21 @@ transcribing, or refused."""
 import json
 import os
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import soundfile
 import torch
-from test_train import run
 
-import parity
 import prepare
 import score
 import train
 import transcribe
-from cli import UserError
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from model import load_checkpoint
+from test_train import run
+from tools import parity
 from transforms import Augment, extract
 
 
@@ -58,8 +59,13 @@ def test_training_scoring_and_transcribing_see_the_same_frames(rate, folder):
     model, tokenizer, frontend = load_checkpoint(str(folder / f"run{rate}/best.ckpt"))
     assert frontend.sample_rate == rate  # which nobody had to say
     root = str(folder / str(rate))
-    data = SpeechDataModule(data_roots=[root], tokenizer=tokenizer, frontend=frontend,
-                            augment=Augment(), options=DataOptions(num_workers=0, batch_size=1))
+    data = SpeechDataModule(
+        data_roots=[root],
+        tokenizer=tokenizer,
+        frontend=frontend,
+        augment=Augment(),
+        options=DataOptions(num_workers=0, batch_size=1),
+    )
     data.setup("fit")
     seen = sorted(int(batch.feature_lengths) for batch in data.val_dataloader())
     options = score.ScoreOptions(data_root=root, split="dev")
@@ -73,16 +79,24 @@ def test_training_scoring_and_transcribing_see_the_same_frames(rate, folder):
     assert np.allclose(seen, [100 * (44100 + 7000 * i) / 44100 for i in range(3)], atol=3)
 
 
-@pytest.mark.parametrize("root, more, message", [
-    ("8000", ["--sample_rate", "16000"], "8000 has 8000 samples per second, the model hears 16000"),
-    ("16000", ["--sample_rate", "8000"], "the model hears 8000; prepare .* --sample_rate 8000"),
-    ("8000", ["--init_from", "run16000/best.ckpt"], "8000 has 8000 samples .* hears 16000"),
-    ("16000", ["--init_from", "run8000/best.ckpt"], "16000 has 16000 samples .* hears 8000"),
-    ("8000", ["--max_steps", "2", "--resume", "run16000/last.ckpt"], "the model hears 16000"),
-    ("16000", ["--max_steps", "2", "--resume", "run8000/last.ckpt"], "the model hears 8000"),
-])
+@pytest.mark.parametrize(
+    "root, more, message",
+    [
+        (
+            "8000",
+            ["--sample_rate", "16000"],
+            "8000 has 8000 samples per second, the model hears 16000",
+        ),
+        ("16000", ["--sample_rate", "8000"], "the model hears 8000; prepare .* --sample_rate 8000"),
+        ("8000", ["--init_from", "run16000/best.ckpt"], "8000 has 8000 samples .* hears 16000"),
+        ("16000", ["--init_from", "run8000/best.ckpt"], "16000 has 16000 samples .* hears 8000"),
+        ("8000", ["--max_steps", "2", "--resume", "run16000/last.ckpt"], "the model hears 16000"),
+        ("16000", ["--max_steps", "2", "--resume", "run8000/last.ckpt"], "the model hears 8000"),
+    ],
+)
 def test_training_at_another_rate_than_the_datas_is_refused_before_anything_is_written(
-        root, more, message, folder, monkeypatch):
+    root, more, message, folder, monkeypatch
+):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message):
         run(folder / root, folder / "new", *more)
@@ -91,19 +105,44 @@ def test_training_at_another_rate_than_the_datas_is_refused_before_anything_is_w
 
 def test_roots_of_two_rates_are_refused(folder):
     with pytest.raises(UserError, match="has 16000 samples .* 8000; prepare both with"):
-        train.main(["--data_root", str(folder / "8000"), str(folder / "16000"), "--output_dir",
-                    str(folder / "new")])
+        train.main(
+            [
+                "--data_root",
+                str(folder / "8000"),
+                str(folder / "16000"),
+                "--output_dir",
+                str(folder / "new"),
+            ]
+        )
 
 
 @pytest.mark.parametrize("command", [score, parity])
 def test_no_command_compares_a_model_with_rows_of_another_rate(command, folder):
     with pytest.raises(UserError, match="8000 has 8000 samples per second, the model hears 16000"):
-        command.main(["--checkpoint", str(folder / "run16000/best.ckpt"), "--data_root",
-                      str(folder / "8000"), "--split", "dev"])
+        command.main(
+            [
+                "--checkpoint",
+                str(folder / "run16000/best.ckpt"),
+                "--data_root",
+                str(folder / "8000"),
+                "--split",
+                "dev",
+            ]
+        )
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sample_rate": "x"}', "null",
-                                     '{"sample_rate": 1e999}', '{"sample_rate": 8000.5}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"sample_rate": "x"}',
+        "null",
+        '{"sample_rate": 1e999}',
+        '{"sample_rate": 8000.5}',
+    ],
+)
 def test_a_mark_that_cannot_be_read_is_one_line(content, tmp_path):
     (tmp_path / "prepare.json").write_text(content)
     with pytest.raises(UserError, match="prepare.json says no sample_rate"):

@@ -10,13 +10,14 @@ import pty
 import shutil
 import signal
 
+import cli
+from cli import UserError
+
 import pytest
 import torch
 
-import cli
 import files
 import train
-from cli import UserError
 from model import load_checkpoint
 from test_train import interrupted, make_data, ranks, run, same, signalled, weights
 
@@ -46,7 +47,11 @@ def record(output):
 
 def contents(folder):
     """(A lock is not opened: its process would lose it with the first of its descriptors that is closed.)"""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != train.LOCK}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != train.LOCK
+    }
 
 
 def in_child(body):
@@ -68,7 +73,9 @@ def unbeatable(path, by_lightning=False):
     checkpoint["best_score"] = -1.0
     if by_lightning:  # as versions did that left the score to ModelCheckpoint
         del checkpoint["best_score"]
-        checkpoint["callbacks"]["ModelCheckpoint{'monitor': 'val_cer_mean'}"] = {"best_model_score": torch.tensor(-1.0)}
+        checkpoint["callbacks"]["ModelCheckpoint{'monitor': 'val_cer_mean'}"] = {
+            "best_model_score": torch.tensor(-1.0)
+        }
     torch.save(checkpoint, path)
     return path.read_bytes()
 
@@ -78,7 +85,9 @@ def test_the_best_survives_a_move_of_its_folder(data, ended, tmp_path, by_lightn
     best = unbeatable(ended / "best.ckpt", by_lightning)
     moved = ended.rename(tmp_path / "elsewhere")
     run(data, moved, "--max_epochs", 3, "--resume")
-    assert (moved / "best.ckpt").read_bytes() == best and record(moved)["metrics"]["best_val_cer_mean"] == -1
+    assert (moved / "best.ckpt").read_bytes() == best and record(moved)["metrics"][
+        "best_val_cer_mean"
+    ] == -1
     assert torch.load(moved / "last.ckpt", weights_only=True)["global_step"] == 12
 
 
@@ -97,7 +106,10 @@ def test_a_damaged_best_is_said_and_replaced(data, ended, damage, caplog):
     else:
         os.truncate(ended / "best.ckpt", 1000)
     run(data, ended, "--max_epochs", 3, "--resume")
-    assert load_checkpoint(str(ended / "best.ckpt")) and record(ended)["metrics"]["best_val_cer_mean"] > 0
+    assert (
+        load_checkpoint(str(ended / "best.ckpt"))
+        and record(ended)["metrics"]["best_val_cer_mean"] > 0
+    )
     assert [message for message in caplog.messages if "best.ckpt is damaged" in message]
 
 
@@ -116,7 +128,12 @@ def learning_rates(monkeypatch, data, output, *words):
     seen, original = [], train.U2.on_before_optimizer_step
 
     def note(self, optimizer):
-        seen.append(tuple(optimizer.param_groups[0][name] for name in ("lr", "weight_decay", "decoupled_weight_decay")))
+        seen.append(
+            tuple(
+                optimizer.param_groups[0][name]
+                for name in ("lr", "weight_decay", "decoupled_weight_decay")
+            )
+        )
         original(self, optimizer)
 
     with monkeypatch.context() as patch:
@@ -125,10 +142,22 @@ def learning_rates(monkeypatch, data, output, *words):
     return seen
 
 
-@pytest.mark.parametrize("words", [
-    ("--lr", 5e-4), ("--weight_decay", 0.1), ("--optimizer", "adam"), ("--scheduler", "warmup"), ("--warmup_steps", 5),
-    ("--lr", 1e-2, "--scheduler", "warmup", "--warmup_steps", 3), ()], ids=str)
-def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(data, ended, tmp_path, monkeypatch, words):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--lr", 5e-4),
+        ("--weight_decay", 0.1),
+        ("--optimizer", "adam"),
+        ("--scheduler", "warmup"),
+        ("--warmup_steps", 5),
+        ("--lr", 1e-2, "--scheduler", "warmup", "--warmup_steps", 3),
+        (),
+    ],
+    ids=str,
+)
+def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(
+    data, ended, tmp_path, monkeypatch, words
+):
     """Optimizer, learning rate and its schedule, over the longer run as well."""
     always = learning_rates(monkeypatch, data, tmp_path / "always", "--max_epochs", 4, *words)
     resumed = learning_rates(monkeypatch, data, ended, "--max_epochs", 4, *words, "--resume")
@@ -140,33 +169,81 @@ def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(data, ended, tmp_
 
 def test_a_longer_onecycle_run_says_what_becomes_of_its_learning_rate(data, ended, caplog):
     run(data, ended, "--max_epochs", 6, "--resume", "--lr", 5e-4)
-    assert [message for message in caplog.messages if "planned for 8 updates and is now for 24" in message]
+    assert [
+        message
+        for message in caplog.messages
+        if "planned for 8 updates and is now for 24" in message
+    ]
     assert [message for message in caplog.messages if "--lr 0.0005 (before: 0.001)" in message]
 
 
-@pytest.mark.parametrize("words", [
-    ("--ema_decay", 0.5, "--lr", 5e-3, "--optimizer", "adam", "--speeds", 1.0, "--accumulate_grad_batches", 2),
-    ("--max_batch_seconds", 1.5, "--scheduler", "warmup", "--gradient_clip_val", 1, "--dropout_rate", 0.3, "--min_frame", 30)],
-    ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (
+            "--ema_decay",
+            0.5,
+            "--lr",
+            5e-3,
+            "--optimizer",
+            "adam",
+            "--speeds",
+            1.0,
+            "--accumulate_grad_batches",
+            2,
+        ),
+        (
+            "--max_batch_seconds",
+            1.5,
+            "--scheduler",
+            "warmup",
+            "--gradient_clip_val",
+            1,
+            "--dropout_rate",
+            0.3,
+            "--min_frame",
+            30,
+        ),
+    ],
+    ids=lambda words: words[0],
+)
 def test_what_is_not_given_at_a_resume_stays_as_the_run_had_it(data, tmp_path, words):
     run(data, tmp_path / "whole", "--max_epochs", 3, *words)
     interrupted(data, tmp_path / "cut", 4, *words)
-    train.main(["--resume", str(tmp_path / "cut" / "last.ckpt"), "--num_workers", "0", "--accelerator", "cpu"])
+    train.main(
+        [
+            "--resume",
+            str(tmp_path / "cut" / "last.ckpt"),
+            "--num_workers",
+            "0",
+            "--accelerator",
+            "cpu",
+        ]
+    )
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
     options = [record(tmp_path / name)["options"] for name in ("whole", "cut")]
     places = "output_dir", "resume", "checkpoint_every_n_steps"
     assert {**options[0], **dict.fromkeys(places)} == {**options[1], **dict.fromkeys(places)}
 
 
-@pytest.mark.parametrize("words, reached, older", [
-    (("--max_epochs", 1), "--max_epochs 1", False), (("--max_epochs", 2, "--lr", 5e-4), "--max_epochs 2", False),
-    (("--max_steps", 20), "--max_epochs 2", False), (("--max_epochs", 3, "--max_steps", 8), "--max_steps 8", False),
-    (("--max_epochs", 1), "--max_epochs 1", True)], ids=str)
+@pytest.mark.parametrize(
+    "words, reached, older",
+    [
+        (("--max_epochs", 1), "--max_epochs 1", False),
+        (("--max_epochs", 2, "--lr", 5e-4), "--max_epochs 2", False),
+        (("--max_steps", 20), "--max_epochs 2", False),
+        (("--max_epochs", 3, "--max_steps", 8), "--max_steps 8", False),
+        (("--max_epochs", 1), "--max_epochs 1", True),
+    ],
+    ids=str,
+)
 def test_what_comes_after_the_end_of_a_run_is_refused(data, ended, words, reached, older):
     if older:
         forget_options(ended / "last.ckpt")
     before = contents(ended)
-    with pytest.raises(UserError, match=f"has done 2 epochs and 8 updates: {reached} leaves nothing to train"):
+    with pytest.raises(
+        UserError, match=f"has done 2 epochs and 8 updates: {reached} leaves nothing to train"
+    ):
         run(data, ended, "--resume", *words)
     assert contents(ended) == before
 
@@ -174,7 +251,9 @@ def test_what_comes_after_the_end_of_a_run_is_refused(data, ended, words, reache
 def test_an_older_checkpoint_s_average_is_not_dropped(data, tmp_path):
     run(data, tmp_path / "run", "--max_steps", 1, "--ema_decay", 0.5)
     forget_options(tmp_path / "run" / "last.ckpt")
-    with pytest.raises(UserError, match="--ema_decay 0: .*last.ckpt averages its weights; give its decay"):
+    with pytest.raises(
+        UserError, match="--ema_decay 0: .*last.ckpt averages its weights; give its decay"
+    ):
         run(data, tmp_path / "run", "--max_steps", 2, "--resume")
 
 
@@ -187,17 +266,37 @@ def test_the_best_of_a_last_validation_goes_on_as_the_newest_does(data, tmp_path
     assert same(*(weights(tmp_path / name / "last.ckpt") for name in ("run", "copy")))
 
 
-@pytest.mark.parametrize("words, reason", [
-    (("--init_from", "none.ckpt"), "--init_from has no effect with --resume"), (("--num_blocks", 2), "num_blocks 1, not 2"),
-    (("--ema_decay", 0), "--ema_decay 0: .* averages"), (("--preset", "base"), "num_blocks 1, not 12"),
-    (("--lr", -1), "--lr -1"), (("--lr", "nan"), "--lr nan"), (("--dropout_rate", 0.5), "dropout_rate 0.1, not 0.5")], ids=str)
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--init_from", "none.ckpt"), "--init_from has no effect with --resume"),
+        (("--num_blocks", 2), "num_blocks 1, not 2"),
+        (("--ema_decay", 0), "--ema_decay 0: .* averages"),
+        (("--preset", "base"), "num_blocks 1, not 12"),
+        (("--lr", -1), "--lr -1"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--dropout_rate", 0.5), "dropout_rate 0.1, not 0.5"),
+    ],
+    ids=str,
+)
 def test_what_cannot_take_effect_is_refused_before_anything_is_written(data, ended, words, reason):
     if words[0] == "--ema_decay":
         checkpoint = torch.load(ended / "last.ckpt", weights_only=True)
         torch.save({**checkpoint, "averaging_state": {}}, ended / "last.ckpt")
     before = contents(ended)
     with pytest.raises(UserError, match=reason):
-        train.main(["--data_root", str(data), "--output_dir", str(ended), "--max_epochs", "3", "--resume", *map(str, words)])
+        train.main(
+            [
+                "--data_root",
+                str(data),
+                "--output_dir",
+                str(ended),
+                "--max_epochs",
+                "3",
+                "--resume",
+                *map(str, words),
+            ]
+        )
     assert contents(ended) == before
 
 
@@ -206,13 +305,31 @@ def test_another_dev_is_said(data, ended, tmp_path, caplog):
     shutil.rmtree(other / "dev")
     shutil.copytree(other / "train", other / "dev")
     run(other, ended, "--max_epochs", 3, "--resume")
-    assert [line for line in caplog.messages if "validated on 2 rows" in line and "which is now 8 rows" in line]
+    assert [
+        line
+        for line in caplog.messages
+        if "validated on 2 rows" in line and "which is now 8 rows" in line
+    ]
 
 
 def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, finished, tmp_path):
     source = shutil.copy(finished / "best.ckpt", tmp_path / "source.ckpt")
-    words = ["--data_root", str(data), "--output_dir", str(tmp_path / "run"), "--init_from", str(source), "--num_workers", "0",
-             "--accelerator", "cpu", "--batch_size", "2", "--freeze_encoder_epochs", "1"]
+    words = [
+        "--data_root",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--init_from",
+        str(source),
+        "--num_workers",
+        "0",
+        "--accelerator",
+        "cpu",
+        "--batch_size",
+        "2",
+        "--freeze_encoder_epochs",
+        "1",
+    ]
     train.main([*words, "--max_steps", "2"])
     os.remove(source)
     train.main([*words, "--max_steps", "3", "--resume"])
@@ -221,28 +338,61 @@ def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, fi
 
 FIT = "loops", "fit_loop"
 BROKEN = [
-    (("loops",), []), (FIT, {}), ((*FIT, "epoch_progress"), None), ((*FIT, "epoch_progress", "current", "ready"), "1"),
-    ((*FIT, "epoch_progress", "current", "ready"), 0), ((*FIT, "epoch_progress", "current", "ready"), 2.5),
-    ((*FIT, "epoch_progress", "total", "ready"), -1), ((*FIT, "epoch_loop.batch_progress", "is_last_batch"), [1]),
-    ((*FIT, "epoch_loop.state_dict", "_batches_that_stepped"), "x"), ((*FIT, "epoch_loop.val_loop.batch_progress"), {"total": 3}),
-    (("global_step",), 10**30), (("callbacks",), None), (("pytorch-lightning_version",), "new"), (("lr_schedulers",), [{}]),
-    (("lr_schedulers", 0, "last_epoch"), math.nan), (("lr_schedulers", 0, "total_steps"), "x"), (("skips",), {"in_a_row": "x"}),
-    (("plan",), [1]), (("plan", "processes"), "x"), (("run_options",), 3), (("run_options", "max_frame"), "x"),
-    (("optimizer_states",), []), (("optimizer_states", 0), {}), (("optimizer_states", 0, "param_groups"), []),
-    (("optimizer_states", 0, "state", 3, "exp_avg"), torch.zeros(1)), (("optimizer_states", 0, "state", 10**6), {}),
-    (("optimizer_states", 0, "state", 3, "step"), torch.zeros(3)), (("optimizer_states", 0, "state", 3), {"step": 1.0}),
-    (("callbacks", "Average"), {"latest_update_step": "x"}), (("averaging_state",), {}),
-    (("current_model_state", "net.ctc.bias"), torch.zeros(3))]
+    (("loops",), []),
+    (FIT, {}),
+    ((*FIT, "epoch_progress"), None),
+    ((*FIT, "epoch_progress", "current", "ready"), "1"),
+    ((*FIT, "epoch_progress", "current", "ready"), 0),
+    ((*FIT, "epoch_progress", "current", "ready"), 2.5),
+    ((*FIT, "epoch_progress", "total", "ready"), -1),
+    ((*FIT, "epoch_loop.batch_progress", "is_last_batch"), [1]),
+    ((*FIT, "epoch_loop.state_dict", "_batches_that_stepped"), "x"),
+    ((*FIT, "epoch_loop.val_loop.batch_progress"), {"total": 3}),
+    (("global_step",), 10**30),
+    (("callbacks",), None),
+    (("pytorch-lightning_version",), "new"),
+    (("lr_schedulers",), [{}]),
+    (("lr_schedulers", 0, "last_epoch"), math.nan),
+    (("lr_schedulers", 0, "total_steps"), "x"),
+    (("skips",), {"in_a_row": "x"}),
+    (("plan",), [1]),
+    (("plan", "processes"), "x"),
+    (("run_options",), 3),
+    (("run_options", "max_frame"), "x"),
+    (("optimizer_states",), []),
+    (("optimizer_states", 0), {}),
+    (("optimizer_states", 0, "param_groups"), []),
+    (("optimizer_states", 0, "state", 3, "exp_avg"), torch.zeros(1)),
+    (("optimizer_states", 0, "state", 10**6), {}),
+    (("optimizer_states", 0, "state", 3, "step"), torch.zeros(3)),
+    (("optimizer_states", 0, "state", 3), {"step": 1.0}),
+    (("callbacks", "Average"), {"latest_update_step": "x"}),
+    (("averaging_state",), {}),
+    (("current_model_state", "net.ctc.bias"), torch.zeros(3)),
+]
 
 
 @pytest.fixture(scope="module")
 def averaged(data, tmp_path_factory):
-    run(data, output := tmp_path_factory.mktemp("averaged") / "run", "--max_steps", 1, "--ema_decay", 0.5)
+    run(
+        data,
+        output := tmp_path_factory.mktemp("averaged") / "run",
+        "--max_steps",
+        1,
+        "--ema_decay",
+        0.5,
+    )
     return output
 
 
-@pytest.mark.parametrize("path, junk", BROKEN, ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
-def test_a_state_of_training_that_is_broken_is_one_line_and_stays(data, averaged, tmp_path, path, junk):
+@pytest.mark.parametrize(
+    "path, junk",
+    BROKEN,
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_state_of_training_that_is_broken_is_one_line_and_stays(
+    data, averaged, tmp_path, path, junk
+):
     output = shutil.copytree(averaged, tmp_path / "run")
     checkpoint = torch.load(output / "last.ckpt", weights_only=True)
     functools.reduce(lambda part, name: part[name], path[:-1], checkpoint)[path[-1]] = junk
@@ -276,7 +426,10 @@ def test_an_attempt_that_fails_leaves_the_metrics_of_the_run_before(data, ended)
 @pytest.mark.parametrize("word", ["--resume", "--overwrite"])
 def test_an_attempt_that_fails_before_its_first_update_leaves_everything(data, ended, word):
     before = contents(ended)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="does not fit the memory"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match="does not fit the memory"),
+    ):
         patch.setattr("conformer.U2Conformer.loss", lambda *_: (_ for _ in ()).throw(MemoryError()))
         run(data, ended, "--max_epochs", 3, word)
     assert contents(ended) == before
@@ -310,7 +463,9 @@ def test_another_run_is_not_touched_by_a_resume(data, ended, finished, tmp_path)
     with pytest.raises(UserError, match="holds another run than"):
         run(data, ended, "--resume", finished / "last.ckpt")
     assert contents(ended) == before
-    run(data, tmp_path / "new", "--resume", ended / "last.ckpt", "--max_epochs", 3, "--max_steps", 9)  # an empty folder may
+    run(
+        data, tmp_path / "new", "--resume", ended / "last.ckpt", "--max_epochs", 3, "--max_steps", 9
+    )  # an empty folder may
     assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True)["global_step"] == 9
     assert (tmp_path / "new" / "best.ckpt").exists() and contents(ended) == before
 
@@ -318,7 +473,18 @@ def test_another_run_is_not_touched_by_a_resume(data, ended, finished, tmp_path)
 @pytest.mark.parametrize("named", ["last.ckpt", ""])
 def test_a_named_checkpoint_goes_on_in_its_own_folder(data, ended, tmp_path, monkeypatch, named):
     monkeypatch.chdir(tmp_path)
-    train.main(["--data_root", str(data), "--resume", str(ended / named), "--max_epochs", "3", "--num_workers", "0"])
+    train.main(
+        [
+            "--data_root",
+            str(data),
+            "--resume",
+            str(ended / named),
+            "--max_epochs",
+            "3",
+            "--num_workers",
+            "0",
+        ]
+    )
     assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == 12
     assert not (tmp_path / "runs").exists()
 
@@ -327,14 +493,27 @@ def test_an_overwritten_run_s_log_is_the_new_run_s(data, ended):
     old = set((ended / "logs").iterdir())
     run(data, ended, "--max_epochs", 1, "--overwrite")
     new = set((ended / "logs").iterdir())
-    assert new & old <= {ended / "logs" / "hparams.yaml"} and sum(path.stat().st_size for path in new) > 200
+    assert (
+        new & old <= {ended / "logs" / "hparams.yaml"}
+        and sum(path.stat().st_size for path in new) > 200
+    )
 
 
 @pytest.mark.parametrize("flag", ["--init_from", "--tokenizer"])
 def test_what_a_run_is_made_from_is_not_overwritten(data, ended, flag):
     before = contents(ended)
     with pytest.raises(UserError, match=f"{flag} .*best.ckpt is part of the run"):
-        train.main(["--data_root", str(data), "--output_dir", str(ended), flag, str(ended / "best.ckpt"), "--overwrite"])
+        train.main(
+            [
+                "--data_root",
+                str(data),
+                "--output_dir",
+                str(ended),
+                flag,
+                str(ended / "best.ckpt"),
+                "--overwrite",
+            ]
+        )
     assert contents(ended) == before
 
 
@@ -345,7 +524,10 @@ def test_two_trainings_do_not_share_a_folder(data, ended):
         assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--overwrite")) == 2
         assert contents(ended) == before
     assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--resume")) == 0
-    assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == 12 and not (ended / train.LOCK).exists()
+    assert (
+        torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == 12
+        and not (ended / train.LOCK).exists()
+    )
 
 
 def test_the_epoch_is_saved_before_its_validation(data, tmp_path):
@@ -361,7 +543,9 @@ def test_a_dev_row_that_does_not_fit_is_said_before_the_first_update(data, tmp_p
 
     monkeypatch.setattr(train.U2, "validation_step", validate)
     monkeypatch.setattr(train.U2, "training_step", lambda *_: pytest.fail("trained"))
-    with pytest.raises(UserError, match="a batch of 2 rows, .* does not fit the memory of cpu .*lower --batch_size"):
+    with pytest.raises(
+        UserError, match="a batch of 2 rows, .* does not fit the memory of cpu .*lower --batch_size"
+    ):
         run(data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -371,6 +555,7 @@ def test_a_dev_row_that_does_not_fit_is_said_before_the_first_update(data, tmp_p
 
 def test_an_ignored_signal_stays_ignored(data, tmp_path):
     """As under nohup, or in the background of a script."""
+
     def body():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -393,7 +578,9 @@ def test_a_signal_before_the_first_update_ends_behind_it(data, tmp_path, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("call", [1, 2, 3], ids=["before Lightning", "in its setup", "in that of the last validation"])
+@pytest.mark.parametrize(
+    "call", [1, 2, 3], ids=["before Lightning", "in its setup", "in that of the last validation"]
+)
 def test_a_signal_while_something_is_set_up_has_its_status(data, ended, number, call, monkeypatch):
     original, calls = train.SpeechDataModule.setup, []
 
@@ -404,8 +591,13 @@ def test_a_signal_while_something_is_set_up_has_its_status(data, ended, number, 
         original(self, stage)
 
     monkeypatch.setattr(train.SpeechDataModule, "setup", setup)
-    assert in_child(lambda: run(data, ended, "--max_steps", 9, "--max_epochs", 3, "--resume")) == 128 + number
-    assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == (9 if call == 3 else 8)
+    assert (
+        in_child(lambda: run(data, ended, "--max_steps", 9, "--max_epochs", 3, "--resume"))
+        == 128 + number
+    )
+    assert torch.load(ended / "last.ckpt", weights_only=True)["global_step"] == (
+        9 if call == 3 else 8
+    )
 
 
 def test_a_run_that_was_killed_before_it_began_is_in_nobody_s_way(data, tmp_path):
@@ -437,6 +629,7 @@ def test_a_terminal_that_hangs_up_loses_nothing(data, tmp_path):
 
 def hang_up(original):
     """At the second update asks for the terminal to be closed, and waits for its signal."""
+
     def step(self, optimizer):
         if self.trainer.global_step == 1:
             os.write(1, b"closed\n")
@@ -452,19 +645,39 @@ def hang_up(original):
 
 def poison(path, part, value=torch.nan):
     checkpoint = torch.load(path, weights_only=True)
-    tensor = checkpoint[part]["net.encoder.blocks.0.norm_final.weight"] if part == "state_dict" else (
-        checkpoint[part][0]["state"][0]["exp_avg"])
+    tensor = (
+        checkpoint[part]["net.encoder.blocks.0.norm_final.weight"]
+        if part == "state_dict"
+        else (checkpoint[part][0]["state"][0]["exp_avg"])
+    )
     tensor.view(-1)[0] = value
     torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("part, value", [("state_dict", torch.nan), ("state_dict", torch.inf), ("optimizer_states", torch.nan)])
-def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(data, ended, tmp_path, part, value):
+@pytest.mark.parametrize(
+    "part, value",
+    [("state_dict", torch.nan), ("state_dict", torch.inf), ("optimizer_states", torch.nan)],
+)
+def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(
+    data, ended, tmp_path, part, value
+):
     poison(ended / "last.ckpt", part, value)
-    words = ("--max_epochs", 3, "--resume"), ("--init_from", ended / "last.ckpt", "--output_dir", tmp_path / "new")
-    for attempt in (lambda: load_checkpoint(str(ended / "last.ckpt")), *(lambda more=more: train.main(
-            ["--data_root", str(data), "--output_dir", str(ended), *map(str, more)]) for more in words)):
-        with pytest.raises(UserError, match=f"last.ckpt: damaged by training: {part}.* is not finite"):
+    words = (
+        ("--max_epochs", 3, "--resume"),
+        ("--init_from", ended / "last.ckpt", "--output_dir", tmp_path / "new"),
+    )
+    for attempt in (
+        lambda: load_checkpoint(str(ended / "last.ckpt")),
+        *(
+            lambda more=more: train.main(
+                ["--data_root", str(data), "--output_dir", str(ended), *map(str, more)]
+            )
+            for more in words
+        ),
+    ):
+        with pytest.raises(
+            UserError, match=f"last.ckpt: damaged by training: {part}.* is not finite"
+        ):
             attempt()
     assert not (tmp_path / "new").exists()
 
@@ -475,10 +688,14 @@ def test_what_is_not_finite_any_more_is_not_saved(data, ended, monkeypatch):
     bounds = train.OptimOptions.__dataclass_fields__
     for name in ("lr", "weight_decay"):
         monkeypatch.setattr(bounds[name], "metadata", {**bounds[name].metadata, "at_most": 1e30})
-    with pytest.raises(UserError, match=r"step 12: state_dict.* is not finite any more, so that nothing is saved; lower --lr"):
+    with pytest.raises(
+        UserError,
+        match=r"step 12: state_dict.* is not finite any more, so that nothing is saved; lower --lr",
+    ):
         run(data, ended, "--max_epochs", 3, "--resume", "--lr", 1e30, "--weight_decay", 1e30)
     assert {name: contents(ended)[name] for name in ("best.ckpt", "last.ckpt")} == {
-        name: before[name] for name in ("best.ckpt", "last.ckpt")}
+        name: before[name] for name in ("best.ckpt", "last.ckpt")
+    }
 
 
 def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypatch):
@@ -490,7 +707,9 @@ def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypat
         original(self, optimizer)
 
     def note(self, trainer, module, *_):
-        averages.append([value.clone() for value in trainer.callbacks[4]._average_model.parameters()])
+        averages.append(
+            [value.clone() for value in trainer.callbacks[4]._average_model.parameters()]
+        )
 
     monkeypatch.setattr(train.U2, "on_before_optimizer_step", step)
     monkeypatch.setattr(train.LastCheckpoint, "on_train_batch_end", note)
@@ -509,5 +728,9 @@ def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_
     monkeypatch.setattr("conformer.U2Conformer.loss", loss)
     words = "--max_steps 1 --lr 1 --warmup_steps 0 --optimizer adam --weight_decay 0 --scheduler warmup".split()
     assert ranks(data, tmp_path / "run", *words) == [0, 0]
-    bias = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]["net.ctc.bias"]
-    assert bias.max() < -0.7  # from within +-0.25 by Adam's first step, 1 against the gradient's sign, which is the new term's
+    bias = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"][
+        "net.ctc.bias"
+    ]
+    assert (
+        bias.max() < -0.7
+    )  # from within +-0.25 by Adam's first step, 1 against the gradient's sign, which is the new term's

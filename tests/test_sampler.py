@@ -1,14 +1,17 @@
 """The plan of batches: every row once, ranks in step, little padding, memory within its bound."""
 
+from cli import UserError
+
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from cli import UserError
 from sampler import LengthGroupedSampler, eval_batches
 
 BY_ROWS, BY_DURATION = {"batch_size": 4}, {"max_batch": 60.0}
-KINDS = [{**size, "group_by_length": group} for size in (BY_ROWS, BY_DURATION) for group in (True, False)]
+KINDS = [
+    {**size, "group_by_length": group} for size in (BY_ROWS, BY_DURATION) for group in (True, False)
+]
 IDS = ["rows-grouped", "rows-shuffled", "duration-grouped", "duration-shuffled"]
 
 
@@ -18,8 +21,10 @@ def random_lengths(rows, seed=0):
 
 def plans(lengths, world_size, epoch=0, **options):
     """[rank][step] -> row numbers."""
-    samplers = [LengthGroupedSampler(lengths=lengths, rank=rank, world_size=world_size, **options)
-                for rank in range(world_size)]
+    samplers = [
+        LengthGroupedSampler(lengths=lengths, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
     result = []
     for sampler in samplers:
         sampler.set_epoch(epoch)
@@ -33,14 +38,28 @@ def plans(lengths, world_size, epoch=0, **options):
 def test_every_row_once_an_epoch_and_ranks_have_equally_many_batches(options, world_size):
     for rows in [*range(world_size, 34), 100, 997]:
         for epoch in range(2 if rows < 100 else 4):
-            ranks = plans(random_lengths(rows), world_size, epoch, megabatch=5, seed=rows, **options)
+            ranks = plans(
+                random_lengths(rows), world_size, epoch, megabatch=5, seed=rows, **options
+            )
             assert len({len(batches) for batches in ranks}) == 1
             assert all(batch for batches in ranks for batch in batches)
-            assert sorted(row for batches in ranks for batch in batches for row in batch) == list(range(rows))
+            assert sorted(row for batches in ranks for batch in batches for row in batch) == list(
+                range(rows)
+            )
 
 
-@pytest.mark.parametrize("lengths", [np.full(100, 20), np.full(100, 60), np.full(101, 70), np.zeros(50, int),
-                                     np.arange(1, 200), np.array([5])], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.full(100, 20),
+        np.full(100, 60),
+        np.full(101, 70),
+        np.zeros(50, int),
+        np.arange(1, 200),
+        np.array([5]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", KINDS, ids=IDS)
 def test_the_announced_number_of_batches_is_the_real_one(lengths, options):
     for epoch in range(4):
@@ -57,11 +76,21 @@ def test_a_batch_never_exceeds_its_bound(options, world_size):
         lengths[rng.integers(0, rows, 2)] = 100  # longer than the whole bound: must go alone
         for epoch in range(3):
             ranks = plans(lengths, world_size, epoch, megabatch=5, seed=rows, **options)
-            over = [batch for batches in ranks for batch in batches if len(batch) > 1 and (
-                len(batch) > options["batch_size"] if "batch_size" in options
-                else len(batch) * lengths[batch].max() > options["max_batch"])]
+            over = [
+                batch
+                for batches in ranks
+                for batch in batches
+                if len(batch) > 1
+                and (
+                    len(batch) > options["batch_size"]
+                    if "batch_size" in options
+                    else len(batch) * lengths[batch].max() > options["max_batch"]
+                )
+            ]
             # rows that do not divide by the ranks: somebody has to take one more, once an epoch
-            assert len(over) <= (world_size > 1) * (world_size - 1) and all(len(batch) == 2 for batch in over)
+            assert len(over) <= (world_size > 1) * (world_size - 1) and all(
+                len(batch) == 2 for batch in over
+            )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -69,7 +98,9 @@ def test_one_long_row_per_rank_is_the_only_excess(world_size):
     lengths = np.concatenate((np.full(2 * world_size, 100), np.full(30 * world_size, 10)))
     for group in (True, False):
         for batches in plans(lengths, world_size, max_batch=60.0, group_by_length=group):
-            assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= 60 for batch in batches)
+            assert all(
+                len(batch) == 1 or len(batch) * lengths[batch].max() <= 60 for batch in batches
+            )
             assert all(len(batch) == 1 for batch in batches if lengths[batch].max() == 100)
 
 
@@ -87,18 +118,34 @@ def test_the_longest_comes_first(options, world_size):
 def test_batches_of_a_step_are_alike_in_length_over_ranks(size):
     lengths = random_lengths(4000)
     ranks = plans(lengths, 4, megabatch=50, **size)
-    longest = np.array([[lengths[batch].max() for batch in batches] for batches in ranks])  # (rank, step)
+    longest = np.array(
+        [[lengths[batch].max() for batch in batches] for batches in ranks]
+    )  # (rank, step)
     assert np.ptp(longest, axis=0).mean() < 0.5  # seconds, of 1 .. 30
     assert all(max(map(len, step)) - min(map(len, step)) <= 1 for step in zip(*ranks))
 
 
 @pytest.mark.parametrize("group", [True, False], ids=["grouped", "shuffled"])
 def test_rows_of_all_ranks_together_make_the_steps_whatever_the_number_of_ranks(group):
-    for rows in (8, 20, 64, 100, 1004, 3007):  # of the last step at least one row for each of four ranks
+    for rows in (
+        8,
+        20,
+        64,
+        100,
+        1004,
+        3007,
+    ):  # of the last step at least one row for each of four ranks
         for epoch in (0, 3):
-            one, two, four = (LengthGroupedSampler(lengths=random_lengths(rows), batch_size=8 // world_size, megabatch=5,
-                                                   world_size=world_size, group_by_length=group).steps(epoch)
-                              for world_size in (1, 2, 4))
+            one, two, four = (
+                LengthGroupedSampler(
+                    lengths=random_lengths(rows),
+                    batch_size=8 // world_size,
+                    megabatch=5,
+                    world_size=world_size,
+                    group_by_length=group,
+                ).steps(epoch)
+                for world_size in (1, 2, 4)
+            )
             assert as_lists(one) == as_lists(two) == as_lists(four)
 
 
@@ -108,10 +155,15 @@ def waste(lengths, batches):
     return 1 - lengths.sum() / padded
 
 
-@pytest.mark.parametrize("size", [{"batch_size": 16}, {"max_batch": 250.0}], ids=["rows", "duration"])
+@pytest.mark.parametrize(
+    "size", [{"batch_size": 16}, {"max_batch": 250.0}], ids=["rows", "duration"]
+)
 def test_grouping_wastes_far_less_on_padding_than_shuffling(size):
     lengths = random_lengths(5000)
-    grouped, shuffled = (waste(lengths, plans(lengths, 1, group_by_length=group, **size)[0]) for group in (True, False))
+    grouped, shuffled = (
+        waste(lengths, plans(lengths, 1, group_by_length=group, **size)[0])
+        for group in (True, False)
+    )
     assert shuffled > 0.3 and grouped < 0.05
 
 
@@ -128,9 +180,15 @@ def test_a_plan_is_a_function_of_seed_and_epoch(options):
     again = LengthGroupedSampler(lengths=lengths, seed=5, megabatch=10, **options)
     other = LengthGroupedSampler(lengths=lengths, seed=6, megabatch=10, **options)
     made = [as_lists(sampler.plan(epoch)) for epoch in (0, 1, 2)]
-    assert [as_lists(again.plan(epoch)) for epoch in (2, 0, 1)] == [made[2], made[0], made[1]]  # whatever was asked before
+    assert [as_lists(again.plan(epoch)) for epoch in (2, 0, 1)] == [
+        made[2],
+        made[0],
+        made[1],
+    ]  # whatever was asked before
     assert made[0] != made[1] and made[1] != made[2] and as_lists(other.plan(0)) != made[0]
-    sets = [{frozenset(batch) for batch in plan} for plan in made]  # other company, not only another order
+    sets = [
+        {frozenset(batch) for batch in plan} for plan in made
+    ]  # other company, not only another order
     assert len(sets[0] & sets[1]) < len(sets[0]) / 4
 
 
@@ -141,7 +199,9 @@ def as_lists(plan):
 def test_no_epoch_repeats_the_first_ones_batches():
     # The number of batches by duration varies; an epoch that has too many must be drawn anew, not fall back.
     for seed in range(20):
-        sampler = LengthGroupedSampler(lengths=random_lengths(60, seed), max_batch=60.0, group_by_length=False, seed=seed)
+        sampler = LengthGroupedSampler(
+            lengths=random_lengths(60, seed), max_batch=60.0, group_by_length=False, seed=seed
+        )
         made = [{frozenset(batch.tolist()) for batch in sampler.plan(epoch)} for epoch in range(6)]
         assert all(len(made[0] & other) < len(made[0]) / 2 for other in made[1:])
 
@@ -151,7 +211,10 @@ def test_the_longest_rows_of_a_large_corpus_keep_to_themselves_but_change_compan
     lengths = np.random.default_rng(0).lognormal(2, 0.5, 8000)
     sampler = LengthGroupedSampler(lengths=lengths, megabatch=10, **size)
     long = np.quantile(lengths, 0.9)
-    made = [{frozenset(batch.tolist()) for batch in sampler.plan(epoch) if lengths[batch].max() > long} for epoch in (0, 1)]
+    made = [
+        {frozenset(batch.tolist()) for batch in sampler.plan(epoch) if lengths[batch].max() > long}
+        for epoch in (0, 1)
+    ]
     mixed = [batch for batch in made[0] if lengths[list(batch)].min() <= long]
     assert len(mixed) <= 2  # where a megabatch takes the last of one band and the first of the next
     shared = [batch for batch in made[0] & made[1] if len(batch) > 1]
@@ -159,10 +222,14 @@ def test_the_longest_rows_of_a_large_corpus_keep_to_themselves_but_change_compan
 
 
 def test_keys_carry_the_epoch_and_the_given_row_numbers():
-    sampler = LengthGroupedSampler(lengths=random_lengths(10), rows=np.arange(10) * 7 + 3, batch_size=4)
+    sampler = LengthGroupedSampler(
+        lengths=random_lengths(10), rows=np.arange(10) * 7 + 3, batch_size=4
+    )
     sampler.set_epoch(2)
     keys = [key for batch in sampler for key in batch]
-    assert {epoch for epoch, _ in keys} == {2} and sorted(row for _, row in keys) == [3 + 7 * i for i in range(10)]
+    assert {epoch for epoch, _ in keys} == {2} and sorted(row for _, row in keys) == [
+        3 + 7 * i for i in range(10)
+    ]
     assert all(type(number) is int for key in keys for number in key)
 
 
@@ -175,7 +242,13 @@ def test_start_batch_skips_once():
 
 
 def test_a_loader_takes_the_sampler_as_it_is():
-    rows = list(DataLoader(Echo(), sampler=LengthGroupedSampler(lengths=random_lengths(11), batch_size=4), batch_size=None))
+    rows = list(
+        DataLoader(
+            Echo(),
+            sampler=LengthGroupedSampler(lengths=random_lengths(11), batch_size=4),
+            batch_size=None,
+        )
+    )
     assert sorted(row for batch in rows for _, row in batch) == list(range(11))
 
 
@@ -198,7 +271,9 @@ def test_evaluation_sees_every_row_once_and_no_rank_is_left_out(world_size):
         assert sorted(keys) == [(0, row) for row in range(rows)]
         assert all(1 <= len(batch) <= 4 for batches in ranks for batch in batches)
         assert len({len(batches) for batches in ranks}) == 1
-    assert [lengths[row] for batch in eval_batches(lengths, 4) for _, row in batch] == sorted(lengths, reverse=True)
+    assert [lengths[row] for batch in eval_batches(lengths, 4) for _, row in batch] == sorted(
+        lengths, reverse=True
+    )
     with pytest.raises(UserError, match="cannot be spread"):
         eval_batches(lengths[:3], 4, 0, 4)
 
@@ -208,7 +283,13 @@ def test_evaluation_takes_no_more_at_once_than_allowed_save_a_row_that_is_longer
     lengths = random_lengths(200)
     lengths[7] = 50 * max(lengths)
     most = 4 * np.median(lengths)
-    batches = [batch for rank in range(world_size) for batch in eval_batches(lengths, 8, rank, world_size, most)]
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in eval_batches(lengths, 8, rank, world_size, most)
+    ]
     rows = [[row for _, row in batch] for batch in batches]
     assert sorted(sum(rows, [])) == list(range(200)) and [7] in rows and max(map(len, rows)) == 8
-    assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= most for batch in rows)
+    assert all(
+        len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= most for batch in rows
+    )

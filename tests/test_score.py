@@ -6,20 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cli
+
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import distance
 
-import cli
-import compare
 import score
 import transcribe
 from conformer import ModelOptions
+from conftest import distance
 from decode import MODES
 from model import U2, OptimOptions
 from tokenizer import from_vocab, save_tokenizer, train_char
+from tools import compare
 from transforms import Frontend
 
 TEXTS = ["one two three", "four", "five six", "seven eight nine ten", "zero", ""]
@@ -32,11 +33,19 @@ def waveform(row):
 
 def write_split(folder, tokenizer, text=True, label=None, texts=TEXTS):
     labels = [tokenizer.encode(said) if label is None else [label] for said in texts]
-    rows = [{"input_values": waveform(row), "labels": {"input_ids": labels[row]}, **({"text": said} if text else {})}
-            for row, said in enumerate(texts)]
-    features = {"input_values": datasets.List(datasets.Value("float32")),
-                "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
-                **({"text": datasets.Value("string")} if text else {})}
+    rows = [
+        {
+            "input_values": waveform(row),
+            "labels": {"input_ids": labels[row]},
+            **({"text": said} if text else {}),
+        }
+        for row, said in enumerate(texts)
+    ]
+    features = {
+        "input_values": datasets.List(datasets.Value("float32")),
+        "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
+        **({"text": datasets.Value("string")} if text else {}),
+    }
     datasets.Dataset.from_list(rows, datasets.Features(features)).save_to_disk(str(folder / "0"))
 
 
@@ -52,8 +61,15 @@ def world(tmp_path_factory):
     save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
     save_tokenizer(train_char(["entirely different"]), str(folder / "other" / "tokenizer.json"))
     torch.manual_seed(0)
-    options = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, decoder_num_blocks=1,
-                           r_num_blocks=1, decoder_linear_units=32)
+    options = ModelOptions(
+        output_size=16,
+        attention_heads=2,
+        linear_units=32,
+        num_blocks=1,
+        decoder_num_blocks=1,
+        r_num_blocks=1,
+        decoder_linear_units=32,
+    )
     model = U2(options=options, optim=OptimOptions(), frontend=Frontend(), tokenizer=tokenizer)
     for parameter in model.parameters():  # sharp, so that the searches find something
         parameter.data *= 2
@@ -74,35 +90,69 @@ def call(capsys, command, *argv):
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
-    return status, out.splitlines(), [line for line in err.splitlines() if "batches" not in line and "stream:" not in line]
+    return (
+        status,
+        out.splitlines(),
+        [line for line in err.splitlines() if "batches" not in line and "stream:" not in line],
+    )
 
 
 def score_json(capsys, world, *argv, root="data"):
-    status, out, _ = call(capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv)
+    status, out, _ = call(
+        capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv
+    )
     assert status == 0
     return [json.loads(line) for line in out]
 
 
-@pytest.mark.parametrize("said, hint", [
-    (TEXTS, None), ([text.upper() for text in TEXTS], "cannot write 'E' x "),
-    ([f"{TEXTS[0]}!", "\u200bx", *TEXTS[2:]], "2 of 11 words")])
-def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(world, capsys, tmp_path, said, hint):
+@pytest.mark.parametrize(
+    "said, hint",
+    [
+        (TEXTS, None),
+        ([text.upper() for text in TEXTS], "cannot write 'E' x "),
+        ([f"{TEXTS[0]}!", "\u200bx", *TEXTS[2:]], "2 of 11 words"),
+    ],
+)
+def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(
+    world, capsys, tmp_path, said, hint
+):
     write_split(tmp_path / "eval_clean", train_char(TEXTS), texts=said)
-    status, out, err = call(capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", tmp_path, "--mode",
-                            "ctc_greedy_search")
+    status, out, err = call(
+        capsys,
+        score,
+        "--checkpoint",
+        world / "best.ckpt",
+        "--data_root",
+        tmp_path,
+        "--mode",
+        "ctc_greedy_search",
+    )
     notes = [line for line in err if line.startswith("score.py: note: ")]
     assert status == 0 and json.loads(out[-1])["wer"] > 0 and len(notes) == (hint is not None)
     if hint:
-        assert hint in notes[0] and ("with --lowercase" in notes[0]) and ("punctuation" in notes[0]) == ("2 of" in hint)
+        assert (
+            hint in notes[0]
+            and ("with --lowercase" in notes[0])
+            and ("punctuation" in notes[0]) == ("2 of" in hint)
+        )
 
 
 def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unknown():
-    tokenizer = from_vocab({token: i for i, token in enumerate(["<pad>", "<unk>", "|", "A", "B"])}, config={"do_lower_case": True})
+    tokenizer = from_vocab(
+        {token: i for i, token in enumerate(["<pad>", "<unk>", "|", "A", "B"])},
+        config={"do_lower_case": True},
+    )
     assert score.unspelled(tokenizer, ["a b", ""]) == ""
-    assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"])) and "'A' x 1" in hint and hint.endswith("with --lowercase")
+    assert (
+        "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"]))
+        and "'A' x 1" in hint
+        and hint.endswith("with --lowercase")
+    )
 
 
-def test_a_score_and_its_details_are_not_lost_with_one_another(world, capsys, tmp_path, monkeypatch):
+def test_a_score_and_its_details_are_not_lost_with_one_another(
+    world, capsys, tmp_path, monkeypatch
+):
     class Full(io.StringIO):
         def write(self, text):
             raise cli.UserError("full")
@@ -112,7 +162,11 @@ def test_a_score_and_its_details_are_not_lost_with_one_another(world, capsys, tm
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Full())
         status, _, err = call(capsys, score, *argv, tmp_path / "details")
-    assert status == 2 and "full" in err[-1] and len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
+    assert (
+        status == 2
+        and "full" in err[-1]
+        and len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
+    )
     monkeypatch.setattr(score, "write_whole", Full.write)
     status, out, err = call(capsys, score, *argv, tmp_path / "none")
     assert status == 2 and "full" in err[-1] and json.loads(out[-1])["utterances"] == len(TEXTS)
@@ -121,16 +175,27 @@ def test_a_score_and_its_details_are_not_lost_with_one_another(world, capsys, tm
 @pytest.mark.parametrize("mode", MODES)
 def test_score_counts_the_errors_of_the_whole_split(world, capsys, tmp_path, mode):
     details = tmp_path / "details.jsonl"
-    result, = score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", details)
+    (result,) = score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", details)
     lines = [json.loads(line) for line in details.read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(6)) and [line["reference"] for line in lines] == TEXTS
+    assert [line["row"] for line in lines] == list(range(6)) and [
+        line["reference"] for line in lines
+    ] == TEXTS
     assert sum(bool(line["hypothesis"]) for line in lines) >= 4
     for line in lines:
         assert line["char_errors"] == distance(line["hypothesis"], line["reference"])
-        assert line["word_errors"] == distance(line["hypothesis"].split(), line["reference"].split())
-    assert result["cer"] == pytest.approx(sum(line["char_errors"] for line in lines) / sum(map(len, TEXTS)))
+        assert line["word_errors"] == distance(
+            line["hypothesis"].split(), line["reference"].split()
+        )
+    assert result["cer"] == pytest.approx(
+        sum(line["char_errors"] for line in lines) / sum(map(len, TEXTS))
+    )
     assert result["wer"] == pytest.approx(sum(line["word_errors"] for line in lines) / 11)
-    assert (result["split"], result["mode"], result["chunk_size"], result["utterances"]) == ("eval_clean", mode, -1, 6)
+    assert (result["split"], result["mode"], result["chunk_size"], result["utterances"]) == (
+        "eval_clean",
+        mode,
+        -1,
+        6,
+    )
     assert 0 < result["rtf"] < 100
 
 
@@ -138,8 +203,22 @@ def test_score_hears_the_same_whatever_the_batch_and_in_every_mode_at_once(world
     heard = []
     for batch_size in (1, 2, 6):
         details = tmp_path / f"{batch_size}.jsonl"
-        results = score_json(capsys, world, "--mode", "all", "--beam_size", 3, "--batch_size", batch_size,
-                             "--chunk_size", 4, "--left_chunks", 2, "--details", details)
+        results = score_json(
+            capsys,
+            world,
+            "--mode",
+            "all",
+            "--beam_size",
+            3,
+            "--batch_size",
+            batch_size,
+            "--chunk_size",
+            4,
+            "--left_chunks",
+            2,
+            "--details",
+            details,
+        )
         assert [result["mode"] for result in results] == list(MODES)
         heard.append(details.read_text())
     assert heard[0] == heard[1] == heard[2]
@@ -148,38 +227,57 @@ def test_score_hears_the_same_whatever_the_batch_and_in_every_mode_at_once(world
 def test_score_passes_chunks_on_to_the_encoder(world, capsys, tmp_path):
     heard = []
     for chunk in ((), ("--chunk_size", 1, "--left_chunks", 0)):
-        score_json(capsys, world, "--mode", "ctc_greedy_search", "--details", tmp_path / "details", *chunk)
+        score_json(
+            capsys, world, "--mode", "ctc_greedy_search", "--details", tmp_path / "details", *chunk
+        )
         heard.append((tmp_path / "details").read_text())
     assert heard[0] != heard[1]
 
 
-def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoints(world, capsys, tmp_path):
-    with_text, = score_json(capsys, world)
-    without, = score_json(capsys, world, "--split", "no_text")
+def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoints(
+    world, capsys, tmp_path
+):
+    (with_text,) = score_json(capsys, world)
+    (without,) = score_json(capsys, world, "--split", "no_text")
     assert (without["wer"], without["cer"]) == (with_text["wer"], with_text["cer"])
-    elsewhere, = score_json(capsys, world, root="other")  # another tokenizer is no harm where there is text
+    (elsewhere,) = score_json(
+        capsys, world, root="other"
+    )  # another tokenizer is no harm where there is text
     assert elsewhere["cer"] == with_text["cer"]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--data_root", "{}/other", "--split", "no_text"], ["other/tokenizer.json", "column text"]),
-    (["--split", "beyond"], ["beyond", "outside"]),
-    (["--split", "absent"], ["absent"]),
-    (["--data_root", "{}/nowhere"], ["nowhere"]),
-    (["--checkpoint", "{}/nothing.ckpt"], ["nothing.ckpt"]),
-    (["--checkpoint", "{}/data/tokenizer.json"], ["tokenizer.json"]),
-    (["--beam_size", "0"], ["--beam_size"]),
-    (["--chunk_size", "0"], ["--chunk_size"]),
-    (["--chunk_size", "-2"], ["--chunk_size"]),
-    (["--left_chunks", "2"], ["--left_chunks", "--chunk_size"]),
-    (["--batch_size", "0"], ["--batch_size"]),
-    (["--concatenate"], ["--concatenate", "--stream"]),
-    (["--stream", "--mode", "attention"], ["--mode attention", "--stream"]),
-    (["--reverse_weight", "1.5"], ["--reverse_weight"]),
-    (["--details", "{}/nowhere/details"], ["--details"])])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (
+            ["--data_root", "{}/other", "--split", "no_text"],
+            ["other/tokenizer.json", "column text"],
+        ),
+        (["--split", "beyond"], ["beyond", "outside"]),
+        (["--split", "absent"], ["absent"]),
+        (["--data_root", "{}/nowhere"], ["nowhere"]),
+        (["--checkpoint", "{}/nothing.ckpt"], ["nothing.ckpt"]),
+        (["--checkpoint", "{}/data/tokenizer.json"], ["tokenizer.json"]),
+        (["--beam_size", "0"], ["--beam_size"]),
+        (["--chunk_size", "0"], ["--chunk_size"]),
+        (["--chunk_size", "-2"], ["--chunk_size"]),
+        (["--left_chunks", "2"], ["--left_chunks", "--chunk_size"]),
+        (["--batch_size", "0"], ["--batch_size"]),
+        (["--concatenate"], ["--concatenate", "--stream"]),
+        (["--stream", "--mode", "attention"], ["--mode attention", "--stream"]),
+        (["--reverse_weight", "1.5"], ["--reverse_weight"]),
+        (["--details", "{}/nowhere/details"], ["--details"]),
+    ],
+)
 def test_score_answers_bad_input_with_one_line_and_status_2(world, capsys, argv, words):
     argv = [word.format(world) for word in argv]
-    given = ["--checkpoint", world / "best.ckpt", "--data_root", world / "data", *argv]  # argparse takes the last
+    given = [
+        "--checkpoint",
+        world / "best.ckpt",
+        "--data_root",
+        world / "data",
+        *argv,
+    ]  # argparse takes the last
     status, out, err = call(capsys, score, *given)
     assert status == 2 and out == [] and len(err) == 1
     assert all(word in err[0] for word in ["score.py: error:", *words])
@@ -188,34 +286,64 @@ def test_score_answers_bad_input_with_one_line_and_status_2(world, capsys, argv,
 @pytest.mark.parametrize("command", [score, transcribe])
 @pytest.mark.parametrize("argv", [["--no_such_flag", "1"], ["--mode", "psychic"], ["--check", "x"]])
 def test_unknown_flags_and_modes_are_refused(world, capsys, command, argv):
-    status, out, err = call(capsys, command, *argv, *(["file.wav"] if command is transcribe else []))
+    status, out, err = call(
+        capsys, command, *argv, *(["file.wav"] if command is transcribe else [])
+    )
     assert status == 2 and out == [] and "error" in err[-1]
 
 
 def test_score_streams_every_row(world, capsys, tmp_path):
     """(with mean_var_norm, whose statistics grow with the stream, the text differs from that of the whole)"""
-    result, = score_json(capsys, world, "--stream", "--chunk_size", 8, "--details", tmp_path / "details")
+    (result,) = score_json(
+        capsys, world, "--stream", "--chunk_size", 8, "--details", tmp_path / "details"
+    )
     lines = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
-    assert result["stream"] and result["chunk_size"] == 8 and result["utterances"] == len(lines) == len(TEXTS)
+    assert (
+        result["stream"]
+        and result["chunk_size"] == 8
+        and result["utterances"] == len(lines) == len(TEXTS)
+    )
     assert any(line["hypothesis"] for line in lines) and result["cer"] > 0
-    long, = score_json(capsys, world, "--stream", "--chunk_size", 8, "--concatenate", "--details", tmp_path / "details")
-    line, = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
-    assert long["utterances"] == 1 and line["reference"] == " ".join(filter(None, TEXTS)) and line["hypothesis"]
+    (long,) = score_json(
+        capsys,
+        world,
+        "--stream",
+        "--chunk_size",
+        8,
+        "--concatenate",
+        "--details",
+        tmp_path / "details",
+    )
+    (line,) = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
+    assert (
+        long["utterances"] == 1
+        and line["reference"] == " ".join(filter(None, TEXTS))
+        and line["hypothesis"]
+    )
 
 
 def write_run(folder, metrics, scores=(), **options):
     folder.mkdir(parents=True)
     options = {"preset": "tiny", "output_dir": str(folder), **options}
-    record = {"command": "train.py", "commit": "abc1234", "seed": 7, "metrics": metrics, "options": options}
+    record = {
+        "command": "train.py",
+        "commit": "abc1234",
+        "seed": 7,
+        "metrics": metrics,
+        "options": options,
+    }
     (folder / "run.json").write_text(json.dumps(record))
     if scores:
-        (folder / "scores.jsonl").write_text("\n".join(["best checkpoint", *map(json.dumps, scores)]) + "\n")
+        (folder / "scores.jsonl").write_text(
+            "\n".join(["best checkpoint", *map(json.dumps, scores)]) + "\n"
+        )
 
 
 @pytest.mark.parametrize("bad, reason", [(np.nan, "not finite"), (1e10, "as large as 1e+10")])
 @pytest.mark.parametrize("argv", [[], ["--stream"], ["--stream", "--concatenate"]], ids=str)
 def test_a_row_whose_samples_are_none_is_named(
-        world, capsys, tmp_path, monkeypatch, argv, bad, reason):
+    world, capsys, tmp_path, monkeypatch, argv, bad, reason
+):
     real = waveform
 
     def spoiled(row):
@@ -233,8 +361,18 @@ def test_a_row_whose_samples_are_none_is_named(
 
 def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = {"split": "eval_clean", "mode": "attention", "stream": False, "chunk_size": 16, "left_chunks": -1, "utterances": 5}
-    scores = [{**line, "wer": 0.9, "cer": 0.8, "rtf": 0.01}, {**line, "wer": 0.5, "cer": 0.125, "rtf": 0.01}]
+    line = {
+        "split": "eval_clean",
+        "mode": "attention",
+        "stream": False,
+        "chunk_size": 16,
+        "left_chunks": -1,
+        "utterances": 5,
+    }
+    scores = [
+        {**line, "wer": 0.9, "cer": 0.8, "rtf": 0.01},
+        {**line, "wer": 0.5, "cer": 0.125, "rtf": 0.01},
+    ]
     write_run(Path("runs/a"), {"val_cer": 0.25, "steps": 300}, scores, lr=1e-3)
     write_run(Path("runs/b"), {}, lr=2e-3)
     status, out, _ = call(capsys, compare)
@@ -244,7 +382,9 @@ def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_pat
     assert table[1][:6] == ["runs/a", "tiny", "abc1234", "7", "300", "0.2500"]
     assert table[2][:6] == ["runs/b", "tiny", "abc1234", "7", "-", "-"]
     assert table[5:8] == [["run", "lr"], ["runs/a", "0.0010"], ["runs/b", "0.0020"]]
-    assert table[11:] == [["runs/a", "eval_clean", "attention", "no", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]]
+    assert table[11:] == [
+        ["runs/a", "eval_clean", "attention", "no", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]
+    ]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"options": 1, "metrics": {}}'])
@@ -257,7 +397,15 @@ def test_compare_refuses_what_is_no_run(capsys, tmp_path, content):
 
 def test_the_commands_run_as_scripts_from_elsewhere(world, tmp_path):
     script = Path(score.__file__)
-    command = [sys.executable, script, "--checkpoint", world / "best.ckpt", "--data_root", world / "data", "--mode",
-               "ctc_greedy_search"]
+    command = [
+        sys.executable,
+        script,
+        "--checkpoint",
+        world / "best.ckpt",
+        "--data_root",
+        world / "data",
+        "--mode",
+        "ctc_greedy_search",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["utterances"] == 6

@@ -1,27 +1,36 @@
 """The whole chain as a user types it, on a handful of spoken rows: prepare, train, score, transcribe, compare."""
 
 import csv
-import importlib
 import json
 import os
 import subprocess
 import sys
 
+import cli
+
 import pytest
 import soundfile
 import torch
+
 from conftest import ROOT
+from helpers import module
+from tools import demo
 
-import cli
-import demo
-
-SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
-         "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32").split()
+SMALL = (
+    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
+    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32"
+).split()
 
 
 def command(*words, status=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == status, result.stderr
     return result
 
@@ -46,18 +55,44 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
     out = command("prepare.py", "--source", source, "--data_root", data).stdout
     assert "kept 11 rows, rejected 0" in out.splitlines()[-1]
 
-    command("train.py", "--data_root", data, "--output_dir", run, "--max_epochs", 2, "--batch_size", 3,
-            "--num_workers", 0, "--ema_decay", 0.5, *SMALL)
+    command(
+        "train.py",
+        "--data_root",
+        data,
+        "--output_dir",
+        run,
+        "--max_epochs",
+        2,
+        "--batch_size",
+        3,
+        "--num_workers",
+        0,
+        "--ema_decay",
+        0.5,
+        *SMALL,
+    )
     for name in ("best.ckpt", "last.ckpt"):
         assert "tokenizer" in torch.load(run / name, weights_only=True)
     record = json.loads((run / "run.json").read_text())
     assert record["metrics"]["steps"] == 4 and record["metrics"]["skipped_updates"] == 0
 
-    out = command("score.py", "--checkpoint", run / "best.ckpt", "--data_root", data, "--mode", "all",
-                  "--details", run / "details.jsonl").stdout
+    out = command(
+        "score.py",
+        "--checkpoint",
+        run / "best.ckpt",
+        "--data_root",
+        data,
+        "--mode",
+        "all",
+        "--details",
+        run / "details.jsonl",
+    ).stdout
     scores = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert len(scores) == 4 and json.loads(out.splitlines()[-1]) == scores[-1]
-    assert all(score["split"] == "eval_clean" and score["utterances"] == 3 and score["chunk_size"] == -1 for score in scores)
+    assert all(
+        score["split"] == "eval_clean" and score["utterances"] == 3 and score["chunk_size"] == -1
+        for score in scores
+    )
     assert all(score["wer"] >= 0 and score["cer"] >= 0 and score["rtf"] > 0 for score in scores)
     assert len((run / "details.jsonl").read_text().splitlines()) == 4 * 3
     (run / "scores.jsonl").write_text(out)
@@ -66,18 +101,25 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
     lines = command("transcribe.py", "--checkpoint", run / "best.ckpt", *files).stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(file) for file in files]
 
-    table = command("compare.py", run).stdout
+    table = command("-m", "tools.compare", run).stdout
     assert "attention_rescoring" in table and "tiny" in table
 
 
-@pytest.mark.parametrize("program, words", [
-    ("train", ["--data_root", "none", "--output_dir", "run"]), ("train", ["--data_rot", "."]),
-    ("score", ["--checkpoint", "none.ckpt"]), ("transcribe", ["--checkpoint", "none.ckpt", "a.wav"]),
-    ("prepare", ["--source", "./none", "--data_root", "data"]), ("compare", ["none"])])
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        ("train", ["--data_root", "none", "--output_dir", "run"]),
+        ("train", ["--data_rot", "."]),
+        ("score", ["--checkpoint", "none.ckpt"]),
+        ("transcribe", ["--checkpoint", "none.ckpt", "a.wav"]),
+        ("prepare", ["--source", "./none", "--data_root", "data"]),
+        ("compare", ["none"]),
+    ],
+)
 def test_a_mistake_gives_one_line_and_status_2(program, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(importlib.import_module(program).main)
+        cli.run(module(program).main)
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"{program}.py: error: ")
     assert not list(tmp_path.iterdir())

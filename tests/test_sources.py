@@ -7,6 +7,8 @@ import json
 import os
 import unicodedata
 
+from cli import UserError
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,6 @@ from hypothesis import strategies as st
 import prepare
 import sources
 import tokenizer as tk
-from cli import UserError
 
 
 def sound(samples=400, rate=16000):
@@ -30,15 +31,18 @@ def sound(samples=400, rate=16000):
 
 def put(path, content=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(sound() if content is
-                     None else content.encode() if isinstance(content, str) else content)
+    path.write_bytes(
+        sound() if content is None else content.encode() if isinstance(content, str) else content
+    )
 
 
 def parquet(path, /, **columns):
     """Without columns two rows whose text is the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = columns or {"audio": [{"bytes": sound(), "path": "a.wav"}] * 2,
-                          "text": [f"in {path.name}"] * 2}
+    columns = columns or {
+        "audio": [{"bytes": sound(), "path": "a.wav"}] * 2,
+        "text": [f"in {path.name}"] * 2,
+    }
     with open(path, "wb") as file:
         pa.parquet.write_table(pa.table(columns), file)
 
@@ -46,20 +50,37 @@ def parquet(path, /, **columns):
 @pytest.fixture
 def src(tmp_path):
     (tmp_path / "src").mkdir()
-    tk.save_tokenizer(tk.train_char(["abcdefghijklmnopqrstuvwxyz_ .0123456789"]),
-                      tmp_path / "letters.json")
+    tk.save_tokenizer(
+        tk.train_char(["abcdefghijklmnopqrstuvwxyz_ .0123456789"]), tmp_path / "letters.json"
+    )
     return tmp_path / "src"
 
 
 def run(src, *more, source=None):
     """({split: texts}, {name: reason})"""
     root, letters = src.parent / "root", src.parent / "letters.json"
-    options = prepare.parse(["--source", source or str(src), "--data_root", str(root),
-                             "--overwrite", "--tokenizer", str(letters), *more])
+    options = prepare.parse(
+        [
+            "--source",
+            source or str(src),
+            "--data_root",
+            str(root),
+            "--overwrite",
+            "--tokenizer",
+            str(letters),
+            *more,
+        ]
+    )
     kept, _ = prepare.prepare(options)
-    texts = {split.name: [text for shard in sorted(split.iterdir())
-                          for text in datasets.load_from_disk(str(shard))["text"]]
-             for split in sorted(root.iterdir()) if split.is_dir()}
+    texts = {
+        split.name: [
+            text
+            for shard in sorted(split.iterdir())
+            for text in datasets.load_from_disk(str(shard))["text"]
+        ]
+        for split in sorted(root.iterdir())
+        if split.is_dir()
+    }
     with open(root / "rejected.csv", encoding="utf-8", newline="") as file:
         reasons = {row["file_name"]: row["reason"] for row in csv.DictReader(file)}
     assert kept == sum(map(len, texts.values()))
@@ -73,22 +94,31 @@ def counts(texts):
 # Which file is whose
 
 
-@pytest.mark.parametrize("files, expected", [
-    ("train/0 dev/0 dev_other/0 eval_clean/0 eval_other/0 podcasts/0",
-     "train dev dev_other eval_clean eval_other podcasts"),
-    ("train extra", "train extra"),
-    ("train-00000-of-00002 train-00001-of-00002-0a1b test-0 test_1",
-     "train train eval_clean eval_clean"),
-    ("data/train-00000-of-00001 data/extra-00000-of-00001 data/validation-00000-of-00001",
-     "train extra dev"),
-    ("clean/train.100/0000 clean/validation/0000 clean/more/0000", "train dev more"),
-    ("train/part-0 train/part-1 dev/a/b/0", "train train dev"),
-    ("train/dev_other_1", None),
-    ("train dev/train-0", None),
-    ("en/train-00000-of-00001 de/train-00000-of-00001", None),
-    ("train data/train", None),
-    ("train/metadata podcasts/metadata", "train podcasts"),
-])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (
+            "train/0 dev/0 dev_other/0 eval_clean/0 eval_other/0 podcasts/0",
+            "train dev dev_other eval_clean eval_other podcasts",
+        ),
+        ("train extra", "train extra"),
+        (
+            "train-00000-of-00002 train-00001-of-00002-0a1b test-0 test_1",
+            "train train eval_clean eval_clean",
+        ),
+        (
+            "data/train-00000-of-00001 data/extra-00000-of-00001 data/validation-00000-of-00001",
+            "train extra dev",
+        ),
+        ("clean/train.100/0000 clean/validation/0000 clean/more/0000", "train dev more"),
+        ("train/part-0 train/part-1 dev/a/b/0", "train train dev"),
+        ("train/dev_other_1", None),
+        ("train dev/train-0", None),
+        ("en/train-00000-of-00001 de/train-00000-of-00001", None),
+        ("train data/train", None),
+        ("train/metadata podcasts/metadata", "train podcasts"),
+    ],
+)
 def test_parquet_files_are_the_splits_that_their_names_say(files, expected, src):
     for name in files.split():
         parquet(src / f"{name}.parquet")
@@ -113,12 +143,16 @@ def test_files_that_others_say_are_there_and_are_not_are_told(src, capsys):
     for name in ("train-00000-of-00003", "train-00002-of-00003", "dev-00000-of-00001"):
         parquet(src / f"{name}.parquet")
     assert counts(run(src)[0]) == {"train": 4, "dev": 2}
-    assert capsys.readouterr().out.splitlines()[0].startswith(
-        f"note: of {src}/train-*-of-00003 only 2 are there")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[0]
+        .startswith(f"note: of {src}/train-*-of-00003 only 2 are there")
+    )
     put(src / "README.md", README.replace("a*", "[train-*, test-*]"))
     run(src)
     assert "README.md names test-* (split train), b.parquet (split train)" in (
-        capsys.readouterr().out)
+        capsys.readouterr().out
+    )
 
 
 def test_joined_renamed_and_left_out_splits_are_named(src, capsys):
@@ -128,7 +162,9 @@ def test_joined_renamed_and_left_out_splits_are_named(src, capsys):
         run(src, "--split_map", "train.100=train", "train.100=dev")
     run(src)
     assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
-        f" train.100, train.360 of {src}", f" validation of {src}"]
+        f" train.100, train.360 of {src}",
+        f" validation of {src}",
+    ]
     assert counts(run(src, "--split_map", "train.100=train")[0]) == {"train": 2}
     assert "note: podcasts, train.360, validation of" in capsys.readouterr().out
 
@@ -158,8 +194,9 @@ def test_of_several_configurations_one_must_be_chosen_and_the_others_are_named(s
     assert "neither read nor named by a row: a.parquet and 1 more .parquet files" in said
 
 
-@pytest.mark.parametrize("pattern", ["../b.parquet", "/b.parquet", "x/../../b.parquet",
-                                     "hf://datasets/a/b/c.parquet"])
+@pytest.mark.parametrize(
+    "pattern", ["../b.parquet", "/b.parquet", "x/../../b.parquet", "hf://datasets/a/b/c.parquet"]
+)
 def test_a_readme_may_not_lead_out_of_the_source(pattern, src):
     parquet(src / "a.parquet")
     parquet(src.parent / "b.parquet")
@@ -168,10 +205,17 @@ def test_a_readme_may_not_lead_out_of_the_source(pattern, src):
         run(src, "--config", "default")
 
 
-@pytest.mark.parametrize("readme", [
-    "", "---\n: [\n---\n", "---\nconfigs: 3\n---\n", "---\nconfigs: [{config_name: a}]\n---\n",
-    "---\nconfigs: [{config_name: a, data_files: [3]}]\n---\n", "\udcff"
-])
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "",
+        "---\n: [\n---\n",
+        "---\nconfigs: 3\n---\n",
+        "---\nconfigs: [{config_name: a}]\n---\n",
+        "---\nconfigs: [{config_name: a, data_files: [3]}]\n---\n",
+        "\udcff",
+    ],
+)
 def test_a_readme_that_says_nothing_of_files_changes_nothing(readme, src):
     parquet(src / "train.parquet")
     put(src / "README.md", readme.encode(errors="surrogateescape"))
@@ -180,15 +224,23 @@ def test_a_readme_that_says_nothing_of_files_changes_nothing(readme, src):
 
 def test_folders_and_files_that_no_row_names_are_named(src, capsys):
     put(src / "train/metadata.csv", "file_name,text\na.wav,hello\n")
-    for name in ("train/a.wav", "train/b.wav", "train/c.wav", "other/d.mp3", "other/.hidden.wav",
-                 "train.csv", "LICENSE"):
+    for name in (
+        "train/a.wav",
+        "train/b.wav",
+        "train/c.wav",
+        "other/d.mp3",
+        "other/.hidden.wav",
+        "train.csv",
+        "LICENSE",
+    ):
         put(src / name)
     parquet(src / "dev/0.parquet")
     (src / "eval_clean").mkdir()
     assert counts(run(src)[0]) == {"train": 1, "dev": 2}
     assert capsys.readouterr().out == (
         f"note: {src}: neither read nor named by a row: other/d.mp3, train/b.wav and 1 more .wav "
-        "files in train, train.csv, eval_clean/ (empty)\n")
+        "files in train, train.csv, eval_clean/ (empty)\n"
+    )
 
 
 def test_audio_without_metadata_is_refused_with_what_to_do(src):
@@ -198,32 +250,54 @@ def test_audio_without_metadata_is_refused_with_what_to_do(src):
         run(src)
 
 
-@pytest.mark.parametrize("content, file", [
-    ("file_name,text,split\na.wav,one,train\nx/b.wav,two,validation\n", "metadata.csv"),
-    ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "metadata.csv"),
-    ("file_name,text\ndata/train/a.wav,one\ndata/dev/b.wav,two\n", "metadata.csv"),
-    ('{"file_name": "train/a.wav", "text": "one"}\n{"file_name": "dev/b.wav", "text": "two"}\n',
-     "metadata.jsonl"),
-    ("\n\nfile_name,text,split\ntrain/a.wav,one,train\ndev/b.wav,two,dev\n", "data/metadata.csv"),
-    ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "data/metadata.csv"),
-])
+@pytest.mark.parametrize(
+    "content, file",
+    [
+        ("file_name,text,split\na.wav,one,train\nx/b.wav,two,validation\n", "metadata.csv"),
+        ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "metadata.csv"),
+        ("file_name,text\ndata/train/a.wav,one\ndata/dev/b.wav,two\n", "metadata.csv"),
+        (
+            '{"file_name": "train/a.wav", "text": "one"}\n{"file_name": "dev/b.wav", "text": "two"}\n',
+            "metadata.jsonl",
+        ),
+        (
+            "\n\nfile_name,text,split\ntrain/a.wav,one,train\ndev/b.wav,two,dev\n",
+            "data/metadata.csv",
+        ),
+        ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "data/metadata.csv"),
+    ],
+)
 def test_metadata_at_the_top_says_by_column_or_folder_whose_its_rows_are(content, file, src):
-    for name in ("a.wav", "x/b.wav", "train/a.wav", "dev/b.wav", "data/train/a.wav",
-                 "data/dev/b.wav"):
+    for name in (
+        "a.wav",
+        "x/b.wav",
+        "train/a.wav",
+        "dev/b.wav",
+        "data/train/a.wav",
+        "data/dev/b.wav",
+    ):
         put(src / name)
     put(src / file, content)
     assert run(src) == ({"train": ["one"], "dev": ["two"]}, {})
 
 
-@pytest.mark.parametrize("content, message", [
-    ("file_name,text\na.wav,one\n",
-     "neither a column split nor names that begin with a split's folder"),
-    ("file_name,text\nclips/a.wav,one\n", "neither a column split"),
-    ("file_name,text\ntrain/a.wav,one\nb.wav,two\n", "row 2 names no split"),
-    ("file_name,text,split\na.wav,one,train\nb.wav,two,\n", "row 2 names no split"),
-    ("file_name,text,split\na.wav,one,../train\n", "a split cannot be called '../train'"),
-    ("file_name,text,split\na.wav,one,prepare.json\n", "a split cannot be called 'prepare.json'"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "file_name,text\na.wav,one\n",
+            "neither a column split nor names that begin with a split's folder",
+        ),
+        ("file_name,text\nclips/a.wav,one\n", "neither a column split"),
+        ("file_name,text\ntrain/a.wav,one\nb.wav,two\n", "row 2 names no split"),
+        ("file_name,text,split\na.wav,one,train\nb.wav,two,\n", "row 2 names no split"),
+        ("file_name,text,split\na.wav,one,../train\n", "a split cannot be called '../train'"),
+        (
+            "file_name,text,split\na.wav,one,prepare.json\n",
+            "a split cannot be called 'prepare.json'",
+        ),
+    ],
+)
 def test_metadata_at_the_top_that_does_not_say_it_is_refused(content, message, src):
     put(src / "metadata.csv", content)
     with pytest.raises(UserError, match=message):
@@ -241,8 +315,11 @@ def test_folders_whose_metadata_have_the_same_splits_are_not_mixed(src):
 
 def test_each_split_may_have_its_own_kind_of_table_but_only_one(src):
     put(src / "train/metadata.csv", "file_name,text\na.wav,one\n")
-    put(src / "dev/metadata.jsonl", '{"file_name": "a.wav", "text": "two", "speaker": 3}\n\n'
-                                    '{"file_name": "b.wav", "text": null}\n')
+    put(
+        src / "dev/metadata.jsonl",
+        '{"file_name": "a.wav", "text": "two", "speaker": 3}\n\n'
+        '{"file_name": "b.wav", "text": null}\n',
+    )
     for name in ("train/a.wav", "dev/a.wav", "dev/b.wav"):
         put(src / name)
     parquet(src / "podcasts/0.parquet")
@@ -251,8 +328,9 @@ def test_each_split_may_have_its_own_kind_of_table_but_only_one(src):
     assert reasons == {"b.wav": "empty text"}
     for second in ("train/metadata.jsonl", "train/more/0.parquet"):
         put(src / second, '{"file_name": "a.wav", "text": "one"}')
-        with pytest.raises(UserError,
-                           match="split train has .*metadata.csv and .*; take one of them away"):
+        with pytest.raises(
+            UserError, match="split train has .*metadata.csv and .*; take one of them away"
+        ):
             run(src)
         (src / second).unlink()
 
@@ -290,8 +368,13 @@ def test_paths_are_found_beside_their_parquet_file_and_from_the_source_on(column
     texts, reasons = run(src, *(["--audio_column", column] if column == "words" else []))
     out = f"lies outside {src}; move it there, or put a link to it there"
     assert texts == {"train": ["text 0", "text 1"]} and reasons == {
-        "c.wav": "file missing; there is ../elsewhere/c.wav", "gone.wav": "file missing",
-        "row 4": "no audio", "row 5": "no audio", "../../x.wav": out, "/etc/passwd": out}
+        "c.wav": "file missing; there is ../elsewhere/c.wav",
+        "gone.wav": "file missing",
+        "row 4": "no audio",
+        "row 5": "no audio",
+        "../../x.wav": out,
+        "/etc/passwd": out,
+    }
 
 
 def strings(content, cut):
@@ -312,12 +395,25 @@ def test_names_in_parquet_need_not_be_in_utf_8_but_texts_must(src):
 
 def test_arrays_with_their_rate_are_read_without_a_decoder(src):
     wave = np.float32(0.1) * np.sin(np.arange(800, dtype=np.float32))
-    arrays = [(wave, 16000), (wave, 8000), (wave[:0], 16000), (None, 16000), (wave, None),
-              (wave * np.nan, 16000), (wave, 3)]
-    kind = pa.struct({"array": pa.list_(pa.float32()), "sampling_rate": pa.int64(),
-                      "path": pa.string()})
-    audio = pa.array([{"array": array, "sampling_rate": rate, "path": f"{i}.wav"}
-                      for i, (array, rate) in enumerate(arrays)], kind)
+    arrays = [
+        (wave, 16000),
+        (wave, 8000),
+        (wave[:0], 16000),
+        (None, 16000),
+        (wave, None),
+        (wave * np.nan, 16000),
+        (wave, 3),
+    ]
+    kind = pa.struct(
+        {"array": pa.list_(pa.float32()), "sampling_rate": pa.int64(), "path": pa.string()}
+    )
+    audio = pa.array(
+        [
+            {"array": array, "sampling_rate": rate, "path": f"{i}.wav"}
+            for i, (array, rate) in enumerate(arrays)
+        ],
+        kind,
+    )
     parquet(src / "train.parquet", audio=audio, text=["hello"] * len(arrays))
     audio = [{"bytes": sound(), "path": None}, {"bytes": None, "path": None}]
     parquet(src / "dev.parquet", audio=audio, text=["hello"] * 2)
@@ -325,8 +421,13 @@ def test_arrays_with_their_rate_are_read_without_a_decoder(src):
     texts, reasons = run(src)
     assert counts(texts) == {"train": 2, "dev": 1, "podcasts": 1}
     assert {name: reason.split(":")[0] for name, reason in reasons.items()} == {
-        "2.wav": "no samples", "3.wav": "file missing", "4.wav": "cannot be decoded",
-        "5.wav": "samples are not finite", "6.wav": "sample rate 3", "row 1": "no audio"}
+        "2.wav": "no samples",
+        "3.wav": "file missing",
+        "4.wav": "cannot be decoded",
+        "5.wav": "samples are not finite",
+        "6.wav": "sample rate 3",
+        "row 1": "no audio",
+    }
     rows = datasets.load_from_disk(str(src.parent / "root/train/0")).with_format("numpy")
     np.testing.assert_array_equal(rows[0]["input_values"], wave)
     assert rows[1]["length"] == 1600
@@ -336,8 +437,10 @@ def test_arrays_with_their_rate_are_read_without_a_decoder(src):
 def test_arrays_of_whole_numbers_are_samples_of_so_many_bits(kind, scale, src):
     wave = np.array([0.5, -0.25, 0.125])
     kind = pa.struct({"array": pa.list_(pa.from_numpy_dtype(kind)), "sampling_rate": pa.float64()})
-    audio = pa.array([{"array": list(map(int if scale > 1 else float, wave * scale)),
-                       "sampling_rate": 16000.0}], kind)
+    audio = pa.array(
+        [{"array": list(map(int if scale > 1 else float, wave * scale)), "sampling_rate": 16000.0}],
+        kind,
+    )
     parquet(src / "train.parquet", audio=audio, text=["hello"])
     run(src)
     rows = datasets.load_from_disk(str(src.parent / "root/train/0"))
@@ -355,8 +458,9 @@ def test_what_the_hub_sends_is_read_the_same_way(src, monkeypatch):
     features = datasets.Features({"audio": datasets.Audio(), "text": datasets.Value("string")})
     audio = [{"bytes": sound(), "path": "a.wav"}, {"bytes": None, "path": None}]
     table = pa.table({"audio": audio, "text": ["one", "two"]}, schema=features.arrow_schema)
-    data = datasets.DatasetDict({name: datasets.Dataset(table)
-                                 for name in ("train.clean.100", "test")})
+    data = datasets.DatasetDict(
+        {name: datasets.Dataset(table) for name in ("train.clean.100", "test")}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: data)
     texts, reasons = run(src, source="some/where")
     assert texts == {"train": ["one"], "eval_clean": ["one"]} and reasons == {"row 1": "no audio"}
@@ -390,11 +494,16 @@ def test_rows_that_a_stray_quotation_mark_swallows_are_told_with_their_lines(con
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
-@given(st.permutations(["file_name", "text", "speaker"]), st.sampled_from(["\n", "\r\n"]),
-       st.lists(st.integers(0, 200), min_size=1, max_size=4))
+@given(
+    st.permutations(["file_name", "text", "speaker"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.lists(st.integers(0, 200), min_size=1, max_size=4),
+)
 def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, places):
-    rows = [dict(zip(columns, columns)), *({"file_name": f"{i}.wav", "text": f"text {i}",
-                                            "speaker": "anna"} for i in range(6))]
+    rows = [
+        dict(zip(columns, columns)),
+        *({"file_name": f"{i}.wav", "text": f"text {i}", "speaker": "anna"} for i in range(6)),
+    ]
     content = newline.join(",".join(row[column] for column in columns) for row in rows)
     starts = [0, *(i + 1 for i, c in enumerate(content) if c in ",\n")]
     for place in places:  # half of them where a field begins
@@ -408,8 +517,10 @@ def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, p
 
 
 def test_a_text_may_have_line_breaks_and_commas(src):
-    put(src / "train/metadata.csv", 'file_name,text,speaker\n'
-        '0.wav,"one, two, three\nfour, five, six\n\nseven.",s\n1.wav,a,s\n')
+    put(
+        src / "train/metadata.csv",
+        'file_name,text,speaker\n0.wav,"one, two, three\nfour, five, six\n\nseven.",s\n1.wav,a,s\n',
+    )
     for i in range(2):
         put(src / f"train/{i}.wav")
     assert run(src) == ({"train": ["one, two, three four, five, six seven.", "a"]}, {})
@@ -422,18 +533,22 @@ def test_another_divider_than_the_comma_is_told(divider, src):
         run(src)
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"file_name": "a.wav", "text": "a"}\nnonsense\n', "line 2 is no JSON object"),
-    ('{"file_name": "a.wav", "text": "a"}\n[1]\n', "line 2 is no JSON object"),
-    ('{"file_name": "a.wav", "text": "\\ud83d"}\n', "line 1 is no JSON object in Unicode"),
-    ("[" * 99999, "line 1 is no JSON object"),
-    ('{"text": "a"}\n', "no column file_name; its columns are text"),
-    ('{"file_name": "a.wav"}\n', "no column transcription or text"),
-    ('{"file_name": "a.wav", "text": ["a"]}\n', "metadata.jsonl: a list is neither text"),
-    ('\n{"file_name": ["a.wav"], "text": "a"}\n', "line 2: a list is neither text"),
-    ("\n", "no rows"),
-    (b"\xff", "UTF-8: line 1 .* if it is in LATIN1"),
-    ("a".encode("utf-16"), "line 1 .* if it is in UTF-16")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"file_name": "a.wav", "text": "a"}\nnonsense\n', "line 2 is no JSON object"),
+        ('{"file_name": "a.wav", "text": "a"}\n[1]\n', "line 2 is no JSON object"),
+        ('{"file_name": "a.wav", "text": "\\ud83d"}\n', "line 1 is no JSON object in Unicode"),
+        ("[" * 99999, "line 1 is no JSON object"),
+        ('{"text": "a"}\n', "no column file_name; its columns are text"),
+        ('{"file_name": "a.wav"}\n', "no column transcription or text"),
+        ('{"file_name": "a.wav", "text": ["a"]}\n', "metadata.jsonl: a list is neither text"),
+        ('\n{"file_name": ["a.wav"], "text": "a"}\n', "line 2: a list is neither text"),
+        ("\n", "no rows"),
+        (b"\xff", "UTF-8: line 1 .* if it is in LATIN1"),
+        ("a".encode("utf-16"), "line 1 .* if it is in UTF-16"),
+    ],
+)
 def test_jsonl_that_cannot_be_read_is_one_line_that_says_where(content, message, src):
     put(src / "train/metadata.jsonl", content)
     with pytest.raises(UserError, match=message):
@@ -448,13 +563,22 @@ def test_a_name_composed_otherwise_is_the_same_and_other_near_misses_are_named(s
     for name in (nfd, "x.WAV", "d/y.wav", "Z.wav", "deep/q.wav"):
         put(src / "train" / name)
     names = [nfc, "x.wav", "d\\y.wav", "z.wav", "q.wav", "gone.wav", "Z.wav "]
-    put(src / "train/metadata.csv",
-        "file_name, text\n" + "".join(f"{name}, text {i}\n" for i, name in enumerate(names)))
+    put(
+        src / "train/metadata.csv",
+        "file_name, text\n" + "".join(f"{name}, text {i}\n" for i, name in enumerate(names)),
+    )
     missing = "file missing; there is "
-    assert run(src) == ({"train": ["text 0"]}, {
-        "x.wav": missing + "x.WAV", "d\\y.wav": missing + "d/y.wav", "z.wav": missing + "Z.wav",
-        "q.wav": missing + "deep/q.wav", "gone.wav": "file missing",
-        "Z.wav ": missing + "Z.wav"})
+    assert run(src) == (
+        {"train": ["text 0"]},
+        {
+            "x.wav": missing + "x.WAV",
+            "d\\y.wav": missing + "d/y.wav",
+            "z.wav": missing + "Z.wav",
+            "q.wav": missing + "deep/q.wav",
+            "gone.wav": "file missing",
+            "Z.wav ": missing + "Z.wav",
+        },
+    )
 
 
 def test_of_two_files_with_one_name_the_one_that_is_spelled_alike_is_used(src):
@@ -471,8 +595,9 @@ def test_names_in_latin_1_disturb_nothing(src):
     good, bad, other = "caf\udce9.wav", "a\udce9/b.wav", "\udcfc.wav"
     for name in (good, bad, other):
         put(src / "train" / name, None if name != bad else "no sound")
-    rows = [{"file_name": name, "text": f"text {i}"}
-            for i, name in enumerate((good, bad, "\u00fc.wav"))]
+    rows = [
+        {"file_name": name, "text": f"text {i}"} for i, name in enumerate((good, bad, "\u00fc.wav"))
+    ]
     put(src / "train/metadata.jsonl", "\n".join(map(json.dumps, rows)))
     parquet(src / "dev\udce9/0.parquet")
     with pytest.raises(UserError, match="a split cannot be called 'dev.udce9'"):
@@ -481,8 +606,10 @@ def test_names_in_latin_1_disturb_nothing(src):
         prepare.main(["--source", str(src), "--data_root", str(src.parent / "r\udce9")])
     texts, reasons = run(src, "--split_map", "train=train", "dev\udce9=dev")
     assert counts(texts) == {"train": 1, "dev": 2}
-    assert reasons == {"a\\udce9/b.wav": "cannot be decoded: Format not recognised.",
-                       "\u00fc.wav": "file missing; there is \\udcfc.wav"}
+    assert reasons == {
+        "a\\udce9/b.wav": "cannot be decoded: Format not recognised.",
+        "\u00fc.wav": "file missing; there is \\udcfc.wav",
+    }
 
 
 # Any folder
@@ -497,10 +624,12 @@ def folders(draw):
     """{split: (kind, [rows of each file])} where a row is good, missing or without text, and how
     many files nobody names."""
     splits = ["train", *draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=3))]
-    rows = st.lists(st.sampled_from(["good", "good", "missing", "empty"]), min_size=1,
-                    max_size=3).map(lambda r: ["good", *r])
-    files = st.tuples(st.sampled_from(KINDS), st.lists(rows, min_size=1, max_size=2),
-                      st.integers(0, 2))
+    rows = st.lists(
+        st.sampled_from(["good", "good", "missing", "empty"]), min_size=1, max_size=3
+    ).map(lambda r: ["good", *r])
+    files = st.tuples(
+        st.sampled_from(KINDS), st.lists(rows, min_size=1, max_size=2), st.integers(0, 2)
+    )
     return {split: draw(files) for split in splits}
 
 
@@ -517,8 +646,12 @@ def write_table(path, kind, split, number, rows):
             writer = csv.writer(file, quoting=csv.QUOTE_ALL)
             writer.writerows([("file_name", "text"), *zip(names, texts)])
     elif kind == "metadata.jsonl":
-        path.write_text("".join(json.dumps({"text": text, "file_name": name}) + "\n"
-                                for name, text in zip(names, texts)))
+        path.write_text(
+            "".join(
+                json.dumps({"text": text, "file_name": name}) + "\n"
+                for name, text in zip(names, texts)
+            )
+        )
     else:
         parquet(path, file_name=names, text=texts)
     return [text for text, row in zip(texts, rows) if row == "good"]
@@ -530,18 +663,28 @@ def place(above, kind, split, number, count):
         return above / f"{split}-{number:05d}-of-{count:05d}.parquet"
     if kind.startswith("metadata"):
         return above / split / (str(number) if number else "") / kind
-    return above / split / (f"{number}-{kind}" if number and kind != "train.parquet" else
-                            f"{number}.parquet")
+    return (
+        above
+        / split
+        / (f"{number}-{kind}" if number and kind != "train.parquet" else f"{number}.parquet")
+    )
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, database=None,
-          suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(folders(), st.sampled_from(["", "data"]))
 def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_are_named(
-        tmp_path_factory, layout, above):
+    tmp_path_factory, layout, above
+):
     src = tmp_path_factory.mktemp("any") / "src"
-    tk.save_tokenizer(tk.train_char(["abcdefghijklmnopqrstuvwxyz_ 0123456789"]),
-                      src.parent / "letters.json")
+    tk.save_tokenizer(
+        tk.train_char(["abcdefghijklmnopqrstuvwxyz_ 0123456789"]), src.parent / "letters.json"
+    )
     expected, total, unnamed = {}, 0, 0
     for split, (kind, files, others) in layout.items():
         expected[split] = []
@@ -558,9 +701,12 @@ def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_ar
     rows = {split: [row for part in parts for row in part.rows()] for split, parts in found.items()}
     counted = sum(part.count for parts in found.values() for part in parts)
     assert sum(map(len, rows.values())) == counted == total
-    assert {split: sorted(row.text for row in read if row.text and not row.reason
-                          and os.path.isfile(row.audio)) for split, read in rows.items()
-            } == {split: sorted(texts) for split, texts in expected.items()}
+    assert {
+        split: sorted(
+            row.text for row in read if row.text and not row.reason and os.path.isfile(row.audio)
+        )
+        for split, read in rows.items()
+    } == {split: sorted(texts) for split, texts in expected.items()}
     assert len(set(folder.files) - folder.read) == unnamed
     assert bool(folder.left_out()) == bool(unnamed)
     assert sum(len(texts) for texts in run(src)[0].values()) == sum(map(len, expected.values()))

@@ -3,16 +3,26 @@
 import itertools
 import math
 
+from cli import UserError
+
 import pytest
 import torch
-from test_conformer import VARIANTS, network
 
 import decode
-from cli import UserError
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
 from decode import MODES, SearchOptions
 from model import U2, OptimOptions
-from stream import LONGEST, cut, frame_ms, is_endpoint, listen, stream, stream_state, trailing_blanks
+from stream import (
+    LONGEST,
+    cut,
+    frame_ms,
+    is_endpoint,
+    listen,
+    stream,
+    stream_state,
+    trailing_blanks,
+)
+from test_conformer import VARIANTS, network
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features
 
@@ -29,7 +39,9 @@ def streamed(encoder, feats, chunk_size, left_chunks, pieces):
     state, outs = stream_state(encoder, chunk_size, left_chunks), []
     for piece in feats.split(pieces, dim=1):
         out, state = stream(encoder, piece, state)
-        assert not out.size(1) % chunk_size  # whole chunks only, and every one as soon as it is complete
+        assert (
+            not out.size(1) % chunk_size
+        )  # whole chunks only, and every one as soon as it is complete
         outs.append(out)
     ready = subsampled_length(feats.size(1), encoder.options.input_layer)
     assert sum(out.size(1) for out in outs) == ready // chunk_size * chunk_size
@@ -40,7 +52,9 @@ def streamed(encoder, feats, chunk_size, left_chunks, pieces):
 def random_pieces(total, longest, seed):
     sizes, generator = [], torch.Generator().manual_seed(seed)
     while sum(sizes) < total:
-        sizes.append(min(int(torch.randint(0, longest + 1, (), generator=generator)), total - sum(sizes)))
+        sizes.append(
+            min(int(torch.randint(0, longest + 1, (), generator=generator)), total - sum(sizes))
+        )
     return sizes
 
 
@@ -54,7 +68,13 @@ def test_a_stream_equals_the_masked_pass_over_the_whole(chunk_size, left_chunks,
         with torch.no_grad():
             whole, _ = model.encode(feats, torch.tensor([frames]), chunk_size, left_chunks)
         for longest in (1, 9, 200):
-            out = streamed(model.encoder, feats, chunk_size, left_chunks, random_pieces(frames, longest, seed=frames))
+            out = streamed(
+                model.encoder,
+                feats,
+                chunk_size,
+                left_chunks,
+                random_pieces(frames, longest, seed=frames),
+            )
             torch.testing.assert_close(out, whole, rtol=0, atol=1e-9)
 
 
@@ -68,7 +88,13 @@ def test_every_variant_streams(name):
     with torch.no_grad():
         for chunk_size, left_chunks in ((1, 4), (4, -1), (16, 0), (25, 1)):
             whole, _ = model.encode(feats, torch.tensor([150]), chunk_size, left_chunks)
-            out = streamed(model.encoder, feats, chunk_size, left_chunks, random_pieces(150, 40, seed=chunk_size))
+            out = streamed(
+                model.encoder,
+                feats,
+                chunk_size,
+                left_chunks,
+                random_pieces(150, 40, seed=chunk_size),
+            )
             torch.testing.assert_close(out, whole, rtol=0, atol=1e-9)
 
 
@@ -114,19 +140,25 @@ def test_memory_is_flat_with_limited_left_chunks():
         state = stream_state(encoder, 4, 2)
         for _ in range(30):
             _, state = stream(encoder, noise(1, 32, 80, dtype=torch.float32), state)
-            kept = [state.feats, *(part for keys_values, last in state.blocks for part in (*keys_values, last))]
+            kept = [
+                state.feats,
+                *(part for keys_values, last in state.blocks for part in (*keys_values, last)),
+            ]
             sizes.append(sum(part.untyped_storage().nbytes() for part in kept))
     assert max(sizes[5:]) <= 2 * sizes[4] and sizes[-1] == sizes[-3]
 
 
 def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distance():
     """From max_position on, a chunk is what it would be if the utterance had begun that much later."""
-    encoder, feats = network(num_blocks=1, cnn_module_kernel=3).double().encoder, noise(1, 403, 80)  # 100 encoder frames
+    encoder, feats = (
+        network(num_blocks=1, cnn_module_kernel=3).double().encoder,
+        noise(1, 403, 80),
+    )  # 100 encoder frames
     with torch.no_grad():
         late, _ = stream(encoder, feats, stream_state(encoder, 4, 2, max_position=20), last=True)
         absolute, _ = stream(encoder, feats, stream_state(encoder, 4, 2), last=True)
         # 15 chunks later the same frames stand at the positions at which they stay in `late`
-        shifted, _ = stream(encoder, feats[:, 15 * 16:], stream_state(encoder, 4, 2), last=True)
+        shifted, _ = stream(encoder, feats[:, 15 * 16 :], stream_state(encoder, 4, 2), last=True)
     torch.testing.assert_close(late[:, :20], absolute[:, :20], rtol=0, atol=1e-9)
     assert (late[:, 24:] - absolute[:, 24:]).abs().max() > 1e-3
     # (the first two frames of the chunk see, through the convolution, what the chunk before made of its own position)
@@ -151,7 +183,11 @@ def test_an_encoder_that_sees_the_future_is_refused():
 # Features
 
 
-@pytest.mark.parametrize("frontend", [Frontend(frontend="fbank"), Frontend(mean_var_norm=False)], ids=["fbank", "log_mel"])
+@pytest.mark.parametrize(
+    "frontend",
+    [Frontend(frontend="fbank"), Frontend(mean_var_norm=False)],
+    ids=["fbank", "log_mel"],
+)
 def test_features_in_pieces_are_those_of_the_whole(frontend):
     waveform = 0.1 * noise(16123, dtype=torch.float32)
     advance, state, parts = stream_features(frontend), feature_state(), []
@@ -163,15 +199,21 @@ def test_features_in_pieces_are_those_of_the_whole(frontend):
 
 
 def test_mean_var_norm_in_a_stream_uses_the_statistics_so_far_and_ends_with_those_of_the_whole():
-    waveform = torch.cat((0.01 * noise(16000, dtype=torch.float32), 0.3 * noise(16001, dtype=torch.float32) + 0.2))
+    waveform = torch.cat(
+        (0.01 * noise(16000, dtype=torch.float32), 0.3 * noise(16001, dtype=torch.float32) + 0.2)
+    )
     advance, state, parts = stream_features(Frontend()), feature_state(), []
     for end in range(1600, len(waveform) + 1600, 1600):
-        features, state = advance(waveform[end - 1600:end], state)
+        features, state = advance(waveform[end - 1600 : end], state)
         if len(features) and end <= 16000:  # nothing of what comes later is known
-            torch.testing.assert_close(features[-1], extract(Frontend())(waveform[:end])[-1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                features[-1], extract(Frontend())(waveform[:end])[-1], rtol=1e-4, atol=1e-4
+            )
         parts.append(features)
     whole, pieces = extract(Frontend())(waveform), torch.cat(parts)
-    assert pieces.shape == whole.shape and (pieces[:90] - whole[:90]).abs().max() > 1  # the quiet start was scaled up
+    assert (
+        pieces.shape == whole.shape and (pieces[:90] - whole[:90]).abs().max() > 1
+    )  # the quiet start was scaled up
     torch.testing.assert_close(pieces[-1], whole[-1], rtol=1e-3, atol=1e-3)
 
 
@@ -180,7 +222,11 @@ def test_the_statistics_of_a_stream_are_a_window_that_forgets_sample_by_sample()
     count, total, squares = 0.0, 0.0, 0.0
     for sample in samples.clamp(-2, 2).tolist():
         keep = min(window / (count + 1), 1.0)
-        count, total, squares = keep * (count + 1), keep * (total + sample), keep * (squares + sample**2)
+        count, total, squares = (
+            keep * (count + 1),
+            keep * (total + sample),
+            keep * (squares + sample**2),
+        )
     for pieces in (300, 7, 1, random_pieces(300, 40, seed=0)):
         statistics = feature_state().statistics
         for piece in samples.split(pieces):
@@ -203,7 +249,9 @@ def test_what_a_stream_knows_of_the_loudness_does_not_depend_on_how_it_was_cut()
     for pieces in (800, 6400, random_pieces(len(waveform) - 1600, 5000, seed=1) + [1600]):
         features, state = streamed_features(waveform, pieces)
         torch.testing.assert_close(state.statistics, expected.statistics, rtol=1e-9, atol=0)
-        torch.testing.assert_close(features[-1], whole[-1], rtol=1e-5, atol=1e-5)  # both pieces end here
+        torch.testing.assert_close(
+            features[-1], whole[-1], rtol=1e-5, atol=1e-5
+        )  # both pieces end here
 
 
 def test_after_an_hour_the_statistics_are_those_of_the_last_window():
@@ -220,9 +268,22 @@ def test_after_an_hour_the_statistics_are_those_of_the_last_window():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    options = ModelOptions(output_size=16, attention_heads=2, linear_units=32, num_blocks=1, cnn_module_kernel=3,
-                           decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=32)
-    made = U2(options=options, optim=OptimOptions(), frontend=Frontend(frontend="fbank"), tokenizer=train_char(["abcdefgh"]))
+    options = ModelOptions(
+        output_size=16,
+        attention_heads=2,
+        linear_units=32,
+        num_blocks=1,
+        cnn_module_kernel=3,
+        decoder_num_blocks=1,
+        r_num_blocks=1,
+        decoder_linear_units=32,
+    )
+    made = U2(
+        options=options,
+        optim=OptimOptions(),
+        frontend=Frontend(frontend="fbank"),
+        tokenizer=train_char(["abcdefgh"]),
+    )
     for parameter in made.parameters():  # sharp, so that the searches find something
         parameter.data *= 2
     made.set_cmvn(torch.full((80,), 10.0), torch.full((80,), 0.5))
@@ -231,10 +292,18 @@ def model():
 
 @pytest.mark.parametrize("chunk_size, left_chunks", [(4, -1), (16, 2), (-1, -1)])
 def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks):
-    waveform, search = 0.1 * noise(40000, dtype=torch.float32), SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks)
+    waveform, search = (
+        0.1 * noise(40000, dtype=torch.float32),
+        SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks),
+    )
     features = extract(model.frontend)(waveform)[None]
-    expected, = model.decode(features, torch.tensor([features.size(1)]), "attention_rescoring", chunk_size=chunk_size,
-                             left_chunks=left_chunks)
+    (expected,) = model.decode(
+        features,
+        torch.tensor([features.size(1)]),
+        "attention_rescoring",
+        chunk_size=chunk_size,
+        left_chunks=left_chunks,
+    )
     for pieces in (cut(model, waveform, chunk_size), waveform.split(777)):
         *partial, heard = listen(model, pieces, search, endpoints=False)
         assert heard.final and heard.hypothesis.tokens == expected.tokens and expected.tokens
@@ -247,10 +316,15 @@ def test_an_utterance_ends_by_wenets_three_rules(model):
     per_second = 1000 // frame_ms(model)
     assert not is_endpoint(model, False, 5 * per_second - 1, 10 * per_second)
     assert is_endpoint(model, False, 5 * per_second, 10 * per_second)
-    assert is_endpoint(model, True, per_second, 2 * per_second) and not is_endpoint(model, True, per_second - 1, 99)
+    assert is_endpoint(model, True, per_second, 2 * per_second) and not is_endpoint(
+        model, True, per_second - 1, 99
+    )
     assert is_endpoint(model, True, 0, LONGEST // frame_ms(model))
     probabilities = torch.tensor([0.9, 0.95, 0.5, 0.81, 0.99])
-    assert trailing_blanks(probabilities.log(), 7) == 2 and trailing_blanks(probabilities[:2].log(), 7) == 9
+    assert (
+        trailing_blanks(probabilities.log(), 7) == 2
+        and trailing_blanks(probabilities[:2].log(), 7) == 9
+    )
     assert trailing_blanks(probabilities[:0].log(), 7) == 7
 
 
@@ -259,7 +333,9 @@ def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):
     search = SearchOptions(chunk_size=16, left_chunks=1, beam_size=2)
     finals = [heard for heard in listen(model, cut(model, waveform, 16), search) if heard.final]
     assert len(finals) >= 3  # rule 3: 20 s at most
-    assert [heard.first_frame * frame_ms(model) / 1000 for heard in finals[1:]] == [heard.seconds for heard in finals[:-1]]
+    assert [heard.first_frame * frame_ms(model) / 1000 for heard in finals[1:]] == [
+        heard.seconds for heard in finals[:-1]
+    ]
     frames = subsampled_length(extract(model.frontend)(waveform).size(0), "conv2d")
     assert finals[-1].seconds == frames * frame_ms(model) / 1000
 
@@ -268,11 +344,16 @@ def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):
 def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkeypatch, chunk_size):
     monkeypatch.setattr(model, "frontend", Frontend())
     waveform = torch.cat([gain * noise(40000, dtype=torch.float32) for gain in (0.3, 0.01)])
-    search = SearchOptions(chunk_size=chunk_size, left_chunks=2 if chunk_size > 0 else -1, beam_size=3)
+    search = SearchOptions(
+        chunk_size=chunk_size, left_chunks=2 if chunk_size > 0 else -1, beam_size=3
+    )
     expected = list(listen(model, [waveform], search))
     assert len(expected) == (31 if chunk_size > 0 else 1)  # 498 frames make 124 encoder frames
-    for pieces in (waveform.split(777), cut(model, waveform, chunk_size),
-                   waveform.split(random_pieces(len(waveform), 9000, seed=2))):
+    for pieces in (
+        waveform.split(777),
+        cut(model, waveform, chunk_size),
+        waveform.split(random_pieces(len(waveform), 9000, seed=2)),
+    ):
         for heard, meant in zip(listen(model, pieces, search), expected, strict=True):
             assert heard.hypothesis == meant.hypothesis and heard.seconds == meant.seconds
             assert not heard.final or torch.equal(heard.memory, meant.memory)
@@ -280,6 +361,7 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
 
 def mostly_blank(model, monkeypatch, spoken=()):
     """Has CTC say blank with 0.9 and a token with 0.1 in all frames, vice versa in those `spoken`."""
+
     def log_probs(memory):
         probs = torch.full((*memory.shape[:2], model.tokenizer.vocab_size), 1e-6)
         probs[..., 0], probs[..., 3] = 0.9, 0.1
@@ -352,14 +434,22 @@ def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypa
 SOUND = 0.1 * noise(40000, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("bad, reason", [
-    (torch.tensor([0.1, float("nan")]), "sample 30001 of the stream: samples are not finite"),
-    (torch.tensor([0.1, 1e10]), "sample 30001 of the stream: samples as large as 1e.10; full"),
-    (torch.tensor([0.1, 1e300], dtype=torch.float64), "not finite"),
-    (SOUND.short(), "Tensor torch.int16"), (SOUND[0], r"Tensor torch.float32 \(\)"),
-    (torch.stack((SOUND, SOUND)), r"Tensor torch.float32 \(2, 40000\)"),
-    (SOUND.numpy(), "ndarray float32"), (None, "NoneType"), (SOUND + 0j, "complex64"),
-    (b"abc", "bytes")], ids=str)
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (torch.tensor([0.1, float("nan")]), "sample 30001 of the stream: samples are not finite"),
+        (torch.tensor([0.1, 1e10]), "sample 30001 of the stream: samples as large as 1e.10; full"),
+        (torch.tensor([0.1, 1e300], dtype=torch.float64), "not finite"),
+        (SOUND.short(), "Tensor torch.int16"),
+        (SOUND[0], r"Tensor torch.float32 \(\)"),
+        (torch.stack((SOUND, SOUND)), r"Tensor torch.float32 \(2, 40000\)"),
+        (SOUND.numpy(), "ndarray float32"),
+        (None, "NoneType"),
+        (SOUND + 0j, "complex64"),
+        (b"abc", "bytes"),
+    ],
+    ids=str,
+)
 def test_a_piece_that_is_no_sound_is_refused_after_what_was_heard(model, bad, reason):
     search = SearchOptions(chunk_size=16)
     good = SOUND[:30000]

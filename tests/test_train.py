@@ -12,31 +12,38 @@ import sys
 import threading
 from pathlib import Path
 
+import cli
+from cli import UserError
+
 import datasets
 import numpy as np
 import pytest
 import torch
 
-import cli
 import files
 import recovery
 import train
-from cli import UserError
 from model import load_checkpoint
 from tokenizer import save_tokenizer, train_char
 from transforms import extract
 
-SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
-         "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32 --num_workers 0 "
-         "--warmup_steps 2 --accelerator cpu").split()
+SMALL = (
+    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
+    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32 --num_workers 0 "
+    "--warmup_steps 2 --accelerator cpu"
+).split()
 
 
 def make_data(root, train=8, dev=2, longer=700):
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("dev", dev)):
         rows = [rng.standard_normal(8000 + longer * i).astype(np.float32) for i in range(count)]
-        labels = [{"input_ids": rng.integers(4, 12, 1 + i % 3).astype(np.int32)} for i in range(count)]
-        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(str(root / split / "0"))
+        labels = [
+            {"input_ids": rng.integers(4, 12, 1 + i % 3).astype(np.int32)} for i in range(count)
+        ]
+        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(
+            str(root / split / "0")
+        )
     save_tokenizer(train_char(["abcdefgh"]), str(root / "tokenizer.json"))
     return root
 
@@ -49,13 +56,18 @@ def data(tmp_path_factory):
 
 def run(data, output, *words):
     batch = () if "--max_batch_seconds" in words else ("--batch_size", "2")
-    train.main(["--data_root", str(data), "--output_dir", str(output), *SMALL, *batch, *map(str, words)])
+    train.main(
+        ["--data_root", str(data), "--output_dir", str(output), *SMALL, *batch, *map(str, words)]
+    )
 
 
 def weights(path):
     checkpoint = torch.load(path, weights_only=True)
     optimizer = checkpoint["optimizer_states"][0]["state"]
-    return [*checkpoint["state_dict"].values(), *(value for state in optimizer.values() for value in state.values())]
+    return [
+        *checkpoint["state_dict"].values(),
+        *(value for state in optimizer.values() for value in state.values()),
+    ]
 
 
 def same(left, right):
@@ -67,8 +79,14 @@ def test_a_run_leaves_the_best_and_the_newest_checkpoint_and_its_record(data, tm
     newest = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert newest["global_step"] == 8 and (tmp_path / "run" / "best.ckpt").exists()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["seed"] == 3 and record["options"]["output_size"] == 16 and record["metrics"]["steps"] == 8
-    assert {"val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "val_loss"} <= set(record["metrics"])
+    assert (
+        record["seed"] == 3
+        and record["options"]["output_size"] == 16
+        and record["metrics"]["steps"] == 8
+    )
+    assert {"val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "val_loss"} <= set(
+        record["metrics"]
+    )
 
 
 def test_a_run_that_ends_between_validations_still_leaves_both_checkpoints(data, tmp_path):
@@ -77,14 +95,31 @@ def test_a_run_that_ends_between_validations_still_leaves_both_checkpoints(data,
         assert torch.load(tmp_path / "run" / name, weights_only=True)["global_step"] == 3
 
 
-@pytest.mark.parametrize("extra", [(), ("--ema_decay", 0.5), ("--max_batch_seconds", 1.5)], ids=["plain", "average", "seconds"])
+@pytest.mark.parametrize(
+    "extra",
+    [(), ("--ema_decay", 0.5), ("--max_batch_seconds", 1.5)],
+    ids=["plain", "average", "seconds"],
+)
 def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
     run(data, tmp_path / "whole", "--max_epochs", 3, *extra)
     run(data, tmp_path / "broken", "--max_epochs", 3, *extra)
     whole = weights(tmp_path / "whole" / "last.ckpt")
-    assert same(whole, weights(tmp_path / "broken" / "last.ckpt"))  # training itself is reproducible
-    assert not same(whole, interrupted(data, tmp_path / "cut", 6, *extra))  # in the middle of the second epoch
-    run(data, tmp_path / "cut", "--max_epochs", 3, "--checkpoint_every_n_steps", 2, "--resume", *extra)
+    assert same(
+        whole, weights(tmp_path / "broken" / "last.ckpt")
+    )  # training itself is reproducible
+    assert not same(
+        whole, interrupted(data, tmp_path / "cut", 6, *extra)
+    )  # in the middle of the second epoch
+    run(
+        data,
+        tmp_path / "cut",
+        "--max_epochs",
+        3,
+        "--checkpoint_every_n_steps",
+        2,
+        "--resume",
+        *extra,
+    )
     assert same(whole, weights(tmp_path / "cut" / "last.ckpt"))
 
 
@@ -125,12 +160,22 @@ def interrupted(data, output, step, *extra, hook="on_train_batch_start"):
 
 def left(output):
     """All that training is to leave behind, bit by bit."""
-    kept = {name: (output / name).read_bytes() for name in ("steps.jsonl", "skipped.jsonl") if (output / name).exists()}
+    kept = {
+        name: (output / name).read_bytes()
+        for name in ("steps.jsonl", "skipped.jsonl")
+        if (output / name).exists()
+    }
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint = torch.load(output / name, weights_only=True)
-        parts = {key: checkpoint.get(key) for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states")}
+        parts = {
+            key: checkpoint.get(key)
+            for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
+        }
         tensors = torch.utils._pytree.tree_leaves(parts)
-        kept[name] = [value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for value in tensors]
+        kept[name] = [
+            value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+            for value in tensors
+        ]
         kept[name] += [checkpoint["lr_schedulers"], checkpoint["skips"], checkpoint["global_step"]]
     return kept
 
@@ -160,23 +205,40 @@ def killed(data, output, batch, *words, hook="on_train_batch_start"):
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("words, places", [
-    (("--num_workers", 2), [("on_train_batch_start", 6)]),
-    (("--accumulate_grad_batches", 3), [("on_train_batch_start", 5), ("on_train_batch_start", 6)]),  # never between updates
-    (("--ema_decay", 0.5), [("validation_step", 3), ("on_train_batch_start", 9)]),
-    (("--check_val_every_n_epoch", 2), [("on_train_epoch_end", 3), ("validation_step", 7)]),
-    (("--skip", 1), [("on_train_batch_start", 2)])], ids=lambda value: str(value[0]))
-def test_kill_9_anywhere_leaves_no_trace_in_weights_optimizer_or_logs(data, tmp_path, monkeypatch, words, places):
+@pytest.mark.parametrize(
+    "words, places",
+    [
+        (("--num_workers", 2), [("on_train_batch_start", 6)]),
+        (
+            ("--accumulate_grad_batches", 3),
+            [("on_train_batch_start", 5), ("on_train_batch_start", 6)],
+        ),  # never between updates
+        (("--ema_decay", 0.5), [("validation_step", 3), ("on_train_batch_start", 9)]),
+        (("--check_val_every_n_epoch", 2), [("on_train_epoch_end", 3), ("validation_step", 7)]),
+        (("--skip", 1), [("on_train_batch_start", 2)]),
+    ],
+    ids=lambda value: str(value[0]),
+)
+def test_kill_9_anywhere_leaves_no_trace_in_weights_optimizer_or_logs(
+    data, tmp_path, monkeypatch, words, places
+):
     if words[0] == "--skip":
         words = ()
-        monkeypatch.setattr(train.U2, "on_before_optimizer_step", poisoned(train.U2.on_before_optimizer_step, (1, 4)))
+        monkeypatch.setattr(
+            train.U2,
+            "on_before_optimizer_step",
+            poisoned(train.U2.on_before_optimizer_step, (1, 4)),
+        )
     words = ("--max_epochs", 3, "--checkpoint_every_n_steps", 1, *words)
     run(data, tmp_path / "whole", *words)
     for number, (hook, batch) in enumerate(places):
         killed(data, tmp_path / "cut", batch, *words, *(["--resume"] if number else []), hook=hook)
     run(data, tmp_path / "cut", *words, "--resume")
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
-    metrics = [json.loads((tmp_path / name / "run.json").read_text())["metrics"] for name in ("whole", "cut")]
+    metrics = [
+        json.loads((tmp_path / name / "run.json").read_text())["metrics"]
+        for name in ("whole", "cut")
+    ]
     assert metrics[0] == metrics[1]
 
 
@@ -189,11 +251,19 @@ def poisoned(original, steps):
     return step
 
 
-def test_steps_jsonl_has_a_line_for_every_update_with_its_loss_and_its_rows(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.U2, "on_before_optimizer_step", poisoned(train.U2.on_before_optimizer_step, (1,)))
+def test_steps_jsonl_has_a_line_for_every_update_with_its_loss_and_its_rows(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        train.U2, "on_before_optimizer_step", poisoned(train.U2.on_before_optimizer_step, (1,))
+    )
     run(data, tmp_path / "run", "--max_epochs", 2, "--accumulate_grad_batches", 3)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["loss"] > 0 for line in lines)
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(
+        line["loss"] > 0 for line in lines
+    )
     assert [len(line["rows"]) for line in lines] == [6, 2, 6, 2]
     assert sorted(lines[0]["rows"] + lines[1]["rows"]) == list(range(8))
     assert [line.get("skipped") for line in lines] == [None, True, None, None]
@@ -206,19 +276,30 @@ def test_a_run_that_max_steps_cut_goes_on_within_its_epoch_or_with_the_next(data
     run(data, tmp_path / "cut", *words, "--max_steps", cut)
     run(data, tmp_path / "cut", *words, "--max_steps", 7, "--resume")
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
-    assert (tmp_path / "whole" / "steps.jsonl").read_bytes() == (tmp_path / "cut" / "steps.jsonl").read_bytes()
+    assert (tmp_path / "whole" / "steps.jsonl").read_bytes() == (
+        tmp_path / "cut" / "steps.jsonl"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize("number, hook", [(signal.SIGTERM, "on_before_optimizer_step"), (signal.SIGINT, "validation_step")],
-                         ids=["SIGTERM in a step", "Ctrl-C in a validation"])
-def test_a_signal_saves_between_two_updates_and_ends_with_its_status(data, tmp_path, capsys, number, hook):
+@pytest.mark.parametrize(
+    "number, hook",
+    [(signal.SIGTERM, "on_before_optimizer_step"), (signal.SIGINT, "validation_step")],
+    ids=["SIGTERM in a step", "Ctrl-C in a validation"],
+)
+def test_a_signal_saves_between_two_updates_and_ends_with_its_status(
+    data, tmp_path, capsys, number, hook
+):
     words = ("--max_epochs", 3, "--accumulate_grad_batches", 3, "--ema_decay", 0.5)
     run(data, tmp_path / "whole", *words)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(train.U2, hook, signalled(number, hook, 6 if hook == "on_before_optimizer_step" else 7))
+        patch.setattr(
+            train.U2, hook, signalled(number, hook, 6 if hook == "on_before_optimizer_step" else 7)
+        )
         run(data, tmp_path / "cut", *words)
     assert stopped.value.code == 128 + number
-    assert f"{number.name} at step {3 if number == signal.SIGTERM else 4}: " in capsys.readouterr().err
+    assert (
+        f"{number.name} at step {3 if number == signal.SIGTERM else 4}: " in capsys.readouterr().err
+    )
     run(data, tmp_path / "cut", *words, "--resume")
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
 
@@ -230,13 +311,24 @@ def ranks(data, output, *words, interrupt=None, count=2):
         port = free.getsockname()[1]
 
     def body(rank):
-        os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count),
-                          LOCAL_WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0")
+        os.environ.update(
+            TORCHELASTIC_RUN_ID="test",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            GROUP_RANK="0",
+        )
         if interrupt and interrupt[0] == rank:
             setattr(train.U2, interrupt[2], signalled(*interrupt[1:]))
         cli.run(lambda _: run(data, output, "--devices", count, "--strategy", "ddp", *words))
 
-    processes = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in range(count)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=body, args=(rank,))
+        for rank in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -254,12 +346,18 @@ def test_two_processes_survive_signals_to_one_of_them_and_kill_9(data, tmp_path)
     stop = (1, signal.SIGTERM, "on_before_optimizer_step", 0)
     assert ranks(data, tmp_path / "cut", *words, interrupt=stop) == [143, 0]
     for hook, batch in (("on_train_batch_start", 4), ("validation_step", 5)):
-        first, other = ranks(data, tmp_path / "cut", *words, "--resume", interrupt=(0, signal.SIGKILL, hook, batch))
+        first, other = ranks(
+            data, tmp_path / "cut", *words, "--resume", interrupt=(0, signal.SIGKILL, hook, batch)
+        )
         assert first == -signal.SIGKILL and other > 0
     assert ranks(data, tmp_path / "cut", *words, "--resume") == [0, 0]
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
-    lines = [json.loads(line) for line in (tmp_path / "cut" / "steps.jsonl").read_text().splitlines()]
-    assert [sorted(a["rows"] + b["rows"]) for a, b in zip(lines[::2], lines[1::2])] == [list(range(8))] * 4
+    lines = [
+        json.loads(line) for line in (tmp_path / "cut" / "steps.jsonl").read_text().splitlines()
+    ]
+    assert [sorted(a["rows"] + b["rows"]) for a, b in zip(lines[::2], lines[1::2])] == [
+        list(range(8))
+    ] * 4
 
 
 def test_last_ckpt_is_also_written_by_the_clock(data, tmp_path):
@@ -273,7 +371,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
     try:
-        with pytest.raises(UserError, match="last.ckpt: cannot be written .*make room .* then go on with --resume"):
+        with pytest.raises(
+            UserError, match="last.ckpt: cannot be written .*make room .* then go on with --resume"
+        ):
             run(data, tmp_path / "run", "--max_steps", 2, "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -281,11 +381,20 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
     assert not list((tmp_path / "run").glob(f".*{files.ASIDE}*"))
 
 
-@pytest.mark.parametrize("room, said, left", [
-    (2**12, "cannot be written .*make room", []),
-    (2**16 + 2**12, "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint yet",
-     ["logs", "run.json", "steps.jsonl"])])
-def test_a_disk_that_is_full_from_the_start_is_one_true_line(data, tmp_path, room, said, left, monkeypatch):
+@pytest.mark.parametrize(
+    "room, said, left",
+    [
+        (2**12, "cannot be written .*make room", []),
+        (
+            2**16 + 2**12,
+            "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint yet",
+            ["logs", "run.json", "steps.jsonl"],
+        ),
+    ],
+)
+def test_a_disk_that_is_full_from_the_start_is_one_true_line(
+    data, tmp_path, room, said, left, monkeypatch
+):
     monkeypatch.setattr(threading, "excepthook", lambda failure: left.append(failure))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
@@ -303,6 +412,7 @@ def test_what_tensorboards_thread_cannot_write_is_no_traceback(monkeypatch):
 
     def fail(kind):
         raise kind("of a thread")
+
     with recovery.one_line_endings(None, "run", lambda: True):
         for kind in (OSError, ValueError):
             (thread := threading.Thread(target=fail, args=(kind,))).start()
@@ -333,30 +443,71 @@ def test_the_memory_check_changes_nothing(data, tmp_path, monkeypatch):
     assert left(tmp_path / "with") == left(tmp_path / "without")
 
 
-@pytest.mark.parametrize("words, advice", [(("--batch_size", 2), "lower --batch_size, for example to 1"),
-                                           (("--max_batch_seconds", 1.5), "lower --max_batch_seconds, for example to 1")], ids=str)
-def test_a_batch_that_does_not_fit_the_memory_is_said_before_the_first_update(data, tmp_path, monkeypatch, words, advice):
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        (("--batch_size", 2), "lower --batch_size, for example to 1"),
+        (("--max_batch_seconds", 1.5), "lower --max_batch_seconds, for example to 1"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_does_not_fit_the_memory_is_said_before_the_first_update(
+    data, tmp_path, monkeypatch, words, advice
+):
     def loss(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train.U2, "training_step", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr("conformer.U2Conformer.loss", loss)
-    with pytest.raises(UserError, match=f"a batch of 2 rows, .* does not fit the memory of cpu .*{advice}"):
+    with pytest.raises(
+        UserError, match=f"a batch of 2 rows, .* does not fit the memory of cpu .*{advice}"
+    ):
         run(data, tmp_path / "run", *words)
 
 
 def test_two_processes_share_an_epoch_and_write_one_run(data, tmp_path):
-    command = [sys.executable, train.__file__, "--data_root", data, "--output_dir", tmp_path / "run", *SMALL, "--batch_size", 2,
-               "--max_epochs", 2, "--devices", 2, "--strategy", "ddp", "--frontend", "fbank"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        train.__file__,
+        "--data_root",
+        data,
+        "--output_dir",
+        tmp_path / "run",
+        *SMALL,
+        "--batch_size",
+        2,
+        "--max_epochs",
+        2,
+        "--devices",
+        2,
+        "--strategy",
+        "ddp",
+        "--frontend",
+        "fbank",
+    ]
+    result = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
-    assert torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["model_options"]["output_size"] == 16
+    assert (
+        torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["model_options"][
+            "output_size"
+        ]
+        == 16
+    )
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1  # of four batches, two each
+    assert (
+        record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1
+    )  # of four batches, two each
     own, *_ = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))
     other = features_of(data, own.frontend)
-    torch.testing.assert_close(own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4)  # of all rows on every rank
+    torch.testing.assert_close(
+        own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4
+    )  # of all rows on every rank
 
 
 def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
@@ -375,7 +526,10 @@ def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
         run(tmp_path, output, "--overwrite")  # perhaps a source
     assert (output / "best.ckpt").read_text() == "precious"  # bad input overwrites nothing
     run(data, output, "--max_steps", 1, "--overwrite")
-    assert torch.load(output / "best.ckpt", weights_only=True) and (output / "notes.txt").read_text() == "mine"
+    assert (
+        torch.load(output / "best.ckpt", weights_only=True)
+        and (output / "notes.txt").read_text() == "mine"
+    )
 
 
 def test_resuming_with_other_options_is_refused_and_the_option_named(data, tmp_path):
@@ -384,13 +538,24 @@ def test_resuming_with_other_options_is_refused_and_the_option_named(data, tmp_p
         run(data, tmp_path / "run", "--resume", "--num_blocks", 2)
 
 
-@pytest.mark.parametrize("words, reason", [
-    (("--max_epochs", -1), "a run needs an end"), (("--output_size", 15), "--output_size 15"),
-    (("--decoder_attention_heads", 3), "--decoder_attention_heads"), (("--no-causal", "--cnn_module_kernel", 4), "odd"),
-    (("--nonsense", 1), "unrecognized arguments"), (("--preset", "huge"), "invalid choice"),
-    (("--strategy", "fsdp"), "--strategy fsdp"), (("--strategy", "nonsense"), "Lightning refuses"),
-    (("--tokenizer", "none.json"), "none.json")], ids=str)
-def test_options_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, words, reason):
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--max_epochs", -1), "a run needs an end"),
+        (("--output_size", 15), "--output_size 15"),
+        (("--decoder_attention_heads", 3), "--decoder_attention_heads"),
+        (("--no-causal", "--cnn_module_kernel", 4), "odd"),
+        (("--nonsense", 1), "unrecognized arguments"),
+        (("--preset", "huge"), "invalid choice"),
+        (("--strategy", "fsdp"), "--strategy fsdp"),
+        (("--strategy", "nonsense"), "Lightning refuses"),
+        (("--tokenizer", "none.json"), "none.json"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_written(
+    data, tmp_path, words, reason
+):
     if words[1] == "fsdp" and torch.cuda.is_available():
         pytest.skip("FSDP is allowed where there is a GPU")
     with pytest.raises(UserError, match=reason):
@@ -406,21 +571,38 @@ def test_what_transformers_made_trains_unchanged(tmp_path):
     for split in ("train", "dev"):
         waveforms = [rng.standard_normal(9000).astype(np.float32) for _ in range(4)]
         waveforms = [(x - x.mean()) / np.sqrt(x.var() + 1e-7) for x in waveforms]
-        rows = datasets.Dataset.from_dict({"input_values": waveforms, "labels": [[1, 2, 0, 3, 3]] * 4})
-        assert rows.features["labels"].feature.dtype == "int64" and rows.features["input_values"].feature.dtype == "float32"
+        rows = datasets.Dataset.from_dict(
+            {"input_values": waveforms, "labels": [[1, 2, 0, 3, 3]] * 4}
+        )
+        assert (
+            rows.features["labels"].feature.dtype == "int64"
+            and rows.features["input_values"].feature.dtype == "float32"
+        )
         rows.save_to_disk(str(tmp_path / split / "0"))
     run(tmp_path, tmp_path / "run", "--max_steps", 2, "--tokenizer", tmp_path / "vocab.json")
     model, tokenizer, _ = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))
-    assert model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8  # sos and eos appended
+    assert (
+        model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8
+    )  # sos and eos appended
     assert tokenizer.decode([1, 2, 0, 3, 3]) == "AB CC"
 
 
 def test_dev_rows_too_short_for_their_labels_leave_val_loss_finite(data, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(data / "train")
-    rows = {"input_values": [np.ones(n, np.float32) for n in (1, 900, 9000)], "labels": [[4, 5], [4] * 30, [4] * 30]}
+    rows = {
+        "input_values": [np.ones(n, np.float32) for n in (1, 900, 9000)],
+        "labels": [[4, 5], [4] * 30, [4] * 30],
+    }
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "data" / "dev" / "0"))
-    run(tmp_path / "data", tmp_path / "run", "--max_steps", 1, "--tokenizer", data / "tokenizer.json")
+    run(
+        tmp_path / "data",
+        tmp_path / "run",
+        "--max_steps",
+        1,
+        "--tokenizer",
+        data / "tokenizer.json",
+    )
     metrics = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
     assert np.isfinite(metrics["val_loss"]) and np.isfinite(metrics["val_cer"])
 
@@ -429,7 +611,14 @@ def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path, monk
     shutil.copytree(data, tmp_path / "data")
     shard = next((tmp_path / "data" / "train").rglob("*.arrow"))
     os.truncate(shard, shard.stat().st_size // 2)
-    command = ["train.py", "--data_root", tmp_path / "data", "--output_dir", tmp_path / "run", *SMALL]
+    command = [
+        "train.py",
+        "--data_root",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "run",
+        *SMALL,
+    ]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     with pytest.raises(SystemExit) as stopped:
         cli.run(train.main)
@@ -439,10 +628,19 @@ def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("words, reason", [
-    (("--min_frame", 5000), "no row of train is left"), (("--seed", -1), "--seed"), (("--batch_size", 0), "--batch_size 0"),
-    (("--accumulate_grad_batches", 0), "--accumulate_grad_batches")], ids=str)
-def test_numbers_that_cannot_work_are_refused_before_anything_is_written(data, tmp_path, words, reason):
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--min_frame", 5000), "no row of train is left"),
+        (("--seed", -1), "--seed"),
+        (("--batch_size", 0), "--batch_size 0"),
+        (("--accumulate_grad_batches", 0), "--accumulate_grad_batches"),
+    ],
+    ids=str,
+)
+def test_numbers_that_cannot_work_are_refused_before_anything_is_written(
+    data, tmp_path, words, reason
+):
     with pytest.raises(UserError, match=reason):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
@@ -469,10 +667,21 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
     features = features_of(data, frontend)
     assert frontend.frontend == "fbank" and features.mean() > 1  # of samples x 32768
     torch.testing.assert_close(model.net.encoder.cmvn_mean, features.mean(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.net.encoder.cmvn_istd, 1 / features.std(0), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        model.net.encoder.cmvn_istd, 1 / features.std(0), rtol=1e-2, atol=1e-3
+    )
     stats = {"mean_stat": [3.0] * 80, "var_stat": [13.0] * 80, "frame_num": 1}  # mean 3, variance 4
     (tmp_path / "global_cmvn").write_text(json.dumps(stats))
-    run(data, tmp_path / "given", "--max_steps", 1, "--frontend", "fbank", "--cmvn", tmp_path / "global_cmvn")
+    run(
+        data,
+        tmp_path / "given",
+        "--max_steps",
+        1,
+        "--frontend",
+        "fbank",
+        "--cmvn",
+        tmp_path / "global_cmvn",
+    )
     encoder = load_checkpoint(str(tmp_path / "given" / "best.ckpt"))[0].net.encoder
     assert encoder.cmvn_mean.tolist() == [3.0] * 80 and encoder.cmvn_istd.tolist() == [0.5] * 80
     stats.update(mean_stat=[3.0] * 40, var_stat=[13.0] * 40)
@@ -482,9 +691,17 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize("words, name", [
-    (("--frontend", "fbank", "--window", "hann"), "--window"), (("--dither", "0.5"), "--dither"),
-    (("--cmvn", "file"), "--cmvn"), (("--high_freq", -400), "--high_freq"), (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs")], ids=str)
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (("--frontend", "fbank", "--window", "hann"), "--window"),
+        (("--dither", "0.5"), "--dither"),
+        (("--cmvn", "file"), "--cmvn"),
+        (("--high_freq", -400), "--high_freq"),
+        (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs"),
+    ],
+    ids=str,
+)
 def test_a_flag_without_effect_is_refused(data, tmp_path, words, name):
     with pytest.raises(UserError, match=f"{name} has no effect"):
         run(data, tmp_path / "run", *words)
@@ -509,19 +726,55 @@ def other_data(data, tmp_path_factory):
 
 
 def fine_tune(data, output, source, *words):
-    train.main(["--data_root", str(data), "--output_dir", str(output), "--init_from", str(source), "--num_workers", "0",
-                "--accelerator", "cpu", "--batch_size", "2", *map(str, words)])
+    train.main(
+        [
+            "--data_root",
+            str(data),
+            "--output_dir",
+            str(output),
+            "--init_from",
+            str(source),
+            "--num_workers",
+            "0",
+            "--accelerator",
+            "cpu",
+            "--batch_size",
+            "2",
+            *map(str, words),
+        ]
+    )
 
 
-def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(pretrained, other_data, tmp_path, capsys):
-    fine_tune(other_data, tmp_path / "run", pretrained, "--max_steps", 1, "--lr", 1e-9, "--weight_decay", 0)
-    before, after = (load_checkpoint(str(path))[0] for path in (pretrained, tmp_path / "run" / "best.ckpt"))
+def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(
+    pretrained, other_data, tmp_path, capsys
+):
+    fine_tune(
+        other_data,
+        tmp_path / "run",
+        pretrained,
+        "--max_steps",
+        1,
+        "--lr",
+        1e-9,
+        "--weight_decay",
+        0,
+    )
+    before, after = (
+        load_checkpoint(str(path))[0] for path in (pretrained, tmp_path / "run" / "best.ckpt")
+    )
     theirs, ours = (model.tokenizer.tokens for model in (before, after))
     pairs = [(theirs.index(token), ours.index(token)) for token in ours if token in theirs]
-    assert len(pairs) == 10 and pairs != [(i, i) for i, _ in pairs]  # four special tokens, c .. h, elsewhere now
+    assert len(pairs) == 10 and pairs != [
+        (i, i) for i, _ in pairs
+    ]  # four special tokens, c .. h, elsewhere now
     for name, value in before.state_dict().items():
         changed = after.state_dict()[name]
-        if value.shape == changed.shape and "ctc" not in name and "output_layer" not in name and "decoder.embed" not in name:
+        if (
+            value.shape == changed.shape
+            and "ctc" not in name
+            and "output_layer" not in name
+            and "decoder.embed" not in name
+        ):
             torch.testing.assert_close(changed, value, rtol=0, atol=1e-6)
         else:
             for old, new in pairs:
@@ -544,15 +797,25 @@ def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data
         output = tmp_path / str(epochs)
         fine_tune(data, output, pretrained, "--max_epochs", epochs, "--freeze_encoder_epochs", 1)
         after = torch.load(output / "last.ckpt", weights_only=True)["state_dict"]
-        assert same_encoder == all(torch.equal(value, after[f"net.encoder.{name}"])
-                                   for name, value in before.encoder.state_dict().items())
+        assert same_encoder == all(
+            torch.equal(value, after[f"net.encoder.{name}"])
+            for name, value in before.encoder.state_dict().items()
+        )
         assert not torch.equal(before.ctc.weight, after["net.ctc.weight"])
 
 
-@pytest.mark.parametrize("words, reason", [
-    (("--frontend", "log_mel"), "--frontend log_mel: .*made with fbank"), (("--num_blocks", 2), "--num_blocks 2: .*made with 1"),
-    (("--preset", "tiny"), "--preset has no effect")], ids=str)
-def test_fine_tuning_with_what_does_not_fit_the_weights_is_refused(pretrained, data, tmp_path, words, reason):
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--frontend", "log_mel"), "--frontend log_mel: .*made with fbank"),
+        (("--num_blocks", 2), "--num_blocks 2: .*made with 1"),
+        (("--preset", "tiny"), "--preset has no effect"),
+    ],
+    ids=str,
+)
+def test_fine_tuning_with_what_does_not_fit_the_weights_is_refused(
+    pretrained, data, tmp_path, words, reason
+):
     with pytest.raises(UserError, match=reason):
         fine_tune(data, tmp_path / "run", pretrained, *words)
     assert not (tmp_path / "run").exists()

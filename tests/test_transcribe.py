@@ -9,23 +9,23 @@ import sys
 import threading
 import unicodedata
 
+import cli
+from cli import UserError
+
 import hypothesis
 import numpy as np
 import pytest
 import soundfile
 import torch
 from hypothesis import strategies as st
-from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
 
-import align
 import audio
-import cli
-import demo
 import transcribe
 import words
-from cli import UserError
 from decode import MODES
+from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
 from tokenizer import from_vocab, train_bpe, train_char
+from tools import align, demo
 from transforms import Frontend
 from words import Word
 
@@ -40,7 +40,13 @@ def hear(capsys, world, *argv):
 def folder(tmp_path):
     """Recordings of several lengths in folders, and what is none."""
     root = tmp_path / "in"
-    files = {"b.wav": [0], "a.flac": [3, 4, 0, 3, 1], "deep/er/c.ogg": [4], "deep/d.WAV": [1], "deep/.d.wav": [1]}
+    files = {
+        "b.wav": [0],
+        "a.flac": [3, 4, 0, 3, 1],
+        "deep/er/c.ogg": [4],
+        "deep/d.WAV": [1],
+        "deep/.d.wav": [1],
+    }
     for name, rows in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +64,14 @@ def write_audio_files(folder):
     soundfile.write(good[1], np.stack([waveform(0)] * 2, axis=1), 44100)
     soundfile.write(good[2], waveform(3), 8000)
     soundfile.write(good[3], waveform(2), RATE)
-    bad = {"missing.wav": "file missing", "broken.wav": "cannot be decoded", "empty.wav": "no samples", "nan.wav": "not finite",
-           "nothing": "folder without audio", "*.mp9": "file missing"}
+    bad = {
+        "missing.wav": "file missing",
+        "broken.wav": "cannot be decoded",
+        "empty.wav": "no samples",
+        "nan.wav": "not finite",
+        "nothing": "folder without audio",
+        "*.mp9": "file missing",
+    }
     (folder / "broken.wav").write_bytes(b"RIFF, but no more")
     soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), RATE)
     soundfile.write(folder / "nan.wav", np.full(20000, np.nan, np.float32), RATE, subtype="FLOAT")
@@ -68,16 +80,23 @@ def write_audio_files(folder):
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_a_line_per_file_in_their_order_and_one_on_stderr_for_a_bad_one(world, capsys, tmp_path, stream):
+def test_a_line_per_file_in_their_order_and_one_on_stderr_for_a_bad_one(
+    world, capsys, tmp_path, stream
+):
     good, bad = write_audio_files(tmp_path)
-    status, out, err = hear(capsys, world, *stream, *[path for pair in zip([*good, good[0], good[0]], bad) for path in pair])
+    status, out, err = hear(
+        capsys,
+        world,
+        *stream,
+        *[path for pair in zip([*good, good[0], good[0]], bad) for path in pair],
+    )
     errors = [line for line in err if "error" in line]
     assert status == 2 and len(errors) == len(bad)
     assert [line.split("\t")[0] for line in out] == list(map(str, [*good, good[0], good[0]]))
     assert all(line.count("\t") == 1 for line in out)
     for line, (path, reason) in zip(errors, bad.items()):
         assert f"transcribe.py: error: {path}: " in line and reason in line
-    assert hear(capsys, world, *stream, *good)[:2] == (0, out[:len(good)])
+    assert hear(capsys, world, *stream, *good)[:2] == (0, out[: len(good)])
     assert stream or hear(capsys, world, *good)[2] == []
 
 
@@ -85,12 +104,18 @@ def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
     found = [str(folder / name) for name in ("a.flac", "b.wav", "deep/d.WAV", "deep/er/c.ogg")]
     paths = lambda *argv: [line.split("\t")[0] for line in hear(capsys, world, *argv)[1]]  # noqa: E731
     assert paths(folder) == found
-    assert paths(folder / "**" / "*.[ow][ga][gv]", folder / "?.flac") == [found[1], found[3], found[0]]
+    assert paths(folder / "**" / "*.[ow][ga][gv]", folder / "?.flac") == [
+        found[1],
+        found[3],
+        found[0],
+    ]
     os.rename(folder / "b.wav", folder / "b[1].wav")  # a name is a name before it is a pattern
     assert paths(folder / "b[1].wav") == [str(folder / "b[1].wav")]
 
 
-def test_a_file_that_breaks_off_with_an_error_leaves_no_half_transcript(world, capsys, folder, monkeypatch):
+def test_a_file_that_breaks_off_with_an_error_leaves_no_half_transcript(
+    world, capsys, folder, monkeypatch
+):
     real = audio.read_blocks
 
     def breaking(path, *rest):
@@ -101,7 +126,11 @@ def test_a_file_that_breaks_off_with_an_error_leaves_no_half_transcript(world, c
 
     monkeypatch.setattr(transcribe, "read_blocks", breaking)
     status, out, err = hear(capsys, world, "--max_seconds", 1, "--batch_seconds", 1, folder)
-    assert status == 2 and len(out) == 3 and err == [f"transcribe.py: error: {folder / 'a.flac'}: lost"]
+    assert (
+        status == 2
+        and len(out) == 3
+        and err == [f"transcribe.py: error: {folder / 'a.flac'}: lost"]
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -109,8 +138,12 @@ def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
     files = [tmp_path / f"{row}.wav" for row in range(len(TEXTS))]
     for row, path in enumerate(files):
         soundfile.write(path, waveform(row), RATE, subtype="FLOAT")
-    score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", tmp_path / "details")  # one batch, as here
-    expected = [json.loads(line)["hypothesis"] for line in (tmp_path / "details").read_text().splitlines()]
+    score_json(
+        capsys, world, "--mode", mode, "--beam_size", 3, "--details", tmp_path / "details"
+    )  # one batch, as here
+    expected = [
+        json.loads(line)["hypothesis"] for line in (tmp_path / "details").read_text().splitlines()
+    ]
     _, out, _ = hear(capsys, world, "--mode", mode, *files)
     assert out == [f"{path}\t{text}" for path, text in zip(files, expected, strict=True)]
 
@@ -118,17 +151,35 @@ def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
 def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, folder):
     texts = []
     for seconds in (1, 3, 200):
-        _, out, _ = hear(capsys, world, "--max_seconds", 1, "--batch_seconds", seconds, "--format", "json", folder)
+        _, out, _ = hear(
+            capsys,
+            world,
+            "--max_seconds",
+            1,
+            "--batch_seconds",
+            seconds,
+            "--format",
+            "json",
+            folder,
+        )
         texts.append([json.loads(line)["text"] for line in out])
     assert texts[0] == texts[1] == texts[2] and any(texts[0])
     lengths = np.random.default_rng(0).integers(1, 100, 200).tolist()
     batches = list(transcribe.batches(lengths, 300))
     assert sorted(row for batch in batches for row in batch) == list(range(200))
-    assert all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches) and len(batches) < 60
+    assert (
+        all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches)
+        and len(batches) < 60
+    )
 
 
 def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
-    rows = [json.loads(line) for line in hear(capsys, world, "--max_seconds", 2, "--format", "json", folder / "a.flac")[1]]
+    rows = [
+        json.loads(line)
+        for line in hear(capsys, world, "--max_seconds", 2, "--format", "json", folder / "a.flac")[
+            1
+        ]
+    ]
     samples = soundfile.read(folder / "a.flac", dtype="float32")[0]
     pieces, offset, texts, found = list(audio.cut_at_pauses(iter([samples]), RATE, 2)), 0, [], []
     assert len(pieces) > 2
@@ -137,7 +188,10 @@ def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
         soundfile.write(path, piece, RATE, subtype="FLOAT")
         heard = json.loads(hear(capsys, world, "--format", "json", path)[1][0])
         texts.append(heard["text"])
-        found += [(word["word"], word["start"] + offset / RATE, word["end"] + offset / RATE) for word in heard["words"]]
+        found += [
+            (word["word"], word["start"] + offset / RATE, word["end"] + offset / RATE)
+            for word in heard["words"]
+        ]
         offset += len(piece)
     assert rows[0]["text"] == " ".join(filter(None, texts))
     assert rows[0]["duration"] == pytest.approx(len(samples) / RATE, abs=1e-3)
@@ -151,39 +205,75 @@ def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
 
 
 @pytest.mark.parametrize("format", ["txt", "json", "srt", "vtt", "ctm"])
-def test_a_file_per_recording_named_as_below_the_path_and_never_over_another(world, capsys, folder, tmp_path, format):
+def test_a_file_per_recording_named_as_below_the_path_and_never_over_another(
+    world, capsys, folder, tmp_path, format
+):
     out = tmp_path / "out"
-    argv = ("--format", format, "--output_dir", out, folder / "deep", folder / "*.wav", folder / "a.flac")
+    argv = (
+        "--format",
+        format,
+        "--output_dir",
+        out,
+        folder / "deep",
+        folder / "*.wav",
+        folder / "a.flac",
+    )
     assert hear(capsys, world, *argv) == (0, [], [])
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert names == {f"{name}.{format}" for name in ("d", "er/c", "b", "a")}
     (out / f"b.{format}").write_text("mine")
     status, _, err = hear(capsys, world, *argv)
-    assert status == 2 and len(err) == 1 and "exists" in err[0] and (out / f"b.{format}").read_text() == "mine"
-    assert hear(capsys, world, "--overwrite", *argv)[0] == 0 and (out / f"b.{format}").read_text() != "mine"
+    assert (
+        status == 2
+        and len(err) == 1
+        and "exists" in err[0]
+        and (out / f"b.{format}").read_text() == "mine"
+    )
+    assert (
+        hear(capsys, world, "--overwrite", *argv)[0] == 0
+        and (out / f"b.{format}").read_text() != "mine"
+    )
 
 
 def test_formats_say_the_same(world, capsys, folder):
-    text, = hear(capsys, world, folder / "a.flac")[1]
-    line, = hear(capsys, world, "--format", "json", folder / "a.flac")[1]
+    (text,) = hear(capsys, world, folder / "a.flac")[1]
+    (line,) = hear(capsys, world, "--format", "json", folder / "a.flac")[1]
     ctm = [line.split() for line in hear(capsys, world, "--format", "ctm", folder / "a.flac")[1]]
     heard = json.loads(line)
-    assert list(heard) == ["file", "text", "duration", "words"] and text == f"{heard['file']}\t{heard['text']}"
-    assert " ".join(word["word"] for word in heard["words"]) == " ".join(row[4] for row in ctm) == heard["text"]
+    assert (
+        list(heard) == ["file", "text", "duration", "words"]
+        and text == f"{heard['file']}\t{heard['text']}"
+    )
+    assert (
+        " ".join(word["word"] for word in heard["words"])
+        == " ".join(row[4] for row in ctm)
+        == heard["text"]
+    )
     assert [float(row[2]) for row in ctm] == [word["start"] for word in heard["words"]]
     srt = hear(capsys, world, "--format", "srt", folder / "a.flac")[1]
-    assert " ".join(line for line in srt if line and "-->" not in line and not line.isdigit()) == heard["text"]
+    assert (
+        " ".join(line for line in srt if line and "-->" not in line and not line.isdigit())
+        == heard["text"]
+    )
     assert all(0 <= word["start"] < word["end"] <= heard["duration"] for word in heard["words"])
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["{}/b.wav", "{}/deep/../b.wav", "--output_dir", "out"], "both"), (["{}", "--format", "srt"], "--output_dir"),
-    (["{}/b.wav", "--overwrite"], "--output_dir"),
-    (["{}/b.wav", "--stream", "--mode", "attention"], "--mode has no effect with --stream"),
-    (["{}/b.wav", "--stream", "--max_seconds", "9"], "--max_seconds"), (["{}/b.wav", "--max_seconds", "0"], "--max_seconds"),
-    (["{}/b.wav", "--batch_seconds", "nan"], "--batch_seconds"), (["{}/b.wav", "--delay", "1"], "--delay"),
-    (["{}/b.wav", "--raw"], "--raw"), (["{}/b.wav", "--output_dir", "{}/notes.txt"], "notes.txt"),
-    (["{}/b.wav", "--checkpoint", "{}/notes.txt"], "notes.txt")])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["{}/b.wav", "{}/deep/../b.wav", "--output_dir", "out"], "both"),
+        (["{}", "--format", "srt"], "--output_dir"),
+        (["{}/b.wav", "--overwrite"], "--output_dir"),
+        (["{}/b.wav", "--stream", "--mode", "attention"], "--mode has no effect with --stream"),
+        (["{}/b.wav", "--stream", "--max_seconds", "9"], "--max_seconds"),
+        (["{}/b.wav", "--max_seconds", "0"], "--max_seconds"),
+        (["{}/b.wav", "--batch_seconds", "nan"], "--batch_seconds"),
+        (["{}/b.wav", "--delay", "1"], "--delay"),
+        (["{}/b.wav", "--raw"], "--raw"),
+        (["{}/b.wav", "--output_dir", "{}/notes.txt"], "notes.txt"),
+        (["{}/b.wav", "--checkpoint", "{}/notes.txt"], "notes.txt"),
+    ],
+)
 def test_what_cannot_be_done_is_said_in_one_line(world, capsys, folder, argv, said):
     status, out, err = hear(capsys, world, *[word.format(folder) for word in argv])
     assert status == 2 and out == [] and len(err) == 1 and said in err[0]
@@ -211,8 +301,13 @@ def pipe():
 
 def ffmpeg_wav(samples, rate):
     """What `ffmpeg -f wav -` writes: it cannot know the length, nor go back to write it."""
-    extra = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
-    unknown, fmt = struct.pack("<I", 2**32 - 1), struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)
+    extra = (
+        b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
+    )
+    unknown, fmt = (
+        struct.pack("<I", 2**32 - 1),
+        struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16),
+    )
     return b"RIFF" + unknown + b"WAVEfmt " + fmt + extra + b"data" + unknown + samples.tobytes()
 
 
@@ -221,10 +316,16 @@ def test_a_pipe_is_heard_as_the_file(world, capsys, tmp_path, pipe, stream):
     samples = (waveform(0)[:14000] * 32767).astype("<i2")
     soundfile.write(tmp_path / "file.wav", samples, RATE)
     soundfile.write(tmp_path / "slow.wav", samples, 8000)
-    expected, slow = (hear(capsys, world, *stream, tmp_path / name)[1][0].split("\t")[1] for name in ("file.wav", "slow.wav"))
+    expected, slow = (
+        hear(capsys, world, *stream, tmp_path / name)[1][0].split("\t")[1]
+        for name in ("file.wav", "slow.wav")
+    )
     assert expected and slow and expected != slow
-    for content, argv, text in ((ffmpeg_wav(samples, RATE), [], expected), (samples.tobytes(), ["--raw"], expected),
-                                (ffmpeg_wav(samples, 8000), [], slow)):
+    for content, argv, text in (
+        (ffmpeg_wav(samples, RATE), [], expected),
+        (samples.tobytes(), ["--raw"], expected),
+        (ffmpeg_wav(samples, 8000), [], slow),
+    ):
         pipe(content)
         assert hear(capsys, world, *stream, *argv, "-")[:2] == (0, [f"-\t{text}"])
     pipe(b"")
@@ -233,30 +334,47 @@ def test_a_pipe_is_heard_as_the_file(world, capsys, tmp_path, pipe, stream):
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_takes(world, capsys, tmp_path, pipe, stream):
+def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_takes(
+    world, capsys, tmp_path, pipe, stream
+):
     whole, cut = tmp_path / "whole.flac", tmp_path / "cut.flac"
     soundfile.write(whole, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE)
-    cut.write_bytes(whole.read_bytes()[:-whole.stat().st_size // 4])
+    cut.write_bytes(whole.read_bytes()[: -whole.stat().st_size // 4])
     status, (line,), err = hear(capsys, world, *stream, "--format", "json", cut)
     heard = json.loads(line)
     assert status == 0 and f"note: {cut}: damaged after 2." in "\n".join(err)
     assert heard["text"] and 2 < heard["duration"] < 3 < soundfile.info(whole).duration
     pipe(whole.read_bytes()[:60_000])
     status, out, err = hear(capsys, world, *stream, "-")
-    assert status == 2 and out == [] and "error: -: cannot be decoded" in err[-1] and "pipe wav" in err[-1]
+    assert (
+        status == 2
+        and out == []
+        and "error: -: cannot be decoded" in err[-1]
+        and "pipe wav" in err[-1]
+    )
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_what_is_lost_of_a_file_is_told_and_what_holds_no_speech_is_no_error(world, capsys, tmp_path, stream):
+def test_what_is_lost_of_a_file_is_told_and_what_holds_no_speech_is_no_error(
+    world, capsys, tmp_path, stream
+):
     samples = np.concatenate([waveform(row) for row in (0, 3, 4)])
     for name in ("whole.mp3", "whole.wav"):
         soundfile.write(tmp_path / name, samples, RATE)
         content = (tmp_path / name).read_bytes()
-        (tmp_path / f"cut {name}").write_bytes(content[:len(content) // 2])
+        (tmp_path / f"cut {name}").write_bytes(content[: len(content) // 2])
         status, out, err = hear(capsys, world, *stream, tmp_path / f"cut {name}")
-        note, = (line for line in err if "note" in line)
-        assert status == 0 and len(out) == 1 and note.endswith(f" s of {len(samples) / RATE:.1f} s") and "cut short: 1." in note
-    for name, silence in (("constant.wav", np.full(RATE, 0.25)), ("inverted.wav", np.stack([samples, -samples], axis=1))):
+        (note,) = (line for line in err if "note" in line)
+        assert (
+            status == 0
+            and len(out) == 1
+            and note.endswith(f" s of {len(samples) / RATE:.1f} s")
+            and "cut short: 1." in note
+        )
+    for name, silence in (
+        ("constant.wav", np.full(RATE, 0.25)),
+        ("inverted.wav", np.stack([samples, -samples], axis=1)),
+    ):
         soundfile.write(tmp_path / name, silence, RATE)
         status, out, err = hear(capsys, world, *stream, tmp_path / name)
         assert status == 0 and len(out) == 1 and not any("transcribe.py" in line for line in err)
@@ -264,21 +382,33 @@ def test_what_is_lost_of_a_file_is_told_and_what_holds_no_speech_is_no_error(wor
 
 def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, capsys, tmp_path):
     path = tmp_path / "long.wav"
-    soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
+    soundfile.write(
+        path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT"
+    )
     status, out, err = hear(capsys, world, "--beam_size", 10, "--stream", "--chunk_size", 4, path)
     times = [float(line.split()[0]) for line in err]
-    assert status == 0 and len(err) > 2 and times == sorted(times) and times[-1] == pytest.approx(3.6, abs=0.1)
+    assert (
+        status == 0
+        and len(err) > 2
+        and times == sorted(times)
+        and times[-1] == pytest.approx(3.6, abs=0.1)
+    )
     finals = [line.split("=", 1)[1].strip() for line in err if "s =" in line]
     assert out == [f"{path}\t{' '.join(finals)}"] and finals
 
 
 def test_a_stream_times_its_words_as_the_whole_does(world, capsys, tmp_path):
     path = tmp_path / "long.wav"
-    soundfile.write(path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT")
-    text, = hear(capsys, world, "--beam_size", 10, "--stream", path)[1]
-    line, = hear(capsys, world, "--beam_size", 10, "--stream", "--format", "json", path)[1]
+    soundfile.write(
+        path, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE, subtype="FLOAT"
+    )
+    (text,) = hear(capsys, world, "--beam_size", 10, "--stream", path)[1]
+    (line,) = hear(capsys, world, "--beam_size", 10, "--stream", "--format", "json", path)[1]
     heard = json.loads(line)
-    assert text == f"{path}\t{heard['text']}" and heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
+    assert (
+        text == f"{path}\t{heard['text']}"
+        and heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
+    )
     starts = [word["start"] for word in heard["words"]]
     assert starts == sorted(starts) and starts[-1] < heard["duration"]
     assert all(one["end"] <= start for one, start in zip(heard["words"], starts[1:]))
@@ -292,11 +422,22 @@ def test_on_a_terminal_one_line_rewrites_itself(world, capsys, tmp_path, monkeyp
     monkeypatch.setenv("COLUMNS", "40")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        transcribe.main(["--checkpoint", str(world / "best.ckpt"), "--stream", "--chunk_size", "4", str(tmp_path / "a.wav")])
+        transcribe.main(
+            [
+                "--checkpoint",
+                str(world / "best.ckpt"),
+                "--stream",
+                "--chunk_size",
+                "4",
+                str(tmp_path / "a.wav"),
+            ]
+        )
     shown = terminal.getvalue().split("\r\033[K")[1:]
     assert len(shown) > 3 and shown[-1].endswith("\n") and "s = " in shown[-1]
     partial = [line for line in shown if "s =" not in line]
-    assert all(len(line) < 40 and "\n" not in line for line in partial) and any("..." in line for line in partial)
+    assert all(len(line) < 40 and "\n" not in line for line in partial) and any(
+        "..." in line for line in partial
+    )
 
 
 def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
@@ -311,10 +452,12 @@ def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
-@pytest.mark.parametrize("number, ends", [
-    (signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, ends", [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_a_pipe_and_all_that_came_is_heard(
-        world, capsys, pipe, monkeypatch, stream, number, ends):
+    world, capsys, pipe, monkeypatch, stream, number, ends
+):
     monkeypatch.setattr(transcribe, "LINGER", 60)
     monkeypatch.setattr(transcribe, "leave_terminal", lambda: None)  # what is written is read here
     samples = np.concatenate((waveform(0), waveform(4)))[:30000]
@@ -364,7 +507,8 @@ def test_a_second_signal_ends_the_command(world, capsys, pipe, monkeypatch):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e10])
 def test_what_was_heard_before_a_sample_that_is_none_is_not_lost(
-        world, capsys, tmp_path, pipe, bad):
+    world, capsys, tmp_path, pipe, bad
+):
     samples = waveform(3)[:14000]
     soundfile.write(tmp_path / "good.wav", samples, RATE, subtype="FLOAT")
     spoiled = np.append(samples, [bad, 0.1]).astype(np.float32)
@@ -374,7 +518,7 @@ def test_what_was_heard_before_a_sample_that_is_none_is_not_lost(
         for path in ("-", str(tmp_path / "bad.wav")):
             pipe((tmp_path / "bad.wav").read_bytes())
             status, out, err = hear(capsys, world, *stream, path)
-            error, = (line for line in err if "error" in line)
+            (error,) = (line for line in err if "error" in line)
             assert status == 2 and f"error: {path}: samples " in error
             assert error.endswith(" after 0.9 s")
             # a file can be mended and heard again, but as a stream it was shown already
@@ -384,8 +528,13 @@ def test_what_was_heard_before_a_sample_that_is_none_is_not_lost(
 # --------------------------------------------------------------------------------------------------------------- words
 
 
-TOKENIZERS = {"characters": train_char(["the cat sat at home"]), "pieces": train_bpe(["the cat sat at home at the sea"], 24),
-              "vocab": from_vocab({"<pad>": 0, "|": 1, **{letter: i for i, letter in enumerate("abcehimost", 2)}})}
+TOKENIZERS = {
+    "characters": train_char(["the cat sat at home"]),
+    "pieces": train_bpe(["the cat sat at home at the sea"], 24),
+    "vocab": from_vocab(
+        {"<pad>": 0, "|": 1, **{letter: i for i, letter in enumerate("abcehimost", 2)}}
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -393,48 +542,100 @@ def test_words_are_those_of_the_text_and_own_all_tokens_that_are_no_space(name):
     tokenizer = TOKENIZERS[name]
     tokens = tokenizer.encode(" the  cat at home ")
     spelled = words.spell(tokens, tokenizer)
-    assert [word.text for word in spelled] == tokenizer.decode(tokens).split() == "the cat at home".split()
+    assert (
+        [word.text for word in spelled]
+        == tokenizer.decode(tokens).split()
+        == "the cat at home".split()
+    )
     places = [place for word in spelled for place in word.places]
     assert places == sorted(places) and all(len(word.text) == len(word.places) for word in spelled)
     assert words.spell([tokenizer.unk_id, tokenizer.eos_id], tokenizer) == [("\u2047", [0], True)]
 
 
-@pytest.mark.parametrize("text", [
-    "你 好， 世 界。", "人 々 は 「東 京」", "三 〇 年、", "𠮷 野 家", "今 天_ab 好 c", "他 说 “你 好” OK_吗？", "ラー メ ン ｶﾞ か\u3099 ㋿", "ㄅ ㄆ",
-    "『「東」」 abc 「ｄef) 好 (好) 好", "안녕하세요_세계。", "สวัสดี_ครับ", "好 👩‍👩‍👧🏽 好 葛\U000e0100 e\u0301é", "'tis_.5_a-b_“so”_(so)", "， 你_， 你"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "你 好， 世 界。",
+        "人 々 は 「東 京」",
+        "三 〇 年、",
+        "𠮷 野 家",
+        "今 天_ab 好 c",
+        "他 说 “你 好” OK_吗？",
+        "ラー メ ン ｶﾞ か\u3099 ㋿",
+        "ㄅ ㄆ",
+        "『「東」」 abc 「ｄef) 好 (好) 好",
+        "안녕하세요_세계。",
+        "สวัสดี_ครับ",
+        "好 👩‍👩‍👧🏽 好 葛\U000e0100 e\u0301é",
+        "'tis_.5_a-b_“so”_(so)",
+        "， 你_， 你",
+    ],
+)
 def test_a_word_has_its_marks_and_its_punctuation_and_spaces_only_where_the_tokens_have_them(text):
     """Words are parted by _ where there is a space in the text, and by a space where there is none."""
     said = text.replace(" ", "").replace("_", " ")
     tokenizer = train_char([said])
     spelled = words.spell(tokenizer.encode(said), tokenizer)
-    assert "".join("_ "[not word.spaced] + word.text for word in spelled)[1:] == unicodedata.normalize("NFC", text)
+    assert "".join("_ "[not word.spaced] + word.text for word in spelled)[
+        1:
+    ] == unicodedata.normalize("NFC", text)
     assert words.text_of(spelled) == tokenizer.decode(tokenizer.encode(said))
 
 
-SCRIPTS = st.sampled_from([*"ab'(“),.?！， 你好々〇「」。ーラ゙ﾞ𠮷豈한ㅎक़िनमस् ไท👩🏽", "\u0301", "\u200d", "\ufe0f", "\u0307", " a", "ch", "e\u0301"])
+SCRIPTS = st.sampled_from(
+    [
+        *"ab'(“),.?！， 你好々〇「」。ーラ゙ﾞ𠮷豈한ㅎक़िनमस् ไท👩🏽",
+        "\u0301",
+        "\u200d",
+        "\ufe0f",
+        "\u0307",
+        " a",
+        "ch",
+        "e\u0301",
+    ]
+)
 
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
-@hypothesis.given(parts=st.lists(st.lists(SCRIPTS, max_size=12), max_size=4), kind=st.sampled_from(["char", "bpe", "wav2vec2"]))
+@hypothesis.given(
+    parts=st.lists(st.lists(SCRIPTS, max_size=12), max_size=4),
+    kind=st.sampled_from(["char", "bpe", "wav2vec2"]),
+)
 def test_the_words_of_a_transcript_are_its_text_in_one_piece_or_many(parts, kind):
     texts = ["".join(part) for part in parts]
     letters = {"<pad>", "<unk>", "|", "ch", *"".join(texts)}
-    tokenizer = {"char": lambda: train_char(["a", *texts]), "bpe": lambda: train_bpe(["a ch", *texts], 200),
-                 "wav2vec2": lambda: from_vocab({token: i for i, token in enumerate(sorted(letters))})}[kind]()
+    tokenizer = {
+        "char": lambda: train_char(["a", *texts]),
+        "bpe": lambda: train_bpe(["a ch", *texts], 200),
+        "wav2vec2": lambda: from_vocab({token: i for i, token in enumerate(sorted(letters))}),
+    }[kind]()
     tokens = [tokenizer.encode(text) for text in texts]
     spelled = [words.spell(ids, tokenizer) for ids in tokens]
     assert [words.text_of(part) for part in spelled] == [tokenizer.decode(ids) for ids in tokens]
-    heard = words.join_words([Word(word.text, i, i + 1.1, 0.5, word.spaced) for word in part] for i, part in enumerate(spelled))
+    heard = words.join_words(
+        [Word(word.text, i, i + 1.1, 0.5, word.spaced) for word in part]
+        for i, part in enumerate(spelled)
+    )
     assert words.text_of(heard) == words.join(tokenizer.decode(ids) for ids in tokens)
-    assert all(one.end <= other.start for one, other in zip(heard, heard[1:]) if one.start < other.start)
+    assert all(
+        one.end <= other.start for one, other in zip(heard, heard[1:]) if one.start < other.start
+    )
     lines = [line for *_, text in words.cues(heard) for line in text.split("\n")]
     assert all(words.columns(line) <= words.LINE for line in lines)
     assert "".join("".join(lines).split()) == "".join(words.text_of(heard).split())
-    assert not any(unicodedata.combining(word.text[0]) for part in spelled for word in part[1:] if not word.spaced)
+    assert not any(
+        unicodedata.combining(word.text[0])
+        for part in spelled
+        for word in part[1:]
+        if not word.spaced
+    )
 
 
 def test_texts_that_were_heard_apart_have_a_space_between_them_save_in_scripts_without():
-    assert words.join(["", "你好，", "世界。", "", "「吗」", "ok", "hello.", "ｶﾞ", "〇。", "𠮷"]) == "你好，世界。「吗」 ok hello. ｶﾞ〇。𠮷"
+    assert (
+        words.join(["", "你好，", "世界。", "", "「吗」", "ok", "hello.", "ｶﾞ", "〇。", "𠮷"])
+        == "你好，世界。「吗」 ok hello. ｶﾞ〇。𠮷"
+    )
     assert words.join(["안녕", "세계"]) == "안녕 세계"
 
 
@@ -450,14 +651,20 @@ def log_probs_of(path, tokenizer, probability):
 def test_words_have_the_times_and_the_least_probability_of_their_tokens():
     tokenizer = TOKENIZERS["characters"]
     a, t, space = tokenizer.encode("a") + tokenizer.encode("t") + tokenizer.encode("a t")[1:2]
-    log_probs = log_probs_of([0, a, a, t, 0, space, 0, t, 0], tokenizer, [0.9, 0.7, 0.8, 0.95, 0.9, 0.6, 0.9, 0.75, 0.9])
+    log_probs = log_probs_of(
+        [0, a, a, t, 0, space, 0, t, 0], tokenizer, [0.9, 0.7, 0.8, 0.95, 0.9, 0.6, 0.9, 0.75, 0.9]
+    )
     times = words.frame_times("conv2d", Frontend())
     assert times == pytest.approx((0.04, 0.085))
     first, second = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0)
     assert (first.text, second.text) == ("at", "t")
-    assert first[1:4] == pytest.approx((10.08, 10.12 + 0.0625, 0.8))  # from where `a` is likeliest, though it began before
+    assert first[1:4] == pytest.approx(
+        (10.08, 10.12 + 0.0625, 0.8)
+    )  # from where `a` is likeliest, though it began before
     assert second[1:4] == pytest.approx((10.28, 10.28 + 0.0625, 0.75))
-    early, _ = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0, delay=0.1)
+    early, _ = words.align_words(
+        [a, t, space, t], log_probs, tokenizer, times, offset=10.0, delay=0.1
+    )
     assert early[1:3] == pytest.approx((10.0, 10.0825))  # not before the piece
 
 
@@ -472,7 +679,9 @@ def test_words_never_overlap():
 def test_words_that_fit_no_ctc_path_are_still_there_without_confidence():
     tokenizer = TOKENIZERS["characters"]
     log_probs = torch.zeros(3, tokenizer.vocab_size)
-    found = words.align_words(tokenizer.encode("at at"), log_probs, tokenizer, words.FrameTimes(0.04, 0.085), 1.0)
+    found = words.align_words(
+        tokenizer.encode("at at"), log_probs, tokenizer, words.FrameTimes(0.04, 0.085), 1.0
+    )
     assert [word[:4] for word in found] == [("at", 1.0, 1.06, 0.0), ("at", 1.06, 1.12, 0.0)]
 
 
@@ -483,24 +692,52 @@ def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
         for _ in range(300):
             start = now + rng.exponential(0.15)
             now = start + rng.uniform(0.02, 0.6)
-            said.append(Word("".join(rng.choice(list(alphabet), rng.integers(1, longest + 1))), start, now, 0.5))
+            said.append(
+                Word(
+                    "".join(rng.choice(list(alphabet), rng.integers(1, longest + 1))),
+                    start,
+                    now,
+                    0.5,
+                )
+            )
         cues = words.cues(said)
         for start, end, text in cues:
             lines = text.split("\n")
-            assert len(lines) <= 2 and max(len(line) + sum(c > "\u3000" for c in line) for line in lines) <= 42
+            assert (
+                len(lines) <= 2
+                and max(len(line) + sum(c > "\u3000" for c in line) for line in lines) <= 42
+            )
             assert 0 < end - start <= 7.0
         assert all(one[1] <= other[0] for one, other in zip(cues, cues[1:])) and len(cues) > 20
-        assert "".join("".join(text.split()) for *_, text in cues) == "".join(word.text for word in said)
+        assert "".join("".join(text.split()) for *_, text in cues) == "".join(
+            word.text for word in said
+        )
 
 
 def test_formats_are_spelled_as_their_players_want_them():
-    transcript = words.Transcript("a b.wav", "so <it> goes", 3725.5, [
-        Word("so", 0.5, 0.75, 0.9), Word("<it>", 0.8, 1.0, 0.25), Word("goes", 3723.9996, 3725.0, 1.0)])
+    transcript = words.Transcript(
+        "a b.wav",
+        "so <it> goes",
+        3725.5,
+        [
+            Word("so", 0.5, 0.75, 0.9),
+            Word("<it>", 0.8, 1.0, 0.25),
+            Word("goes", 3723.9996, 3725.0, 1.0),
+        ],
+    )
     assert words.as_ctm(transcript).splitlines()[1] == "a%20b.wav 1 0.800 0.200 <it> 0.2500"
-    assert words.as_srt(transcript) == ("1\n00:00:00,500 --> 00:00:01,500\nso <it>\n\n"
-                                        "2\n01:02:04,000 --> 01:02:05,000\ngoes\n\n")
-    assert words.as_vtt(transcript).startswith("WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nso &lt;it&gt;\n\n01:02:04.000")
-    assert json.loads(words.as_json(transcript))["words"][1] == {"word": "<it>", "start": 0.8, "end": 1.0, "confidence": 0.25}
+    assert words.as_srt(transcript) == (
+        "1\n00:00:00,500 --> 00:00:01,500\nso <it>\n\n2\n01:02:04,000 --> 01:02:05,000\ngoes\n\n"
+    )
+    assert words.as_vtt(transcript).startswith(
+        "WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nso &lt;it&gt;\n\n01:02:04.000"
+    )
+    assert json.loads(words.as_json(transcript))["words"][1] == {
+        "word": "<it>",
+        "start": 0.8,
+        "end": 1.0,
+        "confidence": 0.25,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- align
@@ -508,25 +745,48 @@ def test_formats_are_spelled_as_their_players_want_them():
 
 def test_espeak_says_when_it_speaks_each_word():
     pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
-    for utterance in [*demo.plan("dev", 10), demo.Utterance("the code of the A is A B nine", "m7", 150, 50)]:
+    for utterance in [
+        *demo.plan("dev", 10),
+        demo.Utterance("the code of the A is A B nine", "m7", 150, 50),
+    ]:
         samples, spoken = demo.speak_with_words(utterance)
-        assert " ".join(word.text for word in spoken) == utterance.text and np.array_equal(samples, demo.speak(utterance))
-        assert all(one.start < one.end <= other.start < other.end for one, other in zip(spoken, spoken[1:]))
-        loudness = lambda start, end: np.abs(samples[int(start * demo.RATE):int(end * demo.RATE)]).mean()  # noqa: E731
+        assert " ".join(word.text for word in spoken) == utterance.text and np.array_equal(
+            samples, demo.speak(utterance)
+        )
+        assert all(
+            one.start < one.end <= other.start < other.end for one, other in zip(spoken, spoken[1:])
+        )
+        loudness = lambda start, end: np.abs(
+            samples[int(start * demo.RATE) : int(end * demo.RATE)]
+        ).mean()  # noqa: E731
         gaps = [loudness(one.end, other.start) for one, other in zip(spoken, spoken[1:])]
         assert np.mean(gaps) < 0.2 * np.mean([loudness(word.start, word.end) for word in spoken])
     assert "of the" in [word.text for word in spoken]  # which it speaks as one
 
 
 def test_align_measures_by_how_much_words_are_off():
-    spoken = [demo.SpokenWord("in the", 1.0, 1.5), demo.SpokenWord("big", 1.6, 2.0), demo.SpokenWord("hall", 2.1, 2.5)]
-    found = [Word("in", 1.1, 1.2, 1.0), Word("the", 1.2, 1.4, 1.0), Word("pig", 1.6, 1.9, 1.0), Word("hall", 2.0, 2.7, 1.0)]
+    spoken = [
+        demo.SpokenWord("in the", 1.0, 1.5),
+        demo.SpokenWord("big", 1.6, 2.0),
+        demo.SpokenWord("hall", 2.1, 2.5),
+    ]
+    found = [
+        Word("in", 1.1, 1.2, 1.0),
+        Word("the", 1.2, 1.4, 1.0),
+        Word("pig", 1.6, 1.9, 1.0),
+        Word("hall", 2.0, 2.7, 1.0),
+    ]
     matched = align.match("in the big hall".split(), found)
     assert matched == [found[0], found[1], None, found[3]]
     errors = align.differences(matched, spoken)
     assert errors == [pytest.approx((0.1, -0.1)), pytest.approx((-0.1, 0.2))]
-    assert align.summary(errors) == {"words": 2, "start_error_ms": 100.0, "start_late_ms": 0.0,
-                                     "end_error_ms": 150.0, "end_late_ms": 50.0}
+    assert align.summary(errors) == {
+        "words": 2,
+        "start_error_ms": 100.0,
+        "start_late_ms": 0.0,
+        "end_error_ms": 150.0,
+        "end_late_ms": 50.0,
+    }
 
 
 def test_align_refuses_a_tokenizer_that_cannot_spell_its_sentences(world, capsys):
@@ -537,13 +797,16 @@ def test_align_refuses_a_tokenizer_that_cannot_spell_its_sentences(world, capsys
 
 @pytest.mark.parametrize("output", [[], ["--output_dir", "{}/out"]])
 def test_a_reader_that_has_enough_ends_it_quietly_and_files_are_no_matter_of_stdout(
-        world, capsys, tmp_path, monkeypatch, output):
+    world, capsys, tmp_path, monkeypatch, output
+):
     soundfile.write(tmp_path / "a.wav", waveform(0), RATE)
     reading, writing = os.pipe()
     os.close(reading)
     pipe = os.fdopen(writing, "w")
     monkeypatch.setattr(sys, "stdout", cli.Standard(pipe, raises=True))
-    status, _, err = hear(capsys, world, *[word.format(tmp_path) for word in output], tmp_path / "a.wav")
+    status, _, err = hear(
+        capsys, world, *[word.format(tmp_path) for word in output], tmp_path / "a.wav"
+    )
     assert (status, err) == (0 if output else 141, [])
     assert not output or (tmp_path / "out" / "a.txt").read_text().strip()
 
@@ -551,6 +814,8 @@ def test_a_reader_that_has_enough_ends_it_quietly_and_files_are_no_matter_of_std
 @pytest.mark.parametrize("format", ["json", "ctm", "txt"])
 def test_the_name_of_a_recording_need_not_be_in_utf_8(format, tmp_path):
     output = tmp_path / f"a.{format}"
-    transcribe.deliver(transcribe.Transcript("caf\udce9.wav", "hello", 1.0, []), str(output), format)
+    transcribe.deliver(
+        transcribe.Transcript("caf\udce9.wav", "hello", 1.0, []), str(output), format
+    )
     if format == "json":
         assert json.loads(output.read_text(encoding="utf-8"))["file"] == "caf\udce9.wav"

@@ -3,27 +3,57 @@
 import dataclasses
 import json
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
 import torchaudio.compliance.kaldi as kaldi
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from audio import read_audio
-from cli import UserError
-from transforms import (Augment, Compose, Frontend, eval_transform, extract, fbank, log_mel, log_mel_filters, make_generator,
-                        mean_var_norm, mel_power, num_frames, read_cmvn, shortest_frames, spec_aug, spec_sub, spec_trim,
-                        speed_length, speed_perturb, train_transform, transpose)
+from conftest import ROOT
+from transforms import (
+    Augment,
+    Compose,
+    Frontend,
+    eval_transform,
+    extract,
+    fbank,
+    log_mel,
+    log_mel_filters,
+    make_generator,
+    mean_var_norm,
+    mel_power,
+    num_frames,
+    read_cmvn,
+    shortest_frames,
+    spec_aug,
+    spec_sub,
+    spec_trim,
+    speed_length,
+    speed_perturb,
+    train_transform,
+    transpose,
+)
 
 FRONTEND, FBANK, AUGMENT = Frontend(), Frontend(frontend="fbank"), Augment(max_trim=50)
 OFF = Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0)
 LENGTHS = [0, 1, 159, 160, 399, 400, 401, 559, 560, 561, 1000, 4401, 16000, 16001, 47999, 160007]
-TRANSFORMS = {"speed_perturb": speed_perturb(AUGMENT.speeds), "mean_var_norm": mean_var_norm, "log_mel": log_mel(FRONTEND),
-              "spec_aug": spec_aug(AUGMENT), "spec_sub": spec_sub(AUGMENT), "spec_trim": spec_trim(AUGMENT),
-              "fbank": fbank(FBANK, dither=1.0), "transpose": transpose, "train_fbank": train_transform(FBANK, AUGMENT),
-              "train": train_transform(FRONTEND, AUGMENT), "eval": eval_transform(FRONTEND)}
+TRANSFORMS = {
+    "speed_perturb": speed_perturb(AUGMENT.speeds),
+    "mean_var_norm": mean_var_norm,
+    "log_mel": log_mel(FRONTEND),
+    "spec_aug": spec_aug(AUGMENT),
+    "spec_sub": spec_sub(AUGMENT),
+    "spec_trim": spec_trim(AUGMENT),
+    "fbank": fbank(FBANK, dither=1.0),
+    "transpose": transpose,
+    "train_fbank": train_transform(FBANK, AUGMENT),
+    "train": train_transform(FRONTEND, AUGMENT),
+    "eval": eval_transform(FRONTEND),
+}
 
 
 def noise(samples, seed=0):
@@ -44,15 +74,22 @@ def test_a_transform_is_a_pure_function(name):
         first, second = (TRANSFORMS[name](example, make_generator(3, 1, row)) for _ in range(2))
         assert first is not example or first == items
         assert first["other"] == "kept" and first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in before)  # all randomness is the generator's
-        assert all(example[key] is items[key] and torch.equal(example[key], before[key]) for key in before)
+        assert all(
+            torch.equal(first[key], second[key]) for key in before
+        )  # all randomness is the generator's
+        assert all(
+            example[key] is items[key] and torch.equal(example[key], before[key]) for key in before
+        )
 
 
 def test_randomness_is_a_function_of_seed_epoch_and_row():
     keys = [(seed, epoch, row) for seed in range(6) for epoch in range(6) for row in range(6)]
     draws = {key: tuple(torch.rand(4, generator=make_generator(*key)).tolist()) for key in keys}
     assert len(set(draws.values())) == len(keys)  # (0, 1, 2) and (1, 0, 2) share nothing
-    assert all(tuple(torch.rand(4, generator=make_generator(*key)).tolist()) == draw for key, draw in draws.items())
+    assert all(
+        tuple(torch.rand(4, generator=make_generator(*key)).tolist()) == draw
+        for key, draw in draws.items()
+    )
 
 
 def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
@@ -63,18 +100,29 @@ def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
 
     assert torch.equal(made(1, 2, 3), made(1, 2, 3))
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
-        assert made(*other).shape != made(1, 2, 3).shape or not torch.equal(made(*other), made(1, 2, 3))
+        assert made(*other).shape != made(1, 2, 3).shape or not torch.equal(
+            made(*other), made(1, 2, 3)
+        )
 
 
-@pytest.mark.parametrize("frontend", [FRONTEND, FBANK, Frontend(frame_length=32, frame_shift=12),
-                                      Frontend(sample_rate=8000, num_mel_bins=40)])
+@pytest.mark.parametrize(
+    "frontend",
+    [
+        FRONTEND,
+        FBANK,
+        Frontend(frame_length=32, frame_shift=12),
+        Frontend(sample_rate=8000, num_mel_bins=40),
+    ],
+)
 def test_predicted_frames_are_the_real_ones(frontend):
     extractor = extract(frontend)
     for samples in [*LENGTHS, *range(380, 420), *range(1980, 2020)]:
         real = extractor(noise(samples))
         assert real.shape == (max(1, num_frames(samples, frontend)), frontend.num_mel_bins)
         assert torch.isfinite(real).all()
-    assert num_frames(np.array(LENGTHS), frontend).tolist() == [num_frames(n, frontend) for n in LENGTHS]
+    assert num_frames(np.array(LENGTHS), frontend).tolist() == [
+        num_frames(n, frontend) for n in LENGTHS
+    ]
 
 
 @pytest.mark.parametrize("speed", [0.8, 0.9, 1.0, 1.1, 1.25])
@@ -84,48 +132,81 @@ def test_predicted_lengths_at_a_speed_are_the_real_ones(speed):
     for samples in lengths:
         real = change({"input_values": noise(samples)}, make_generator(0, 0, 0))["input_values"]
         assert len(real) == speed_length(samples, speed) == -(-samples * 100 // round(speed * 100))
-    assert speed_length(np.array(lengths), speed).tolist() == [speed_length(n, speed) for n in lengths]
+    assert speed_length(np.array(lengths), speed).tolist() == [
+        speed_length(n, speed) for n in lengths
+    ]
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(max_trim=50), Augment(max_trim=7, speeds=()), OFF,
-                                     Augment(speeds=(0.8, 0.9))])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(),
+        Augment(max_trim=50),
+        Augment(max_trim=7, speeds=()),
+        OFF,
+        Augment(speeds=(0.8, 0.9)),
+    ],
+)
 def test_shortest_frames_is_what_the_worst_draw_leaves(augment):
     quick = dataclasses.replace(augment, num_freq_masks=0, num_time_masks=0, num_subs=0)
     transform = train_transform(FRONTEND, quick)
     for samples in (400, 800, 1400, 3000, 5000, 20000):
-        frames = [len(transform({"input_values": noise(samples)}, make_generator(0, 0, row))["features"])
-                  for row in range(400)]
+        frames = [
+            len(transform({"input_values": noise(samples)}, make_generator(0, 0, row))["features"])
+            for row in range(400)
+        ]
         assert min(frames) == max(1, shortest_frames(samples, FRONTEND, quick))
     assert shortest_frames(np.array([400, 5000]), FRONTEND, quick).tolist() == [
-        shortest_frames(400, FRONTEND, quick), shortest_frames(5000, FRONTEND, quick)]
+        shortest_frames(400, FRONTEND, quick),
+        shortest_frames(5000, FRONTEND, quick),
+    ]
 
 
 def test_speed_changes_duration_and_pitch_together():
     tone = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)
     for speed in (0.9, 1.1):
-        changed = speed_perturb((speed,))({"input_values": tone}, make_generator(0, 0, 0))["input_values"]
+        changed = speed_perturb((speed,))({"input_values": tone}, make_generator(0, 0, 0))[
+            "input_values"
+        ]
         peak = torch.fft.rfft(changed).abs().argmax() * 16000 / len(changed)
         assert abs(peak - 1000 * speed) < 5
 
 
 def test_every_speed_is_drawn():
-    lengths = [len(TRANSFORMS["speed_perturb"]({"input_values": noise(9900)}, make_generator(0, 0, row))["input_values"])
-               for row in range(200)]
+    lengths = [
+        len(
+            TRANSFORMS["speed_perturb"]({"input_values": noise(9900)}, make_generator(0, 0, row))[
+                "input_values"
+            ]
+        )
+        for row in range(200)
+    ]
     assert set(lengths) == {9000, 9900, 11000} and min(lengths.count(n) for n in set(lengths)) > 40
 
 
 def test_mean_var_norm_gives_zero_mean_and_unit_variance_and_stands_silence():
     normed = mean_var_norm({"input_values": 3 + 5 * noise(16000)}, None)["input_values"]
     assert abs(normed.mean()) < 1e-5 and abs(normed.var(correction=0) - 1) < 1e-4
-    assert mean_var_norm({"input_values": torch.zeros(100)}, None)["input_values"].tolist() == [0.0] * 100
+    assert (
+        mean_var_norm({"input_values": torch.zeros(100)}, None)["input_values"].tolist()
+        == [0.0] * 100
+    )
     assert len(mean_var_norm({"input_values": torch.zeros(0)}, None)["input_values"]) == 0
 
 
 def test_log_mel_is_what_torchaudio_computes():
     import torchaudio
+
     reference = torchaudio.transforms.MelSpectrogram(
-        16000, n_fft=400, win_length=400, hop_length=160, n_mels=80, center=False, power=2,
-        window_fn=lambda n: torch.hamming_window(n, periodic=False))
+        16000,
+        n_fft=400,
+        win_length=400,
+        hop_length=160,
+        n_mels=80,
+        center=False,
+        power=2,
+        window_fn=lambda n: torch.hamming_window(n, periodic=False),
+    )
     waveform = noise(12345)
     ours = log_mel(FRONTEND)({"input_values": waveform}, None)["features"]
     torch.testing.assert_close(ours, torch.log1p(reference(waveform)), rtol=1e-3, atol=1e-4)
@@ -136,7 +217,9 @@ def test_mel_power_in_bands_and_blocks_is_the_whole_product(bins):
     frontend, waveform = Frontend(num_mel_bins=bins), noise(160 * 1100)
     window, mel = log_mel_filters(frontend)
     expected = torch.fft.rfft(waveform.unfold(0, 400, 160) * window).abs().square() @ mel
-    made = mel_power(waveform, frontend, log_mel_filters, lambda frames, window: torch.fft.rfft(frames * window))
+    made = mel_power(
+        waveform, frontend, log_mel_filters, lambda frames, window: torch.fft.rfft(frames * window)
+    )
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -147,7 +230,9 @@ def test_every_transform_works_where_the_waveform_is(frontend):
     for row in range(6):
         here = transform({"input_values": noise(16000)}, make_generator(0, 0, row))["features"]
         with OneDevice():
-            there = transform({"input_values": torch.empty(16000, device="meta")}, make_generator(0, 0, row))["features"]
+            there = transform(
+                {"input_values": torch.empty(16000, device="meta")}, make_generator(0, 0, row)
+            )["features"]
         assert there.device.type == "meta" and there.shape == here.shape
 
 
@@ -155,8 +240,14 @@ class OneDevice(TorchDispatchMode):
     """Fails, as a GPU does, where an operation other than a copy is given tensors of two devices."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-        assert len({tensor.device for tensor in tensors}) < 2 or "copy" in operation.name(), operation
+        tensors = [
+            leaf
+            for leaf in tree_leaves((args, kwargs or {}))
+            if isinstance(leaf, torch.Tensor) and leaf.ndim
+        ]
+        assert len({tensor.device for tensor in tensors}) < 2 or "copy" in operation.name(), (
+            operation
+        )
         return operation(*args, **(kwargs or {}))
 
 
@@ -207,7 +298,7 @@ def test_spec_trim_cuts_the_end_unless_that_is_half():
     for row in range(500):
         before = features(90)
         after = change({"features": before}, make_generator(0, 0, row))["features"]
-        assert torch.equal(after, before[:, :after.shape[1]])
+        assert torch.equal(after, before[:, : after.shape[1]])
         lengths.add(after.shape[1])
     assert lengths == set(range(46, 91))  # cutting 45 of 90 or more leaves all 90
 
@@ -222,26 +313,50 @@ def test_features_of_a_few_frames_go_through_every_transform(frames):
 
 def test_every_transform_can_be_left_out():
     names = [t.__qualname__.split(".")[0] for t in train_transform(FRONTEND, AUGMENT).transforms]
-    assert names == ["speed_perturb", "mean_var_norm", "log_mel", "spec_aug", "spec_sub", "spec_trim", "transpose"]
-    for name, options in (("speed_perturb", {"speeds": ()}), ("spec_aug", {"num_freq_masks": 0, "num_time_masks": 0}),
-                          ("spec_sub", {"num_subs": 0}), ("spec_trim", {"max_trim": 0})):
+    assert names == [
+        "speed_perturb",
+        "mean_var_norm",
+        "log_mel",
+        "spec_aug",
+        "spec_sub",
+        "spec_trim",
+        "transpose",
+    ]
+    for name, options in (
+        ("speed_perturb", {"speeds": ()}),
+        ("spec_aug", {"num_freq_masks": 0, "num_time_masks": 0}),
+        ("spec_sub", {"num_subs": 0}),
+        ("spec_trim", {"max_trim": 0}),
+    ):
         left = train_transform(FRONTEND, dataclasses.replace(AUGMENT, **options)).transforms
         assert [t.__qualname__.split(".")[0] for t in left] == [n for n in names if n != name]
     left = train_transform(Frontend(mean_var_norm=False), AUGMENT).transforms
-    assert [t.__qualname__.split(".")[0] for t in left] == [n for n in names if n != "mean_var_norm"]
+    assert [t.__qualname__.split(".")[0] for t in left] == [
+        n for n in names if n != "mean_var_norm"
+    ]
     assert Augment().max_trim == 0  # off by default
     for axis, options in ((0, {"num_freq_masks": 0}), (1, {"num_time_masks": 0})):
-        after = spec_aug(Augment(**options))({"features": features(300)}, make_generator(0, 0, 0))["features"]
+        after = spec_aug(Augment(**options))({"features": features(300)}, make_generator(0, 0, 0))[
+            "features"
+        ]
         assert not (after == 0).all(dim=1 - axis).any() and (after == 0).any()
 
 
 def test_evaluation_normalises_and_extracts_and_nothing_else():
     waveform = 0.1 * noise(8000)
-    expected = log_mel(FRONTEND)(mean_var_norm({"input_values": waveform}, None), None)["features"].T
-    assert torch.equal(eval_transform(FRONTEND)({"input_values": waveform}, None)["features"], expected)
+    expected = log_mel(FRONTEND)(mean_var_norm({"input_values": waveform}, None), None)[
+        "features"
+    ].T
+    assert torch.equal(
+        eval_transform(FRONTEND)({"input_values": waveform}, None)["features"], expected
+    )
     assert torch.equal(extract(FRONTEND)(waveform), expected)
-    assert torch.equal(train_transform(FRONTEND, OFF)({"input_values": waveform}, make_generator(0, 0, 0))["features"],
-                       expected)
+    assert torch.equal(
+        train_transform(FRONTEND, OFF)({"input_values": waveform}, make_generator(0, 0, 0))[
+            "features"
+        ],
+        expected,
+    )
     assert len(eval_transform(Frontend(mean_var_norm=False)).transforms) == 2
 
 
@@ -256,11 +371,20 @@ def test_the_frontend_travels_as_plain_data():
     assert extract(frontend)(noise(4000)).shape == (23, 40)
 
 
-@pytest.mark.parametrize("cls, options", [
-    (Frontend, {"num_mel_bins": 0}), (Frontend, {"num_mel_bins": 3, "frontend": "fbank"}),
-    (Frontend, {"frame_length": 0}), (Frontend, {"window": "boxcar"}), (Frontend, {"frame_shift": 0}),
-    (Augment, {"speeds": (1.0, 0.0)}), (Augment, {"num_subs": -1}), (Augment, {"max_time_mask": 0}),
-    (Augment, {"max_trim": -1})])
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (Frontend, {"num_mel_bins": 0}),
+        (Frontend, {"num_mel_bins": 3, "frontend": "fbank"}),
+        (Frontend, {"frame_length": 0}),
+        (Frontend, {"window": "boxcar"}),
+        (Frontend, {"frame_shift": 0}),
+        (Augment, {"speeds": (1.0, 0.0)}),
+        (Augment, {"num_subs": -1}),
+        (Augment, {"max_time_mask": 0}),
+        (Augment, {"max_trim": -1}),
+    ],
+)
 def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):
     with pytest.raises(UserError) as refused:
         cls(**options)
@@ -273,13 +397,23 @@ def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):
 
 def kaldis(waveform):
     """What WeNet trains on, without dither."""
-    return kaldi.fbank(waveform[None] * 32768, num_mel_bins=80, dither=0.0, energy_floor=0.0, sample_frequency=16000)
+    return kaldi.fbank(
+        waveform[None] * 32768,
+        num_mel_bins=80,
+        dither=0.0,
+        energy_floor=0.0,
+        sample_frequency=16000,
+    )
 
 
 def speechlike(seconds=2.0):
     """A gliding tone that fades in over a soft noise: loud and quiet bands, as in speech, and an offset to remove."""
     time = torch.arange(int(seconds * 16000)) / 16000
-    return 0.01 + time / seconds * 0.5 * torch.sin(2 * torch.pi * (200 + 300 * time) * time) + 1e-3 * noise(len(time))
+    return (
+        0.01
+        + time / seconds * 0.5 * torch.sin(2 * torch.pi * (200 + 300 * time) * time)
+        + 1e-3 * noise(len(time))
+    )
 
 
 def test_fbank_is_kaldis_on_synthetic_sound():
@@ -289,9 +423,13 @@ def test_fbank_is_kaldis_on_synthetic_sound():
 
 
 def test_fbank_is_kaldis_on_real_recordings():
-    files = sorted((ROOT.parent / "shared" / "speech" / "librispeech_1h" / "dev").glob("*.flac"))[:20]
+    files = sorted((ROOT.parent / "shared" / "speech" / "librispeech_1h" / "dev").glob("*.flac"))[
+        :20
+    ]
     if not files:
-        pytest.skip("no ../shared/speech/librispeech_1h: fbank is compared with Kaldi's on synthetic sound only")
+        pytest.skip(
+            "no ../shared/speech/librispeech_1h: fbank is compared with Kaldi's on synthetic sound only"
+        )
     extractor = extract(FBANK)
     for file in files:
         waveform = torch.from_numpy(read_audio(str(file)))
@@ -301,8 +439,16 @@ def test_fbank_is_kaldis_on_real_recordings():
 @pytest.mark.parametrize("high_freq", [-400.0, 7000.0])
 def test_fbank_ends_where_kaldis_does(high_freq):
     waveform = speechlike()
-    expected = kaldi.fbank(waveform[None] * 32768, num_mel_bins=80, dither=0.0, high_freq=high_freq, sample_frequency=16000)
-    assert (extract(dataclasses.replace(FBANK, high_freq=high_freq))(waveform) - expected).abs().max() < 1e-3
+    expected = kaldi.fbank(
+        waveform[None] * 32768,
+        num_mel_bins=80,
+        dither=0.0,
+        high_freq=high_freq,
+        sample_frequency=16000,
+    )
+    assert (
+        extract(dataclasses.replace(FBANK, high_freq=high_freq))(waveform) - expected
+    ).abs().max() < 1e-3
     assert (kaldis(waveform) - expected).abs().max() > 0.1
 
 
@@ -317,21 +463,33 @@ def test_dither_is_for_training_only_and_of_the_size_asked_for():
     plain, dithered = fbank(FBANK), fbank(FBANK, dither=1.0)
     assert torch.equal(dithered(silence, None)["features"], plain(silence, None)["features"])
     louder = fbank(FBANK, dither=2.0)
-    quiet, loud = (make(silence, make_generator(0, 0, 0))["features"] for make in (dithered, louder))
-    torch.testing.assert_close(loud - quiet, torch.full_like(loud, 2 * np.log(2)), rtol=0, atol=1e-3)
+    quiet, loud = (
+        make(silence, make_generator(0, 0, 0))["features"] for make in (dithered, louder)
+    )
+    torch.testing.assert_close(
+        loud - quiet, torch.full_like(loud, 2 * np.log(2)), rtol=0, atol=1e-3
+    )
     assert quiet.std() > 0.1
 
 
 def test_global_cmvn_reads_the_same_from_wenets_json_and_from_kaldis_text(tmp_path):
     frames = np.random.default_rng(0).normal(5, 2, (50, 4))
     total, squares = frames.sum(0), (frames**2).sum(0)
-    (tmp_path / "json").write_text(json.dumps({"mean_stat": total.tolist(), "var_stat": squares.tolist(), "frame_num": 50}))
+    (tmp_path / "json").write_text(
+        json.dumps({"mean_stat": total.tolist(), "var_stat": squares.tolist(), "frame_num": 50})
+    )
     rows = (" ".join(map(repr, map(float, row))) for row in ([*total, 50], [*squares, 0]))
     (tmp_path / "kaldi").write_text(" [\n  " + "\n  ".join(rows) + " ]\n")
     for name in ("json", "kaldi"):
         mean, istd = read_cmvn(str(tmp_path / name))
         assert np.allclose(mean, frames.mean(0)) and np.allclose(istd, 1 / frames.std(0))
-    for content in ("", "{}", "[ 1 2 3 ]", '{"mean_stat": [1], "var_stat": [1], "frame_num": 0}', "nonsense"):
+    for content in (
+        "",
+        "{}",
+        "[ 1 2 3 ]",
+        '{"mean_stat": [1], "var_stat": [1], "frame_num": 0}',
+        "nonsense",
+    ):
         (tmp_path / "bad").write_text(content)
         with pytest.raises(UserError, match="bad: no global CMVN"):
             read_cmvn(str(tmp_path / "bad"))

@@ -13,50 +13,72 @@ and `hf upload ORG/NAME runs/demo/hub`. The folder has the weights, the options 
 all of the above. The folder, and after the upload ORG/NAME, can stand for a checkpoint in every command.
 """
 
-import cli  # first: from here on Ctrl-C is one line, also within the imports
-
 import os
 import re
 
+from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
+
 import torch
 
-import hub
 from audio import read_audio
-from cli import UserError, build, make_parser, one_line, option, options_class, run, shown
-from compare import read_scores, score_columns, show, unusual
+from checkpoint import write_folder
 from files import check_utf8, published
-from model import U2, load_checkpoint, read_checkpoint
-from onnx_checks import check, synthetic_sound
-from onnx_graphs import ChunkOptions, cache_inputs, piece_samples, sherpa_graphs, waveform_graphs, wenet_graphs, write_graph
+from model import U2, load_checkpoint, read_checked
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
+from tools.compare import read_scores, score_columns, show, unusual
+from tools.onnx_checks import check, synthetic_sound
+from tools.onnx_graphs import (
+    ChunkOptions,
+    cache_inputs,
+    piece_samples,
+    sherpa_graphs,
+    waveform_graphs,
+    wenet_graphs,
+    write_graph,
+)
 
 BLANK = "<blank>"  # by this name sherpa-onnx finds it
 
 
 @options_class
 class ExportOptions:
-    checkpoint: str = option("runs/demo/best.ckpt", "checkpoint that train.py wrote, a --hub_dir, or org/name on the hub")
+    checkpoint: str = option(
+        "runs/demo/best.ckpt", "checkpoint that train.py wrote, a --hub_dir, or org/name on the hub"
+    )
     out: str = option("runs/demo/export", "folder to make")
     hub_dir: str | None = option(None, "folder for the hub to make, in place of --out")
-    audio: tuple[str, ...] = option((), "recordings to check the export on; none: a synthetic sound")
+    audio: tuple[str, ...] = option(
+        (), "recordings to check the export on; none: a synthetic sound"
+    )
     max_int8_cer: float = option(
-        0.1, "share of the float models' tokens that int8 may hear otherwise",
-        at_least=0.0, at_most=1.0)
-    overwrite: bool = option(False, "replace --out or --hub_dir, where it holds nothing but what this command writes")
+        0.1,
+        "share of the float models' tokens that int8 may hear otherwise",
+        at_least=0.0,
+        at_most=1.0,
+    )
+    overwrite: bool = option(
+        False, "replace --out or --hub_dir, where it holds nothing but what this command writes"
+    )
 
 
 def check_supported(model: U2) -> None:
     """Raises UserError for what sherpa-onnx and WeNet's runtime have no place for."""
     o, frontend = model.options, model.frontend
     if o.encoder != "conformer" or not o.causal:
-        raise UserError(f"its encoder is a {o.encoder}{'' if o.causal else ' that is not causal'}; what is exported must "
-                        "stream: train with --encoder conformer --causal")
+        raise UserError(
+            f"its encoder is a {o.encoder}{'' if o.causal else ' that is not causal'}; what is exported must "
+            "stream: train with --encoder conformer --causal"
+        )
     if (o.pos_enc_layer_type, o.selfattention_layer_type) != ("rel_pos", "rel_selfattn"):
-        raise UserError(f"its positions are {o.pos_enc_layer_type} with {o.selfattention_layer_type}; only rel_pos with "
-                        "rel_selfattn is exported")
+        raise UserError(
+            f"its positions are {o.pos_enc_layer_type} with {o.selfattention_layer_type}; only rel_pos with "
+            "rel_selfattn is exported"
+        )
     if frontend.frontend == "fbank" and (frontend.frame_length, frontend.frame_shift) != (25, 10):
-        raise UserError(f"its frames are {frontend.frame_length} ms long and {frontend.frame_shift} apart; sherpa-onnx and "
-                        "WeNet's runtime have 25 and 10")
+        raise UserError(
+            f"its frames are {frontend.frame_length} ms long and {frontend.frame_shift} apart; sherpa-onnx and "
+            "WeNet's runtime have 25 and 10"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +126,7 @@ FILE.wav is mono with {rate} samples per second. `hear.py` shows how the graphs 
     python hear.py model-streaming.onnx FILE.wav
 """
 
-HEAR_PY = '''import sys
+HEAR_PY = """import sys
 
 import numpy as np
 import onnxruntime
@@ -134,7 +156,7 @@ with open("tokens.txt", encoding="utf-8") as file:
     tokens = [line.split()[0] for line in file]
 best = log_probs[0].argmax(-1).tolist()
 print("".join(tokens[i] for i, before in zip(best, [-1, *best]) if i not in (before, {blank_id})).replace("\u2581", " "))
-'''
+"""
 
 
 def token_lines(tokenizer: Tokenizer) -> str:
@@ -147,21 +169,39 @@ def token_lines(tokenizer: Tokenizer) -> str:
 def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
     """tokens.txt and what says how to run the graphs, by file name."""
     frontend, (first, later), (first_least, later_least) = (
-        model.frontend, piece_samples(model, chunks.chunk_size), piece_samples(model, 1))
+        model.frontend,
+        piece_samples(model, chunks.chunk_size),
+        piece_samples(model, 1),
+    )
     _, _, attn_cache, conv_cache, _ = cache_inputs(model, chunks, 0).values()
     flags = [f"--sample-rate={frontend.sample_rate}"] * (frontend.sample_rate != 16000)
-    flags += [f"--feat-dim={frontend.num_mel_bins}"] * (frontend.num_mel_bins != 80) + [f"--high-freq={frontend.high_freq:g}"]
+    flags += [f"--feat-dim={frontend.num_mel_bins}"] * (frontend.num_mel_bins != 80) + [
+        f"--high-freq={frontend.high_freq:g}"
+    ]
     values = dict(
-        flags=" ".join(flags), bins=frontend.num_mel_bins, rate=frontend.sample_rate, high_freq=frontend.high_freq,
-        blank_id=model.net.blank_id, reverse_weight=model.options.reverse_weight, chunk_size=chunks.chunk_size,
-        left_chunks=chunks.left_chunks, cache_size=chunks.cache_size, first=first, later=later, first_least=first_least,
+        flags=" ".join(flags),
+        bins=frontend.num_mel_bins,
+        rate=frontend.sample_rate,
+        high_freq=frontend.high_freq,
+        blank_id=model.net.blank_id,
+        reverse_weight=model.options.reverse_weight,
+        chunk_size=chunks.chunk_size,
+        left_chunks=chunks.left_chunks,
+        cache_size=chunks.cache_size,
+        first=first,
+        later=later,
+        first_least=first_least,
         later_least=later_least,
-        tail=first / frontend.sample_rate, attn_shape=tuple(attn_cache.shape), conv_shape=tuple(conv_cache.shape))
+        tail=first / frontend.sample_rate,
+        attn_shape=tuple(attn_cache.shape),
+        conv_shape=tuple(conv_cache.shape),
+    )
     templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
     if frontend.frontend == "log_mel":
         templates = {"README.md": WAVEFORM_README, "hear.py": HEAR_PY}
     return {"tokens.txt": token_lines(model.tokenizer)} | {
-        name: template.format(**values) for name, template in templates.items()}
+        name: template.format(**values) for name, template in templates.items()
+    }
 
 
 def read_sounds(options: ExportOptions, sample_rate: int) -> list[torch.Tensor]:
@@ -190,14 +230,20 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
         raise
 
 
-def write_checked(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str) -> list[str]:
+def write_checked(
+    model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str
+) -> list[str]:
     """The same once they hear what the network hears; -> what to say of it. Raises UserError where they do not, or OSError."""
     check_supported(model)
     sounds = read_sounds(options, model.frontend.sample_rate)
     write_onnx(model, chunks, folder)
     lines = check(model, chunks, folder, sounds, options.max_int8_cer)
     seconds = sum(map(len, sounds)) / model.frontend.sample_rate
-    heard = f"{len(sounds)} recording{'s' * (len(sounds) > 1)}" if options.audio else "a synthetic sound"
+    heard = (
+        f"{len(sounds)} recording{'s' * (len(sounds) > 1)}"
+        if options.audio
+        else "a synthetic sound"
+    )
     return [f"checked on {heard}, {seconds:.1f} s:", *lines]
 
 
@@ -242,7 +288,7 @@ Fill in: the licence of these weights, and of the recordings that they were trai
 
 def write_hub(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str) -> list[str]:
     """What --hub_dir holds; -> what to say of it. A model that ONNX has no place for goes without. Raises as write_checked."""
-    hub.write_model(read_checkpoint(options.checkpoint), folder)
+    write_folder(read_checked(options.checkpoint), folder)
     try:
         check_supported(model)
     except UserError as error:
@@ -253,9 +299,16 @@ def write_hub(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: s
         onnx = "Without PyTorch: the files in `onnx/`, whose README.md has the commands."
     frontend = model.frontend
     card = CARD.format(
-        encoder=model.options.encoder, parameters=sum(p.numel() for p in model.parameters()) / 1e6, bins=frontend.num_mel_bins,
-        vocab_size=model.tokenizer.vocab_size, frontend=frontend.frontend, rate=frontend.sample_rate, onnx=onnx,
-        onnx_tag="- onnx\n" * os.path.isdir(os.path.join(folder, "onnx")), numbers=numbers(options.checkpoint))
+        encoder=model.options.encoder,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        bins=frontend.num_mel_bins,
+        vocab_size=model.tokenizer.vocab_size,
+        frontend=frontend.frontend,
+        rate=frontend.sample_rate,
+        onnx=onnx,
+        onnx_tag="- onnx\n" * os.path.isdir(os.path.join(folder, "onnx")),
+        numbers=numbers(options.checkpoint),
+    )
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write(card)
     return lines
@@ -266,12 +319,25 @@ def numbers(checkpoint: str) -> str:
     it where it is not there or older."""
     folder, name = os.path.split(checkpoint)
     if name == "best.ckpt" and is_newer(os.path.join(folder, "scores.jsonl"), checkpoint):
-        scores = [score for score in read_scores(folder) if score["checkpoint"] == name and not unusual(score)]
+        scores = [
+            score
+            for score in read_scores(folder)
+            if score["checkpoint"] == name and not unusual(score)
+        ]
         columns = score_columns(scores) if scores else []
-        rows = [columns, ["---"] * len(columns), *([markdown(show(score.get(name))) for name in columns] for score in scores)]
+        rows = [
+            columns,
+            ["---"] * len(columns),
+            *([markdown(show(score.get(name))) for name in columns] for score in scores),
+        ]
         if scores:
-            return "\n".join(["By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full context.",
-                              "", *(f"| {' | '.join(row)} |" for row in rows)])
+            return "\n".join(
+                [
+                    "By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full context.",
+                    "",
+                    *(f"| {' | '.join(row)} |" for row in rows),
+                ]
+            )
     return "None yet. `python score.py --checkpoint ORG/NAME --data_root DATA --split dev --mode all` prints them."
 
 
@@ -304,7 +370,9 @@ def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, ExportOptions, ChunkOptions).parse_args(argv))
     options, chunks = build(ExportOptions, given), build(ChunkOptions, given)
     if "hub_dir" in given and "out" in given:
-        raise UserError("--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out")
+        raise UserError(
+            "--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out"
+        )
     folder = options.hub_dir or options.out
     check_utf8(os.path.realpath(folder), "--hub_dir" if options.hub_dir else "--out", "ONNX")
     if os.path.lexists(folder) and not options.overwrite:  # even an empty one
@@ -316,8 +384,11 @@ def main(argv: list[str]) -> None:
         folder = shown(options.hub_dir)
         print(f"{folder}: fill in its README.md, then: hf upload ORG/NAME {folder}")
         return
-    programs = ("onnxruntime alone: sherpa-onnx and WeNet's runtime do not compute log_mel" if frontend.frontend == "log_mel"
-                else "sherpa-onnx (model*.onnx)")
+    programs = (
+        "onnxruntime alone: sherpa-onnx and WeNet's runtime do not compute log_mel"
+        if frontend.frontend == "log_mel"
+        else "sherpa-onnx (model*.onnx)"
+    )
     if frontend.is_wenets:
         programs += " and WeNet's onnxruntime runtime (encoder.onnx, ctc.onnx, decoder.onnx)"
     print(f"{shown(options.out)}: runs in {programs}; its README.md has the commands")

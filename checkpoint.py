@@ -13,20 +13,40 @@ import re
 import warnings
 import zipfile
 
+from cli import UserError, shown
+
 import huggingface_hub
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from cli import UserError, shown
 from files import SMALL, open_file, read_json
 
 WEIGHTS, CONFIG, TOKENIZER = FILES = "model.safetensors", "config.json", "tokenizer.json"
 CONFIG_PARTS = ("model_options", "optim_options", "frontend")  # of a checkpoint
+PARTS = ("state_dict", *CONFIG_PARTS, "tokenizer")  # of every checkpoint
 # The pickles of torch.save name these, and no others, where they hold tensors and plain data.
-GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-           *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"))}
+GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(
+        f"torch {kind}Storage"
+        for kind in (
+            "Float",
+            "Half",
+            "BFloat16",
+            "Double",
+            "Long",
+            "Int",
+            "Short",
+            "Char",
+            "Byte",
+            "Bool",
+        )
+    ),
+}
 DEEP = 100  # no state of a training nests so deep
 # A pickle may have so many opcodes, and what it makes so many parts: enough for 80,000 tensors.
 MANY_STEPS, MANY_PARTS = 2**21, 2**20
@@ -45,8 +65,35 @@ def locate(name: str) -> str:
         return huggingface_hub.snapshot_download(name, allow_patterns=list(FILES))
     except Exception as error:  # no such repository, no access, no network, no space: it has a dozen kinds for these
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: no such file or folder, and nothing comes from the hub ({reason[:200]}); "
-                        "check the name and the network") from error
+        raise UserError(
+            f"{name}: no such file or folder, and nothing comes from the hub ({reason[:200]}); "
+            "check the name and the network"
+        ) from error
+
+
+def read_checkpoint(path: str) -> dict:
+    """The checkpoint's dict, tensors on the CPU, of a .ckpt, a folder for the hub or a hub repository org/name, which have no
+    state of training. Raises UserError where it is missing, unreadable, without a part that every model has, or not finite."""
+    place = locate(path)
+    if os.path.isdir(place):
+        data = read_folder(place)
+    elif not os.path.exists(place):
+        raise UserError(
+            f"{path}: no such checkpoint; train.py writes OUTPUT_DIR/best.ckpt and OUTPUT_DIR/last.ckpt"
+        )
+    else:
+        try:
+            data = read_weights_only(place)
+        except UserError as error:
+            raise UserError(f"{path}: not a checkpoint of lightning-U2: {error}") from error
+    missing = [key for key in PARTS if not isinstance(data, dict) or key not in data]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of lightning-U2 (no {', '.join(missing)} in it)")
+    if name := not_finite(data):
+        raise UserError(
+            f"{path}: damaged by training: {name} is not finite; use a checkpoint from before"
+        )
+    return data
 
 
 def read_weights_only(path: str, mmap: bool = False):
@@ -54,14 +101,19 @@ def read_weights_only(path: str, mmap: bool = False):
     bytes. Raises UserError, with the reason alone, where it is something else."""
     try:
         size = check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # of a TorchScript archive, which is refused anyway
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of a TorchScript archive, which is refused anyway
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_plain(data, size)
         return data
     except UserError:
         raise
     except Exception as error:  # what is damaged makes torch.load raise nearly anything
-        reason = getattr(error, "strerror", None) or f"damaged, or something else ({type(error).__name__})"
+        reason = (
+            getattr(error, "strerror", None)
+            or f"damaged, or something else ({type(error).__name__})"
+        )
         raise UserError(reason) from error
 
 
@@ -82,8 +134,13 @@ def check_archive(path: str) -> int:
             # A comment, or something before the first record, would let torch see another directory than zipfile does.
             if archive.comment or min(record.header_offset for record in records):
                 raise UserError("damaged: an archive within another")
-            if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
-                raise UserError("its records are compressed, which torch.save never does; save it anew")
+            if (
+                any(record.compress_type for record in records)
+                or sum(record.file_size for record in records) > size
+            ):
+                raise UserError(
+                    "its records are compressed, which torch.save never does; save it anew"
+                )
             for record in records:
                 if record.filename.lower().endswith(".pkl"):  # torch takes capitals, too
                     check_pickle(io.BytesIO(archive.open(record).read(SMALL)))
@@ -111,7 +168,7 @@ def check_pickle(file) -> None:
         if pickletools.markobject in before:
             while (value := stack.pop()) is not MARK:
                 popped.append(value)
-            before = before[:before.index(pickletools.markobject)]
+            before = before[: before.index(pickletools.markobject)]
         popped += [stack.pop() for _ in before]
         if name == "GLOBAL":
             if argument not in GLOBALS:
@@ -161,17 +218,22 @@ def not_finite(checkpoint: dict) -> str | None:
     such hears nothing, and training it goes nowhere."""
     for part in ("state_dict", "current_model_state", "optimizer_states"):
         for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.float().isfinite().all():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and not value.float().isfinite().all()
+            ):
                 return shown(part + keystr(names), 200)
     return None
 
 
-def write_model(checkpoint: dict, folder: str) -> None:
+def write_folder(checkpoint: dict, folder: str) -> None:
     """FILES of a checkpoint, into a folder that exists. Raises OSError."""
     weights = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
     try:
-        safetensors.torch.save_file(weights, os.path.join(folder, WEIGHTS),
-                                    metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            weights, os.path.join(folder, WEIGHTS), metadata={"format": "pt"}
+        )
     except SafetensorError as error:  # which a full disk is to it, too
         raise OSError(f"{WEIGHTS}: {error}") from error
     config = {"library_name": "lightning-u2", **{part: checkpoint[part] for part in CONFIG_PARTS}}
@@ -180,15 +242,21 @@ def write_model(checkpoint: dict, folder: str) -> None:
             json.dump(data, file, ensure_ascii=False, indent=1)
 
 
-def read_model(folder: str) -> dict:
-    """What write_model was given, its tensors on the CPU. Raises UserError where a file is missing or damaged."""
+def read_folder(folder: str) -> dict:
+    """What write_folder was given, its tensors on the CPU. Raises UserError where a file is missing or damaged."""
     for name in FILES:
         if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"{folder}: a folder without {name}, so not one that export.py --hub_dir wrote; name such a "
-                            "folder, or a .ckpt")
+            raise UserError(
+                f"{folder}: a folder without {name}, so not one that export.py --hub_dir wrote; name such a "
+                "folder, or a .ckpt"
+            )
     try:
         config, tokenizer = (read_json(os.path.join(folder, name)) for name in (CONFIG, TOKENIZER))
         weights = safetensors.torch.load_file(os.path.join(folder, WEIGHTS))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged ({shown(str(error), 200)}); get it again") from error
-    return {"state_dict": weights, "tokenizer": tokenizer, **{part: config[part] for part in CONFIG_PARTS if part in config}}
+    return {
+        "state_dict": weights,
+        "tokenizer": tokenizer,
+        **{part: config[part] for part in CONFIG_PARTS if part in config},
+    }

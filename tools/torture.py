@@ -13,24 +13,37 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from cli import build, make_parser, option, options_class, run
+
 import datasets
 import numpy as np
 import torch
 
 import train
-from cli import build, make_parser, option, options_class, run
 from files import ASIDE
-from model import read_checkpoint
+from model import read_checked
 from tokenizer import save_tokenizer, train_char
 
-SMALL = ("--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
-         "--r_num_blocks 1 --decoder_linear_units 32 --warmup_steps 2 --accelerator cpu --max_epochs 3")
-KINDS = ("--num_workers 0 --batch_size 2 --checkpoint_every_n_steps 1",
-         "--num_workers 2 --batch_size 2 --checkpoint_every_n_steps 2",
-         "--num_workers 0 --batch_size 1 --accumulate_grad_batches 3 --checkpoint_every_n_minutes 0",
-         "--num_workers 0 --max_batch_seconds 2 --checkpoint_every_n_steps 1 --ema_decay 0.5")
+SMALL = (
+    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
+    "--r_num_blocks 1 --decoder_linear_units 32 --warmup_steps 2 --accelerator cpu --max_epochs 3"
+)
+KINDS = (
+    "--num_workers 0 --batch_size 2 --checkpoint_every_n_steps 1",
+    "--num_workers 2 --batch_size 2 --checkpoint_every_n_steps 2",
+    "--num_workers 0 --batch_size 1 --accumulate_grad_batches 3 --checkpoint_every_n_minutes 0",
+    "--num_workers 0 --max_batch_seconds 2 --checkpoint_every_n_steps 1 --ema_decay 0.5",
+)
 SAVING = f".*.ckpt{ASIDE}"  # what is there while a checkpoint is written
-KEPT = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "skips", "global_step")
+KEPT = (
+    "state_dict",
+    "current_model_state",
+    "averaging_state",
+    "optimizer_states",
+    "lr_schedulers",
+    "skips",
+    "global_step",
+)
 
 
 @options_class
@@ -52,8 +65,13 @@ def main(argv):
             if kind not in expected:
                 expected[kind] = unbroken(folder, output.with_name(f"whole{counts['runs']}"), kind)
             result, seconds = expected[kind]
-            took = kill_until_done(command(folder, output, kind), output, seconds, rng, counts, args.kills)
-            expected[kind] = (result, took or seconds)  # what a run takes now, beside whatever else the machine does
+            took = kill_until_done(
+                command(folder, output, kind), output, seconds, rng, counts, args.kills
+            )
+            expected[kind] = (
+                result,
+                took or seconds,
+            )  # what a run takes now, beside whatever else the machine does
             counts["runs"] += 1
             counts["differ"] += left(output) != result
             if counts["kills"] >= min(shown + 20, args.kills):
@@ -70,9 +88,12 @@ def unbroken(folder, output, kind):
 
 
 def report(counts):
-    print(f"{counts['kills']} kills, {counts['saving']} of them during a save, {counts['unsaved']} before the first checkpoint; "
-          f"{counts['loaded']} checkpoints loaded, {counts['damaged']} did not; {counts['runs']} runs to their end, "
-          f"{counts['differ']} of them not as unbroken", flush=True)
+    print(
+        f"{counts['kills']} kills, {counts['saving']} of them during a save, {counts['unsaved']} before the first checkpoint; "
+        f"{counts['loaded']} checkpoints loaded, {counts['damaged']} did not; {counts['runs']} runs to their end, "
+        f"{counts['differ']} of them not as unbroken",
+        flush=True,
+    )
 
 
 def make_data(root: Path) -> None:
@@ -81,7 +102,9 @@ def make_data(root: Path) -> None:
     for split, count in (("train", 10), ("dev", 2)):
         rows = [rng.standard_normal(8000 + 700 * i).astype(np.float32) for i in range(count)]
         labels = [rng.integers(4, 12, 3).astype(np.int32) for _ in rows]
-        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(str(root / split / "0"))
+        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(
+            str(root / split / "0")
+        )
     save_tokenizer(train_char(["abcdefgh"]), str(root / "tokenizer.json"))
 
 
@@ -105,7 +128,7 @@ def kill_until_done(words, output, seconds, rng, counts, most) -> float | None:
         counts["unsaved"] += not (output / "last.ckpt").exists()
         for path in output.glob("*.ckpt"):
             try:
-                read_checkpoint(str(path))
+                read_checked(str(path))
                 counts["loaded"] += 1
             except Exception as error:
                 print(f"after kill {counts['kills']}: {error}", file=sys.stderr)
@@ -160,9 +183,11 @@ def left(output: Path) -> list:
     """All that a training leaves behind that must not depend on kills."""
     kept = [(output / "steps.jsonl").read_bytes()]
     for name in ("last.ckpt", "best.ckpt"):
-        checkpoint = read_checkpoint(str(output / name))
+        checkpoint = read_checked(str(output / name))
         leaves = torch.utils._pytree.tree_leaves({key: checkpoint.get(key) for key in KEPT})
-        kept += [leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        kept += [
+            leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+        ]
     return kept
 
 

@@ -10,12 +10,14 @@ import random
 from itertools import takewhile
 from typing import NamedTuple
 
-import numpy as np
-
 from cli import UserError
 
+import numpy as np
+
 RATE = 22050  # Hz, what espeak-ng synthesises
-WORD_GAP = 4  # pause between words, about 10 ms each; without it spelled letters run into each other
+WORD_GAP = (
+    4  # pause between words, about 10 ms each; without it spelled letters run into each other
+)
 
 # Voice variants of espeak-ng. Left out: robots, whispers, croaks and heavy echoes; those whose breath is noise seeded
 # by the clock (f2, f3, f5, Alicia, sandro, victor, ...); and, of near twins, the second. tests/test_demo.py compares
@@ -36,9 +38,13 @@ TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen 
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-MONTHS = "january february march april may june july august september october november december".split()
-NAMES = ("anna ben carol david emma frank grace henry jack kate lucy max nora oscar paul quinn rose sam tom vera will "
-         "alex zoe felix jenny bob peggy harry").split()
+MONTHS = (
+    "january february march april may june july august september october november december".split()
+)
+NAMES = (
+    "anna ben carol david emma frank grace henry jack kate lucy max nora oscar paul quinn rose sam tom vera will "
+    "alex zoe felix jenny bob peggy harry"
+).split()
 ROOMS = "kitchen bedroom garage garden hall office".split()
 THINGS = "light heating radio fan television".split()
 OPENINGS = "door window gate curtain".split()
@@ -75,32 +81,45 @@ def number(rng) -> str:
 
 def command(rng) -> str:
     pick = rng.choice
-    return pick([
-        f"turn {pick(['on', 'off'])} the {pick(THINGS)} in the {pick(ROOMS)}",
-        f"please {pick(['open', 'close'])} the {pick(OPENINGS)} of the {pick(ROOMS)}",
-        f"play some {pick(MUSIC)} for {pick(NAMES)} in the {pick(ROOMS)}",
-        f"call {pick(NAMES)} {pick(['today', 'tomorrow'])} at {pick(DIGITS[1:] + TEENS[:3])} {pick(TENS[:4])}",
-        f"set the {pick(THINGS)} to {number(rng)}",
-    ])
+    return pick(
+        [
+            f"turn {pick(['on', 'off'])} the {pick(THINGS)} in the {pick(ROOMS)}",
+            f"please {pick(['open', 'close'])} the {pick(OPENINGS)} of the {pick(ROOMS)}",
+            f"play some {pick(MUSIC)} for {pick(NAMES)} in the {pick(ROOMS)}",
+            f"call {pick(NAMES)} {pick(['today', 'tomorrow'])} at {pick(DIGITS[1:] + TEENS[:3])} {pick(TENS[:4])}",
+            f"set the {pick(THINGS)} to {number(rng)}",
+        ]
+    )
 
 
 def numbers(rng) -> str:
     digits = " ".join(rng.choices(DIGITS, k=rng.randint(4, 7)))
-    return rng.choice([f"dial {digits}", f"the number is {digits}", f"add {number(rng)} and {number(rng)}"])
+    return rng.choice(
+        [f"dial {digits}", f"the number is {digits}", f"add {number(rng)} and {number(rng)}"]
+    )
 
 
 def date(rng) -> str:
     day = f"the {rng.choice(ORDINALS)} of {rng.choice(MONTHS)}"
     year = f"{rng.choice(['nineteen', 'twenty'])} {rng.choice(TENS)} {rng.choice(DIGITS[1:])}"
-    return rng.choice([f"{day} {year}", f"the meeting is on {rng.choice(DAYS)} {day}",
-                       f"{rng.choice(NAMES)} was born on {day}"])
+    return rng.choice(
+        [
+            f"{day} {year}",
+            f"the meeting is on {rng.choice(DAYS)} {day}",
+            f"{rng.choice(NAMES)} was born on {day}",
+        ]
+    )
 
 
 def spelling(rng) -> str:
     name = rng.choice(NAMES)
-    code = " ".join([*rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3), *rng.choices(DIGITS, k=rng.randint(1, 3))])
+    code = " ".join(
+        [*rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3), *rng.choices(DIGITS, k=rng.randint(1, 3))]
+    )
     letters = " ".join(name.upper())
-    return rng.choice([f"my name is {name} {letters}", f"{name} is spelled {letters}", f"the code is {code}"])
+    return rng.choice(
+        [f"my name is {name} {letters}", f"{name} is spelled {letters}", f"the code is {code}"]
+    )
 
 
 def plan(split: str, count: int | None = None) -> list[Utterance]:
@@ -130,9 +149,16 @@ class SpokenWord(NamedTuple):
 
 
 class _Event(ctypes.Structure):  # espeak_EVENT
-    _fields_ = [("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("position", ctypes.c_int), ("length", ctypes.c_int),
-                ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p),
-                ("phoneme", ctypes.c_char * 8)]
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("identifier", ctypes.c_uint),
+        ("position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("milliseconds", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("phoneme", ctypes.c_char * 8),
+    ]
 
 
 WORD_EVENT, PHONEME_EVENT = 1, 7
@@ -152,23 +178,33 @@ def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]
     library, data_path = _load()
     text, blocks, events = _markup(utterance.spoken), [], []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+    @ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+    )
     def collect(samples, count, reported):
         if samples and count > 0:
             blocks.append(ctypes.string_at(samples, 2 * count))
-        for event in takewhile(lambda event: event.type, reported):  # an event of type 0 ends the list
+        for event in takewhile(
+            lambda event: event.type, reported
+        ):  # an event of type 0 ends the list
             events.append((event.type, event.position, event.sample, event.phoneme))
         return 0
 
     try:
-        if library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE:  # 2: synthesise synchronously, 1: phoneme events
+        if (
+            library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE
+        ):  # 2: synthesise synchronously, 1: phoneme events
             raise UserError("espeak-ng did not start; reinstall the wheel espeakng-loader")
         if library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode()) != 0:
-            raise UserError(f"espeak-ng has no voice {utterance.voice}; reinstall the wheel espeakng-loader")
+            raise UserError(
+                f"espeak-ng has no voice {utterance.voice}; reinstall the wheel espeakng-loader"
+            )
         library.espeak_SetSynthCallback(collect)
         for parameter, value in ((1, utterance.rate), (3, utterance.pitch), (7, WORD_GAP)):
             library.espeak_SetParameter(parameter, value, 0)
-        library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, 0x101, None, None)  # UTF-8, [[phonemes]]
+        library.espeak_Synth(
+            text, ctypes.c_size_t(len(text)), 0, 1, 0, 0x101, None, None
+        )  # UTF-8, [[phonemes]]
         library.espeak_Synchronize()
         library.espeak_Terminate()
     finally:
@@ -182,7 +218,11 @@ def _spoken_words(utterance: Utterance, events: list[tuple], num_samples: int) -
     starts = [i for i, event in enumerate(events) if event[0] == WORD_EVENT]
     spans = []
     for first, behind in zip(starts, [*starts[1:], len(events)]):
-        pauses = [sample for kind, _, sample, phoneme in events[first:behind] if kind == PHONEME_EVENT and phoneme[:1] == b"_"]
+        pauses = [
+            sample
+            for kind, _, sample, phoneme in events[first:behind]
+            if kind == PHONEME_EVENT and phoneme[:1] == b"_"
+        ]
         limit = events[behind][2] if behind < len(events) else num_samples
         spans.append((events[first][2] / RATE, min([*pauses, limit]) / RATE))
     # A word belongs to the last event that is not behind it; where espeak-ng ran two together, only the first has one.
@@ -204,7 +244,9 @@ def _load():
     try:
         import espeakng_loader  # here, so that prepare.py --source works without it
 
-        return ctypes.CDLL(espeakng_loader.get_library_path()), espeakng_loader.get_data_path().encode()
+        return ctypes.CDLL(
+            espeakng_loader.get_library_path()
+        ), espeakng_loader.get_data_path().encode()
     except (ImportError, OSError) as error:
         raise UserError(f"cannot load espeak-ng ({error}); pip install espeakng-loader") from None
 

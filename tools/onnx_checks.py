@@ -6,17 +6,18 @@
 import math
 import os
 
+from cli import UserError
+
 import numpy as np
 import onnxruntime
 import torch
 import torchaudio
 from torch import nn
 
-from cli import UserError
 from conformer import receptive_field, subsampled_length
 from decode import ctc_greedy_search, ctc_prefix_beam_search
 from model import U2
-from onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
+from tools.onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
 from transforms import extract, feature_state, num_frames, stream_features
 
 TOLERANCE = 1e-4  # of log-probabilities
@@ -28,10 +29,15 @@ def synthetic_sound(sample_rate: int, seconds: float = 6.0) -> torch.Tensor:
     time = torch.arange(int(sample_rate * seconds)) / sample_rate
     pitch = 120 + 30 * (2 * math.pi * 0.4 * time).sin()
     phase = 2 * math.pi * pitch.double().cumsum(0) / sample_rate
-    formants = [(500 + 250 * (2 * math.pi * 1.3 * time).sin(), 120), (1500 + 700 * (2 * math.pi * 0.9 * time).cos(), 250)]
+    formants = [
+        (500 + 250 * (2 * math.pi * 1.3 * time).sin(), 120),
+        (1500 + 700 * (2 * math.pi * 0.9 * time).cos(), 250),
+    ]
     voice = torch.zeros_like(time)
     for harmonic in range(1, 25):
-        loudness = sum(torch.exp(-((harmonic * pitch - centre) / width) ** 2) for centre, width in formants)
+        loudness = sum(
+            torch.exp(-(((harmonic * pitch - centre) / width) ** 2)) for centre, width in formants
+        )
         voice += (0.02 + loudness) * (harmonic * phase).sin().float() / harmonic**0.5
     syllables = (2 * math.pi * 1.7 * time).sin().clamp(min=0) * ((time % 2.5) < 1.9)
     noise = torch.randn(len(time), generator=torch.Generator().manual_seed(0))
@@ -41,7 +47,9 @@ def synthetic_sound(sample_rate: int, seconds: float = 6.0) -> torch.Tensor:
 def call(session, *inputs: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of an onnxruntime session for its inputs in order."""
     names = [node.name for node in session.get_inputs()]
-    outputs = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    outputs = session.run(
+        None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    )
     return [torch.from_numpy(np.asarray(out)) for out in outputs]
 
 
@@ -56,20 +64,24 @@ def given_of(model: U2, sound: torch.Tensor) -> torch.Tensor:
 
 def greedy(model: U2, log_probs: torch.Tensor) -> list[int]:
     """The tokens of (T',V)."""
-    return ctc_greedy_search(log_probs[None], torch.tensor([len(log_probs)]), model.net.blank_id)[0].tokens
+    return ctc_greedy_search(log_probs[None], torch.tensor([len(log_probs)]), model.net.blank_id)[
+        0
+    ].tokens
 
 
 def network_whole(model: U2, given, chunk_size: int = -1, left_chunks: int = -1) -> torch.Tensor:
     """What the network says of the whole at once, with full context or under the mask of chunks: log-probabilities (T',V)."""
     feats = given if given.dim() == 3 else extract(model.frontend)(given)[None]
     out, lengths = model.encode(feats, torch.tensor([feats.size(1)]), chunk_size, left_chunks)
-    return model.ctc_log_probs(out)[0, :lengths[0]]
+    return model.ctc_log_probs(out)[0, : lengths[0]]
 
 
 def graph_whole(session, given) -> torch.Tensor:
     """The same by model.onnx, with full context."""
-    log_probs, lengths = call(session, given, *([torch.tensor([given.size(1)])] if given.dim() == 3 else []))
-    return log_probs[0, :lengths[0]]
+    log_probs, lengths = call(
+        session, given, *([torch.tensor([given.size(1)])] if given.dim() == 3 else [])
+    )
+    return log_probs[0, : lengths[0]]
 
 
 def windows(model: U2, chunks: ChunkOptions, given) -> list[torch.Tensor]:
@@ -79,9 +91,12 @@ def windows(model: U2, chunks: ChunkOptions, given) -> list[torch.Tensor]:
     starts = range(0, int(subsampled_length(frames, model.options.input_layer)), chunks.chunk_size)
     if given.dim() == 1:
         first, later = piece_samples(model, chunks.chunk_size)
-        return [given[:first], *given[first:].split(later)][:len(starts)]
-    rate, size = receptive_field(model.options.input_layer)[1], window_frames(model, chunks.chunk_size)
-    return [given[:, start * rate:start * rate + size] for start in starts]
+        return [given[:first], *given[first:].split(later)][: len(starts)]
+    rate, size = (
+        receptive_field(model.options.input_layer)[1],
+        window_frames(model, chunks.chunk_size),
+    )
+    return [given[:, start * rate : start * rate + size] for start in starts]
 
 
 def streamed_features(model: U2, chunks: ChunkOptions, given) -> torch.Tensor:
@@ -106,7 +121,11 @@ def graph_stream(model: U2, session, chunks: ChunkOptions, given) -> torch.Tenso
     scalar = not session.get_inputs()[-5].shape  # offset, in WeNet's runtime
     kept, outs = [], []  # what a frontend inside the graph keeps
     if given.dim() == 1:
-        kept = [torch.zeros(0), torch.zeros(3, dtype=torch.float64), torch.zeros(1, 0, model.frontend.num_mel_bins)]
+        kept = [
+            torch.zeros(0),
+            torch.zeros(3, dtype=torch.float64),
+            torch.zeros(1, 0, model.frontend.num_mel_bins),
+        ]
     _, _, *caches, _ = cache_inputs(model, chunks, 0).values()
     for index, window in enumerate(windows(model, chunks, given)):
         offset, size, _, _, mask = cache_inputs(model, chunks, index).values()
@@ -121,44 +140,66 @@ def compare(file: str, theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> 
     """A line on how far a file's log-probabilities are from the network's. Raises UserError where that is too far."""
     for a, b in zip(theirs, ours, strict=True):
         if a.shape != b.shape:
-            raise UserError(f"{file}: it gives {tuple(a.shape)} log-probabilities, the network {tuple(b.shape)}; {UNFIT}")
+            raise UserError(
+                f"{file}: it gives {tuple(a.shape)} log-probabilities, the network {tuple(b.shape)}; {UNFIT}"
+            )
     largest = max(float((a - b).abs().max()) for a, b in zip(theirs, ours))
     if not largest <= TOLERANCE:  # nan is no agreement
-        raise UserError(f"{file}: its log-probabilities are up to {largest:.1e} from the network's, more than {TOLERANCE}; "
-                        f"{UNFIT}")
+        raise UserError(
+            f"{file}: its log-probabilities are up to {largest:.1e} from the network's, more than {TOLERANCE}; "
+            f"{UNFIT}"
+        )
     return f"{file}: log-probabilities within {largest:.1e} of the network's"
 
 
-def compare_tokens(model: U2, file: str, theirs: list[torch.Tensor], ours: list[torch.Tensor], limit: float) -> str:
+def compare_tokens(
+    model: U2, file: str, theirs: list[torch.Tensor], ours: list[torch.Tensor], limit: float
+) -> str:
     """A line on how many tokens of greedy search an int8 file hears as the network. Raises UserError above `limit`."""
     errors = total = 0
     for a, b in zip(theirs, ours, strict=True):
         heard, meant = greedy(model, a), greedy(model, b)
-        errors, total = errors + torchaudio.functional.edit_distance(heard, meant), total + len(meant)
+        errors, total = (
+            errors + torchaudio.functional.edit_distance(heard, meant),
+            total + len(meant),
+        )
     frames = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(theirs, ours)]).float().mean()
     said = f"{errors} of {total} tokens heard otherwise, {float(frames):.2%} of frames alike"
     if not errors <= limit * max(total, 1):
-        raise UserError(f"{file}: {said}; --max_int8_cer allows {limit}; give real speech in --audio, or allow more")
+        raise UserError(
+            f"{file}: {said}; --max_int8_cer allows {limit}; give real speech in --audio, or allow more"
+        )
     return f"{file}: {said}"
 
 
 @torch.no_grad()
-def check(model: U2, chunks: ChunkOptions, folder: str, sounds: list[torch.Tensor], max_int8_cer: float) -> list[str]:
+def check(
+    model: U2, chunks: ChunkOptions, folder: str, sounds: list[torch.Tensor], max_int8_cer: float
+) -> list[str]:
     """What onnxruntime hears with the files in `folder`, against the network: a line per file. Raises UserError."""
     given = [given_of(model, sound) for sound in sounds]
     for sound, x in zip(sounds, given):
         if not windows(model, chunks, x):
-            raise UserError(f"a sound of {len(sound)} samples is too short to check anything on; name others in --audio")
+            raise UserError(
+                f"a sound of {len(sound)} samples is too short to check anything on; name others in --audio"
+            )
     streams, lines = [network_stream(model, chunks, x) for x in given], []
     for file, ours, hear in (
-            ("model", [network_whole(model, x) for x in given], graph_whole),
-            ("model-streaming", [model.ctc_log_probs(out) for out in streams],
-             lambda session, x: graph_stream(model, session, chunks, x))):
+        ("model", [network_whole(model, x) for x in given], graph_whole),
+        (
+            "model-streaming",
+            [model.ctc_log_probs(out) for out in streams],
+            lambda session, x: graph_stream(model, session, chunks, x),
+        ),
+    ):
         for name in (f"{file}.onnx", f"{file}.int8.onnx"):
             session = open_session(os.path.join(folder, name))
             theirs = [hear(session, x) for x in given]
-            lines.append(compare_tokens(model, name, theirs, ours, max_int8_cer) if "int8" in name
-                         else compare(name, theirs, ours))
+            lines.append(
+                compare_tokens(model, name, theirs, ours, max_int8_cer)
+                if "int8" in name
+                else compare(name, theirs, ours)
+            )
     if model.frontend.is_wenets:
         lines += check_second_pass(model, chunks, folder, given, streams)
     return lines
@@ -166,17 +207,26 @@ def check(model: U2, chunks: ChunkOptions, folder: str, sounds: list[torch.Tenso
 
 def check_second_pass(model: U2, chunks: ChunkOptions, folder: str, given, streams) -> list[str]:
     """encoder.onnx and ctc.onnx one behind the other, and decoder.onnx on the n-best list of each sound."""
-    encoder, ctc, decoder = (open_session(os.path.join(folder, f"{name}.onnx")) for name in ("encoder", "ctc", "decoder"))
+    encoder, ctc, decoder = (
+        open_session(os.path.join(folder, f"{name}.onnx")) for name in ("encoder", "ctc", "decoder")
+    )
     outs = [graph_stream(model, encoder, chunks, feats)[None] for feats in given]
     theirs = [call(ctc, out)[0][0] for out in outs]
-    lines = [compare("encoder.onnx and ctc.onnx", theirs, [model.ctc_log_probs(out) for out in streams])]
+    lines = [
+        compare("encoder.onnx and ctc.onnx", theirs, [model.ctc_log_probs(out) for out in streams])
+    ]
     scores, expected = [], []
     for out, log_probs in zip(outs, theirs):
-        found = ctc_prefix_beam_search(log_probs[None], torch.tensor([len(log_probs)]), 5, model.net.blank_id)[0].nbest
+        found = ctc_prefix_beam_search(
+            log_probs[None], torch.tensor([len(log_probs)]), 5, model.net.blank_id
+        )[0].nbest
         lengths = torch.tensor([len(tokens) + 1 for tokens in found])
         valid = torch.arange(lengths.max()) < lengths[:, None]  # (N,L)
         hyps = with_sos(model, found)
-        scores += [score[valid] for score in call(decoder, hyps, lengths, out)[:1 + (model.options.reverse_weight > 0)]]
+        scores += [
+            score[valid]
+            for score in call(decoder, hyps, lengths, out)[: 1 + (model.options.reverse_weight > 0)]
+        ]
         memory, frames = out.expand(len(found), -1, -1), torch.full_like(lengths, out.size(1))
         expected.append(model.net.decoder(hyps, memory, frames).log_softmax(-1)[valid])
         if model.options.reverse_weight > 0:

@@ -10,18 +10,27 @@ import os
 import warnings
 from typing import NamedTuple
 
+from cli import UserError, option, options_class
+
 import onnx
 import torch
 import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from cli import UserError, option, options_class
 from conformer import Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
 from stream import MAX_POSITION, piece_samples
-from transforms import (STREAM_WINDOW, Frontend, feature_state, finite, log_mel_filters, moments, normalize,
-                        peak_of)
+from transforms import (
+    STREAM_WINDOW,
+    Frontend,
+    feature_state,
+    finite,
+    log_mel_filters,
+    moments,
+    normalize,
+    peak_of,
+)
 
 OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and later read it
 
@@ -30,15 +39,22 @@ OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and lat
 class ChunkOptions:
     """What a streaming graph is made for."""
 
-    chunk_size: int = option(16, "encoder frames in a chunk of the streaming model",
-                             at_least=1, at_most=1000)
-    left_chunks: int = option(4, "chunks before its own that a frame of the streaming model sees",
-                              at_least=1, at_most=1000)
+    chunk_size: int = option(
+        16, "encoder frames in a chunk of the streaming model", at_least=1, at_most=1000
+    )
+    left_chunks: int = option(
+        4,
+        "chunks before its own that a frame of the streaming model sees",
+        at_least=1,
+        at_most=1000,
+    )
 
     def __post_init__(self):
         if self.cache_size + self.chunk_size > MAX_POSITION:
-            raise UserError(f"--chunk_size {self.chunk_size} --left_chunks {self.left_chunks}: they span "
-                            f"{self.cache_size + self.chunk_size} encoder frames; at most {MAX_POSITION} can be told apart")
+            raise UserError(
+                f"--chunk_size {self.chunk_size} --left_chunks {self.left_chunks}: they span "
+                f"{self.cache_size + self.chunk_size} encoder frames; at most {MAX_POSITION} can be told apart"
+            )
 
     @property
     def cache_size(self) -> int:
@@ -49,7 +65,7 @@ def at_least(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     """x with zeros behind it along dim 0 or 1, where it is shorter than `size`."""
     length = x.size(dim)
     keep = length + (size - length) * (length < size)
-    padded = torch.cat((x, x.new_zeros(*x.shape[:dim], size, *x.shape[dim + 1:])), dim)
+    padded = torch.cat((x, x.new_zeros(*x.shape[:dim], size, *x.shape[dim + 1 :])), dim)
     return padded[:keep] if dim == 0 else padded[:, :keep]
 
 
@@ -83,14 +99,21 @@ class Chunk(nn.Module):
         encoder = self.encoder
         x = encoder.subsample(x)
         size, before = x.size(1), attn_cache.size(2)
-        mask = attn_mask[:, None, :, :before + size]  # a last, shorter chunk comes with the mask of a whole one
+        mask = attn_mask[
+            :, None, :, : before + size
+        ]  # a last, shorter chunk comes with the mask of a whole one
         positions = self.positions(before, size, offset - required_cache_size, x.size(2))
         valid = torch.ones_like(x[..., :1])
         att_caches, conv_caches = [], []
         for i, block in enumerate(encoder.blocks):
-            silence = block.conv_module.silence(x)  # what lies before the first frame, for which the caches have zero
-            keys, values = attn_cache[i:i + 1].chunk(2, dim=-1)
-            past = (keys, values, keys[:, :, :0]), conv_cache[i] + silence  # without projected positions
+            silence = block.conv_module.silence(
+                x
+            )  # what lies before the first frame, for which the caches have zero
+            keys, values = attn_cache[i : i + 1].chunk(2, dim=-1)
+            past = (
+                (keys, values, keys[:, :, :0]),
+                conv_cache[i] + silence,
+            )  # without projected positions
             x, ((keys, values, *_), last_inputs) = block(x, positions, mask, valid, past)
             att_caches.append(newest(torch.cat((keys, values), dim=-1), required_cache_size))
             conv_caches.append(last_inputs - silence)
@@ -140,7 +163,9 @@ class Rescoring(nn.Module):
     def __init__(self, model: U2):
         super().__init__()
         self.net = model.net
-        self.two_way = model.options.reverse_weight > 0  # else a right-to-left decoder is there only for keeping
+        self.two_way = (
+            model.options.reverse_weight > 0
+        )  # else a right-to-left decoder is there only for keeping
 
     def forward(self, hyps, hyps_lens, encoder_out):
         """hyps (N,L) with sos in front, hyps_lens (N,) with it, encoder_out (1,T',D) -> the log-probabilities of the tokens
@@ -162,13 +187,19 @@ class LogMel(nn.Module):
         length, self.shift = frontend.window_samples, frontend.shift_samples
         window, mel = log_mel_filters(frontend)  # (window,), (bins,F)
         bins = len(mel)
-        turns = torch.arange(bins).outer(torch.arange(length)) % length * (2 * math.pi / length)  # reduced, so exact
+        turns = (
+            torch.arange(bins).outer(torch.arange(length)) % length * (2 * math.pi / length)
+        )  # reduced, so exact
         waves = torch.cat((turns.double().cos(), turns.double().sin())) * window.double()
         self.register_buffer("waves", waves.float()[:, None])  # (2 bins,1,window)
-        self.register_buffer("mel", mel.T[..., None].contiguous())  # (F,bins,1); a convolution, which int8 leaves alone
+        self.register_buffer(
+            "mel", mel.T[..., None].contiguous()
+        )  # (F,bins,1); a convolution, which int8 leaves alone
 
     def forward(self, samples):
-        real, imag = F.conv1d(samples[None, None], self.waves, stride=self.shift).chunk(2, dim=1)  # (1,bins,T) each
+        real, imag = F.conv1d(samples[None, None], self.waves, stride=self.shift).chunk(
+            2, dim=1
+        )  # (1,bins,T) each
         return F.conv1d(real * real + imag * imag, self.mel).log1p().transpose(1, 2)
 
 
@@ -177,15 +208,23 @@ class OfflineWaveform(nn.Module):
 
     def __init__(self, model: U2):
         super().__init__()
-        self.log_mel, self.offline, self.frontend = LogMel(model.frontend), Offline(model), model.frontend
+        self.log_mel, self.offline, self.frontend = (
+            LogMel(model.frontend),
+            Offline(model),
+            model.frontend,
+        )
 
     def forward(self, waveform):
         """(n,) float32 in [-1, 1] -> log_probs (1,T',V), log_probs_lens (1,)."""
         if self.frontend.mean_var_norm:
             nothing = feature_state().statistics
-            waveform = normalize(waveform, moments(waveform, nothing, window=math.inf, peak=math.inf))
+            waveform = normalize(
+                waveform, moments(waveform, nothing, window=math.inf, peak=math.inf)
+            )
         feats = self.log_mel(at_least(waveform, self.frontend.window_samples, dim=0))
-        return self.offline(feats, torch.ones_like(feats[:, 0, 0], dtype=torch.int64) * feats.size(1))
+        return self.offline(
+            feats, torch.ones_like(feats[:, 0, 0], dtype=torch.int64) * feats.size(1)
+        )
 
 
 class StreamingWaveform(nn.Module):
@@ -193,7 +232,11 @@ class StreamingWaveform(nn.Module):
 
     def __init__(self, model: U2):
         super().__init__()
-        self.log_mel, self.streaming, self.frontend = LogMel(model.frontend), Streaming(model), model.frontend
+        self.log_mel, self.streaming, self.frontend = (
+            LogMel(model.frontend),
+            Streaming(model),
+            model.frontend,
+        )
         self.rate = receptive_field(model.options.input_layer)[1]
 
     def forward(self, waveform, samples, statistics, feats, *rest):
@@ -206,11 +249,18 @@ class StreamingWaveform(nn.Module):
         samples = torch.cat((samples, waveform))
         window = STREAM_WINDOW * self.frontend.sample_rate
         statistics = moments(waveform, statistics, window, peak_of(waveform))
-        new = self.log_mel(normalize(samples, statistics) if self.frontend.mean_var_norm else samples)
+        new = self.log_mel(
+            normalize(samples, statistics) if self.frontend.mean_var_norm else samples
+        )
         feats = torch.cat((feats, new), dim=1)
         log_probs, *caches = self.streaming(feats, *rest)
-        return (log_probs, samples[new.size(1) * self.frontend.shift_samples:], statistics,
-                feats[:, log_probs.size(1) * self.rate:], *caches)
+        return (
+            log_probs,
+            samples[new.size(1) * self.frontend.shift_samples :],
+            statistics,
+            feats[:, log_probs.size(1) * self.rate :],
+            *caches,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,23 +289,39 @@ def cache_inputs(model: U2, chunks: ChunkOptions, index: int) -> dict[str, torch
     """The streaming graphs' inputs behind the features for chunk number `index`, but with the caches of chunk 0."""
     o, size = model.options, chunks.cache_size
     mask = torch.arange(size + chunks.chunk_size) >= size - index * chunks.chunk_size
-    return {"offset": torch.tensor([size + index * chunks.chunk_size]), "required_cache_size": torch.tensor([size]),
-            "attn_cache": torch.zeros(o.num_blocks, o.attention_heads, size, o.output_size // o.attention_heads * 2),
-            "conv_cache": torch.zeros(o.num_blocks, 1, o.output_size, o.cnn_module_kernel - 1),
-            "attn_mask": mask[None, None]}
+    return {
+        "offset": torch.tensor([size + index * chunks.chunk_size]),
+        "required_cache_size": torch.tensor([size]),
+        "attn_cache": torch.zeros(
+            o.num_blocks, o.attention_heads, size, o.output_size // o.attention_heads * 2
+        ),
+        "conv_cache": torch.zeros(o.num_blocks, 1, o.output_size, o.cnn_module_kernel - 1),
+        "attn_mask": mask[None, None],
+    }
 
 
 def common_metadata(model: U2) -> dict:
     field, rate = receptive_field(model.options.input_layer)
-    return dict(version=1, model_author="lightning-U2", vocab_size=model.tokenizer.vocab_size, subsampling_factor=rate,
-                right_context=field - 1)
+    return dict(
+        version=1,
+        model_author="lightning-U2",
+        vocab_size=model.tokenizer.vocab_size,
+        subsampling_factor=rate,
+        right_context=field - 1,
+    )
 
 
 def streaming_metadata(model: U2, chunks: ChunkOptions) -> dict:
     o = model.options
     return common_metadata(model) | dict(
-        comment="streaming", chunk_size=chunks.chunk_size, left_chunks=chunks.left_chunks, head=o.attention_heads,
-        num_blocks=o.num_blocks, output_size=o.output_size, cnn_module_kernel=o.cnn_module_kernel)
+        comment="streaming",
+        chunk_size=chunks.chunk_size,
+        left_chunks=chunks.left_chunks,
+        head=o.attention_heads,
+        num_blocks=o.num_blocks,
+        output_size=o.output_size,
+        cnn_module_kernel=o.cnn_module_kernel,
+    )
 
 
 def sherpa_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
@@ -264,14 +330,36 @@ def sherpa_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
     x = torch.rand(1, window_frames(model, chunks.chunk_size), bins)
     kind = dict(model_type="wenet_ctc")
     return [
-        Graph("model.onnx", Offline(model), {"x": torch.rand(2, 200, bins), "x_lens": torch.tensor([200, 150])},
-              ("log_probs", "log_probs_lens"),
-              {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"}, "log_probs": {0: "N", 1: "T_out"}, "log_probs_lens": {0: "N"}},
-              common_metadata(model) | kind | dict(comment="non-streaming"), int8=True),
-        Graph("model-streaming.onnx", Streaming(model), {"x": x, **caches},
-              ("log_probs", "next_att_cache", "next_conv_cache"),
-              {"x": {1: "T"}, "attn_cache": {2: "C"}, "attn_mask": {2: "S"}, "log_probs": {1: "T_out"},
-               "next_att_cache": {2: "C_out"}}, streaming_metadata(model, chunks) | kind, int8=True)]
+        Graph(
+            "model.onnx",
+            Offline(model),
+            {"x": torch.rand(2, 200, bins), "x_lens": torch.tensor([200, 150])},
+            ("log_probs", "log_probs_lens"),
+            {
+                "x": {0: "N", 1: "T"},
+                "x_lens": {0: "N"},
+                "log_probs": {0: "N", 1: "T_out"},
+                "log_probs_lens": {0: "N"},
+            },
+            common_metadata(model) | kind | dict(comment="non-streaming"),
+            int8=True,
+        ),
+        Graph(
+            "model-streaming.onnx",
+            Streaming(model),
+            {"x": x, **caches},
+            ("log_probs", "next_att_cache", "next_conv_cache"),
+            {
+                "x": {1: "T"},
+                "attn_cache": {2: "C"},
+                "attn_mask": {2: "S"},
+                "log_probs": {1: "T_out"},
+                "next_att_cache": {2: "C_out"},
+            },
+            streaming_metadata(model, chunks) | kind,
+            int8=True,
+        ),
+    ]
 
 
 def waveform_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
@@ -283,16 +371,44 @@ def waveform_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
     feats = torch.rand(1, field - rate, model.frontend.num_mel_bins)
     state = {**feature_state()._asdict(), "samples": samples, "feats": feats}
     return [
-        Graph("model.onnx", OfflineWaveform(model), {"waveform": torch.rand(20000)}, ("log_probs", "log_probs_lens"),
-              {"waveform": {0: "n"}, "log_probs": {1: "T_out"}}, common_metadata(model) | kind | dict(
-                  comment="non-streaming"), int8=True),
-        Graph("model-streaming.onnx", StreamingWaveform(model),
-              {"waveform": torch.rand(later), **state, **cache_inputs(model, chunks, 0)},
-              ("log_probs", "next_samples", "next_statistics", "next_feats", "next_att_cache", "next_conv_cache"),
-              {"waveform": {0: "n"}, "samples": {0: "k"}, "feats": {1: "m"}, "attn_cache": {2: "C"}, "attn_mask": {2: "S"},
-               "log_probs": {1: "T_out"}, "next_samples": {0: "k_out"}, "next_feats": {1: "m_out"},
-               "next_att_cache": {2: "C_out"}},
-              streaming_metadata(model, chunks) | kind | dict(first_samples=first, chunk_samples=later), int8=True)]
+        Graph(
+            "model.onnx",
+            OfflineWaveform(model),
+            {"waveform": torch.rand(20000)},
+            ("log_probs", "log_probs_lens"),
+            {"waveform": {0: "n"}, "log_probs": {1: "T_out"}},
+            common_metadata(model) | kind | dict(comment="non-streaming"),
+            int8=True,
+        ),
+        Graph(
+            "model-streaming.onnx",
+            StreamingWaveform(model),
+            {"waveform": torch.rand(later), **state, **cache_inputs(model, chunks, 0)},
+            (
+                "log_probs",
+                "next_samples",
+                "next_statistics",
+                "next_feats",
+                "next_att_cache",
+                "next_conv_cache",
+            ),
+            {
+                "waveform": {0: "n"},
+                "samples": {0: "k"},
+                "feats": {1: "m"},
+                "attn_cache": {2: "C"},
+                "attn_mask": {2: "S"},
+                "log_probs": {1: "T_out"},
+                "next_samples": {0: "k_out"},
+                "next_feats": {1: "m_out"},
+                "next_att_cache": {2: "C_out"},
+            },
+            streaming_metadata(model, chunks)
+            | kind
+            | dict(first_samples=first, chunk_samples=later),
+            int8=True,
+        ),
+    ]
 
 
 def wenet_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
@@ -302,44 +418,110 @@ def wenet_graphs(model: U2, chunks: ChunkOptions) -> list[Graph]:
     offset, size, attn_cache, conv_cache, mask = cache_inputs(model, chunks, 0).values()
     metadata, memory = wenet_metadata(model, chunks), torch.rand(1, 50, width)
     return [
-        Graph("encoder.onnx", Chunk(model.net.encoder),
-              {"chunk": x, "offset": offset[0], "required_cache_size": size[0], "att_cache": attn_cache,
-               "cnn_cache": conv_cache, "att_mask": mask}, ("output", "r_att_cache", "r_cnn_cache"),
-              {"chunk": {1: "T"}, "att_cache": {2: "T_CACHE"}, "att_mask": {2: "T_ADD_T_CACHE"}, "output": {1: "T_OUT"},
-               "r_att_cache": {2: "T_CACHE_OUT"}}, metadata),
-        Graph("ctc.onnx", Ctc(model), {"hidden": memory}, ("probs",), {"hidden": {1: "T"}, "probs": {1: "T"}}, metadata),
-        Graph("decoder.onnx", Rescoring(model),
-              {"hyps": torch.randint(vocabulary, (3, 8)), "hyps_lens": torch.tensor([8, 6, 1]), "encoder_out": memory},
-              ("score", "r_score"),
-              {"hyps": {0: "NBEST", 1: "L"}, "hyps_lens": {0: "NBEST"}, "encoder_out": {1: "T"},
-               "score": {0: "NBEST", 1: "L"}, **({"r_score": {0: "NBEST", 1: "L"}} if metadata["reverse_weight"] else {})},
-              metadata)]
+        Graph(
+            "encoder.onnx",
+            Chunk(model.net.encoder),
+            {
+                "chunk": x,
+                "offset": offset[0],
+                "required_cache_size": size[0],
+                "att_cache": attn_cache,
+                "cnn_cache": conv_cache,
+                "att_mask": mask,
+            },
+            ("output", "r_att_cache", "r_cnn_cache"),
+            {
+                "chunk": {1: "T"},
+                "att_cache": {2: "T_CACHE"},
+                "att_mask": {2: "T_ADD_T_CACHE"},
+                "output": {1: "T_OUT"},
+                "r_att_cache": {2: "T_CACHE_OUT"},
+            },
+            metadata,
+        ),
+        Graph(
+            "ctc.onnx",
+            Ctc(model),
+            {"hidden": memory},
+            ("probs",),
+            {"hidden": {1: "T"}, "probs": {1: "T"}},
+            metadata,
+        ),
+        Graph(
+            "decoder.onnx",
+            Rescoring(model),
+            {
+                "hyps": torch.randint(vocabulary, (3, 8)),
+                "hyps_lens": torch.tensor([8, 6, 1]),
+                "encoder_out": memory,
+            },
+            ("score", "r_score"),
+            {
+                "hyps": {0: "NBEST", 1: "L"},
+                "hyps_lens": {0: "NBEST"},
+                "encoder_out": {1: "T"},
+                "score": {0: "NBEST", 1: "L"},
+                **({"r_score": {0: "NBEST", 1: "L"}} if metadata["reverse_weight"] else {}),
+            },
+            metadata,
+        ),
+    ]
 
 
 def wenet_metadata(model: U2, chunks: ChunkOptions) -> dict:
     o, (field, rate) = model.options, receptive_field(model.options.input_layer)
     two_way = o.reverse_weight > 0
     return dict(
-        batch=1, chunk_size=chunks.chunk_size, left_chunks=chunks.left_chunks, reverse_weight=o.reverse_weight,
-        output_size=o.output_size, num_blocks=o.num_blocks, cnn_module_kernel=o.cnn_module_kernel, head=o.attention_heads,
-        feature_size=model.frontend.num_mel_bins, vocab_size=model.tokenizer.vocab_size,
-        decoding_window=window_frames(model, chunks.chunk_size), encoder=o.encoder,
-        decoder="bitransformer" if two_way else "transformer", subsampling_rate=rate, right_context=field - 1,
-        sos_symbol=model.tokenizer.sos_id, eos_symbol=model.tokenizer.eos_id, is_bidirectional_decoder=int(two_way))
+        batch=1,
+        chunk_size=chunks.chunk_size,
+        left_chunks=chunks.left_chunks,
+        reverse_weight=o.reverse_weight,
+        output_size=o.output_size,
+        num_blocks=o.num_blocks,
+        cnn_module_kernel=o.cnn_module_kernel,
+        head=o.attention_heads,
+        feature_size=model.frontend.num_mel_bins,
+        vocab_size=model.tokenizer.vocab_size,
+        decoding_window=window_frames(model, chunks.chunk_size),
+        encoder=o.encoder,
+        decoder="bitransformer" if two_way else "transformer",
+        subsampling_rate=rate,
+        right_context=field - 1,
+        sos_symbol=model.tokenizer.sos_id,
+        eos_symbol=model.tokenizer.eos_id,
+        is_bidirectional_decoder=int(two_way),
+    )
 
 
 def write_graph(graph: Graph, folder: str) -> None:
     path = os.path.join(folder, graph.file)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, on tracing and on itself; `check` is what judges the file
-        torch.onnx.export(graph.module.eval(), tuple(graph.inputs.values()), path, opset_version=OPSET, dynamo=False,
-                          input_names=list(graph.inputs), output_names=list(graph.outputs), dynamic_axes=graph.axes)
+        warnings.simplefilter(
+            "ignore"
+        )  # the exporter's, on tracing and on itself; `check` is what judges the file
+        torch.onnx.export(
+            graph.module.eval(),
+            tuple(graph.inputs.values()),
+            path,
+            opset_version=OPSET,
+            dynamo=False,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_axes=graph.axes,
+        )
     written = onnx.load(path)
-    onnx.helper.set_model_props(written, {name: str(value) for name, value in graph.metadata.items()})
+    onnx.helper.set_model_props(
+        written, {name: str(value) for name, value in graph.metadata.items()}
+    )
     onnx.checker.check_model(written)
     onnx.save(written, path)
     if graph.int8:
         logging.disable(logging.WARNING)  # it recommends a pre-processing that changes nothing here
-        quantize_dynamic(path, path.removesuffix(".onnx") + ".int8.onnx", op_types_to_quantize=["MatMul"], per_channel=True,
-                         weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            path,
+            path.removesuffix(".onnx") + ".int8.onnx",
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
         logging.disable(logging.NOTSET)

@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict
 
 import cli
+
 from decode import SearchOptions
 from files import parse_json, read_json, read_small
 
@@ -23,17 +24,26 @@ PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not wh
 
 def main(argv: list[str]) -> None:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: all in runs/)")
-    folders = parser.parse_args(argv).runs or sorted(map(os.path.dirname, glob.glob("runs/*/run.json")))
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: all in runs/)"
+    )
+    folders = parser.parse_args(argv).runs or sorted(
+        map(os.path.dirname, glob.glob("runs/*/run.json"))
+    )
     if not folders:
-        raise cli.UserError("no run to compare: runs/*/run.json matches nothing; train one or name folders")
+        raise cli.UserError(
+            "no run to compare: runs/*/run.json matches nothing; train one or name folders"
+        )
     records = {os.path.normpath(folder): read_run(folder) for folder in folders}
     rows = [validation_row(run, record) for run, record in records.items()]
     print_table(("run", "preset", "commit", "seed", "steps", *VALIDATION), rows)
     names = differing(records)
     if names:
         print("\noptions that differ")
-        print_table(("run", *names), [[run, *map(record["options"].get, names)] for run, record in records.items()])
+        print_table(
+            ("run", *names),
+            [[run, *map(record["options"].get, names)] for run, record in records.items()],
+        )
     scores = [{**score, "run": run} for run in records for score in read_scores(run)]
     if scores:
         names = score_columns(scores)
@@ -62,9 +72,13 @@ def read_scores(folder: str) -> list[dict]:
     newest = {}
     path = os.path.join(folder, "scores.jsonl")
     try:
-        lines = read_small(path).decode(errors="replace").splitlines() if os.path.lexists(path) else ()
+        lines = (
+            read_small(path).decode(errors="replace").splitlines() if os.path.lexists(path) else ()
+        )
     except (OSError, ValueError) as error:
-        raise cli.UserError(f"{path}: cannot be read ({error}); keep there what score.py printed") from error
+        raise cli.UserError(
+            f"{path}: cannot be read ({error}); keep there what score.py printed"
+        ) from error
     for line in lines:
         try:
             score = parse_json(line)
@@ -72,8 +86,11 @@ def read_scores(folder: str) -> list[dict]:
             continue
         if isinstance(score, dict) and {"mode", *RESULTS} <= score.keys():
             score["checkpoint"] = os.path.basename(str(score.get("checkpoint", "best.ckpt")))
-            asked = {name: value for name, value in score.items()
-                     if name not in RESULTS and value is not None and value is not False}
+            asked = {
+                name: value
+                for name, value in score.items()
+                if name not in RESULTS and value is not None and value is not False
+            }
             newest[json.dumps(asked, sort_keys=True)] = score
     return list(newest.values())
 
@@ -81,28 +98,46 @@ def read_scores(folder: str) -> list[dict]:
 def unusual(score: dict) -> list[str]:
     """Names of the options of a score that change it, are not in ASKED, and are not as score.py has them by itself."""
     usual = asdict(SearchOptions())
-    return [name for name, value in score.items() if name not in ("run", *ASKED, *RESULTS, *ORIGINS)
-            and value is not None and value is not False and value != usual.get(name)]
+    return [
+        name
+        for name, value in score.items()
+        if name not in ("run", *ASKED, *RESULTS, *ORIGINS)
+        and value is not None
+        and value is not False
+        and value != usual.get(name)
+    ]
 
 
 def score_columns(scores: list[dict]) -> list[str]:
     """Names of what tells the scores apart, and of their results."""
     names = dict.fromkeys(name for score in scores for name in unusual(score))
-    origins = [name for name in ORIGINS if any(score.get(name) != scores[0].get(name) for score in scores)]
+    origins = [
+        name for name in ORIGINS if any(score.get(name) != scores[0].get(name) for score in scores)
+    ]
     return [*ASKED, *names, *origins, *RESULTS]
 
 
 def validation_row(run: str, record: dict) -> list:
     options, metrics = record["options"], record["metrics"]
-    return [run, options.get("preset"), record.get("commit"), record.get("seed"), metrics.get("steps"),
-            *map(metrics.get, VALIDATION)]
+    return [
+        run,
+        options.get("preset"),
+        record.get("commit"),
+        record.get("seed"),
+        metrics.get("steps"),
+        *map(metrics.get, VALIDATION),
+    ]
 
 
 def differing(records: dict[str, dict]) -> list[str]:
     """Names of the options that are not the same in all runs."""
     all_options = [record["options"] for record in records.values()]
     names = dict.fromkeys(name for options in all_options for name in options if name not in PLACES)
-    return [name for name in names if any(options.get(name) != all_options[0].get(name) for options in all_options)]
+    return [
+        name
+        for name in names
+        if any(options.get(name) != all_options[0].get(name) for options in all_options)
+    ]
 
 
 def print_table(header, rows) -> None:

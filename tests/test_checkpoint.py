@@ -5,23 +5,24 @@ import os
 import pickletools
 import shutil
 
+from cli import UserError
+
 import huggingface_hub
 import pytest
 import soundfile
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from test_export import SOUND, network, save
 
-import export
-import hub
 import prepare
 import train
 import transcribe
-from cli import UserError
+from checkpoint import FILES
 from files import MARK
-from compare import read_scores
-from model import load_checkpoint, read_checkpoint
+from model import load_checkpoint, read_checked
+from test_export import SOUND, network, save
 from tokenizer import load_tokenizer
+from tools import export
+from tools.compare import read_scores
 
 PARTS = ("model_options", "optim_options", "frontend", "tokenizer")
 
@@ -36,8 +37,21 @@ def made(tmp_path_factory):
 
 
 def write(checkpoint, folder, *more):
-    export.main(["--checkpoint", str(checkpoint), "--hub_dir", str(folder), "--max_int8_cer", "1", "--chunk_size", "4",
-                 "--left_chunks", "2", *more])
+    export.main(
+        [
+            "--checkpoint",
+            str(checkpoint),
+            "--hub_dir",
+            str(folder),
+            "--max_int8_cer",
+            "1",
+            "--chunk_size",
+            "4",
+            "--left_chunks",
+            "2",
+            *more,
+        ]
+    )
 
 
 def refused(argv, main=export.main):
@@ -47,20 +61,38 @@ def refused(argv, main=export.main):
 
 
 def test_the_folder_is_the_checkpoint_to_the_bit(made):
-    before, after = (read_checkpoint(str(path)) for path in made)
+    before, after = (read_checked(str(path)) for path in made)
     assert {part: before[part] for part in PARTS} == {part: after[part] for part in PARTS}
     assert before["state_dict"].keys() == after["state_dict"].keys()
     for name, value in before["state_dict"].items():
-        assert value.dtype == after["state_dict"][name].dtype and torch.equal(value, after["state_dict"][name]), name
+        assert value.dtype == after["state_dict"][name].dtype and torch.equal(
+            value, after["state_dict"][name]
+        ), name
     models = [load_checkpoint(str(path))[0] for path in made]
-    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models))
+    )
 
 
 def test_it_holds_tensors_and_json_and_nothing_that_runs(made):
-    files = {os.path.relpath(os.path.join(place, name), made[1]) for place, _, names in os.walk(made[1]) for name in names}
-    assert {name for name in files if not name.startswith("onnx/")} == {*hub.FILES, "README.md", MARK}
-    assert {os.path.splitext(name)[1] for name in files if name.startswith("onnx/")} <= {".onnx", ".txt", ".md", ".py"}
-    assert {"onnx/model.onnx", "onnx/model.int8.onnx", "onnx/model-streaming.onnx", "onnx/tokens.txt"} <= files
+    files = {
+        os.path.relpath(os.path.join(place, name), made[1])
+        for place, _, names in os.walk(made[1])
+        for name in names
+    }
+    assert {name for name in files if not name.startswith("onnx/")} == {*FILES, "README.md", MARK}
+    assert {os.path.splitext(name)[1] for name in files if name.startswith("onnx/")} <= {
+        ".onnx",
+        ".txt",
+        ".md",
+        ".py",
+    }
+    assert {
+        "onnx/model.onnx",
+        "onnx/model.int8.onnx",
+        "onnx/model-streaming.onnx",
+        "onnx/tokens.txt",
+    } <= files
     for name in files:
         content = (made[1] / name).read_bytes()
         assert content[:2] != b"PK"  # torch.save's archives
@@ -96,10 +128,16 @@ def snapshot(monkeypatch, result):
 def test_a_name_on_the_hub_stands_for_a_checkpoint(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = snapshot(monkeypatch, made[1])
-    assert torch.equal(read_checkpoint("org/a-model.v2")["state_dict"]["net.ctc.weight"],
-                       read_checkpoint(str(made[0]))["state_dict"]["net.ctc.weight"])
-    assert load_tokenizer("org/a-model.v2").to_dict() == load_tokenizer(made[1]).to_dict() == load_tokenizer(made[0]).to_dict()
-    assert calls == [("org/a-model.v2", {"allow_patterns": list(hub.FILES)})] * 2  # no code, no ONNX
+    assert torch.equal(
+        read_checked("org/a-model.v2")["state_dict"]["net.ctc.weight"],
+        read_checked(str(made[0]))["state_dict"]["net.ctc.weight"],
+    )
+    assert (
+        load_tokenizer("org/a-model.v2").to_dict()
+        == load_tokenizer(made[1]).to_dict()
+        == load_tokenizer(made[0]).to_dict()
+    )
+    assert calls == [("org/a-model.v2", {"allow_patterns": list(FILES)})] * 2  # no code, no ONNX
 
 
 def test_the_copy_in_the_cache_serves_without_a_network(made, tmp_path, monkeypatch):
@@ -110,18 +148,27 @@ def test_the_copy_in_the_cache_serves_without_a_network(made, tmp_path, monkeypa
     (place / "refs" / "main").write_text("0" * 40)
     (place / "snapshots" / ("0" * 40)).symlink_to(made[1])
     original = huggingface_hub.snapshot_download
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda name, **options: original(name, cache_dir=tmp_path, local_files_only=True, **options))
-    assert read_checkpoint("org/name")["tokenizer"] == read_checkpoint(str(made[0]))["tokenizer"]
-    with pytest.raises(UserError, match="org/other: no such file or folder, and nothing comes from the hub"):
-        read_checkpoint("org/other")
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **options: original(
+            name, cache_dir=tmp_path, local_files_only=True, **options
+        ),
+    )
+    assert read_checked("org/name")["tokenizer"] == read_checked(str(made[0]))["tokenizer"]
+    with pytest.raises(
+        UserError, match="org/other: no such file or folder, and nothing comes from the hub"
+    ):
+        read_checked("org/other")
 
 
-@pytest.mark.parametrize("name", ["nowhere.ckpt", "runs/nowhere.ckpt", "/nowhere/model", "a/b/c", "./a", "../a", "name"])
+@pytest.mark.parametrize(
+    "name", ["nowhere.ckpt", "runs/nowhere.ckpt", "/nowhere/model", "a/b/c", "./a", "../a", "name"]
+)
 def test_what_is_no_name_on_the_hub_is_not_looked_up(name, monkeypatch):
     calls = snapshot(monkeypatch, AssertionError())
     with pytest.raises(UserError, match="no such checkpoint"):
-        read_checkpoint(name)
+        read_checked(name)
     with pytest.raises(UserError, match="cannot read a tokenizer"):
         load_tokenizer("data/nowhere.json")
     assert not calls
@@ -130,83 +177,157 @@ def test_what_is_no_name_on_the_hub_is_not_looked_up(name, monkeypatch):
 def test_a_file_or_folder_goes_before_the_hub(made, monkeypatch):
     monkeypatch.chdir(made[1].parent.parent)
     calls = snapshot(monkeypatch, AssertionError())
-    read_checkpoint(f"{made[1].parent.name}/hub")
+    read_checked(f"{made[1].parent.name}/hub")
     assert not calls
 
 
-@pytest.mark.parametrize("error", [
-    LocalEntryNotFoundError("Check your internet connection.\nMore lines."),
-    RepositoryNotFoundError.__new__(RepositoryNotFoundError, "401 Client Error.\nMore."), OSError(28, "No space left")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("Check your internet connection.\nMore lines."),
+        RepositoryNotFoundError.__new__(RepositoryNotFoundError, "401 Client Error.\nMore."),
+        OSError(28, "No space left"),
+    ],
+)
 def test_what_the_hub_does_not_give_is_one_line(error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no run lies in the default output_dir
     snapshot(monkeypatch, error)
-    for main, flag in ((transcribe.main, "--checkpoint"), (export.main, "--checkpoint"), (train.main, "--init_from")):
+    for main, flag in (
+        (transcribe.main, "--checkpoint"),
+        (export.main, "--checkpoint"),
+        (train.main, "--init_from"),
+    ):
         said = refused([flag, "org/name", *(["a.wav"] if main is transcribe.main else [])], main)
-        assert said.startswith("org/name: no such file or folder, and nothing comes from the hub (") and "\n" not in said
+        assert (
+            said.startswith("org/name: no such file or folder, and nothing comes from the hub (")
+            and "\n" not in said
+        )
 
 
 def test_fine_tuning_and_preparing_take_the_folder(made, tmp_path):
     """As far as to what they ask next."""
-    asked = refused(["--init_from", made[1], "--data_root", tmp_path / "none", "--output_dir", tmp_path / "run"], train.main)
+    asked = refused(
+        [
+            "--init_from",
+            made[1],
+            "--data_root",
+            tmp_path / "none",
+            "--output_dir",
+            tmp_path / "run",
+        ],
+        train.main,
+    )
     assert asked.startswith(f"{tmp_path}/none: no such data root")
     source = tmp_path / "source"
     (source / "train").mkdir(parents=True)
     soundfile.write(source / "train" / "a.wav", SOUND.numpy(), 16000)
     (source / "train" / "metadata.csv").write_text("file_name,transcription\na.wav,the fox\n")
-    prepare.main(["--source", str(source), "--data_root", str(tmp_path / "data"), "--tokenizer", str(made[1])])
-    assert load_tokenizer(tmp_path / "data" / "tokenizer.json").to_dict() == load_tokenizer(made[0]).to_dict()
+    prepare.main(
+        [
+            "--source",
+            str(source),
+            "--data_root",
+            str(tmp_path / "data"),
+            "--tokenizer",
+            str(made[1]),
+        ]
+    )
+    assert (
+        load_tokenizer(tmp_path / "data" / "tokenizer.json").to_dict()
+        == load_tokenizer(made[0]).to_dict()
+    )
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("config.json", None, "a folder without config.json"), ("model.safetensors", None, "a folder without model.safetensors"),
-    ("config.json", b"{", "damaged"), ("config.json", b"[]", "config.json holds no JSON object"),
-    ("config.json", b'{"model_type": "whisper"}', "no model_options, optim_options, frontend in it"),
-    ("tokenizer.json", b"\xff", "damaged"), ("model.safetensors", b"\x80\x04" + bytes(90), "damaged")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", None, "a folder without config.json"),
+        ("model.safetensors", None, "a folder without model.safetensors"),
+        ("config.json", b"{", "damaged"),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        (
+            "config.json",
+            b'{"model_type": "whisper"}',
+            "no model_options, optim_options, frontend in it",
+        ),
+        ("tokenizer.json", b"\xff", "damaged"),
+        ("model.safetensors", b"\x80\x04" + bytes(90), "damaged"),
+    ],
+)
 def test_a_folder_that_is_not_ours_or_damaged_is_one_line(made, tmp_path, name, content, message):
-    for file in hub.FILES:
+    for file in FILES:
         (tmp_path / file).write_bytes((made[1] / file).read_bytes())
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
-        read_checkpoint(str(tmp_path))
+        read_checked(str(tmp_path))
 
 
 def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tmp_path):
     card = (made[1] / "README.md").read_text()
     assert "None yet. `python score.py" in card and "| wer" not in card
     data = huggingface_hub.ModelCard(card).data.to_dict()  # the hub's own reader of the header
-    assert data["pipeline_tag"] == "automatic-speech-recognition" and data["library_name"] == "lightning-u2"
+    assert (
+        data["pipeline_tag"] == "automatic-speech-recognition"
+        and data["library_name"] == "lightning-u2"
+    )
     assert {"conformer", "onnx"} <= set(data["tags"]) and not {"language", "license"} & set(data)
-    filled = huggingface_hub.ModelCard(card.replace("# language: en", "language: en")).data.to_dict()
+    filled = huggingface_hub.ModelCard(
+        card.replace("# language: en", "language: en")
+    ).data.to_dict()
     assert filled["language"] == "en"
     save(network(), tmp_path / "best.ckpt")
-    score = {"split": "dev", "mode": "attention", "stream": False, "chunk_size": 16, "left_chunks": -1, "utterances": 98,
-             "wer": 0.5, "cer": 0.25, "rtf": 0.1}
+    score = {
+        "split": "dev",
+        "mode": "attention",
+        "stream": False,
+        "chunk_size": 16,
+        "left_chunks": -1,
+        "utterances": 98,
+        "wer": 0.5,
+        "cer": 0.25,
+        "rtf": 0.1,
+    }
     (tmp_path / "scores.jsonl").write_text(f"said   the fox\n{json.dumps(score)}\n")
     assert len(read_scores(str(tmp_path))) == 1
     row = "| dev | attention | no | 16 | -1 | 98 | 0.5000 | 0.2500 | 0.1000 |"
     assert row in export.numbers(str(tmp_path / "best.ckpt"))
     assert "None yet" in export.numbers(str(tmp_path / "last.ckpt"))  # they are not its scores
     os.utime(tmp_path / "scores.jsonl", (1, 1))
-    assert "None yet" in export.numbers(str(tmp_path / "best.ckpt"))  # nor those of what was trained since
+    assert "None yet" in export.numbers(
+        str(tmp_path / "best.ckpt")
+    )  # nor those of what was trained since
 
 
 def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
-    assert "hub exists; name another folder, or add --overwrite" in refused(["--checkpoint", made[0], "--hub_dir", made[1]])
+    assert "hub exists; name another folder, or add --overwrite" in refused(
+        ["--checkpoint", made[0], "--hub_dir", made[1]]
+    )
     folder = tmp_path / "hub"
     shutil.copytree(made[1], folder)
     write(made[0], folder, "--overwrite")
     (folder / ".git").mkdir()
-    assert "more than an export (.git)" in refused(["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"])
+    assert "more than an export (.git)" in refused(
+        ["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"]
+    )
     monkeypatch.setattr(export, "check", lambda *args: (_ for _ in ()).throw(UserError("unlike")))
     assert "unlike" in refused(["--checkpoint", made[0], "--hub_dir", tmp_path / "new"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
-    assert "leave one of them out" in refused(["--checkpoint", made[0], "--hub_dir", folder, "--out", tmp_path / "out"])
+    assert "leave one of them out" in refused(
+        ["--checkpoint", made[0], "--hub_dir", folder, "--out", tmp_path / "out"]
+    )
 
 
 def test_a_model_that_onnx_has_no_place_for_goes_without(tmp_path, capsys):
     save(network(causal=False), tmp_path / "best.ckpt")
     write(tmp_path / "best.ckpt", tmp_path / "hub")
-    assert "without ONNX files: its encoder is a conformer that is not causal" in capsys.readouterr().out
+    assert (
+        "without ONNX files: its encoder is a conformer that is not causal"
+        in capsys.readouterr().out
+    )
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert not (tmp_path / "hub" / "onnx").exists() and "No ONNX files: its encoder is" in card and "- onnx" not in card
+    assert (
+        not (tmp_path / "hub" / "onnx").exists()
+        and "No ONNX files: its encoder is" in card
+        and "- onnx" not in card
+    )
     assert load_checkpoint(str(tmp_path / "hub"))[0].options.causal is False

@@ -8,8 +8,6 @@ are looked for in EXP_DIR first, whatever folder train.yaml puts them in. What w
 refused by name. Dropouts that are apart in WeNet (positions, the decoders') are the encoder's two here.
 """
 
-import cli  # first: from here on Ctrl-C is one line, also within the imports
-
 import base64
 import dataclasses
 import glob
@@ -18,38 +16,99 @@ import json
 import os
 import re
 
+from cli import UserError, make_parser, run, shown
+
 import torch
 import yaml
 
-import hub
-from cli import UserError, make_parser, run, shown
-from files import identity, parse_yaml, published, read_small, read_text, why, write_whole
+from checkpoint import not_finite, read_weights_only
 from conformer import ModelOptions, U2Conformer, sinusoids
+from files import identity, parse_yaml, published, read_small, read_text, why, write_whole
 from model import U2, OptimOptions, load_checkpoint, skeleton
 from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
 from transforms import Frontend, read_cmvn
 
 # WeNet's options and defaults, section by section. First those that are options of ours:
-ENCODER = dict(output_size=256, attention_heads=4, linear_units=2048, num_blocks=6, input_layer="conv2d", dropout_rate=0.1,
-               attention_dropout_rate=0.0, use_dynamic_chunk=False, use_dynamic_left_chunk=False)
+ENCODER = dict(
+    output_size=256,
+    attention_heads=4,
+    linear_units=2048,
+    num_blocks=6,
+    input_layer="conv2d",
+    dropout_rate=0.1,
+    attention_dropout_rate=0.0,
+    use_dynamic_chunk=False,
+    use_dynamic_left_chunk=False,
+)
 ENCODERS = {
-    "conformer": dict(ENCODER, pos_enc_layer_type="rel_pos", selfattention_layer_type="rel_selfattn",
-                      activation_type="swish", cnn_module_kernel=15, causal=False, cnn_module_norm="batch_norm"),
-    "transformer": dict(ENCODER, pos_enc_layer_type="abs_pos", selfattention_layer_type="selfattn", activation_type="relu")}
-DECODER = dict(attention_heads=4, linear_units=2048, num_blocks=6)  # here decoder_attention_heads and so on
+    "conformer": dict(
+        ENCODER,
+        pos_enc_layer_type="rel_pos",
+        selfattention_layer_type="rel_selfattn",
+        activation_type="swish",
+        cnn_module_kernel=15,
+        causal=False,
+        cnn_module_norm="batch_norm",
+    ),
+    "transformer": dict(
+        ENCODER,
+        pos_enc_layer_type="abs_pos",
+        selfattention_layer_type="selfattn",
+        activation_type="relu",
+    ),
+}
+DECODER = dict(
+    attention_heads=4, linear_units=2048, num_blocks=6
+)  # here decoder_attention_heads and so on
 DECODERS = {"bitransformer": dict(DECODER, r_num_blocks=0), "transformer": DECODER}
 MODEL = dict(ctc_weight=0.5, reverse_weight=0.0, lsm_weight=0.0, length_normalized_loss=False)
 # Those that have but one value here:
-LAYERS = dict(normalize_before=True, concat_after=False, query_bias=True, key_bias=True, value_bias=True, n_kv_head=None,
-              head_dim=None, layer_norm_type="layer_norm", norm_eps=1e-5, mlp_type="position_wise_feed_forward",
-              mlp_bias=True)
-ENCODER_FIXED = dict(LAYERS, static_chunk_size=0, positionwise_conv_kernel_size=1, macaron_style=True, use_cnn_module=True,
-                     conv_bias=True, conv_norm_eps=1e-5, conv_inner_factor=2, final_norm=True)
-DECODER_FIXED = dict(LAYERS, input_layer="embed", use_output_layer=True, src_attention=True, activation_type="relu",
-                     tie_word_embedding=False, src_query_bias=True, src_key_bias=True, src_value_bias=True)
+LAYERS = dict(
+    normalize_before=True,
+    concat_after=False,
+    query_bias=True,
+    key_bias=True,
+    value_bias=True,
+    n_kv_head=None,
+    head_dim=None,
+    layer_norm_type="layer_norm",
+    norm_eps=1e-5,
+    mlp_type="position_wise_feed_forward",
+    mlp_bias=True,
+)
+ENCODER_FIXED = dict(
+    LAYERS,
+    static_chunk_size=0,
+    positionwise_conv_kernel_size=1,
+    macaron_style=True,
+    use_cnn_module=True,
+    conv_bias=True,
+    conv_norm_eps=1e-5,
+    conv_inner_factor=2,
+    final_norm=True,
+)
+DECODER_FIXED = dict(
+    LAYERS,
+    input_layer="embed",
+    use_output_layer=True,
+    src_attention=True,
+    activation_type="relu",
+    tie_word_embedding=False,
+    src_query_bias=True,
+    src_key_bias=True,
+    src_value_bias=True,
+)
 # And those that do not change what a trained model computes:
-FREE = {"dropout_rate", "positional_dropout_rate", "self_attention_dropout_rate", "src_attention_dropout_rate",
-        "gradient_checkpointing", "use_sdpa", "n_expert", "n_expert_activated"}
+FREE = {
+    "dropout_rate",
+    "positional_dropout_rate",
+    "self_attention_dropout_rate",
+    "src_attention_dropout_rate",
+    "gradient_checkpointing",
+    "use_sdpa",
+    "n_expert",
+    "n_expert_activated",
+}
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(ModelOptions)}
 CMVN = ("encoder.global_cmvn.mean", "encoder.global_cmvn.istd")
 UNITS = ("units.txt", "words.txt", "lang_char.txt")  # what WeNet's recipes and releases call it
@@ -63,13 +122,25 @@ def wenet_names(name: str, net: U2Conformer) -> list[str]:
     """What WeNet calls our weight `name`; keys and values, one product here, are two weights there."""
     left = "decoder." if net.right_decoder is None else "decoder.left_decoder."
     out = "embed.out.0." if net.options.input_layer == "conv2d" else "embed.linear."
-    name = re.sub(r"embed\.convs\.(\d)", lambda match: f"embed.conv.{2 * int(match[1])}", name)  # activations count there
-    for ours, theirs in ((r"embed\.out\.", out), (r"encoder\.cmvn_", "encoder.global_cmvn."), (r"^ctc\.", "ctc.ctc_lo."),
-                         (r"encoder\.blocks\.", "encoder.encoders."), (r"decoder\.blocks\.", "decoder.decoders."),
-                         (r"decoder\.embed\.", "decoder.embed.0."), (r"^decoder\.", left),
-                         (r"^right_decoder\.", "decoder.right_decoder.")):
+    name = re.sub(
+        r"embed\.convs\.(\d)", lambda match: f"embed.conv.{2 * int(match[1])}", name
+    )  # activations count there
+    for ours, theirs in (
+        (r"embed\.out\.", out),
+        (r"encoder\.cmvn_", "encoder.global_cmvn."),
+        (r"^ctc\.", "ctc.ctc_lo."),
+        (r"encoder\.blocks\.", "encoder.encoders."),
+        (r"decoder\.blocks\.", "decoder.decoders."),
+        (r"decoder\.embed\.", "decoder.embed.0."),
+        (r"^decoder\.", left),
+        (r"^right_decoder\.", "decoder.right_decoder."),
+    ):
         name = re.sub(ours, theirs, name)
-    return [name.replace("linear_kv", part) for part in ("linear_k", "linear_v")] if "linear_kv" in name else [name]
+    return (
+        [name.replace("linear_kv", part) for part in ("linear_k", "linear_v")]
+        if "linear_kv" in name
+        else [name]
+    )
 
 
 def to_wenet(net: U2Conformer) -> dict[str, torch.Tensor]:
@@ -85,7 +156,11 @@ def to_wenet(net: U2Conformer) -> dict[str, torch.Tensor]:
 
 def position_tables(net: U2Conformer) -> list[str]:
     """The sinusoids that WeNet keeps beside the weights since 2023."""
-    decoders = ("decoder",) if net.right_decoder is None else ("decoder.left_decoder", "decoder.right_decoder")
+    decoders = (
+        ("decoder",)
+        if net.right_decoder is None
+        else ("decoder.left_decoder", "decoder.right_decoder")
+    )
     return ["encoder.embed.pos_enc.pe", *(f"{decoder}.embed.1.pe" for decoder in decoders)]
 
 
@@ -99,13 +174,20 @@ def from_wenet(weights: dict, net: U2Conformer) -> dict[str, torch.Tensor]:
     check_positions(weights, net)
     if not any(name in given for name in CMVN):
         given.update((name, expected[name]) for name in CMVN)
-    for names, verdict in ((expected.keys() - given.keys(), "is missing"),
-                           (given.keys() - expected.keys(), "belongs to nothing that train.yaml describes")):
+    for names, verdict in (
+        (expected.keys() - given.keys(), "is missing"),
+        (given.keys() - expected.keys(), "belongs to nothing that train.yaml describes"),
+    ):
         if names:
-            raise UserError(f"final.pt: {shown(min(names), 100)} {verdict}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
+            raise UserError(
+                f"final.pt: {shown(min(names), 100)} {verdict}"
+                + f" (and {len(names) - 1} more)" * (len(names) > 1)
+            )
     for name, value in expected.items():
         if given[name].shape != value.shape:
-            raise UserError(f"final.pt: {name} has shape {tuple(given[name].shape)}, not train.yaml's {tuple(value.shape)}")
+            raise UserError(
+                f"final.pt: {name} has shape {tuple(given[name].shape)}, not train.yaml's {tuple(value.shape)}"
+            )
         if given[name].is_floating_point() != value.is_floating_point():
             raise UserError(f"final.pt: {name} is of {given[name].dtype}, not {value.dtype}")
     ours = {}
@@ -119,16 +201,23 @@ def check_positions(weights: dict, net: U2Conformer) -> None:
     for name in position_tables(net):
         if name in weights:
             table, width = weights[name], net.options.output_size
-            if table.dim() != 3 or table.size(2) != width or not torch.allclose(
-                    table.float(), sinusoids(table.size(1), width)[None], atol=1e-2):  # positions up to 5000, in float32
-                raise UserError(f"final.pt: {name} does not hold the sines and cosines of positions")
+            if (
+                table.dim() != 3
+                or table.size(2) != width
+                or not torch.allclose(
+                    table.float(), sinusoids(table.size(1), width)[None], atol=1e-2
+                )
+            ):  # positions up to 5000, in float32
+                raise UserError(
+                    f"final.pt: {name} does not hold the sines and cosines of positions"
+                )
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise UserError("no final.pt in it")
     try:
-        weights = hub.read_weights_only(path)
+        weights = read_weights_only(path)
     except UserError as error:
         raise UserError(f"final.pt: {error}") from error
     for wrapper in ("model", "state_dict"):
@@ -139,7 +228,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"final.pt: {shown(name, 100)} is no tensor")
-    if name := hub.not_finite({"state_dict": weights}):
+    if name := not_finite({"state_dict": weights}):
         raise UserError(f"final.pt: {name} is not finite; use a model from before")
     return weights
 
@@ -150,10 +239,14 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 
 def read_config(path: str) -> dict:
     try:
-        config = parse_yaml(read_text(path, 2**18))  # a second's work for YAML's parser; WeNet's have 2 kB
+        config = parse_yaml(
+            read_text(path, 2**18)
+        )  # a second's work for YAML's parser; WeNet's have 2 kB
     except OSError as error:
-        raise UserError(f"train.yaml: {error.strerror}; name an experiment directory of WeNet, "
-                        "with train.yaml, final.pt and units.txt") from None
+        raise UserError(
+            f"train.yaml: {error.strerror}; name an experiment directory of WeNet, "
+            "with train.yaml, final.pt and units.txt"
+        ) from None
     except ValueError as error:
         raise UserError(f"train.yaml: no YAML, or damaged ({error})") from None
     if not isinstance(config, dict):
@@ -171,7 +264,9 @@ def section(config: dict, name: str) -> dict:
 def choose(config: dict, name: str, default: str, choices) -> str:
     value = config.get(name, default)
     if value not in tuple(choices):
-        raise UserError(f"train.yaml: {name} {brief(value)} is not supported, only {' and '.join(choices)}")
+        raise UserError(
+            f"train.yaml: {name} {brief(value)} is not supported, only {' and '.join(choices)}"
+        )
     return value
 
 
@@ -183,8 +278,12 @@ def take(config: dict, name: str, defaults: dict, fixed: dict, free=()) -> dict:
             check_value(f"train.yaml: {name}: {key}", value, defaults[key], CHOICES.get(key))
         elif key in free:
             continue
-        elif key in fixed and (value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool)):
-            raise UserError(f"train.yaml: {name}: {key} {brief(value)} is not supported, only {fixed[key]!r}")
+        elif key in fixed and (
+            value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool)
+        ):
+            raise UserError(
+                f"train.yaml: {name}: {key} {brief(value)} is not supported, only {fixed[key]!r}"
+            )
         elif key not in fixed:
             raise UserError(f"train.yaml: {name}: {shown(key, 100)} is not supported")
     return {key: given.get(key, default) for key, default in defaults.items()}
@@ -192,7 +291,9 @@ def take(config: dict, name: str, defaults: dict, fixed: dict, free=()) -> dict:
 
 def check_value(where: str, value, default, choices) -> None:
     kind = type(default)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(
+        value, (int, float) if kind is float else kind
+    ):
         raise UserError(f"{where} is {brief(value)}; it must be {kind.__name__}")
     if choices and value not in choices:
         raise UserError(f"{where} {brief(value)} is not supported, only {' and '.join(choices)}")
@@ -208,33 +309,61 @@ def read_options(config: dict, weights: dict) -> ModelOptions:
     dynamic = section(config, "encoder_conf").get("use_dynamic_chunk") is True
     unread = {"static_chunk_size"} if dynamic else set()  # by WeNet
     encoder = take(config, "encoder_conf", ENCODERS[kind], ENCODER_FIXED, FREE | unread)
-    decoder = take(config, "decoder_conf", DECODERS[config.get("decoder", "bitransformer")], DECODER_FIXED, FREE)
+    decoder = take(
+        config,
+        "decoder_conf",
+        DECODERS[config.get("decoder", "bitransformer")],
+        DECODER_FIXED,
+        FREE,
+    )
     model = take(config, "model_conf", MODEL, {"apply_non_blank_embedding": False}, {"ignore_id"})
     if model["reverse_weight"] and not two_way:
-        raise UserError(f"train.yaml: reverse_weight {model['reverse_weight']} needs decoder bitransformer")
+        raise UserError(
+            f"train.yaml: reverse_weight {model['reverse_weight']} needs decoder bitransformer"
+        )
     width, heads = encoder["output_size"], decoder["attention_heads"]
     if width % encoder["attention_heads"] or width % heads or width % 2:
-        raise UserError(f"train.yaml: output_size {width} must be even and divisible by attention_heads")
-    if encoder["pos_enc_layer_type"] == "abs_pos" and not any(".linear_pos." in name for name in weights):
-        encoder["selfattention_layer_type"] = "selfattn"  # WeNet before 2023 looked at the kind of positions alone
+        raise UserError(
+            f"train.yaml: output_size {width} must be even and divisible by attention_heads"
+        )
+    if encoder["pos_enc_layer_type"] == "abs_pos" and not any(
+        ".linear_pos." in name for name in weights
+    ):
+        encoder["selfattention_layer_type"] = (
+            "selfattn"  # WeNet before 2023 looked at the kind of positions alone
+        )
     return ModelOptions(
-        encoder=kind, **encoder, **model, keep_right_decoder=two_way and not model["reverse_weight"],
-        decoder_num_blocks=decoder["num_blocks"], r_num_blocks=decoder.get("r_num_blocks", 0),
+        encoder=kind,
+        **encoder,
+        **model,
+        keep_right_decoder=two_way and not model["reverse_weight"],
+        decoder_num_blocks=decoder["num_blocks"],
+        r_num_blocks=decoder.get("r_num_blocks", 0),
         decoder_linear_units=decoder["linear_units"],
-        decoder_attention_heads=0 if heads == encoder["attention_heads"] else heads)
+        decoder_attention_heads=0 if heads == encoder["attention_heads"] else heads,
+    )
 
 
 def read_frontend(config: dict) -> Frontend:
     data = section(config, "dataset_conf")
     if not data and "collate_conf" in config:
-        raise UserError("train.yaml: collate_conf is of a WeNet before dataset_conf; write its features as fbank_conf there")
+        raise UserError(
+            "train.yaml: collate_conf is of a WeNet before dataset_conf; write its features as fbank_conf there"
+        )
     choose(data, "feats_type", "fbank", ["fbank"])
     bins = config.get("input_dim", 80)
     check_value("train.yaml: input_dim", bins, 80, None)
-    fbank = take(data, "fbank_conf", dict(num_mel_bins=bins, frame_length=25, frame_shift=10), dict(window_type="povey"),
-                 {"dither"})
+    fbank = take(
+        data,
+        "fbank_conf",
+        dict(num_mel_bins=bins, frame_length=25, frame_shift=10),
+        dict(window_type="povey"),
+        {"dither"},
+    )
     if fbank["num_mel_bins"] != bins:
-        raise UserError(f"train.yaml: input_dim {bins} is not the {fbank['num_mel_bins']} num_mel_bins of fbank_conf")
+        raise UserError(
+            f"train.yaml: input_dim {bins} is not the {fbank['num_mel_bins']} num_mel_bins of fbank_conf"
+        )
     rate = take(data, "resample_conf", dict(resample_rate=16000), {})["resample_rate"]
     return Frontend(frontend="fbank", sample_rate=rate, **fbank)
 
@@ -249,7 +378,10 @@ def find(folder: str, named, *usual: str) -> str:
     for name in names:
         if os.path.isfile(path := os.path.join(folder, name)):
             return path
-    raise UserError(f"no {shown(names[0], 100)} in it" + (f", which train.yaml names as {shown(str(named), 100)}" if named else ""))
+    raise UserError(
+        f"no {shown(names[0], 100)} in it"
+        + (f", which train.yaml names as {shown(str(named), 100)}" if named else "")
+    )
 
 
 def read_units(path: str) -> list[str]:
@@ -258,22 +390,38 @@ def read_units(path: str) -> list[str]:
         pairs = [line.split() for line in read_text(path).split("\n") if line.strip()]
         ids = {token: int(i) for token, i in pairs}
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "each line must hold a token and its id"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError)
+            else "each line must hold a token and its id"
+        )
         raise UserError(f"{os.path.basename(path)}: {reason}") from None
     if sorted(ids.values()) != list(range(len(pairs))) or not ids:
-        raise UserError(f"{os.path.basename(path)}: the tokens must be distinct and their ids 0, 1, 2, ... without gaps")
+        raise UserError(
+            f"{os.path.basename(path)}: the tokens must be distinct and their ids 0, 1, 2, ... without gaps"
+        )
     return sorted(ids, key=ids.get)
 
 
 def read_sentencepiece(config: dict, folder: str, tokens: list[str] | None) -> dict | None:
     """Tokenizer's `sentencepiece`, where train.yaml names a model or, from before WeNet named it, the tokens are pieces."""
     kind = config.get("tokenizer")
-    if kind == "char" or kind is None and not any(BPE_SPACE in token and len(token) > 1 for token in tokens):
+    if (
+        kind == "char"
+        or kind is None
+        and not any(BPE_SPACE in token and len(token) > 1 for token in tokens)
+    ):
         return None
-    named = section(config, "tokenizer_conf").get("model_path" if kind == "sentencepiece" else "bpe_path")
-    usual = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.model"))]
+    named = section(config, "tokenizer_conf").get(
+        "model_path" if kind == "sentencepiece" else "bpe_path"
+    )
+    usual = [
+        os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.model"))
+    ]
     if not named and len(usual) != 1:
-        raise UserError("its tokens are pieces of a sentencepiece model; put that one model into it, as NAME.model")
+        raise UserError(
+            "its tokens are pieces of a sentencepiece model; put that one model into it, as NAME.model"
+        )
     try:
         model = read_small(path := find(folder, named, *usual))
     except (OSError, ValueError) as error:
@@ -287,23 +435,37 @@ def check_tokenizer_conf(config: dict) -> None:
     conf, kind = section(config, "tokenizer_conf"), config.get("tokenizer")
     if kind is not None:
         choose(config, "tokenizer", "char", ["char", "bpe", "sentencepiece"])
-    for name in ("non_lang_syms_path", "connect_symbol", *(["split_with_space"] if kind != "bpe" else [])):
+    for name in (
+        "non_lang_syms_path",
+        "connect_symbol",
+        *(["split_with_space"] if kind != "bpe" else []),
+    ):
         if conf.get(name):
-            raise UserError(f"train.yaml: tokenizer_conf: {name} {brief(conf[name])} is not supported; where no transcript needs "
-                            "it, remove it")
+            raise UserError(
+                f"train.yaml: tokenizer_conf: {name} {brief(conf[name])} is not supported; where no transcript needs "
+                "it, remove it"
+            )
 
 
 def read_tokenizer(config: dict, folder: str) -> Tokenizer:
     check_tokenizer_conf(config)
     named = section(config, "tokenizer_conf").get("symbol_table_path")
-    tokens = None if config.get("tokenizer") == "sentencepiece" else read_units(find(folder, named, *UNITS))
+    tokens = (
+        None
+        if config.get("tokenizer") == "sentencepiece"
+        else read_units(find(folder, named, *UNITS))
+    )
     model = read_sentencepiece(config, folder, tokens)
     try:
         tokens = tokens or pieces_of(model)
         if config.get("output_dim", len(tokens)) != len(tokens):
-            raise UserError(f"train.yaml: output_dim is {brief(config['output_dim'])}, but there are {len(tokens)} tokens")
+            raise UserError(
+                f"train.yaml: output_dim is {brief(config['output_dim'])}, but there are {len(tokens)} tokens"
+            )
         space = "<space>" if "<space>" in tokens else BPE_SPACE
-        return Tokenizer(tokens=tokens, space=space, sentencepiece=model, **special_ids(config, tokens))
+        return Tokenizer(
+            tokens=tokens, space=space, sentencepiece=model, **special_ids(config, tokens)
+        )
     except (RuntimeError, OSError, ImportError) as error:
         raise UserError(f"the sentencepiece model cannot be read ({error})"[:200]) from error
 
@@ -319,14 +481,24 @@ def special_ids(config: dict, tokens: list[str]) -> dict[str, int]:
     """blank_id, unk_id, sos_id and eos_id: train.yaml's, else those of tokens so called, else WeNet's defaults."""
     named = section(section(config, "tokenizer_conf"), "special_tokens")
     known = {token: i for i, token in enumerate(tokens)}
-    blank = section(config, "ctc_conf").get("ctc_blank_id", known.get("<blank>", named.get("<blank>", 0)))
+    blank = section(config, "ctc_conf").get(
+        "ctc_blank_id", known.get("<blank>", named.get("<blank>", 0))
+    )
     if blank != known.get("<blank>", blank):
-        raise UserError(f"train.yaml: ctc_blank_id is {brief(blank)}, but <blank> is token {known['<blank>']}")
-    ids = {"blank_id": blank, "unk_id": known.get("<unk>", named.get("<unk>", blank)),
-           "sos_id": named.get("<sos>", len(tokens) - 1), "eos_id": named.get("<eos>", len(tokens) - 1)}
+        raise UserError(
+            f"train.yaml: ctc_blank_id is {brief(blank)}, but <blank> is token {known['<blank>']}"
+        )
+    ids = {
+        "blank_id": blank,
+        "unk_id": known.get("<unk>", named.get("<unk>", blank)),
+        "sos_id": named.get("<sos>", len(tokens) - 1),
+        "eos_id": named.get("<eos>", len(tokens) - 1),
+    }
     for name, value in ids.items():
         if type(value) is not int or not 0 <= value < len(tokens):
-            raise UserError(f"train.yaml: {name} {brief(value)} is none of the {len(tokens)} tokens")
+            raise UserError(
+                f"train.yaml: {name} {brief(value)} is none of the {len(tokens)} tokens"
+            )
     return ids
 
 
@@ -345,7 +517,9 @@ def load_cmvn(model: U2, config: dict, folder: str, weights: dict) -> None:
     name, held = cmvn_file(config), any(name in weights for name in CMVN)
     if name is None:
         if held:
-            raise UserError(f"final.pt: {CMVN[0]} belongs to nothing that train.yaml describes: it names no cmvn")
+            raise UserError(
+                f"final.pt: {CMVN[0]} belongs to nothing that train.yaml describes: it names no cmvn"
+            )
         return
     try:
         path = find(folder, name)
@@ -355,7 +529,9 @@ def load_cmvn(model: U2, config: dict, folder: str, weights: dict) -> None:
         raise
     mean, istd = read_cmvn(path)
     if len(mean) != model.frontend.num_mel_bins:
-        raise UserError(f"{path}: it is for {len(mean)} mel bins, not {model.frontend.num_mel_bins}")
+        raise UserError(
+            f"{path}: it is for {len(mean)} mel bins, not {model.frontend.num_mel_bins}"
+        )
     model.set_cmvn(mean, istd)
 
 
@@ -367,8 +543,14 @@ def load_wenet(exp_dir: str) -> tuple[U2, Tokenizer, Frontend]:
     try:
         config = read_config(os.path.join(exp_dir, "train.yaml"))
         weights = read_weights(os.path.join(exp_dir, "final.pt"))
-        options, frontend, tokenizer = read_options(config, weights), read_frontend(config), read_tokenizer(config, exp_dir)
-        from_wenet(weights, skeleton(options, frontend, tokenizer, len(weights)))  # before memory is taken for the model
+        options, frontend, tokenizer = (
+            read_options(config, weights),
+            read_frontend(config),
+            read_tokenizer(config, exp_dir),
+        )
+        from_wenet(
+            weights, skeleton(options, frontend, tokenizer, len(weights))
+        )  # before memory is taken for the model
         model = U2(options=options, optim=OptimOptions(), frontend=frontend, tokenizer=tokenizer)
         load_cmvn(model, config, exp_dir, weights)
         model.net.load_state_dict(from_wenet(weights, model.net))
@@ -386,23 +568,42 @@ def wenet_config(model: U2, has_cmvn: bool) -> dict:
     o, tokenizer, frontend = model.options, model.tokenizer, model.frontend
     decoder = "transformer" if model.net.right_decoder is None else "bitransformer"
     dropouts = dict(dropout_rate=o.dropout_rate, positional_dropout_rate=o.dropout_rate)
-    special = {f"<{role}>": getattr(tokenizer, f"{role}_id") for role in ("blank", "unk", "sos", "eos")}
+    special = {
+        f"<{role}>": getattr(tokenizer, f"{role}_id") for role in ("blank", "unk", "sos", "eos")
+    }
     pieces = tokenizer.sentencepiece
     config = dict(
-        input_dim=frontend.num_mel_bins, output_dim=tokenizer.vocab_size,
-        cmvn="global_cmvn" if has_cmvn else None, cmvn_conf=dict(cmvn_file="global_cmvn", is_json_cmvn=True),
-        encoder=o.encoder, encoder_conf={name: getattr(o, name) for name in ENCODERS[o.encoder]} | dropouts | dict(
-            normalize_before=True),
-        decoder=decoder, decoder_conf=dict(
-            attention_heads=o.decoder_attention_heads or o.attention_heads, linear_units=o.decoder_linear_units,
-            num_blocks=o.decoder_num_blocks, **dict(r_num_blocks=o.r_num_blocks) if decoder == "bitransformer" else {},
-            **dropouts, self_attention_dropout_rate=o.attention_dropout_rate,
-            src_attention_dropout_rate=o.attention_dropout_rate),
+        input_dim=frontend.num_mel_bins,
+        output_dim=tokenizer.vocab_size,
+        cmvn="global_cmvn" if has_cmvn else None,
+        cmvn_conf=dict(cmvn_file="global_cmvn", is_json_cmvn=True),
+        encoder=o.encoder,
+        encoder_conf={name: getattr(o, name) for name in ENCODERS[o.encoder]}
+        | dropouts
+        | dict(normalize_before=True),
+        decoder=decoder,
+        decoder_conf=dict(
+            attention_heads=o.decoder_attention_heads or o.attention_heads,
+            linear_units=o.decoder_linear_units,
+            num_blocks=o.decoder_num_blocks,
+            **dict(r_num_blocks=o.r_num_blocks) if decoder == "bitransformer" else {},
+            **dropouts,
+            self_attention_dropout_rate=o.attention_dropout_rate,
+            src_attention_dropout_rate=o.attention_dropout_rate,
+        ),
         tokenizer="char" if pieces is None else "bpe" if pieces["han"] else "sentencepiece",
-        tokenizer_conf=dict(symbol_table_path="units.txt", non_lang_syms_path=None, split_with_space=False,
-                            special_tokens=special),
-        ctc="ctc", ctc_conf=dict(ctc_blank_id=tokenizer.blank_id),
-        model="asr_model", model_conf={name: getattr(o, name) for name in MODEL}, dataset_conf=dataset_conf(frontend))
+        tokenizer_conf=dict(
+            symbol_table_path="units.txt",
+            non_lang_syms_path=None,
+            split_with_space=False,
+            special_tokens=special,
+        ),
+        ctc="ctc",
+        ctc_conf=dict(ctc_blank_id=tokenizer.blank_id),
+        model="asr_model",
+        model_conf={name: getattr(o, name) for name in MODEL},
+        dataset_conf=dataset_conf(frontend),
+    )
     if pieces:
         config["tokenizer_conf"]["bpe_path" if pieces["han"] else "model_path"] = "bpe.model"
     return config
@@ -411,42 +612,70 @@ def wenet_config(model: U2, has_cmvn: bool) -> dict:
 def dataset_conf(frontend: Frontend) -> dict:
     """The frontend, and the rest that WeNet's recognize.py asks for."""
     return dict(
-        filter_conf={}, resample_conf=dict(resample_rate=frontend.sample_rate), speed_perturb=False, spec_aug=False,
-        fbank_conf=dict(num_mel_bins=frontend.num_mel_bins, frame_length=frontend.frame_length,
-                        frame_shift=frontend.frame_shift, dither=0.0),
-        shuffle=False, sort=False, batch_conf=dict(batch_type="static", batch_size=16))
+        filter_conf={},
+        resample_conf=dict(resample_rate=frontend.sample_rate),
+        speed_perturb=False,
+        spec_aug=False,
+        fbank_conf=dict(
+            num_mel_bins=frontend.num_mel_bins,
+            frame_length=frontend.frame_length,
+            frame_shift=frontend.frame_shift,
+            dither=0.0,
+        ),
+        shuffle=False,
+        sort=False,
+        batch_conf=dict(batch_type="static", batch_size=16),
+    )
 
 
 def check_exportable(model: U2) -> None:
     if not model.frontend.is_wenets:
         kind = model.frontend.frontend
-        raise UserError(f"its features are {kind}{' with a high_freq' * (kind == 'fbank')}, which WeNet does not have; train with "
-                        "--frontend fbank to export")
+        raise UserError(
+            f"its features are {kind}{' with a high_freq' * (kind == 'fbank')}, which WeNet does not have; train with "
+            "--frontend fbank to export"
+        )
     if model.tokenizer.merges is not None:
-        raise UserError("its tokenizer is of byte pairs, which WeNet does not have; train with one of characters to export")
-    if model.options.encoder == "transformer" and model.options.selfattention_layer_type != "selfattn":
+        raise UserError(
+            "its tokenizer is of byte pairs, which WeNet does not have; train with one of characters to export"
+        )
+    if (
+        model.options.encoder == "transformer"
+        and model.options.selfattention_layer_type != "selfattn"
+    ):
         raise UserError("WeNet's transformer encoder has no selfattention_layer_type rel_selfattn")
 
 
 def cmvn_json(mean, istd) -> str:
     """Sums over one frame that give `mean` and `istd` (F,) back."""
     mean, istd = mean.double(), istd.double()
-    return json.dumps({"mean_stat": mean.tolist(), "var_stat": (istd**-2 + mean**2).tolist(), "frame_num": 1})
+    return json.dumps(
+        {"mean_stat": mean.tolist(), "var_stat": (istd**-2 + mean**2).tolist(), "frame_num": 1}
+    )
 
 
 def exported_files(model: U2) -> dict[str, bytes]:
     """The files of an experiment directory. CMVN that changes nothing is no CMVN."""
     mean, istd = model.net.encoder.cmvn_mean, model.net.encoder.cmvn_istd
     has_cmvn = bool((mean != 0).any() or (istd != 1).any())
-    weights = {name: value for name, value in to_wenet(model.net).items() if has_cmvn or name not in CMVN}
-    weights.update((name, sinusoids(5000, model.options.output_size)[None]) for name in position_tables(model.net))
+    weights = {
+        name: value for name, value in to_wenet(model.net).items() if has_cmvn or name not in CMVN
+    }
+    weights.update(
+        (name, sinusoids(5000, model.options.output_size)[None])
+        for name in position_tables(model.net)
+    )
     buffer = io.BytesIO()
     torch.save({name: value.contiguous().clone() for name, value in weights.items()}, buffer)
     tokens = model.tokenizer.tokens
     if model.tokenizer.sentencepiece is None:
         tokens = [BPE_SPACE if token == model.tokenizer.space else token for token in tokens]
-    files = {"train.yaml": yaml.safe_dump(wenet_config(model, has_cmvn), sort_keys=False, allow_unicode=True).encode(),
-             "units.txt": unit_lines(tokens, "units.txt").encode()}
+    files = {
+        "train.yaml": yaml.safe_dump(
+            wenet_config(model, has_cmvn), sort_keys=False, allow_unicode=True
+        ).encode(),
+        "units.txt": unit_lines(tokens, "units.txt").encode(),
+    }
     if has_cmvn:
         files["global_cmvn"] = cmvn_json(mean, istd).encode()
     if model.tokenizer.sentencepiece:
@@ -465,8 +694,10 @@ def import_model(exp_dir: str, out: str) -> str:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_whole(out, buffer.getvalue())
-    return (f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.options.encoder} encoder, "
-            f"vocabulary {tokenizer.vocab_size}; for score.py, transcribe.py and train.py --init_from")
+    return (
+        f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.options.encoder} encoder, "
+        f"vocabulary {tokenizer.vocab_size}; for score.py, transcribe.py and train.py --init_from"
+    )
 
 
 def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
@@ -485,11 +716,20 @@ def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
 
 def main(argv: list[str]) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("exp_dir", nargs="?", metavar="EXP_DIR", help="experiment directory of WeNet to import")
-    parser.add_argument("--export", metavar="MODEL.ckpt", help="checkpoint to make an experiment directory of")
-    parser.add_argument("--out", required=True, help="checkpoint to write; with --export the directory")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace the checkpoint, or the directory of an earlier --export")
+    parser.add_argument(
+        "exp_dir", nargs="?", metavar="EXP_DIR", help="experiment directory of WeNet to import"
+    )
+    parser.add_argument(
+        "--export", metavar="MODEL.ckpt", help="checkpoint to make an experiment directory of"
+    )
+    parser.add_argument(
+        "--out", required=True, help="checkpoint to write; with --export the directory"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the checkpoint, or the directory of an earlier --export",
+    )
     args = parser.parse_args(argv)
     if (args.exp_dir is None) == (args.export is None):
         raise UserError("give EXP_DIR to import, or --export MODEL.ckpt (--help lists the flags)")

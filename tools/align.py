@@ -8,22 +8,21 @@ to give transcribe.py --delay so that the true text is neither late nor early on
 synthetic speech only estimates it.
 """
 
-import cli  # first: from here on Ctrl-C is one line, also within the imports
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from difflib import SequenceMatcher
+
+from cli import UserError, build, make_parser, option, options_class, run
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import demo
 from audio import resample
-from cli import UserError, build, make_parser, option, options_class, run
 from decode import MODES, SearchOptions
 from files import json_text
 from model import load_checkpoint
+from tools import demo
 from transforms import extract
 from words import Word, align_words, frame_times
 
@@ -34,12 +33,15 @@ class AlignOptions:
     split: str = option("eval_clean", "whose sentences and voices", choices=("dev", "eval_clean"))
     sentences: int = option(100, "how many", at_least=1, at_most=max(demo.UTTERANCES.values()))
     mode: str = option("attention_rescoring", "search", choices=MODES)
-    delay: float = option(0.0, "seconds to take off all times, as in transcribe.py",
-                          at_least=-60.0, at_most=60.0)
+    delay: float = option(
+        0.0, "seconds to take off all times, as in transcribe.py", at_least=-60.0, at_most=60.0
+    )
 
     def __post_init__(self):
         if self.sentences > demo.UTTERANCES[self.split]:
-            raise UserError(f"--sentences {self.sentences}: {self.split} has 1 to {demo.UTTERANCES[self.split]}")
+            raise UserError(
+                f"--sentences {self.sentences}: {self.split} has 1 to {demo.UTTERANCES[self.split]}"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +49,9 @@ def main(argv: list[str]) -> None:
     options, search = build(AlignOptions, given), build(SearchOptions, given)
     model, *_ = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     errors = {"true_text": [], "heard": []}  # (start, end) in seconds, found minus true
-    for utterance in tqdm(demo.plan(options.split, options.sentences), unit=" sentences", disable=None):
+    for utterance in tqdm(
+        demo.plan(options.split, options.sentences), unit=" sentences", disable=None
+    ):
         waveform, spoken = demo.speak_with_words(utterance)
         samples = torch.from_numpy(resample(waveform, demo.RATE, model.frontend.sample_rate))
         text = spelled_as(model.tokenizer, utterance.text)
@@ -56,8 +60,10 @@ def main(argv: list[str]) -> None:
     result = {name: summary(of_name) for name, of_name in errors.items()}
     print(f"{'':10} {'words':>6} {'start off':>10} {'late':>7} {'end off':>10} {'late':>7}")
     for name, numbers in result.items():
-        print(f"{name:10} {numbers['words']:6} {numbers['start_error_ms']:7.1f} ms {numbers['start_late_ms']:7.1f} "
-              f"{numbers['end_error_ms']:7.1f} ms {numbers['end_late_ms']:7.1f}")
+        print(
+            f"{name:10} {numbers['words']:6} {numbers['start_error_ms']:7.1f} ms {numbers['start_late_ms']:7.1f} "
+            f"{numbers['end_error_ms']:7.1f} ms {numbers['end_late_ms']:7.1f}"
+        )
     late = (result["true_text"]["start_late_ms"] + result["true_text"]["end_late_ms"]) / 2
     delay = round(options.delay + late / 1000, 3)
     print(json_text({**asdict(options), **asdict(search), **result, "delay": delay}))
@@ -68,35 +74,50 @@ def spelled_as(tokenizer, text: str) -> str:
     for spelling in (text, text.upper()):
         if tokenizer.unk_id not in tokenizer.encode(spelling):
             return spelling
-    raise UserError(f"the checkpoint's tokenizer cannot spell {text!r}; align.py measures models of English")
+    raise UserError(
+        f"the checkpoint's tokenizer cannot spell {text!r}; align.py measures models of English"
+    )
 
 
 @torch.no_grad()
-def find_words(model, samples: torch.Tensor, text: str, options: AlignOptions, search: SearchOptions) -> Iterator[list[Word]]:
+def find_words(
+    model, samples: torch.Tensor, text: str, options: AlignOptions, search: SearchOptions
+) -> Iterator[list[Word]]:
     """The words of the true text, then those of what is heard."""
     features = extract(model.frontend)(samples)[None].to(model.device)  # (1,T,F)
     lengths = torch.tensor([features.shape[1]], device=model.device)
     memory, lengths = model.encode(features, lengths, search.chunk_size, search.left_chunks)
-    hypothesis, = model.search(memory, lengths, options.mode, search.beam_size, search.ctc_weight, search.reverse_weight)
+    (hypothesis,) = model.search(
+        memory, lengths, options.mode, search.beam_size, search.ctc_weight, search.reverse_weight
+    )
     log_probs = model.ctc_log_probs(memory)[0].cpu()
     for tokens in (model.tokenizer.encode(text), hypothesis.tokens):
-        yield align_words(tokens, log_probs, model.tokenizer, frame_times(model.options.input_layer, model.frontend),
-                          delay=options.delay)
+        yield align_words(
+            tokens,
+            log_probs,
+            model.tokenizer,
+            frame_times(model.options.input_layer, model.frontend),
+            delay=options.delay,
+        )
 
 
 def match(said: list[str], found: list[Word]) -> list[Word | None]:
     """For each word that was said, what was found, where that is right."""
     matched = [None] * len(said)
-    for block in SequenceMatcher(None, said, [word.text for word in found], autojunk=False).get_matching_blocks():
-        matched[block.a:block.a + block.size] = found[block.b:block.b + block.size]
+    for block in SequenceMatcher(
+        None, said, [word.text for word in found], autojunk=False
+    ).get_matching_blocks():
+        matched[block.a : block.a + block.size] = found[block.b : block.b + block.size]
     return matched
 
 
-def differences(matched: list[Word | None], spoken: list[demo.SpokenWord]) -> list[tuple[float, float]]:
+def differences(
+    matched: list[Word | None], spoken: list[demo.SpokenWord]
+) -> list[tuple[float, float]]:
     """(start, end) of what was found minus those of what was spoken, where all its words were found."""
     result, place = [], 0
     for true in spoken:
-        words = matched[place:place + len(true.text.split())]
+        words = matched[place : place + len(true.text.split())]
         place += len(words)
         if all(words):
             result.append((words[0].start - true.start, words[-1].end - true.end))
@@ -107,9 +128,17 @@ def summary(errors: list[tuple[float, float]]) -> dict:
     if not errors:
         raise UserError("no word was heard right, so there is nothing to measure; train for longer")
     ms = 1000 * np.array(errors)
-    (start, end), (start_late, end_late) = np.abs(ms).mean(axis=0).round(1), ms.mean(axis=0).round(1)
-    return {"words": len(errors), "start_error_ms": start, "start_late_ms": start_late,
-            "end_error_ms": end, "end_late_ms": end_late}
+    (start, end), (start_late, end_late) = (
+        np.abs(ms).mean(axis=0).round(1),
+        ms.mean(axis=0).round(1),
+    )
+    return {
+        "words": len(errors),
+        "start_error_ms": start,
+        "start_late_ms": start_late,
+        "end_error_ms": end,
+        "end_late_ms": end_late,
+    }
 
 
 if __name__ == "__main__":

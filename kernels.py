@@ -1,0 +1,218 @@
+"""The same numbers as torch's own layers, sooner. To read the network, take them for torch's.
+
+Linear and Dropout stand for nn.Linear and nn.Dropout, attention for F.scaled_dot_product_attention, conv_relu for a
+convolution and a ReLU, depthwise for F.conv1d with a group for each channel. Axes: B batch, T frames, D width, H heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# On AMD's CPUs with AVX-512, MKL, by which torch multiplies float32, reaches less than half of oneDNN's rate (`bench.py train`
+# prints both). On those with AVX2 alone both are equally fast; Intel's were not measured.
+ONEDNN = (
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+
+
+def by_onednn(x, weight) -> bool:
+    """Whether it is oneDNN's to multiply them."""
+    return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
+
+
+def product(x, weight, bias=None):
+    """F.linear by oneDNN, without a gradient: x (...,M), weight (N,M), bias (N,) -> (...,N), all float32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def outer_product(a, b):
+    """a (R,N), b (R,M) -> a.T @ b (N,M), without a gradient."""
+    if not (by_onednn(a, b) and len(a)):
+        return a.T @ b
+    return (
+        product(a.T, b.T) if a.size(1) <= b.size(1) else product(b.T, a.T).T
+    )  # what comes first is copied, transposed
+
+
+class Product(torch.autograd.Function):
+    """F.linear by oneDNN, and so its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()  # oneDNN is slow where one number stands for many, as behind a sum
+        rows, of_x, of_weight, of_bias = (
+            grad.flatten(0, -2),
+            *ctx.needs_input_grad,
+        )  # (...,N) -> (R,N)
+        return (
+            product(grad, weight.T) if of_x else None,
+            outer_product(rows, x.flatten(0, -2)) if of_weight else None,  # (R,N), (R,M) -> (N,M)
+            rows.sum(0) if of_bias else None,
+        )
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the faster library."""
+
+    def forward(self, x):
+        if (
+            not by_onednn(x, self.weight)
+            or torch.is_autocast_enabled("cpu")
+            or torch.jit.is_tracing()
+            or torch.compiler.is_compiling()
+        ):
+            return F.linear(x, self.weight, self.bias)
+        return (Product.apply if torch.is_grad_enabled() else product)(x, self.weight, self.bias)
+
+
+def for_few_rows(module: nn.Module) -> nn.Module:
+    """`module` with the weights of its linear layers column by column in memory: so oneDNN multiplies the few rows of a stream
+    by them in half the time. Their shapes and numbers stay."""
+    if ONEDNN:
+        for layer in module.modules():
+            if isinstance(layer, Linear) and layer.weight.is_cpu:
+                layer.weight.data = layer.weight.data.T.contiguous().T
+    return module
+
+
+def random_numbers_are_cheap(x, p: float) -> bool:
+    """Whether torch's own dropout p of x costs little: none, a GPU's, or one that is compiled."""
+    return p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def dropout(x, p: float):
+    """F.dropout; on the CPU, where it would spend an eighth of a training step on drawing doubles, from 16-bit draws."""
+    if random_numbers_are_cheap(x, p):
+        return F.dropout(x, p)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(
+        -(2**63), None
+    )  # four draws in each
+    draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
+    keep = torch.ge(draws, round(p * 2**16) - 2**15, out=torch.empty(x.shape, dtype=torch.uint8))
+    return x.mul(keep).mul_(
+        1 / (1 - p)
+    )  # what waits for backward is bytes, not floats; with bools it takes twice as long
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout through `dropout`."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
+def attention(
+    q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None
+):
+    """scaled_dot_product_attention with dropout p; by hand where that has no fused kernel and dear random numbers."""
+    scale = scale or 1 / math.sqrt(q.size(-1))
+    if q.is_cuda and q.size(-1) % 8:
+        return attention(*map(in_eights, (q, k, v)), mask, p, is_causal, scale)[..., : v.size(-1)]
+    if random_numbers_are_cheap(q, p):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, scale=scale
+        )
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q * scale @ k.transpose(2, 3)  # (B,H,U,T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return dropout(scores.softmax(-1), p) @ v
+
+
+def in_eights(x):
+    """x (B,H,T,d), with zeros up to a d that CUDA's fused kernels take with a mask: whole eights. Attention stays as it is."""
+    return F.pad(x, (0, -x.size(-1) % 8))
+
+
+class ConvRelu(torch.autograd.Function):
+    """relu(conv2d(x, weight, bias, stride)) with a faster backward on the CPU: x (B,C,T,F) -> (B,D,T',F'), channels last.
+
+    oneDNN spends more than twice the time of a matrix product on the gradient of many channels' weights; here it is one, an
+    utterance at a time, of the output's gradient and the windows of the input.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride):
+        y = F.conv2d(x, weight, bias, stride).relu_()
+        ctx.save_for_backward(x, weight, y)
+        ctx.stride = stride
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, y = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(
+            grad.contiguous(memory_format=torch.channels_last), y, 0
+        )  # of the ReLU
+        by_product = x.size(1) > 1
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            [ctx.stride] * 2,
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [ctx.needs_input_grad[0], not by_product, False],
+        )
+        if by_product:
+            grad_weight = ConvRelu.grad_weight(x, grad, weight.size(2), ctx.stride)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)), None
+
+    @staticmethod
+    def grad_weight(x, grad, kernel, stride):
+        """x (B,C,T,F), gradient (B,D,T',F') of the convolution -> (D,C,k,k)."""
+        total = grad.new_zeros(grad.size(1), kernel * kernel * x.size(1))
+        for utterance, rows in zip(x, grad.permute(0, 2, 3, 1).flatten(1, 2)):  # (C,T,F), (T'*F',D)
+            windows = (
+                utterance.permute(1, 2, 0).unfold(0, kernel, stride).unfold(1, kernel, stride)
+            )  # (T',F',C,k,k)
+            windows = windows.permute(0, 1, 3, 4, 2).reshape(len(rows), -1)
+            total += outer_product(
+                rows, windows.contiguous()
+            )  # oneDNN takes no view whose rows overlap, as with F' = 1
+        return total.view(-1, kernel, kernel, x.size(1)).permute(
+            0, 3, 1, 2
+        )  # (D,k,k,C) -> (D,C,k,k)
+
+
+def conv_relu(x, conv: nn.Conv2d, training: bool):
+    """F.relu(conv(x)): x (B,C,T,F) -> (B,D,T',F'), channels last."""
+    if training and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return ConvRelu.apply(x, conv.weight, conv.bias, conv.stride[0])
+    return F.relu(conv(x))
+
+
+def depthwise(x, weight, bias, padding: int = 0, few: bool = False):
+    """F.conv1d over time with a group for each channel: x (B,T,D), weight (D,1,kernel), bias (D,) -> (B,T',D).
+
+    As one line of an image with channels last: on a CPU twice as fast as conv1d, and nothing moves in memory. There in float32
+    whatever the precision is: oneDNN, generating the code of a bfloat16 one, never ends on some CPUs for some widths and
+    lengths (144, the width of preset small, is one of them). For the `few` frames of a stream's chunk a convolution takes
+    longer to get ready than to run, so there it is a sum of products.
+    """
+    if few and not torch.jit.is_tracing():
+        windows = x.unfold(1, weight.size(2), 1)  # (B,T',D,kernel)
+        return torch.linalg.vecdot(windows, weight[:, 0]) + bias
+    image, filters = x.transpose(1, 2)[:, :, None], weight[:, :, None]  # (B,D,1,T), (D,1,1,kernel)
+    if x.is_cpu:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        image, filters, bias = image.to(wide), filters.to(wide), bias.to(wide)
+    with torch.autocast("cpu", enabled=False):
+        y = F.conv2d(image, filters, bias, padding=(0, padding), groups=x.size(2))  # (B,D,1,T')
+    return y[:, :, 0].transpose(1, 2).to(x.dtype)  # (B,T',D)
