@@ -1132,7 +1132,7 @@ def prepared(source) -> list[str]:
 @pytest.mark.parametrize("name", ["train/metadata.csv", "train/metadata.jsonl", "dev/x.parquet"])
 @pytest.mark.parametrize("kind", ["pipe", "zeros", "holes"])
 def test_a_table_is_a_file_of_a_size_that_can_be_read(name, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "METADATA", 2**20)
+    monkeypatch.setattr(sources, "LARGEST_METADATA", 2**20)
     path = folder_of(tmp_path / "source") / name
     path.parent.mkdir(exist_ok=True)
     (path.parent / "metadata.csv").unlink(missing_ok=True)

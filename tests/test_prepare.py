@@ -62,7 +62,7 @@ def source(tmp_path):
 
 
 def run(source, root, *more):
-    options = prepare.options_of(["--source", str(source), "--data_root", str(root), *more])
+    options = prepare.prepare_options(["--source", str(source), "--data_root", str(root), *more])
     return prepare.prepare(options)
 
 
@@ -516,7 +516,7 @@ def test_text_is_nfc_and_changes_only_where_flags_say(tmp_path):
     ],
 )
 def test_what_shows_nothing_goes_and_case_leaves_no_loose_mark(text, flags, wanted):
-    options = prepare.options_of(["--source", "s", "--data_root", "r", *flags])
+    options = prepare.prepare_options(["--source", "s", "--data_root", "r", *flags])
     assert prepare.clean_text(text, options) == (text if wanted is None else wanted)
 
 
@@ -828,7 +828,7 @@ def test_a_bad_source_is_one_clear_error_and_writes_nothing(
 def test_flags_that_make_no_sense_are_refused(argv, message):
     more = [] if message.startswith(("give", "--data_root")) else ["--data_root", "r"]
     with pytest.raises(UserError, match=message):
-        prepare.options_of(argv + more)
+        prepare.prepare_options(argv + more)
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):
