@@ -20,23 +20,8 @@ from conformer import (
     subsampled_length,
     valid_mask,
 )
+from helpers import TWO_BLOCKS, VARIANTS, network
 from kernels import Dropout, Linear, attention, for_few_rows, in_eights
-
-TINY = ModelOptions(
-    output_size=16,
-    attention_heads=2,
-    linear_units=32,
-    num_blocks=2,
-    cnn_module_kernel=5,
-    decoder_num_blocks=1,
-    r_num_blocks=1,
-    decoder_linear_units=32,
-)
-
-
-def network(seed=0, **changes):
-    torch.manual_seed(seed)
-    return U2Conformer(dataclasses.replace(TINY, **changes), 80, 12, 0, 2, 3).eval()
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
@@ -116,16 +101,17 @@ def test_chunk_mask_shows_the_own_chunk_and_the_left_ones():
 
 def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25():
     torch.manual_seed(0)
-    draws = [draw_chunk(200, TINY)[0] for _ in range(2000)]
+    draws = [draw_chunk(200, TWO_BLOCKS)[0] for _ in range(2000)]
     assert 0.45 < sum(chunk == -1 for chunk in draws) / len(draws) < 0.55
     assert set(draws) - {-1} == set(range(1, 26))
     lefts = [
-        draw_chunk(200, dataclasses.replace(TINY, use_dynamic_left_chunk=True)) for _ in range(500)
+        draw_chunk(200, dataclasses.replace(TWO_BLOCKS, use_dynamic_left_chunk=True))
+        for _ in range(500)
     ]
     assert all(
         left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts
     )
-    assert draw_chunk(200, dataclasses.replace(TINY, use_dynamic_chunk=False)) == (-1, -1)
+    assert draw_chunk(200, dataclasses.replace(TWO_BLOCKS, use_dynamic_chunk=False)) == (-1, -1)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -318,19 +304,6 @@ def test_decoder_step_by_step_equals_the_full_pass():
     for step in range(tokens.size(1)):
         logits, state = model.decoder.step(tokens[:, : step + 1], state, memory, lengths)
         torch.testing.assert_close(logits, whole[:, step], rtol=1e-5, atol=1e-5)
-
-
-VARIANTS = {
-    "transformer": dict(
-        encoder="transformer", selfattention_layer_type="selfattn", pos_enc_layer_type="abs_pos"
-    ),
-    "transformer_rel": dict(encoder="transformer"),
-    "batch_norm": dict(cnn_module_norm="batch_norm", causal=False),
-    "abs_pos": dict(
-        pos_enc_layer_type="abs_pos", selfattention_layer_type="selfattn", activation_type="relu"
-    ),
-    "heads": dict(decoder_attention_heads=4),
-}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,6 +1,7 @@
 """From shards to batches: order, schema, lengths, filter, and examples that depend on (seed, epoch, row) alone."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import pytest
 import pytorch_lightning as L
 import torch
 
-from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
+from conformer import SUBSAMPLING, Subsampling, U2Conformer, subsampled_length
 from datamodule import (
     DataOptions,
     SpeechDataModule,
@@ -30,6 +31,7 @@ from datamodule import (
     load_split,
     row_values,
 )
+from helpers import TINY, one_line
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform
 
@@ -74,11 +76,6 @@ def module(*roots, augment=AUGMENT, **options):
         augment=augment,
         options=DataOptions(**{"num_workers": 0, "batch_size": 3} | options),
     )
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # Shards
@@ -437,17 +434,7 @@ def test_a_dev_row_too_short_for_its_labels_is_scored_with_a_finite_loss(tmp_pat
     loader = eval_loader(load_split([tmp_path], "dev", TOKENIZER), FRONTEND, options)
     torch.manual_seed(0)
     net = U2Conformer(
-        ModelOptions(
-            output_size=16,
-            attention_heads=2,
-            linear_units=32,
-            num_blocks=1,
-            cnn_module_kernel=3,
-            decoder_num_blocks=1,
-            r_num_blocks=1,
-            decoder_linear_units=32,
-            input_layer=input_layer,
-        ),
+        dataclasses.replace(TINY, input_layer=input_layer),
         80,
         TOKENIZER.vocab_size,
         0,

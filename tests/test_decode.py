@@ -17,30 +17,10 @@ from decode import (
     ctc_greedy_search,
     ctc_prefix_beam_search,
 )
+from helpers import all_sequences, collapse, random_log_probs
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
 SOS, EOS = 0, 1  # of the attention tests
-
-
-def random_log_probs(*shape, seed=0, sharpness=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(*shape, generator=generator)).log_softmax(dim=-1)
-
-
-def collapse(path, blank_id):
-    return tuple(token for token, _ in itertools.groupby(path) if token != blank_id)
-
-
-def all_sequences(log_probs, blank_id):
-    """Every token sequence and its exact probability: the sum over all V^T paths."""
-    frames, vocabulary = log_probs.shape
-    sums = {}
-    for path in itertools.product(range(vocabulary), repeat=frames):
-        sequence = collapse(path, blank_id)
-        sums[sequence] = sums.get(sequence, 0.0) + math.exp(
-            sum(log_probs[t, v].item() for t, v in enumerate(path))
-        )
-    return sums
 
 
 @pytest.mark.parametrize(

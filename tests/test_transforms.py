@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from audio import read_audio
-from conftest import ROOT
+from helpers import ROOT, noise
 from transforms import (
     Augment,
     Compose,
@@ -54,10 +54,6 @@ TRANSFORMS = {
     "train": train_transform(FRONTEND, AUGMENT),
     "eval": eval_transform(FRONTEND),
 }
-
-
-def noise(samples, seed=0):
-    return torch.randn(samples, generator=torch.Generator().manual_seed(seed))
 
 
 def features(frames, seed=0):
