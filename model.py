@@ -18,9 +18,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
-import stream
 from checkpoint import not_finite, read_checkpoint
-from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
+from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
 from files import json_text
 from kernels import for_few_rows
 from tokenizer import Tokenizer
@@ -226,14 +225,14 @@ class U2(L.LightningModule):
         return self.net.ctc_log_probs(encoder_out)
 
     @torch.no_grad()
-    def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> stream.StreamState:
-        """The state before the first frame of an utterance; see stream.stream_state. Sizes in encoder frames."""
-        return stream.stream_state(self.net.encoder, chunk_size, left_chunks, **limits)
+    def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> StreamState:
+        """The state before the first frame of an utterance; see Encoder.stream_state. Sizes in encoder frames."""
+        return self.net.encoder.stream_state(chunk_size, left_chunks, **limits)
 
     @torch.no_grad()
-    def stream(self, feats, state, last: bool = False):
-        """feats (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
-        return stream.stream(self.net.encoder, feats, state, last)
+    def stream(self, features, state, last: bool = False):
+        """features (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
+        return self.net.encoder.stream(features, state, last)
 
     def loss(
         self,

@@ -12,10 +12,9 @@ import pytest
 import soundfile
 import torch
 
-from conformer import ModelOptions, subsampled_length
+from conformer import MAX_POSITION, ModelOptions, subsampled_length
 from conftest import ROOT
 from model import U2, OptimOptions
-from stream import MAX_POSITION
 from tokenizer import Tokenizer, train_char
 from tools import export, onnx_checks, parity
 from tools.export import BLANK, ExportOptions, main, token_lines
