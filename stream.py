@@ -182,4 +182,4 @@ def second_pass(
     if not heard.tokens or not memory.size(1):
         return heard
     lengths = torch.tensor([memory.size(1)], device=memory.device)
-    return model.rescore([heard], memory, lengths, search.ctc_weight, search.reverse_weight)[0]
+    return model.rescore([heard], memory, lengths, search)[0]
