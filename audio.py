@@ -91,8 +91,8 @@ def read_blocks(
     A file may have any format that soundfile decodes. A pipe may have wav, aiff, au, caf or w64,
     without compression; its header need not know the length.
     raw: standard input has no header, and 16-bit little-endian mono samples at `sample_rate`.
-    damaged: a function, called with the reason where a file that has begun cannot be read on or ends
-    too early; without it that is an error.
+    damaged: a function, called with the reason where a file that has begun cannot be read on or
+    ends too early; without it that is an error.
     longest: a file of several channels may have so many seconds, because it is decoded once before
     its first block to know the levels.
 
