@@ -222,9 +222,7 @@ def _resampler(orig: int, new: int):
 
     def resampler(waveform: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(waveform, (width, width + periods * orig))
-        return (
-            padded.unfold(0, len(matrix), periods * orig) @ matrix.to(waveform.device)
-        ).flatten()
+        return (padded.unfold(0, len(matrix), periods * orig) @ matrix).flatten()
 
     return resampler
 
@@ -260,9 +258,11 @@ BAND = 16  # mel filters to multiply with at a time: most weights are zeros, and
 
 
 def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> torch.Tensor:
-    """(T,F) mel power of a waveform (N,): `filters` is log_mel_filters or fbank_filters, `spectrum` a function of frames and
-    window. Works on the waveform's device."""
-    window, bands = filters_on(waveform.device, filters, frontend)
+    """The mel power (T,F) of a waveform (N,).
+
+    `filters` is log_mel_filters or fbank_filters, `spectrum` a function of frames and window.
+    """
+    window, bands = mel_bands(filters, frontend)
     frames = frames_of(waveform, frontend)  # (T, window)
     made = frames.new_empty(len(frames), frontend.num_mel_bins)
     for some, out in zip(frames.split(BLOCK), made.split(BLOCK)):
@@ -273,18 +273,21 @@ def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> 
 
 
 @cache
-def filters_on(device: torch.device, make, frontend: Frontend):
-    """What make(frontend) gives, on `device`: window (window,), and the mel filters in bands: their bins, columns, weights."""
-    window, mel = make(frontend)
+def mel_bands(filters, frontend: Frontend):
+    """The window (window,) of filters(frontend), and its mel filters cut into bands of BAND.
+
+    A band is (bins, columns, weights): it takes these bins of the power spectrum times the weights
+    to these columns of the features.
+    """
+    window, mel = filters(frontend)
     bands = []
     for first in range(0, mel.shape[1], BAND):
         columns = slice(first, first + BAND)
-        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [
-            0
-        ]  # narrow filters may meet no bin at all
+        # Narrow filters may meet no bin at all; then bin 0 stands in, with a weight of 0.
+        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [0]
         bins = slice(used[0], used[-1] + 1)
-        bands.append((bins, columns, mel[bins, columns].contiguous().to(device)))
-    return window.to(device), bands
+        bands.append((bins, columns, mel[bins, columns].contiguous()))
+    return window, bands
 
 
 def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,7 +304,7 @@ def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_mel(frontend: Frontend):
-    """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once per device.
+    """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once.
 
     No centring: frame t covers samples [t * shift, t * shift + window). Audio shorter than a window is padded with
     zeros to one frame, so that T >= 1. log1p keeps silence at 0, which is also what masks write.
@@ -350,10 +353,8 @@ def fbank(frontend: Frontend, dither: float = 0.0):
     def transform(example: dict, generator: torch.Generator | None) -> dict:
         waveform = example["input_values"] * 32768
         if dither and generator is not None:
-            noise = torch.randn(
-                len(waveform), generator=generator
-            )  # on the CPU wherever the waveform is: the same noise
-            waveform = waveform.add_(noise.to(waveform.device), alpha=dither)
+            noise = torch.randn(len(waveform), generator=generator)
+            waveform = waveform.add_(noise, alpha=dither)
         power = mel_power(waveform, frontend, fbank_filters, spectrum)
         return {**example, "features": power.clamp_(min=floor).log_().T}
 
@@ -487,11 +488,6 @@ class Compose:
         for transform in self.transforms:
             example = transform(example, generator)
         return example
-
-
-def as_it_is(example: dict, generator: torch.Generator | None) -> dict:
-    """The waveform (N,) as "features" (N,1), which a batch can hold."""
-    return {**example, "features": example["input_values"][:, None]}
 
 
 def features_chain(frontend: Frontend, dither: float = 0.0) -> list:

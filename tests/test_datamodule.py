@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import pytorch_lightning as L
 import torch
 
 from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
@@ -591,56 +590,6 @@ def test_rows_are_read_from_the_table_itself_picked_ones_too(root):
             isinstance(values, np.ndarray) and not values.flags.owndata
         )  # no copy, no Python list
     assert np.array_equal(row_values(dataset.select([6, 5]), "input_values", 1), audio(8000, 8000))
-
-
-@pytest.mark.parametrize(
-    "frontend", [FRONTEND, Frontend(frontend="fbank")], ids=lambda frontend: frontend.frontend
-)
-def test_features_on_the_device_are_those_of_the_loader(root, frontend):
-    def seen(on_device):
-        data = SpeechDataModule(
-            data_roots=[root],
-            tokenizer=TOKENIZER,
-            frontend=frontend,
-            augment=Augment(max_trim=50),
-            seed=5,
-            options=DataOptions(num_workers=0, batch_size=3, features_on_device=on_device),
-        )
-        model = Seer()
-        L.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        ).fit(model, datamodule=data)
-        return model.seen
-
-    pairs = list(zip(seen(False), seen(True), strict=True))
-    assert len(pairs) == 2 * (3 + 1)  # epochs of batches in training, in validation
-    for one, other in pairs:
-        assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
-        torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
-
-
-class Seer(L.LightningModule):
-    """Learns nothing and keeps the batches it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.weight * 0
-
-    def validation_step(self, batch, batch_idx):
-        self.seen.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def test_a_batch_is_the_same_behind_a_pipe(root):
