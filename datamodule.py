@@ -647,7 +647,7 @@ def eval_loader(
 
 
 class SpeechDataModule(L.LightningDataModule):
-    """train and dev for fit, eval_clean and (where present) eval_other for test."""
+    """The splits train and dev for Lightning's "fit", dev alone for its "validate"."""
 
     def __init__(
         self,
@@ -678,16 +678,8 @@ class SpeechDataModule(L.LightningDataModule):
 
     def setup(self, stage: str):
         rows_rate(self.data_roots, self.frontend)
-        names = {
-            "fit": ["train", "dev"],
-            "validate": ["dev"],
-            "test": ["eval_clean", "eval_other"],
-        }[stage]
-        for name in names:
-            optional = name == "eval_other" and not any(
-                (Path(root) / name).is_dir() for root in self.data_roots
-            )
-            if name not in self.splits and not optional:
+        for name in {"fit": ["train", "dev"], "validate": ["dev"]}[stage]:
+            if name not in self.splits:
                 self.splits[name] = load_split(
                     self.data_roots, name, self.tokenizer, self.options.limit_rows
                 )
@@ -809,10 +801,3 @@ class SpeechDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())
-
-    def test_dataloader(self) -> list[DataLoader]:
-        return [
-            eval_loader(self.splits[name], self.frontend, self.options, *self.ranks())
-            for name in ("eval_clean", "eval_other")
-            if name in self.splits
-        ]

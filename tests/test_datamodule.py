@@ -603,12 +603,26 @@ def test_a_batch_is_the_same_behind_a_pipe(root):
 
 
 def test_test_splits_are_eval_clean_and_where_present_eval_other(root):
-    data = module(root)
-    data.setup("test")
-    assert [len(loader.dataset.dataset) for loader in data.test_dataloader()] == [5]
+    """load_split and eval_loader read a split by its name."""
+
+    def rows(split):
+        loader = eval_loader(
+            load_split([root], split, TOKENIZER), FRONTEND, DataOptions(num_workers=0, batch_size=3)
+        )
+        return len(loader.dataset.dataset), sum(len(batch.rows) for batch in loader)
+
+    assert rows("eval_clean") == (5, 5)
+    with pytest.raises(UserError, match="no split eval_other"):
+        rows("eval_other")
     save(root / "eval_other/0", SAMPLES[:2])
-    data.setup("test")
-    assert [sum(len(batch.rows) for batch in loader) for loader in data.test_dataloader()] == [5, 2]
+    assert rows("eval_other") == (2, 2)
+
+
+def test_a_validation_needs_dev_alone(root):
+    shutil.rmtree(root / "train")
+    data = module(root)
+    data.setup("validate")
+    assert list(data.splits) == ["dev"] and sum(len(b.rows) for b in data.val_dataloader()) == 3
 
 
 def test_limit_rows_takes_the_first_rows_of_every_split(root):
