@@ -37,7 +37,6 @@ from transforms import (
     Augment,
     Compose,
     Frontend,
-    as_it_is,
     eval_transform,
     make_generator,
     num_frames,
@@ -86,9 +85,6 @@ class DataOptions:
     )
     limit_rows: int | None = option(
         None, "use only the first rows of every split", at_least=1, at_most=10**9
-    )
-    features_on_device: bool = option(
-        False, "features and masks on the training device, not in the loader: the same numbers"
     )
 
     def __post_init__(self):
@@ -647,34 +643,11 @@ def eval_loader(
 ) -> DataLoader:
     """The batches of eval_plan, features without augmentation."""
     batches = eval_plan(dataset, frontend, options, rank, world_size)
-    return make_loader(
-        dataset, batches, in_loader(partial(eval_transform, frontend), options), 0, options
-    )
-
-
-def in_loader(make_transform: Callable[[], Compose], options: DataOptions) -> Callable[[], Compose]:
-    """What is left of a transform for the loader: with features_on_device nothing."""
-    return partial(Compose, [as_it_is]) if options.features_on_device else make_transform
-
-
-def with_features(batch: Batch, transform: Compose, seed: int, epoch: int) -> Batch:
-    """A batch of waveforms (B,N,1), as features_on_device makes them, to one of features, on the same device."""
-    features = [
-        transform({"input_values": samples[:length, 0]}, make_generator(seed, epoch, row))[
-            "features"
-        ]
-        for samples, length, row in zip(
-            batch.features, batch.feature_lengths.tolist(), batch.rows.tolist()
-        )
-    ]
-    lengths = torch.tensor([len(f) for f in features], device=batch.features.device)
-    return batch._replace(
-        features=pad_sequence(features, batch_first=True), feature_lengths=lengths
-    )
+    return make_loader(dataset, batches, partial(eval_transform, frontend), 0, options)
 
 
 class SpeechDataModule(L.LightningDataModule):
-    """train and dev for fit, eval_clean and (where present) eval_other for test."""
+    """The splits train and dev for Lightning's "fit", dev alone for its "validate"."""
 
     def __init__(
         self,
@@ -705,16 +678,8 @@ class SpeechDataModule(L.LightningDataModule):
 
     def setup(self, stage: str):
         rows_rate(self.data_roots, self.frontend)
-        names = {
-            "fit": ["train", "dev"],
-            "validate": ["dev"],
-            "test": ["eval_clean", "eval_other"],
-        }[stage]
-        for name in names:
-            optional = name == "eval_other" and not any(
-                (Path(root) / name).is_dir() for root in self.data_roots
-            )
-            if name not in self.splits and not optional:
+        for name in {"fit": ["train", "dev"], "validate": ["dev"]}[stage]:
+            if name not in self.splits:
                 self.splits[name] = load_split(
                     self.data_roots, name, self.tokenizer, self.options.limit_rows
                 )
@@ -831,31 +796,8 @@ class SpeechDataModule(L.LightningDataModule):
         sampler.set_epoch(self.next_epoch())
         sampler.start_batch = self.start_batch
         return make_loader(
-            self.splits["train"],
-            sampler,
-            in_loader(self.make_train_transform, self.options),
-            self.seed,
-            self.options,
+            self.splits["train"], sampler, self.make_train_transform, self.seed, self.options
         )
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        if not self.options.features_on_device:
-            return batch
-        return with_features(
-            batch, self.transforms[self.trainer.training], self.seed, self.trainer.current_epoch
-        )
-
-    @cached_property
-    def transforms(self) -> dict[bool, Compose]:
-        """Of features_on_device: in training, and else."""
-        return {True: self.make_train_transform(), False: eval_transform(self.frontend)}
 
     def val_dataloader(self) -> DataLoader:
         return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())
-
-    def test_dataloader(self) -> list[DataLoader]:
-        return [
-            eval_loader(self.splits[name], self.frontend, self.options, *self.ranks())
-            for name in ("eval_clean", "eval_other")
-            if name in self.splits
-        ]
