@@ -85,12 +85,15 @@ def waveform(row: int) -> np.ndarray:
     return np.random.default_rng(row).normal(0, 0.1, int(SECONDS[row] * 16000)).astype(np.float32)
 
 
-def write_split(folder, tokenizer, text=True, label=None, texts=TEXTS) -> None:
-    """Writes a split of one shard; `label` replaces every label by this one token."""
+def write_split(folder, tokenizer, text=True, label=None, texts=TEXTS, sound=waveform) -> None:
+    """Writes a split of one shard of the sounds `sound(row)`.
+
+    `label` replaces every label by this one token.
+    """
     labels = [tokenizer.encode(said) if label is None else [label] for said in texts]
     rows = [
         {
-            "input_values": waveform(row),
+            "input_values": sound(row),
             "labels": {"input_ids": labels[row]},
             **({"text": said} if text else {}),
         }
