@@ -932,7 +932,7 @@ OFFSETS = {"input_values": [0, 2, 3, 4], "labels": [0, 1, 3, 4], "text": [0, 1, 
 
 
 def test_a_shard_as_it_should_be_is_read(tmp_path):
-    assert len(datamodule.load_shard(saved(tmp_path / "0"))[0]) == 3
+    assert len(datamodule.load_shard(saved(tmp_path / "0"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -967,7 +967,7 @@ def test_a_shard_may_be_a_link_to_another_disk(tmp_path):
     shard = saved(tmp_path / "0")
     os.rename(shard / "data-00000-of-00001.arrow", tmp_path / "elsewhere.arrow")
     os.symlink(tmp_path / "elsewhere.arrow", shard / "data-00000-of-00001.arrow")
-    assert len(datamodule.load_shard(shard)[0]) == 3
+    assert len(datamodule.load_shard(shard)) == 3
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
