@@ -19,7 +19,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
 from checkpoint import not_finite, read_checkpoint
-from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
+from conformer import ModelOptions, StreamState, U2Conformer, receptive_field, subsampled_length
 from decode import Hypothesis, SearchOptions
 from files import json_text
 from kernels import for_few_rows
@@ -69,6 +69,26 @@ class OptimOptions:
     compile: bool = option(
         False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)"
     )
+
+
+def draw_chunk(
+    size: int, options: ModelOptions, generator: torch.Generator | None = None
+) -> tuple[int, int]:
+    """(chunk_size, left_chunks) for a training step over `size` encoder frames (U2, section 2.3).
+
+    Half of the draws are (-1, -1), full context. The others are chunks of 1 to 25 frames of 40 ms,
+    at most 1 s, with any number of left chunks, or with all of them unless use_dynamic_left_chunk.
+    """
+    if not options.use_dynamic_chunk or size < 2:
+        return -1, -1
+    chunk = int(torch.randint(1, size, (1,), generator=generator))
+    if chunk > size // 2:
+        return -1, -1
+    chunk = chunk % (100 // receptive_field(options.input_layer)[1]) + 1
+    left = -1
+    if options.use_dynamic_left_chunk:
+        left = int(torch.randint(0, max((size - 1) // chunk, 1), (1,), generator=generator))
+    return chunk, left
 
 
 class StepLog:
@@ -599,7 +619,7 @@ class U2(L.LightningModule):
             if (
                 parents is not None
             ):  # parents stay within their utterance, so the source needs no reordering
-                state = [(tuple(past[parents] for past in pair), source) for pair, source in state]
+                state = [(past.rows(parents), source) for past, source in state]
             logits, state = net.decoder.step(prefixes, state, *of_beams)
             return logits.float().log_softmax(-1), state
 
