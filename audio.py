@@ -149,7 +149,7 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
         promised = promised if promised < UNKNOWN[4] else 0
         blocks = pcm_blocks(sound, width, promised)
         blocks = mono(sound, blocks, Part([], promised // width), None, damaged)
-        yield from resampled(blocks, sound.samplerate, sample_rate)
+        yield from resampled(blocks, sound.samplerate, sample_rate, at_once=True)
 
 
 def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterator[np.ndarray]:
@@ -398,30 +398,49 @@ def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.nda
     return np.concatenate(list(resampled([samples], rate, sample_rate)))
 
 
-def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
-    """The same at `sample_rate`, SECONDS at most at a time, without a seam. Raises UserError for a
-    rate beyond RATES.
+def resampled(
+    blocks: Iterable[np.ndarray], rate: int, sample_rate: int, at_once: bool = False
+) -> Iterator[np.ndarray]:
+    """The same at `sample_rate`, SECONDS at a time, without a seam. Raises UserError for a rate
+    beyond RATES.
+
+    The samples are the same to the bit, whatever the blocks are. at_once: nothing waits until there
+    are so many seconds, as a pipe needs; then a sample may differ by 1.5e-7.
     """
     if rate == sample_rate:
         yield from blocks
         return
     # A rate such as 22254 would need a filter of gigabytes; this is 0.02 % off.
     rate = round(usable_rate(rate) / 25) * 25
-    margin, step = rate // 25, rate // 5  # whole numbers of samples at either rate: nothing drifts
+    # 0.04 and 0.2 seconds: whole numbers of samples at either rate, so nothing drifts.
+    margin = rate // 25
+    step = rate // 5
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
-    waiting = np.zeros(margin, np.float32)
+
+    def steps_of(samples: np.ndarray, least: int) -> Iterator[np.ndarray]:
+        """Yields what `least` steps or more become, and returns the samples that are left."""
+        while (steps := min((len(samples) - 2 * margin) // step, 5 * SECONDS)) >= least:
+            out = resampler(torch.from_numpy(samples[: steps * step + 2 * margin])).numpy()
+            yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
+            samples = samples[steps * step :]
+        return samples
+
+    waiting = [np.zeros(margin, np.float32)]
+    count = margin
+    least = 1 if at_once else 5 * SECONDS
     error = None
     try:
         for block in blocks:
-            waiting = np.concatenate((waiting, block))
-            while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
-                out = resampler(torch.from_numpy(waiting[: steps * step + 2 * margin])).numpy()
-                yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
-                waiting = waiting[steps * step :]
+            waiting.append(block)
+            count += len(block)
+            if count >= least * step + 2 * margin:
+                waiting = [(yield from steps_of(np.concatenate(waiting), least))]
+                count = len(waiting[0])
     except UserError as failure:  # what came before it is heard to its end
         error = failure
-    length = -(-(len(waiting) - margin) * sample_rate // rate)
-    out = resampler(torch.from_numpy(np.pad(waiting, (0, margin)))).numpy()
+    rest = yield from steps_of(np.concatenate(waiting), 1)
+    length = -(-(len(rest) - margin) * sample_rate // rate)
+    out = resampler(torch.from_numpy(np.pad(rest, (0, margin)))).numpy()
     yield out[sample_rate // 25 :][:length]
     if error:
         raise error
