@@ -145,7 +145,7 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
             promised = 0
         blocks = pcm_blocks(sound, width, promised)
         blocks = mono(sound, blocks, Part([], promised // width), None, damaged)
-        yield from resampled(blocks, sound.samplerate, sample_rate)
+        yield from resampled(blocks, sound.samplerate, sample_rate, at_once=True)
 
 
 def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterator[np.ndarray]:
@@ -429,11 +429,15 @@ def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.nda
     return np.concatenate(list(resampled([samples], rate, sample_rate)))
 
 
-def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
+def resampled(
+    blocks: Iterable[np.ndarray], rate: int, sample_rate: int, at_once: bool = False
+) -> Iterator[np.ndarray]:
     """Blocks (n,) at `rate` Hz, of any sizes, as blocks at `sample_rate` Hz of at most SECONDS,
     without a seam. Raises UserError for a rate beyond RATES.
 
     torchaudio resamples windows that overlap by 0.04 s on both sides, where its filter is shorter.
+    The samples are the same to the bit, however the sound was cut into blocks. With at_once, which
+    a pipe needs, no sample waits for SECONDS of sound, and a sample may differ by 1.5e-7.
     """
     if rate == sample_rate:
         yield from blocks
@@ -444,19 +448,31 @@ def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iter
     margin = rate // 25
     step = rate // 5
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
-    waiting = np.zeros(margin, np.float32)
+
+    def steps_of(samples: np.ndarray, least: int) -> Iterator[np.ndarray]:
+        """Yields what `least` steps or more become, and returns the samples that are left."""
+        while (steps := min((len(samples) - 2 * margin) // step, 5 * SECONDS)) >= least:
+            out = resampler(torch.from_numpy(samples[: steps * step + 2 * margin])).numpy()
+            yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
+            samples = samples[steps * step :]
+        return samples
+
+    waiting = [np.zeros(margin, np.float32)]
+    count = margin
+    least = 1 if at_once else 5 * SECONDS
     error = None
     try:
         for block in blocks:
-            waiting = np.concatenate((waiting, block))
-            while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
-                out = resampler(torch.from_numpy(waiting[: steps * step + 2 * margin])).numpy()
-                yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
-                waiting = waiting[steps * step :]
+            waiting.append(block)
+            count += len(block)
+            if count >= least * step + 2 * margin:
+                waiting = [(yield from steps_of(np.concatenate(waiting), least))]
+                count = len(waiting[0])
     except UserError as failure:  # the samples that came before it are heard to their end
         error = failure
-    length = -(-(len(waiting) - margin) * sample_rate // rate)
-    out = resampler(torch.from_numpy(np.pad(waiting, (0, margin)))).numpy()
+    rest = yield from steps_of(np.concatenate(waiting), 1)
+    length = -(-(len(rest) - margin) * sample_rate // rate)
+    out = resampler(torch.from_numpy(np.pad(rest, (0, margin)))).numpy()
     yield out[sample_rate // 25 :][:length]
     if error:
         raise error

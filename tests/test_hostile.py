@@ -1542,6 +1542,7 @@ COMMANDS = {
     "export": "--checkpoint best.ckpt --out new",
     "parity": "--checkpoint best.ckpt --data_root data",
     "prepare": "--source source --data_root new",
+    "demo": "--out new --rows 1",
     "bench": "growth",
     "torture": "--kills 1",
     "compare": ".",

@@ -56,7 +56,7 @@ def src(tmp_path):
 def run(src, *more, source=None):
     """({split: texts}, {name: reason})"""
     root, letters = src.parent / "root", src.parent / "letters.json"
-    options = prepare.parse(
+    options = prepare.options_of(
         [
             "--source",
             source or str(src),
@@ -692,7 +692,7 @@ def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_ar
         for i in range(others):
             put(src / above / f"others of {split}" / f"{i}.ogg")
         unnamed += others
-    options = prepare.parse(["--source", str(src), "--data_root", str(src.parent / "root")])
+    options = prepare.options_of(["--source", str(src), "--data_root", str(src.parent / "root")])
     folder = sources.Folder(str(src))
     found = sources.select_splits(sources.folder_source(folder, options), options)
     rows = {split: [row for part in parts for row in part.rows()] for split, parts in found.items()}
