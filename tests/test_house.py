@@ -14,7 +14,7 @@ FLOORS = (
     ("stream", "words", "audio", "context", "recovery"),
     ("datamodule", "model", "sources"),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "onnx_graphs"),
+    ("demo", "onnx_graphs", "workloads"),
     ("onnx_checks",),
     ("align", "compare", "wenet_import", "bench"),
     ("export", "torture"),
