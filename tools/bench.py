@@ -236,9 +236,8 @@ def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
     on_gpu = device.type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - before
     step_s, gemm, linear = rates(step, device, options)
-    is_reference = (
-        options.preset == "base" and work.frames == workloads.FRAMES and work.precision == "32"
-    )
+    measured = (options.preset, work.frames, work.precision)
+    is_reference = measured == ("base", workloads.FRAMES, "32")
     return {
         "gemm_gflops": gemm,
         "linear_gflops": linear,
