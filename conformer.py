@@ -5,6 +5,7 @@ arXiv:2005.08100); behaviour as in WeNet. Axes: B batch, T frames, U labels, D m
 """
 
 import math
+from typing import NamedTuple
 
 from cli import UserError, option, options_class
 
@@ -467,6 +468,36 @@ class Subsampling(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))  # (B,T',D,F') -> (B,T',D*F') -> (B,T',D)
 
 
+MAX_POSITION = 5000  # encoder frames, 200 s: as far as WeNet's table of positions goes
+
+
+class StreamState(NamedTuple):
+    """Where a stream is; a value, so that the old one stays valid after the stream has gone on."""
+
+    chunk_size: (
+        int  # encoder frames; below 1: everything is one chunk, which the last frame completes
+    )
+    left_chunks: int  # chunks to the left that are seen, -1 for all
+    max_position: int  # the largest position, see Encoder.stream_state
+    features: torch.Tensor  # (1,n,F) frames that later encoder frames still need
+    offset: int  # encoder frames that have come out
+    blocks: tuple  # per block ((keys, values, positions), last inputs of the convolution), (None, None) at the beginning
+
+
+def without_positions(block):
+    """The block's cache for a chunk that has not moved on: what it sees of the past moves back."""
+    seen, last_inputs = block
+    return seen and (*seen[:2], seen[0][:, :, :0]), last_inputs
+
+
+def trim(block, keep: int):
+    """The block's cache with the newest `keep` keys, values and positions; all of them where keep is negative."""
+    seen, last_inputs = block
+    if keep >= 0:  # (B,H,S,D/H); cloned, because a view would keep the whole past alive
+        seen = tuple(past[:, :, past.size(2) - min(keep, past.size(2)) :].clone() for past in seen)
+    return seen, last_inputs
+
+
 class Encoder(nn.Module):
     def __init__(self, o: ModelOptions, num_mel_bins: int):
         super().__init__()
@@ -539,6 +570,52 @@ class Encoder(nn.Module):
             x, present = block(x, positions, None, valid, past)
             presents.append(present)
         return self.after_norm(x), presents
+
+    def stream_state(
+        self, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION
+    ) -> StreamState:
+        """The state before the first frame. Raises UserError for an encoder that sees the future.
+
+        Positions count the encoder frames of an utterance. Where a chunk would go beyond max_position it stays there, and
+        what it sees of the past keeps its distance: an endless stream is as if its visible part ended at max_position.
+        """
+        if self.options.encoder == "conformer" and not self.options.causal:
+            raise UserError(
+                "this model's convolution is not causal: it hears whole utterances only; train with --causal to stream"
+            )
+        nothing = self.cmvn_mean.new_zeros(1, 0, len(self.cmvn_mean))
+        blocks = ((None, None),) * len(self.blocks)
+        return StreamState(chunk_size, left_chunks, max_position, nothing, 0, blocks)
+
+    def stream(self, features, state: StreamState, last: bool = False):
+        """features (1,n,F), n >= 0 -> encoder output (1,m,D) of the chunks now complete, and the state behind them.
+
+        `last` also gives what remains, a shorter chunk, and hands back the state before the first frame of a new utterance.
+        """
+        features = torch.cat((state.features, features), dim=1)
+        field, rate = receptive_field(self.options.input_layer)
+        ready = subsampled_length(features.size(1), self.options.input_layer)  # encoder frames
+        out = [features.new_zeros(1, 0, self.options.output_size)]
+        while ready and (last or 0 < state.chunk_size <= ready):
+            size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
+            position = min(state.offset, max(state.max_position - size, 0))
+            pasts = state.blocks
+            if position < state.offset:
+                pasts = tuple(map(without_positions, pasts))
+            x, blocks = self.forward_chunk(
+                features[:, : (size - 1) * rate + field], position, pasts
+            )
+            out.append(x)
+            features = features[:, size * rate :]
+            ready -= size
+            keep = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
+            blocks = tuple(trim(block, keep) for block in blocks)
+            state = state._replace(offset=state.offset + size, blocks=blocks)
+        if last:
+            state = self.stream_state(state.chunk_size, state.left_chunks, state.max_position)
+        else:
+            state = state._replace(features=features)
+        return torch.cat(out, dim=1), state
 
 
 class DecoderBlock(nn.Module):

@@ -6,7 +6,7 @@ The network is conformer.py's; this file adds training, decoding and the checkpo
 import math
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from cli import UserError, option, options_class, shown
 
@@ -18,9 +18,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
-import stream
 from checkpoint import not_finite, read_checkpoint
-from conformer import ModelOptions, U2Conformer, draw_chunk, subsampled_length
+from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
+from decode import Hypothesis, SearchOptions
 from files import json_text
 from kernels import for_few_rows
 from tokenizer import Tokenizer
@@ -226,14 +226,14 @@ class U2(L.LightningModule):
         return self.net.ctc_log_probs(encoder_out)
 
     @torch.no_grad()
-    def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> stream.StreamState:
-        """The state before the first frame of an utterance; see stream.stream_state. Sizes in encoder frames."""
-        return stream.stream_state(self.net.encoder, chunk_size, left_chunks, **limits)
+    def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> StreamState:
+        """The state before the first frame of an utterance; see Encoder.stream_state. Sizes in encoder frames."""
+        return self.net.encoder.stream_state(chunk_size, left_chunks, **limits)
 
     @torch.no_grad()
-    def stream(self, feats, state, last: bool = False):
-        """feats (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
-        return stream.stream(self.net.encoder, feats, state, last)
+    def stream(self, features, state, last: bool = False):
+        """features (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
+        return self.net.encoder.stream(features, state, last)
 
     def loss(
         self,
@@ -519,119 +519,92 @@ class U2(L.LightningModule):
     # -------------------------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
+    def decode(
+        self, features, feature_lengths, mode: str, *, context=None, **search
+    ) -> list[Hypothesis]:
+        """features (B,T,F), feature_lengths (B,) -> a Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
+
+        `search` are fields of decode.SearchOptions: beam_size, chunk_size and so on. context: a context.ContextGraph of
+        hotwords. Raises UserError for options out of their bounds and for what U2.search refuses, TypeError for a keyword
+        that SearchOptions does not have.
+        """
+        names = [field.name for field in fields(SearchOptions)]
+        if unknown := search.keys() - set(names):
+            raise TypeError(
+                f"decode takes no {min(unknown)!r}; the options of a search are {', '.join(names)}"
+            )
+        options = SearchOptions(**search)
+        chunks = options.chunk_size, options.left_chunks
+        encoded, lengths = self.encode(features, feature_lengths, *chunks)
+        return self.search(encoded, lengths, mode, options, context)
+
+    @torch.no_grad()
     def search(
-        self,
-        memory,
-        lengths,
-        mode: str,
-        beam_size: int = 10,
-        ctc_weight: float = 0.5,
-        reverse_weight: float = 0.3,
-        context=None,
-    ) -> list[decode.Hypothesis]:
-        """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are.
-        There is no text where CTC's best path has none."""
+        self, encoded, lengths, mode: str, search: SearchOptions = SearchOptions(), context=None
+    ) -> list[Hypothesis]:
+        """What `decode` does behind the encoder: encoded (B,T',D), lengths (B,) -> a Hypothesis per utterance.
+
+        There is no text where CTC's best path has none. Raises UserError for a mode that is none of decode.MODES, or that
+        cannot favour the hotwords of `context`.
+        """
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         if context is not None and mode not in decode.CONTEXT_MODES:
             raise UserError(
                 f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}"
             )
-        net = self.net
-        log_probs = net.ctc_log_probs(memory)
-        found = self._search(
-            memory, lengths, log_probs, mode, beam_size, ctc_weight, reverse_weight, context
-        )
-        ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
-        silent = (decode.blank_wins(log_probs, net.blank_id) | ended).all(dim=1).tolist()
-        return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
-
-    def _search(
-        self,
-        memory,
-        lengths,
-        log_probs,
-        mode: str,
-        beam_size: int,
-        ctc_weight: float,
-        reverse_weight: float,
-        context,
-    ) -> list[decode.Hypothesis]:
-        """The same with text everywhere: log_probs (B,T',V) are CTC's of memory."""
-        net = self.net
-        if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
-            found = self.attention_search(memory, lengths, beam_size)
-            return [
-                decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())
-            ]
+        blank_id = self.net.blank_id
+        log_probs = self.net.ctc_log_probs(encoded)  # (B,T',V)
         if mode == "ctc_greedy_search":
-            return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
-        hypotheses = decode.ctc_prefix_beam_search(
-            log_probs, lengths, beam_size, net.blank_id, context
-        )
-        if mode == "ctc_prefix_beam_search":
-            return hypotheses
-        return self.rescore(hypotheses, memory, lengths, ctc_weight, reverse_weight)
-
-    @torch.no_grad()
-    def decode(
-        self,
-        feats,
-        feat_lengths,
-        mode: str,
-        beam_size: int = 10,
-        chunk_size: int = -1,
-        left_chunks: int = -1,
-        ctc_weight: float = 0.5,
-        reverse_weight: float = 0.3,
-        context=None,
-    ) -> list[decode.Hypothesis]:
-        """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
-
-        context: a context.ContextGraph of hotwords. Raises UserError for a mode that is not one of decode.MODES, or that
-        cannot favour hotwords.
-        """
-        memory, lengths = self.encode(feats, feat_lengths, chunk_size, left_chunks)
-        return self.search(memory, lengths, mode, beam_size, ctc_weight, reverse_weight, context)
+            found = decode.ctc_greedy_search(log_probs, lengths, blank_id)
+        elif mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
+            written = self.attention_search(encoded, lengths, search.beam_size)
+            rows = zip(written, log_probs, lengths.tolist())
+            found = [decode.align(*row, blank_id) for row in rows]
+        else:
+            found = decode.ctc_prefix_beam_search(
+                log_probs, lengths, search.beam_size, blank_id, context
+            )
+        if mode == "attention_rescoring":
+            found = self.rescore(found, encoded, lengths, search)
+        ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
+        silent = (decode.blank_wins(log_probs, blank_id) | ended).all(dim=1).tolist()
+        return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
 
     @torch.no_grad()
     def rescore(
-        self, hypotheses, memory, lengths, ctc_weight: float = 0.5, reverse_weight: float = 0.3
-    ):
-        """The second pass over CTC n-best lists: memory (B,T',D) and lengths (B,) are the encoder's."""
+        self, hypotheses, encoded, lengths, search: SearchOptions = SearchOptions()
+    ) -> list[Hypothesis]:
+        """The attention decoders' second pass over CTC n-best lists, given the encoder's output as in `search`."""
         net = self.net
 
         def score(tree, reverse):
             decoder = net.right_decoder if reverse else net.decoder
-            return (
-                decoder(tree.tokens, memory, lengths, tree.positions, tree.sees)
-                .float()
-                .log_softmax(-1)
-            )
+            logits = decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees)
+            return logits.float().log_softmax(-1)
 
-        if net.right_decoder is None:
-            reverse_weight = 0.0
+        reverse_weight = 0.0 if net.right_decoder is None else search.reverse_weight
+        weights = search.ctc_weight, reverse_weight
         return decode.attention_rescoring(
-            hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight, memory.device
+            hypotheses, score, net.sos_id, net.eos_id, *weights, encoded.device
         )
 
-    def attention_search(self, memory, lengths, beam_size):
+    def attention_search(self, encoded, lengths, beam_size: int) -> list[Hypothesis]:
+        """Beam search with the left-to-right decoder, at most one token per encoder frame."""
         net = self.net
-        rows = torch.arange(memory.size(0), device=memory.device).repeat_interleave(
-            beam_size
-        )  # (B*N,)
-        max_length, memory, lengths = lengths, memory[rows], lengths[rows]
+        rows = torch.arange(len(encoded), device=encoded.device).repeat_interleave(beam_size)
+        of_beams = encoded[rows], lengths[rows]  # (B*N,T',D), (B*N,)
 
         def step(prefixes, state, parents):
             if (
                 parents is not None
             ):  # parents stay within their utterance, so the source needs no reordering
                 state = [(tuple(past[parents] for past in pair), source) for pair, source in state]
-            logits, state = net.decoder.step(prefixes, state, memory, lengths)
+            logits, state = net.decoder.step(prefixes, state, *of_beams)
             return logits.float().log_softmax(-1), state
 
         return decode.attention_beam_search(
-            step, len(max_length), max_length, beam_size, net.sos_id, net.eos_id, memory.device
+            step, len(lengths), lengths, beam_size, net.sos_id, net.eos_id, encoded.device
         )
 
     # ------------------------------------------------------------------------------------------------------ checkpoint

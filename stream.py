@@ -1,9 +1,6 @@
-"""Speech in pieces: the encoder as a stream, and on it recognition in two passes with endpoints.
+"""Speech in pieces: recognition in two passes with endpoints, on the encoder's stream (conformer.Encoder.stream).
 
-What comes out of the encoder equals the pass over the whole utterance under the same chunk mask. A stream is a function
-(feats, state) -> (out, state). The state is a value: the old one stays valid, the network keeps nothing. Per block it holds
-the keys, values and projected positions of the visible left chunks and the last inputs of the causal convolution (U2,
-section 2.3); in front of the blocks, the frames that the subsampling has yet to use. Axes as in conformer.py.
+Axes as in conformer.py.
 """
 
 import math
@@ -15,96 +12,15 @@ from cli import UserError
 import torch
 
 import decode
-from conformer import Encoder, receptive_field, subsampled_length
+from conformer import receptive_field
 from transforms import check_samples, feature_state, stream_features
 
 # An utterance ends after so many ms of blanks, of blanks behind some text, or of speech: WeNet's rules 1 to 3.
 SILENCE, SILENCE_AFTER_TEXT, LONGEST = 5000, 1000, 20000
-MAX_POSITION = 5000  # encoder frames, 200 s; as far as WeNet's table of positions goes
 BLANK_THRESHOLD = (
     0.8  # a frame is silent when CTC's blank is likelier than this; WeNet's value, too
 )
 HUSH = 16  # encoder frames in a row in which the blank wins, from which on nothing is being said
-
-
-class StreamState(NamedTuple):
-    chunk_size: int  # encoder frames; below 1: everything is one chunk, which is complete when the last frame is there
-    left_chunks: int  # chunks to the left that are seen, -1 for all
-    max_position: int  # the largest position, see stream_state
-    feats: torch.Tensor  # (1,n,F) frames that later encoder frames still need
-    offset: int  # encoder frames that have come out
-    blocks: tuple  # per block ((keys, values, positions), last inputs of the convolution), (None, None) at the beginning
-
-
-def stream_state(
-    encoder: Encoder, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION
-) -> StreamState:
-    """The state before the first frame. Raises UserError for an encoder that sees the future.
-
-    Positions count the encoder frames of an utterance. Where a chunk would go beyond max_position it stays there, and what
-    it sees of the past keeps its distance: an endless stream is as if its visible part ended at max_position.
-    """
-    if encoder.options.encoder == "conformer" and not encoder.options.causal:
-        raise UserError(
-            "this model's convolution is not causal: it hears whole utterances only; train with --causal to stream"
-        )
-    nothing = encoder.cmvn_mean.new_zeros(1, 0, len(encoder.cmvn_mean))
-    return StreamState(
-        chunk_size, left_chunks, max_position, nothing, 0, ((None, None),) * len(encoder.blocks)
-    )
-
-
-def stream(
-    encoder: Encoder, feats: torch.Tensor, state: StreamState, last: bool = False
-) -> tuple[torch.Tensor, StreamState]:
-    """feats (1,n,F), n >= 0 -> encoder output (1,m,D) of the chunks now complete, and the state behind them.
-
-    `last` also gives what remains, a shorter chunk, and hands back the state before the first frame of a new utterance.
-    """
-    feats = torch.cat((state.feats, feats), dim=1)
-    field, rate = receptive_field(encoder.options.input_layer)
-    ready = subsampled_length(
-        feats.size(1), encoder.options.input_layer
-    )  # encoder frames that feats suffice for
-    out = [feats.new_zeros(1, 0, encoder.options.output_size)]
-    while ready and (last or 0 < state.chunk_size <= ready):
-        size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
-        position = min(state.offset, max(state.max_position - size, 0))
-        pasts = (
-            state.blocks
-            if position == state.offset
-            else tuple(map(without_positions, state.blocks))
-        )
-        x, blocks = encoder.forward_chunk(feats[:, : (size - 1) * rate + field], position, pasts)
-        out.append(x)
-        feats, ready = feats[:, size * rate :], ready - size
-        keep = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
-        state = state._replace(
-            offset=state.offset + size, blocks=tuple(trim(block, keep) for block in blocks)
-        )
-    state = (
-        stream_state(encoder, state.chunk_size, state.left_chunks, state.max_position)
-        if last
-        else state._replace(feats=feats)
-    )
-    return torch.cat(out, dim=1), state
-
-
-def without_positions(block):
-    """The block's cache for a chunk that has not moved on: what it sees of the past moves back."""
-    seen, last_inputs = block
-    return seen and (*seen[:2], seen[0][:, :, :0]), last_inputs
-
-
-def trim(block, keep: int):
-    """The block's cache with the newest `keep` keys, values and positions; all of them where keep is negative."""
-    seen, last_inputs = block
-    if keep >= 0:  # (B,H,S,D/H); cloned, because a view would keep the whole past alive
-        seen = tuple(past[:, :, past.size(2) - min(keep, past.size(2)) :].clone() for past in seen)
-    return seen, last_inputs
-
-
-# ------------------------------------------------------------------------------------------------------- recognition
 
 
 class Heard(NamedTuple):
@@ -164,7 +80,7 @@ def listen(
             )
             first_frame += frames
             state = model.stream_state(search.chunk_size, search.left_chunks)._replace(
-                feats=state.feats
+                features=state.features
             )
             beam, hushed = decode.prefix_start(context=context), HUSH
             memory, frames, silent = [], 0, 0
@@ -266,4 +182,4 @@ def second_pass(
     if not heard.tokens or not memory.size(1):
         return heard
     lengths = torch.tensor([memory.size(1)], device=memory.device)
-    return model.rescore([heard], memory, lengths, search.ctc_weight, search.reverse_weight)[0]
+    return model.rescore([heard], memory, lengths, search)[0]

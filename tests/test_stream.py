@@ -12,16 +12,7 @@ import decode
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
 from decode import MODES, SearchOptions
 from model import U2, OptimOptions
-from stream import (
-    LONGEST,
-    cut,
-    frame_ms,
-    is_endpoint,
-    listen,
-    stream,
-    stream_state,
-    trailing_blanks,
-)
+from stream import LONGEST, cut, frame_ms, is_endpoint, listen, trailing_blanks
 from test_conformer import VARIANTS, network
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features
@@ -36,16 +27,16 @@ def noise(*size, dtype=torch.float64):
 @torch.no_grad()
 def streamed(encoder, feats, chunk_size, left_chunks, pieces):
     """The stream's output for feats (1,T,F) cut into `pieces`, the last of which may be empty."""
-    state, outs = stream_state(encoder, chunk_size, left_chunks), []
+    state, outs = encoder.stream_state(chunk_size, left_chunks), []
     for piece in feats.split(pieces, dim=1):
-        out, state = stream(encoder, piece, state)
+        out, state = encoder.stream(piece, state)
         assert (
             not out.size(1) % chunk_size
         )  # whole chunks only, and every one as soon as it is complete
         outs.append(out)
     ready = subsampled_length(feats.size(1), encoder.options.input_layer)
     assert sum(out.size(1) for out in outs) == ready // chunk_size * chunk_size
-    out, _ = stream(encoder, feats[:, :0], state, last=True)
+    out, _ = encoder.stream(feats[:, :0], state, last=True)
     return torch.cat([*outs, out], dim=1)
 
 
@@ -112,36 +103,36 @@ def test_the_base_model_streams_to_within_1e_4_in_float32():
 def test_a_state_is_a_value_that_can_be_gone_on_from_twice():
     encoder, feats = network().double().encoder, noise(1, 90, 80)
     with torch.no_grad():
-        _, state = stream(encoder, feats[:, :50], stream_state(encoder, 4, 1))
-        first, _ = stream(encoder, feats[:, 50:], state)
-        stream(encoder, noise(1, 33, 80), state, last=True)  # another way on, from the same state
-        again, _ = stream(encoder, feats[:, 50:], state)
+        _, state = encoder.stream(feats[:, :50], encoder.stream_state(4, 1))
+        first, _ = encoder.stream(feats[:, 50:], state)
+        encoder.stream(noise(1, 33, 80), state, last=True)  # another way on, from the same state
+        again, _ = encoder.stream(feats[:, 50:], state)
     assert first.size(1) and torch.equal(first, again)
 
 
 def test_the_last_piece_hands_back_the_state_of_a_new_utterance():
     encoder, feats = network().double().encoder, noise(1, 61, 80)
     with torch.no_grad():
-        first, state = stream(encoder, feats, stream_state(encoder, 4), last=True)
-        second, _ = stream(encoder, feats, state, last=True)
+        first, state = encoder.stream(feats, encoder.stream_state(4), last=True)
+        second, _ = encoder.stream(feats, state, last=True)
     assert torch.equal(first, second)
 
 
 def test_less_than_the_receptive_field_gives_nothing_and_no_error():
     encoder = network().double().encoder
     for last in (False, True):
-        out, _ = stream(encoder, noise(1, 6, 80), stream_state(encoder, 4), last)
+        out, _ = encoder.stream(noise(1, 6, 80), encoder.stream_state(4), last)
         assert out.shape == (1, 0, 16)
 
 
 def test_memory_is_flat_with_limited_left_chunks():
     encoder, sizes = network().encoder, []
     with torch.no_grad():
-        state = stream_state(encoder, 4, 2)
+        state = encoder.stream_state(4, 2)
         for _ in range(30):
-            _, state = stream(encoder, noise(1, 32, 80, dtype=torch.float32), state)
+            _, state = encoder.stream(noise(1, 32, 80, dtype=torch.float32), state)
             kept = [
-                state.feats,
+                state.features,
                 *(part for keys_values, last in state.blocks for part in (*keys_values, last)),
             ]
             sizes.append(sum(part.untyped_storage().nbytes() for part in kept))
@@ -155,10 +146,10 @@ def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distanc
         noise(1, 403, 80),
     )  # 100 encoder frames
     with torch.no_grad():
-        late, _ = stream(encoder, feats, stream_state(encoder, 4, 2, max_position=20), last=True)
-        absolute, _ = stream(encoder, feats, stream_state(encoder, 4, 2), last=True)
+        late, _ = encoder.stream(feats, encoder.stream_state(4, 2, max_position=20), last=True)
+        absolute, _ = encoder.stream(feats, encoder.stream_state(4, 2), last=True)
         # 15 chunks later the same frames stand at the positions at which they stay in `late`
-        shifted, _ = stream(encoder, feats[:, 15 * 16 :], stream_state(encoder, 4, 2), last=True)
+        shifted, _ = encoder.stream(feats[:, 15 * 16 :], encoder.stream_state(4, 2), last=True)
     torch.testing.assert_close(late[:, :20], absolute[:, :20], rtol=0, atol=1e-9)
     assert (late[:, 24:] - absolute[:, 24:]).abs().max() > 1e-3
     # (the first two frames of the chunk see, through the convolution, what the chunk before made of its own position)
@@ -168,8 +159,8 @@ def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distanc
 def test_full_context_comes_out_at_the_end_only():
     model, feats = network().double(), noise(1, 90, 80)
     with torch.no_grad():
-        out, state = stream(model.encoder, feats, stream_state(model.encoder, -1))
-        rest, _ = stream(model.encoder, feats[:, :0], state, last=True)
+        out, state = model.encoder.stream(feats, model.encoder.stream_state(-1))
+        rest, _ = model.encoder.stream(feats[:, :0], state, last=True)
         whole, _ = model.encode(feats, torch.tensor([90]))
     assert out.size(1) == 0
     torch.testing.assert_close(rest, whole, rtol=0, atol=1e-9)
@@ -177,7 +168,7 @@ def test_full_context_comes_out_at_the_end_only():
 
 def test_an_encoder_that_sees_the_future_is_refused():
     with pytest.raises(UserError, match="not causal"):
-        stream_state(network(causal=False).encoder, 4)
+        network(causal=False).encoder.stream_state(4)
 
 
 # Features

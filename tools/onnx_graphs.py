@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from conformer import Encoder, receptive_field, reverse, sinusoids_at
+from conformer import MAX_POSITION, Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
-from stream import MAX_POSITION, piece_samples
+from stream import piece_samples
 from transforms import (
     STREAM_WINDOW,
     Frontend,
@@ -123,7 +123,7 @@ class Chunk(nn.Module):
     def positions(before, size, first, width: int):
         """(1,S,D) sinusoids of the frames in the cache and in the chunk, whose first frame is number `first`.
 
-        An endless stream stays at MAX_POSITION, as in stream.py; what is in the cache before the first frame is masked.
+        An endless stream stays at MAX_POSITION, as in Encoder.stream; what is in the cache before the first frame is masked.
         """
         index = torch.arange(before + size) - before + first.clamp(max=MAX_POSITION - size)
         return sinusoids_at(index.clamp(min=0).float(), width)[None]
