@@ -48,8 +48,7 @@ from kernels import Linear
 from sampler import LengthGroupedSampler
 from tools import workloads
 
-# What WeNet's code computes for a step of preset base, in 10^9 operations.
-REFERENCE_GFLOP = 357
+REFERENCE_GFLOP = 357  # what WeNet's code computes for a step of preset base
 GEMM = 2048
 WARM_UP = 4  # steps; an allocator takes a few to settle
 ROUNDS = 15
@@ -367,6 +366,7 @@ def draw(results: dict, path: str, preset: str) -> None:
     for left in ("4 left", "all left"):
         streaming.plot(*zip(*results[f"stream {left}"].items()), "o-", label=f"{left} chunks")
     streaming.set(title=f"streaming, chunk {CHUNKS[-1][0]}", xlabel="minutes of sound", ylim=0)
+    streaming.set(ylabel="ms per chunk")
     streaming.set(ylabel="ms per chunk")
     streaming.legend()
     setup.plot(*zip(*results["setup"].items()), "o-")
