@@ -467,7 +467,7 @@ def sounds():
 
 @pytest.fixture(scope="module")
 def rows(fbank):
-    return parity.hear(fbank[0], CHUNKS, sounds())
+    return parity.all_outcomes(fbank[0], CHUNKS, sounds())
 
 
 @pytest.mark.parametrize("features", [parity.OWN, parity.SHERPA])

@@ -1411,7 +1411,7 @@ def test_tables_and_the_model_card_show_what_a_run_says_of_itself(hostile, capsy
     compare.print_table(("run", "\x1b[2J"), [["a", hostile]])
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 2 and is_shown(out, "\n") and len(out) < 250
-    assert is_shown(export.markdown(compare.show(hostile)))
+    assert is_shown(export.markdown(compare.as_cell(hostile)))
 
 
 def test_a_cell_of_the_model_card_is_one_cell_and_no_html():
@@ -1656,7 +1656,7 @@ def work_is_short(patch):
         "write_checked",
         lambda model, options, chunks, folder: export.texts(model, chunks) and [],
     )
-    patch.setattr(parity, "hear", reached)
+    patch.setattr(parity, "all_outcomes", reached)
     patch.setattr(torture, "unbroken", reached)
     patch.setattr(sources, "hub_source", reached)
     for what, (_, *takes) in bench.COMMANDS.items():

@@ -367,7 +367,6 @@ def draw(results: dict, path: str, preset: str) -> None:
         streaming.plot(*zip(*results[f"stream {left}"].items()), "o-", label=f"{left} chunks")
     streaming.set(title=f"streaming, chunk {CHUNKS[-1][0]}", xlabel="minutes of sound", ylim=0)
     streaming.set(ylabel="ms per chunk")
-    streaming.set(ylabel="ms per chunk")
     streaming.legend()
     setup.plot(*zip(*results["setup"].items()), "o-")
     setup.set(title="setup", xlabel="rows", ylabel="seconds", xlim=0, ylim=0)

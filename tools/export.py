@@ -25,7 +25,7 @@ from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
-from tools.compare import read_scores, score_columns, show, unusual
+from tools.compare import as_cell, read_scores, score_columns, unusual
 from tools.onnx_checks import check, synthetic_sound
 from tools.onnx_graphs import (
     ChunkOptions,
@@ -328,7 +328,7 @@ def numbers(checkpoint: str) -> str:
         rows = [
             columns,
             ["---"] * len(columns),
-            *([markdown(show(score.get(name))) for name in columns] for score in scores),
+            *([markdown(as_cell(score.get(name))) for name in columns] for score in scores),
         ]
         if scores:
             return "\n".join(
