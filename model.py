@@ -599,7 +599,7 @@ class U2(L.LightningModule):
             if (
                 parents is not None
             ):  # parents stay within their utterance, so the source needs no reordering
-                state = [(tuple(past[parents] for past in pair), source) for pair, source in state]
+                state = [(past.rows(parents), source) for past, source in state]
             logits, state = net.decoder.step(prefixes, state, *of_beams)
             return logits.float().log_softmax(-1), state
 
