@@ -2078,7 +2078,7 @@ def test_a_score_that_was_asked_for_otherwise_is_not_shown_as_the_plain_one(
     assert len(rows) == 1 + plain and (
         set(asked) <= set(header.split()) or not plain and "checkpoint" in asked
     )
-    card = export.numbers(str(tmp_path / "run" / "best.ckpt"))
+    card = export.score_table(str(tmp_path / "run" / "best.ckpt"))
     assert "0.1250" not in card and ("0.5000" in card) == plain and ("None yet" in card) != plain
 
 
@@ -2098,7 +2098,7 @@ def test_scores_of_several_data_roots_say_so_and_an_older_one_gives_way_to_the_s
     compare.main([str(tmp_path / "run")])
     header, *rows = capsys.readouterr().out.split("scores\n")[1].splitlines()
     assert "data_root" in header and len(rows) == 2 and "0.9" not in "".join(rows)
-    assert "data/b" in export.numbers(str(tmp_path / "run" / "best.ckpt"))
+    assert "data/b" in export.score_table(str(tmp_path / "run" / "best.ckpt"))
 
 
 @pytest.mark.parametrize(
