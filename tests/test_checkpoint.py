@@ -293,10 +293,10 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
     (tmp_path / "scores.jsonl").write_text(f"said   the fox\n{json.dumps(score)}\n")
     assert len(read_scores(str(tmp_path))) == 1
     row = "| dev | attention | no | 16 | -1 | 98 | 0.5000 | 0.2500 | 0.1000 |"
-    assert row in export.numbers(str(tmp_path / "best.ckpt"))
-    assert "None yet" in export.numbers(str(tmp_path / "last.ckpt"))  # they are not its scores
+    assert row in export.score_table(str(tmp_path / "best.ckpt"))
+    assert "None yet" in export.score_table(str(tmp_path / "last.ckpt"))  # they are not its scores
     os.utime(tmp_path / "scores.jsonl", (1, 1))
-    assert "None yet" in export.numbers(
+    assert "None yet" in export.score_table(
         str(tmp_path / "best.ckpt")
     )  # nor those of what was trained since
 

@@ -1398,7 +1398,7 @@ def test_tables_and_the_model_card_show_what_a_run_says_of_itself(hostile, capsy
     compare.print_table(("run", "\x1b[2J"), [["a", hostile]])
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 2 and is_shown(out, "\n") and len(out) < 250
-    assert is_shown(export.markdown(compare.show(hostile)))
+    assert is_shown(export.markdown(compare.as_cell(hostile)))
 
 
 def test_a_cell_of_the_model_card_is_one_cell_and_no_html():
@@ -1633,7 +1633,7 @@ def work_is_short(patch):
         "write_checked",
         lambda model, options, chunks, folder: export.texts(model, chunks) and [],
     )
-    patch.setattr(parity, "hear", reached)
+    patch.setattr(parity, "all_outcomes", reached)
     patch.setattr(torture, "unbroken", reached)
     patch.setattr(sources, "hub_source", reached)
     for what, (_, *takes) in bench.COMMANDS.items():
@@ -2050,7 +2050,7 @@ def test_a_score_that_was_asked_for_otherwise_is_not_shown_as_the_plain_one(
     assert len(rows) == 1 + plain and (
         set(asked) <= set(header.split()) or not plain and "checkpoint" in asked
     )
-    card = export.numbers(str(tmp_path / "run" / "best.ckpt"))
+    card = export.score_table(str(tmp_path / "run" / "best.ckpt"))
     assert "0.1250" not in card and ("0.5000" in card) == plain and ("None yet" in card) != plain
 
 
@@ -2070,7 +2070,7 @@ def test_scores_of_several_data_roots_say_so_and_an_older_one_gives_way_to_the_s
     compare.main([str(tmp_path / "run")])
     header, *rows = capsys.readouterr().out.split("scores\n")[1].splitlines()
     assert "data_root" in header and len(rows) == 2 and "0.9" not in "".join(rows)
-    assert "data/b" in export.numbers(str(tmp_path / "run" / "best.ckpt"))
+    assert "data/b" in export.score_table(str(tmp_path / "run" / "best.ckpt"))
 
 
 @pytest.mark.parametrize(

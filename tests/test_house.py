@@ -13,7 +13,7 @@ FLOORS = (
     ("datamodule", "model", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "onnx_graphs"),
+    ("demo", "onnx_graphs", "workloads"),
     ("onnx_checks",),
     ("align", "compare", "wenet_import", "bench"),
     ("export", "torture"),
