@@ -6,7 +6,7 @@ The network is conformer.py's; this file adds training, decoding and the checkpo
 import math
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from cli import UserError, option, options_class, shown
 
@@ -20,6 +20,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 import decode
 from checkpoint import not_finite, read_checkpoint
 from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
+from decode import SearchOptions
 from files import json_text
 from kernels import for_few_rows
 from tokenizer import Tokenizer
@@ -519,14 +520,7 @@ class U2(L.LightningModule):
 
     @torch.no_grad()
     def search(
-        self,
-        memory,
-        lengths,
-        mode: str,
-        beam_size: int = 10,
-        ctc_weight: float = 0.5,
-        reverse_weight: float = 0.3,
-        context=None,
+        self, memory, lengths, mode: str, search: SearchOptions, context=None
     ) -> list[decode.Hypothesis]:
         """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are.
         There is no text where CTC's best path has none."""
@@ -538,65 +532,48 @@ class U2(L.LightningModule):
             )
         net = self.net
         log_probs = net.ctc_log_probs(memory)
-        found = self._search(
-            memory, lengths, log_probs, mode, beam_size, ctc_weight, reverse_weight, context
-        )
+        found = self._search(memory, lengths, log_probs, mode, search, context)
         ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
         silent = (decode.blank_wins(log_probs, net.blank_id) | ended).all(dim=1).tolist()
         return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
 
     def _search(
-        self,
-        memory,
-        lengths,
-        log_probs,
-        mode: str,
-        beam_size: int,
-        ctc_weight: float,
-        reverse_weight: float,
-        context,
+        self, memory, lengths, log_probs, mode: str, search: SearchOptions, context
     ) -> list[decode.Hypothesis]:
         """The same with text everywhere: log_probs (B,T',V) are CTC's of memory."""
         net = self.net
         if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
-            found = self.attention_search(memory, lengths, beam_size)
+            found = self.attention_search(memory, lengths, search)
             return [
                 decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())
             ]
         if mode == "ctc_greedy_search":
             return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
         hypotheses = decode.ctc_prefix_beam_search(
-            log_probs, lengths, beam_size, net.blank_id, context
+            log_probs, lengths, search, net.blank_id, context
         )
         if mode == "ctc_prefix_beam_search":
             return hypotheses
-        return self.rescore(hypotheses, memory, lengths, ctc_weight, reverse_weight)
+        return self.rescore(hypotheses, memory, lengths, search)
 
     @torch.no_grad()
     def decode(
-        self,
-        feats,
-        feat_lengths,
-        mode: str,
-        beam_size: int = 10,
-        chunk_size: int = -1,
-        left_chunks: int = -1,
-        ctc_weight: float = 0.5,
-        reverse_weight: float = 0.3,
-        context=None,
+        self, features, feature_lengths, mode: str, context=None, **search
     ) -> list[decode.Hypothesis]:
-        """feats (B,T,F), feat_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
+        """features (B,T,F), feature_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3;
+        U2++, section 3.1).
 
-        context: a context.ContextGraph of hotwords. Raises UserError for a mode that is not one of decode.MODES, or that
-        cannot favour hotwords.
+        search: fields of decode.SearchOptions. context: a context.ContextGraph of hotwords. Raises
+        UserError for a mode that is not one of decode.MODES, or that cannot favour hotwords.
         """
-        memory, lengths = self.encode(feats, feat_lengths, chunk_size, left_chunks)
-        return self.search(memory, lengths, mode, beam_size, ctc_weight, reverse_weight, context)
+        options = SearchOptions(**search)
+        memory, lengths = self.encode(
+            features, feature_lengths, options.chunk_size, options.left_chunks
+        )
+        return self.search(memory, lengths, mode, options, context)
 
     @torch.no_grad()
-    def rescore(
-        self, hypotheses, memory, lengths, ctc_weight: float = 0.5, reverse_weight: float = 0.3
-    ):
+    def rescore(self, hypotheses, memory, lengths, search: SearchOptions):
         """The second pass over CTC n-best lists: memory (B,T',D) and lengths (B,) are the encoder's."""
         net = self.net
 
@@ -609,16 +586,15 @@ class U2(L.LightningModule):
             )
 
         if net.right_decoder is None:
-            reverse_weight = 0.0
+            search = replace(search, reverse_weight=0.0)
         return decode.attention_rescoring(
-            hypotheses, score, net.sos_id, net.eos_id, ctc_weight, reverse_weight, memory.device
+            hypotheses, score, search, net.sos_id, net.eos_id, memory.device
         )
 
-    def attention_search(self, memory, lengths, beam_size):
+    def attention_search(self, memory, lengths, search: SearchOptions):
         net = self.net
-        rows = torch.arange(memory.size(0), device=memory.device).repeat_interleave(
-            beam_size
-        )  # (B*N,)
+        rows = torch.arange(memory.size(0), device=memory.device)
+        rows = rows.repeat_interleave(search.beam_size)  # (B*N,)
         max_length, memory, lengths = lengths, memory[rows], lengths[rows]
 
         def step(prefixes, state, parents):
@@ -630,7 +606,7 @@ class U2(L.LightningModule):
             return logits.float().log_softmax(-1), state
 
         return decode.attention_beam_search(
-            step, len(max_length), max_length, beam_size, net.sos_id, net.eos_id, memory.device
+            step, len(max_length), max_length, search, net.sos_id, net.eos_id, memory.device
         )
 
     # ------------------------------------------------------------------------------------------------------ checkpoint

@@ -347,14 +347,14 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
     ):
         for heard, meant in zip(listen(model, pieces, search), expected, strict=True):
             assert heard.hypothesis == meant.hypothesis and heard.seconds == meant.seconds
-            assert not heard.final or torch.equal(heard.memory, meant.memory)
+            assert not heard.final or torch.equal(heard.encoded, meant.encoded)
 
 
 def mostly_blank(model, monkeypatch, spoken=()):
-    """Has CTC say blank with 0.9 and a token with 0.1 in all frames, vice versa in those `spoken`."""
+    """Makes CTC say blank with 0.9 and a token with 0.1; in the frames `spoken`, the other way round."""
 
-    def log_probs(memory):
-        probs = torch.full((*memory.shape[:2], model.tokenizer.vocab_size), 1e-6)
+    def log_probs(encoded):
+        probs = torch.full((*encoded.shape[:2], model.tokenizer.vocab_size), 1e-6)
         probs[..., 0], probs[..., 3] = 0.9, 0.1
         probs[:, spoken, 0], probs[:, spoken, 3] = 0.1, 0.9
         return probs.log()
@@ -365,19 +365,25 @@ def mostly_blank(model, monkeypatch, spoken=()):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_where_the_blank_wins_in_every_frame_there_is_no_text(model, monkeypatch, mode):
-    memory, lengths = noise(3, 200, 16, dtype=torch.float32), torch.tensor([200, 100, 0])
+    encoded = noise(3, 200, 16, dtype=torch.float32)
+    lengths = torch.tensor([200, 100, 0])
+    search = SearchOptions()
     written = decode.Hypothesis([4], -1.0, [], [[4]], [-1.0], [[]])
     monkeypatch.setattr(model, "attention_search", lambda *_: [written] * 3)
     mostly_blank(model, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(decode, "without_text", lambda row: row)
-        resurrected = [row.tokens for row in model.search(memory, lengths, mode)]
+        resurrected = [row.tokens for row in model.search(encoded, lengths, mode, search)]
     assert (resurrected == [[], [], []]) == (mode == "ctc_greedy_search")
-    for row in model.search(memory, lengths, mode):
+    for row in model.search(encoded, lengths, mode, search):
         assert (row.tokens, row.nbest, row.times, row.nbest_times) == ([], [[]], [], [[]])
         assert row.nbest_scores == [row.score]
     mostly_blank(model, monkeypatch, spoken=[150])  # which is behind the end of the other rows
-    assert [bool(row.tokens) for row in model.search(memory, lengths, mode)] == [True, False, False]
+    assert [bool(row.tokens) for row in model.search(encoded, lengths, mode, search)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model, monkeypatch):
@@ -391,10 +397,10 @@ def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model,
 
 @pytest.mark.parametrize("chunk_size", [2, 16])
 def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chunk_size):
-    def log_probs(memory, begins=itertools.count(step=chunk_size)):  # of silence but for a frame
-        begin = next(begins) if memory.size(1) else 0
-        frames = torch.arange(memory.size(1)) + begin
-        probs = torch.full((1, memory.size(1), model.tokenizer.vocab_size), 1e-9)
+    def log_probs(encoded, begins=itertools.count(step=chunk_size)):  # of silence but for a frame
+        begin = next(begins) if encoded.size(1) else 0
+        frames = torch.arange(encoded.size(1)) + begin
+        probs = torch.full((1, encoded.size(1), model.tokenizer.vocab_size), 1e-9)
         probs[..., 0], probs[..., 3] = 0.9, 0.1
         probs[:, frames == 100] = 1e-9
         probs[:, frames == 100, 4] = 1
