@@ -6,7 +6,7 @@ The network is conformer.py's; this file adds training, decoding and the checkpo
 import math
 import os
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 from cli import UserError, option, options_class, shown
 
@@ -20,7 +20,6 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 import decode
 from checkpoint import not_finite, read_checkpoint
 from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
-from decode import SearchOptions
 from files import json_text
 from kernels import for_few_rows
 from tokenizer import Tokenizer
@@ -519,94 +518,97 @@ class U2(L.LightningModule):
     # -------------------------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
-    def search(
-        self, memory, lengths, mode: str, search: SearchOptions, context=None
+    def decode(
+        self, features, feature_lengths, mode: str, *, context=None, **search
     ) -> list[decode.Hypothesis]:
-        """What `decode` does behind the encoder, whose output memory (B,T',D) and lengths (B,) are.
-        There is no text where CTC's best path has none."""
+        """features (B,T,F), feature_lengths (B,) -> a Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
+
+        `search` are fields of decode.SearchOptions: beam_size, chunk_size and so on. context: a context.ContextGraph of
+        hotwords. Raises UserError for options out of their bounds and for what U2.search refuses, TypeError for a keyword
+        that SearchOptions does not have.
+        """
+        names = [field.name for field in fields(decode.SearchOptions)]
+        if unknown := search.keys() - set(names):
+            raise TypeError(
+                f"decode takes no {min(unknown)!r}; the options of a search are {', '.join(names)}"
+            )
+        options = decode.SearchOptions(**search)
+        chunks = options.chunk_size, options.left_chunks
+        encoded, lengths = self.encode(features, feature_lengths, *chunks)
+        return self.search(encoded, lengths, mode, options, context)
+
+    @torch.no_grad()
+    def search(
+        self,
+        encoded,
+        lengths,
+        mode: str,
+        search: decode.SearchOptions = decode.SearchOptions(),
+        context=None,
+    ) -> list[decode.Hypothesis]:
+        """What `decode` does behind the encoder: encoded (B,T',D), lengths (B,) -> a Hypothesis per utterance.
+
+        There is no text where CTC's best path has none. Raises UserError for a mode that is none of decode.MODES, or that
+        cannot favour the hotwords of `context`.
+        """
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         if context is not None and mode not in decode.CONTEXT_MODES:
             raise UserError(
                 f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}"
             )
-        net = self.net
-        log_probs = net.ctc_log_probs(memory)
-        found = self._search(memory, lengths, log_probs, mode, search, context)
+        blank_id = self.net.blank_id
+        log_probs = self.net.ctc_log_probs(encoded)  # (B,T',V)
+        if mode == "ctc_greedy_search":
+            found = decode.ctc_greedy_search(log_probs, lengths, blank_id)
+        elif mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
+            written = self.attention_search(encoded, lengths, search)
+            rows = zip(written, log_probs, lengths.tolist())
+            found = [decode.align(*row, blank_id) for row in rows]
+        else:
+            found = decode.ctc_prefix_beam_search(log_probs, lengths, search, blank_id, context)
+        if mode == "attention_rescoring":
+            found = self.rescore(found, encoded, lengths, search)
         ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
-        silent = (decode.blank_wins(log_probs, net.blank_id) | ended).all(dim=1).tolist()
+        silent = (decode.blank_wins(log_probs, blank_id) | ended).all(dim=1).tolist()
         return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
 
-    def _search(
-        self, memory, lengths, log_probs, mode: str, search: SearchOptions, context
-    ) -> list[decode.Hypothesis]:
-        """The same with text everywhere: log_probs (B,T',V) are CTC's of memory."""
-        net = self.net
-        if mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
-            found = self.attention_search(memory, lengths, search)
-            return [
-                decode.align(*row, net.blank_id) for row in zip(found, log_probs, lengths.tolist())
-            ]
-        if mode == "ctc_greedy_search":
-            return decode.ctc_greedy_search(log_probs, lengths, net.blank_id)
-        hypotheses = decode.ctc_prefix_beam_search(
-            log_probs, lengths, search, net.blank_id, context
-        )
-        if mode == "ctc_prefix_beam_search":
-            return hypotheses
-        return self.rescore(hypotheses, memory, lengths, search)
-
     @torch.no_grad()
-    def decode(
-        self, features, feature_lengths, mode: str, context=None, **search
+    def rescore(
+        self, hypotheses, encoded, lengths, search: decode.SearchOptions = decode.SearchOptions()
     ) -> list[decode.Hypothesis]:
-        """features (B,T,F), feature_lengths (B,) -> one Hypothesis per utterance (U2, section 3.3;
-        U2++, section 3.1).
-
-        search: fields of decode.SearchOptions. context: a context.ContextGraph of hotwords. Raises
-        UserError for a mode that is not one of decode.MODES, or that cannot favour hotwords.
-        """
-        options = SearchOptions(**search)
-        memory, lengths = self.encode(
-            features, feature_lengths, options.chunk_size, options.left_chunks
-        )
-        return self.search(memory, lengths, mode, options, context)
-
-    @torch.no_grad()
-    def rescore(self, hypotheses, memory, lengths, search: SearchOptions):
-        """The second pass over CTC n-best lists: memory (B,T',D) and lengths (B,) are the encoder's."""
+        """The attention decoders' second pass over CTC n-best lists, given the encoder's output as in `search`."""
         net = self.net
 
         def score(tree, reverse):
             decoder = net.right_decoder if reverse else net.decoder
-            return (
-                decoder(tree.tokens, memory, lengths, tree.positions, tree.sees)
-                .float()
-                .log_softmax(-1)
-            )
+            logits = decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees)
+            return logits.float().log_softmax(-1)
 
         if net.right_decoder is None:
             search = replace(search, reverse_weight=0.0)
         return decode.attention_rescoring(
-            hypotheses, score, search, net.sos_id, net.eos_id, memory.device
+            hypotheses, score, search, net.sos_id, net.eos_id, encoded.device
         )
 
-    def attention_search(self, memory, lengths, search: SearchOptions):
+    def attention_search(
+        self, encoded, lengths, search: decode.SearchOptions
+    ) -> list[decode.Hypothesis]:
+        """Beam search with the left-to-right decoder, at most one token per encoder frame."""
         net = self.net
-        rows = torch.arange(memory.size(0), device=memory.device)
-        rows = rows.repeat_interleave(search.beam_size)  # (B*N,)
-        max_length, memory, lengths = lengths, memory[rows], lengths[rows]
+        rows = torch.arange(len(encoded), device=encoded.device).repeat_interleave(search.beam_size)
+        of_beams = encoded[rows], lengths[rows]  # (B*N,T',D), (B*N,)
 
         def step(prefixes, state, parents):
             if (
                 parents is not None
             ):  # parents stay within their utterance, so the source needs no reordering
                 state = [(tuple(past[parents] for past in pair), source) for pair, source in state]
-            logits, state = net.decoder.step(prefixes, state, memory, lengths)
+            logits, state = net.decoder.step(prefixes, state, *of_beams)
             return logits.float().log_softmax(-1), state
 
         return decode.attention_beam_search(
-            step, len(max_length), max_length, search, net.sos_id, net.eos_id, memory.device
+            step, len(lengths), lengths, search, net.sos_id, net.eos_id, encoded.device
         )
 
     # ------------------------------------------------------------------------------------------------------ checkpoint

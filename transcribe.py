@@ -492,9 +492,7 @@ def hear(model, features: torch.Tensor, lengths: torch.Tensor, search: Search):
     """features (B,T,F), lengths (B,) -> per piece its hypothesis, CTC's log-probabilities (T,V) and how many of them count."""
     o = search.options
     memory, lengths = model.encode(features, lengths, o.chunk_size, o.left_chunks)
-    found = model.search(
-        memory, lengths, search.mode, o.beam_size, o.ctc_weight, o.reverse_weight, search.context
-    )
+    found = model.search(memory, lengths, search.mode, o, search.context)
     return zip(found, model.ctc_log_probs(memory).cpu(), lengths.tolist())
 
 

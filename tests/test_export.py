@@ -14,6 +14,7 @@ import torch
 
 from conformer import MAX_POSITION, ModelOptions, subsampled_length
 from conftest import ROOT
+from decode import SearchOptions
 from model import U2, OptimOptions
 from tokenizer import Tokenizer, train_char
 from tools import export, onnx_checks, parity
@@ -349,12 +350,17 @@ def test_two_passes_as_in_wenet_s_runtime_are_those_of_the_model(fbank, samples)
     memory, lengths = model.encode(feats, torch.tensor([feats.size(1)]), CHUNK, LEFT)
     np.testing.assert_allclose(log_probs, model.ctc_log_probs(memory)[0], atol=1e-4)
     found = model.decode(
-        feats, torch.tensor([feats.size(1)]), "ctc_prefix_beam_search", 4, CHUNK, LEFT
+        feats,
+        torch.tensor([feats.size(1)]),
+        "ctc_prefix_beam_search",
+        beam_size=4,
+        chunk_size=CHUNK,
+        left_chunks=LEFT,
     )[0]
     found = found._replace(
         nbest=found.nbest[:3] + [[]], nbest_scores=[0.0] * 4, nbest_times=[[]] * 4
     )
-    expected = model.rescore([found], memory, lengths, 0.0, 0.3)[0]
+    expected = model.rescore([found], memory, lengths, SearchOptions(ctc_weight=0.0))[0]
     scores = dict(zip(map(tuple, found.nbest), runtime.rescore(found.nbest, 0.3)))
     assert [scores[tuple(tokens)] for tokens in expected.nbest] == pytest.approx(
         expected.nbest_scores, abs=1e-3

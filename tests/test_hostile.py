@@ -907,7 +907,7 @@ def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
                 torch.randn(1, 40, frontend.num_mel_bins),
                 torch.tensor([40]),
                 "attention_rescoring",
-                3,
+                beam_size=3,
             )
             tokenizer.decode(heard.tokens)
             counts["heard"] += 1

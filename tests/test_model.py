@@ -323,7 +323,13 @@ def test_the_checkpoint_is_plain_data_and_gives_the_same_model_back(tmp_path):
         )
         assert ours == theirs and len(ours) == 2
     chunked, whole = (
-        loaded.decode(batch.features, batch.feature_lengths, "ctc_prefix_beam_search", 3, chunk)
+        loaded.decode(
+            batch.features,
+            batch.feature_lengths,
+            "ctc_prefix_beam_search",
+            beam_size=3,
+            chunk_size=chunk,
+        )
         for chunk in (2, -1)
     )
     assert chunked[0].score != whole[0].score
@@ -361,6 +367,14 @@ def test_what_is_heard_depends_neither_on_neighbours_nor_on_padding(mode, chunk_
             14,
             0,
         }  # each ended at its own length
+
+
+def test_decode_names_the_options_of_a_search_where_it_does_not_know_one():
+    batch, model = next(batches(1)), make().eval()
+    with pytest.raises(TypeError, match="decode takes no 'beam'.* beam_size, chunk_size,"):
+        model.decode(batch.features, batch.feature_lengths, "attention", beam=3)
+    with pytest.raises(UserError, match="--beam_size 0: it must lie"):
+        model.decode(batch.features, batch.feature_lengths, "attention", beam_size=0)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02.", None])

@@ -561,9 +561,7 @@ def bench_decode(options: BenchOptions) -> dict:
             features, torch.full((UTTERANCES,), features.size(1))
         )
         model.ctc_log_probs(encoded)  # random weights have no spikes
-        model.rescore(
-            beam(log_probs, encoded_lengths), encoded, encoded_lengths, decode.SearchOptions()
-        )
+        model.rescore(beam(log_probs, encoded_lengths), encoded, encoded_lengths)
 
     def ms(work, utterances=UTTERANCES):
         return 1000 * median_seconds(work, options) / utterances
@@ -574,9 +572,7 @@ def bench_decode(options: BenchOptions) -> dict:
         "prefix_beam_flat_ms_batch16": ms(lambda: beam(flat, lengths)),
         "prefix_beam_flat_ms_single": ms(lambda: beam(flat[:1], lengths[:1]), 1),
         "greedy_ms": ms(lambda: decode.ctc_greedy_search(log_probs, lengths)),
-        "rescoring_ms": ms(
-            lambda: model.rescore(hypotheses, memory, lengths, decode.SearchOptions())
-        ),
+        "rescoring_ms": ms(lambda: model.rescore(hypotheses, memory, lengths)),
         "rtf": ms(recognise) / 1000 / (SAMPLES / RATE),
     }
 
