@@ -20,6 +20,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 import decode
 from checkpoint import not_finite, read_checkpoint
 from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
+from decode import Hypothesis, SearchOptions
 from files import json_text
 from kernels import for_few_rows
 from tokenizer import Tokenizer
@@ -520,32 +521,27 @@ class U2(L.LightningModule):
     @torch.no_grad()
     def decode(
         self, features, feature_lengths, mode: str, *, context=None, **search
-    ) -> list[decode.Hypothesis]:
+    ) -> list[Hypothesis]:
         """features (B,T,F), feature_lengths (B,) -> a Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
 
         `search` are fields of decode.SearchOptions: beam_size, chunk_size and so on. context: a context.ContextGraph of
         hotwords. Raises UserError for options out of their bounds and for what U2.search refuses, TypeError for a keyword
         that SearchOptions does not have.
         """
-        names = [field.name for field in fields(decode.SearchOptions)]
+        names = [field.name for field in fields(SearchOptions)]
         if unknown := search.keys() - set(names):
             raise TypeError(
                 f"decode takes no {min(unknown)!r}; the options of a search are {', '.join(names)}"
             )
-        options = decode.SearchOptions(**search)
+        options = SearchOptions(**search)
         chunks = options.chunk_size, options.left_chunks
         encoded, lengths = self.encode(features, feature_lengths, *chunks)
         return self.search(encoded, lengths, mode, options, context)
 
     @torch.no_grad()
     def search(
-        self,
-        encoded,
-        lengths,
-        mode: str,
-        search: decode.SearchOptions = decode.SearchOptions(),
-        context=None,
-    ) -> list[decode.Hypothesis]:
+        self, encoded, lengths, mode: str, search: SearchOptions = SearchOptions(), context=None
+    ) -> list[Hypothesis]:
         """What `decode` does behind the encoder: encoded (B,T',D), lengths (B,) -> a Hypothesis per utterance.
 
         There is no text where CTC's best path has none. Raises UserError for a mode that is none of decode.MODES, or that
@@ -575,8 +571,8 @@ class U2(L.LightningModule):
 
     @torch.no_grad()
     def rescore(
-        self, hypotheses, encoded, lengths, search: decode.SearchOptions = decode.SearchOptions()
-    ) -> list[decode.Hypothesis]:
+        self, hypotheses, encoded, lengths, search: SearchOptions = SearchOptions()
+    ) -> list[Hypothesis]:
         """The attention decoders' second pass over CTC n-best lists, given the encoder's output as in `search`."""
         net = self.net
 
@@ -591,9 +587,7 @@ class U2(L.LightningModule):
             hypotheses, score, search, net.sos_id, net.eos_id, encoded.device
         )
 
-    def attention_search(
-        self, encoded, lengths, search: decode.SearchOptions
-    ) -> list[decode.Hypothesis]:
+    def attention_search(self, encoded, lengths, search: SearchOptions) -> list[Hypothesis]:
         """Beam search with the left-to-right decoder, at most one token per encoder frame."""
         net = self.net
         rows = torch.arange(len(encoded), device=encoded.device).repeat_interleave(search.beam_size)
