@@ -281,7 +281,7 @@ def clock(seconds: float, point: str) -> str:
 
 
 def cues(words: list[Word]) -> list[tuple[float, float, str]]:
-    """(start, end, text) of subtitles, each with all words that fit its room and time, to a pause."""
+    """(start, end, text) of subtitles; each takes all words that fit, up to a pause."""
     groups = []
     for word in printable(words):
         group = groups[-1] if groups else []
@@ -314,6 +314,6 @@ def lines_of(words: list[Word]) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """The width of a text: a wide character (Chinese, Korean, emoji) is two columns, a mark none."""
+    """The width of a text: a wide character (Chinese, Korean, emoji) has two columns, a mark none."""
     seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)
