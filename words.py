@@ -314,6 +314,6 @@ def lines_of(words: list[Word]) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """The width of a text: a wide character (Chinese, Korean, emoji) has two columns, a mark none."""
+    """The width of a text: a wide character (Chinese, Korean, emoji) is 2 columns, a mark 0."""
     seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)
