@@ -149,7 +149,9 @@ def plain_prefix_beam_search(
                         # WeNet keeps the times of a path that entered the prefix in this frame.
                         same.times_token = same.times_token or (*paths.times_token[:-1], frame)
                     # Only paths with a blank in between get a second, equal token.
-                    total, viterbi, times = paths.blank, paths.viterbi_blank, paths.times_blank
+                    total = paths.blank
+                    viterbi = paths.viterbi_blank
+                    times = paths.times_blank
                 longer = reached[*prefix, token]
                 longer.token = _log_add(longer.token, total + log_prob)
                 if longer.viterbi_token < viterbi + log_prob:

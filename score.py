@@ -256,7 +256,7 @@ def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[l
     """As `recognize`, each row a stream of one utterance."""
     texts = []
     seconds = 0.0
-    for waveform in waveforms(dataset):
+    for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
         began = time.perf_counter()
         pieces = cut(model, waveform, search.chunk_size)
         *_, heard = listen(model, pieces, search, endpoints=False, context=context)
@@ -268,7 +268,8 @@ def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[l
 def recognize_as_one(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
     """As `recognize`, all rows one stream that is cut at its endpoints; gives one text in all."""
     began = time.perf_counter()
-    pieces = (piece for row in waveforms(dataset) for piece in cut(model, row, search.chunk_size))
+    waveforms = tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
+    pieces = (piece for row in waveforms for piece in cut(model, row, search.chunk_size))
     texts = [
         model.tokenizer.decode(heard.hypothesis.tokens)
         for heard in listen(model, pieces, search, context=context)
@@ -277,10 +278,9 @@ def recognize_as_one(model, dataset, search: SearchOptions, context) -> tuple[li
     return [join(texts)], time.perf_counter() - began
 
 
-def waveforms(dataset) -> Iterator[torch.Tensor]:
-    """The samples (N,) float32 of each row, with a progress bar."""
-    rows = dataset.select_columns(["input_values"]).with_format("numpy")
-    for row, values in enumerate(tqdm(rows, desc="stream", total=len(dataset), unit=" rows")):
+def waveforms_of(dataset: datasets.Dataset) -> Iterator[torch.Tensor]:
+    """The samples (N,) float32 of each row."""
+    for row, values in enumerate(dataset.select_columns(["input_values"]).with_format("numpy")):
         yield checked_waveform(row, values)
 
 

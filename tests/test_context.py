@@ -1,4 +1,4 @@
-"""context.py against its definition, and hotwords in the search and in the commands."""
+"""context.py equals its definition; hotwords act in the search and in the commands."""
 
 import json
 import math
@@ -20,8 +20,9 @@ from tokenizer import Tokenizer, train_bpe, train_char
 
 
 def walk(graph, tokens):
-    """(bonus so far, what of it is pending) behind the tokens."""
-    state, total = np.zeros((), np.int64), 0.0
+    """The bonus that the tokens have earned so far, and how much of it is pending."""
+    state = np.zeros((), np.int64)
+    total = 0.0
     for token in tokens:
         state, bonus = graph.step(state, np.array(token))
         total += float(bonus)
@@ -33,7 +34,7 @@ def ends_with(tokens, phrase):
 
 
 def bonus_by_definition(phrases, score, tokens):
-    """The bonus of all phrases in the tokens, and that of the longest beginning of one at their end."""
+    """The bonus of all phrases in the tokens, and of the longest beginning at their end."""
     kept = sum(
         score * len(phrase)
         for end in range(len(tokens) + 1)
@@ -96,7 +97,7 @@ def test_a_phrase_wins_over_a_likelier_neighbour_and_a_broken_one_does_not():
     probabilities = torch.full((1, 5, 5), 0.001)
     for frame, token in enumerate((1, 0, 2, 0, 3)):
         probabilities[0, frame, token] = 0.6
-    probabilities[0, 2, 4] = 0.3  # 1 4 3 is half as likely as 1 2 3
+    probabilities[0, 2, 4] = 0.3  # so that 1 4 3 is half as likely as 1 2 3
     log_probs = (probabilities / probabilities.sum(-1, keepdim=True)).log()
 
     def heard(*phrases, score=1.0):
@@ -126,9 +127,11 @@ def test_phrases_that_never_occur_change_nothing_in_one_piece_or_many():
 
 @pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
 def test_score_hears_hotwords_and_says_that_it_was_given_them(world, capsys, tmp_path, stream):
-    words, details = tmp_path / "words.txt", tmp_path / "details"
+    words = tmp_path / "words.txt"
+    details = tmp_path / "details"
     words.write_text("fox\n")
-    argv = [*stream, "--beam_size", 20, "--details", details]  # every token is offered
+    # A beam of 20 is offered every token.
+    argv = [*stream, "--beam_size", 20, "--details", details]
     (plain,) = score_json(capsys, world, *argv)
     assert "fox" not in details.read_text() and "hotwords" not in plain
     (found,) = score_json(capsys, world, *argv, "--hotwords", words, "--context_score", 20)
@@ -141,7 +144,8 @@ def test_score_hears_hotwords_and_says_that_it_was_given_them(world, capsys, tmp
 
 
 def test_a_line_is_a_phrase_with_its_own_score_or_the_common_one(tmp_path):
-    path, tokenizer = tmp_path / "words.txt", train_char(["new york"])
+    path = tmp_path / "words.txt"
+    tokenizer = train_char(["new york"])
     path.write_text("new york\n\n   \n  york   :2.5 \n")
     graph = load_hotwords(str(path), tokenizer, 1.0)
     assert walk(graph, tokenizer.encode("new york")) == (8 + 4 * 2.5 + 8, 8.0)
@@ -149,7 +153,8 @@ def test_a_line_is_a_phrase_with_its_own_score_or_the_common_one(tmp_path):
 
 
 def test_pieces_of_words_are_phrases_too(tmp_path):
-    path, tokenizer = tmp_path / "words.txt", train_bpe(["new york new york newer"], 20)
+    path = tmp_path / "words.txt"
+    tokenizer = train_bpe(["new york new york newer"], 20)
     path.write_text("york\n")
     _, pending = walk(load_hotwords(str(path), tokenizer, 1.0), tokenizer.encode("new york"))
     assert pending == len(tokenizer.encode("york")) < len("york")
@@ -187,7 +192,8 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, complaint):
     "text", ["caf\u00e9", "cafe\u0301", "\ufeffcafe\u0301\r\n", "\ufeff\n caf\u00e9 "]
 )
 def test_a_phrase_may_be_decomposed_and_behind_a_byte_order_mark(tmp_path, text):
-    path, tokenizer = tmp_path / "words.txt", train_char(["un caf\u00e9"])
+    path = tmp_path / "words.txt"
+    tokenizer = train_char(["un caf\u00e9"])
     path.write_bytes(text.encode())
     graph = load_hotwords(str(path), tokenizer, 1.0)
     assert walk(graph, tokenizer.encode("caf\u00e9")) == (2 * 4.0, 4.0)

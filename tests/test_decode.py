@@ -1,6 +1,6 @@
-"""decode.py against definitions: the sum over all paths, the best of all sequences, WeNet's results.
+"""decode.py equals its definitions: the sum over all paths, the best of all sequences, WeNet.
 
-And against what must never change a result: padding, neighbours, the pieces of a stream.
+Padding, neighbours in the batch and the pieces of a stream change nothing.
 """
 
 import itertools
@@ -24,11 +24,13 @@ from decode import (
 )
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
-SOS, EOS = 0, 1  # of the attention tests
+# Special tokens of the attention tests.
+SOS = 0
+EOS = 1
 
 
 def beams(size):
-    """SearchOptions with a beam of any size, which the command line has a limit for."""
+    """SearchOptions with a beam of any size, beyond the bounds of the flag, too."""
     search = SearchOptions()
     object.__setattr__(search, "beam_size", size)
     return search
@@ -113,7 +115,8 @@ def test_prefix_beam_search_prefers_the_likelier_sequence_to_the_likelier_path()
     log_probs = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log()
     assert ctc_greedy_search(log_probs, torch.tensor([2]))[0].tokens == []
     (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beams(2))
-    assert found.tokens == [1] and found.score == pytest.approx(math.log(0.64), abs=1e-6)
+    assert found.tokens == [1]
+    assert found.score == pytest.approx(math.log(0.64), abs=1e-6)
 
 
 @pytest.mark.parametrize("blank_id", [0, 2])
@@ -134,7 +137,8 @@ def test_times_are_frames_that_hold_the_token_and_peak_in_greedy_search():
     peak = [0.9, 0.6, 0.8, 0.7, 0.9, 0.6, 0.7, 0.9, 0.9]
     probabilities = torch.tensor([[(1 - p) / 2] * 3 for p in peak])
     probabilities[range(9), path] = torch.tensor(peak)
-    log_probs, lengths = probabilities.log()[None], torch.tensor([9])
+    log_probs = probabilities.log()[None]
+    lengths = torch.tensor([9])
     (greedy,) = ctc_greedy_search(log_probs, lengths)
     assert (greedy.tokens, greedy.times) == ([1, 1, 2], [2, 5, 7])
     (beam,) = ctc_prefix_beam_search(log_probs, lengths, beams(5))
@@ -162,7 +166,8 @@ def test_times_rise_and_number_the_tokens(seed):
     "search", [ctc_greedy_search, lambda p, n: ctc_prefix_beam_search(p, n, beams(4))]
 )
 def test_padding_and_neighbours_change_nothing(search):
-    log_probs, lengths = random_log_probs(3, 20, 5, seed=10), torch.tensor([20, 11, 0])
+    log_probs = random_log_probs(3, 20, 5, seed=10)
+    lengths = torch.tensor([20, 11, 0])
     together = search(log_probs, lengths)
     for row, length, found in zip(log_probs, lengths, together):
         assert search(row[None, :length], length[None])[0] == found
@@ -193,7 +198,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_at_once_and_prefix_by_prefix_are_the_same_to_the_bit_ties_included(kind):
     for seed in range(60):
-        vocabulary, frames, beam_size = 2 + seed % 11, seed % 23, 1 + seed % 12
+        vocabulary = 2 + seed % 11
+        frames = seed % 23
+        beam_size = 1 + seed % 12
         blank_id = seed % 3 % vocabulary
         log_probs = KINDS[kind]((3, frames, vocabulary), blank_id, seed)
         lengths = torch.tensor([frames, frames // 2, max(frames - 1, 0)])
@@ -204,8 +211,10 @@ def test_all_at_once_and_prefix_by_prefix_are_the_same_to_the_bit_ties_included(
 
 
 def test_frames_of_blanks_take_the_short_way_to_the_same(monkeypatch):
-    log_probs, lengths = peaky_log_probs(2, 120, 60, blank_id=0, seed=5), torch.tensor([120, 90])
-    short, taken = decode._advance_by_blank, []
+    log_probs = peaky_log_probs(2, 120, 60, blank_id=0, seed=5)
+    lengths = torch.tensor([120, 90])
+    short = decode._advance_by_blank
+    taken = []
     monkeypatch.setattr(
         decode, "_advance_by_blank", lambda *args: taken.append(short(*args)) or taken[-1]
     )
@@ -240,13 +249,13 @@ def test_a_beam_wider_than_the_vocabulary_and_impossible_tokens_are_fine():
 
 
 def next_token_log_probs(prefix, vocabulary, salt=0):
-    """A language model without structure: every prefix has its own random distribution."""
+    """A language model in which every prefix has a random distribution of its own."""
     seed = hash((salt, *prefix)) % 2**31
     return random_log_probs(vocabulary, seed=seed, sharpness=1.5)
 
 
 def make_step(vocabulary, beam_size, salts=(0,)):
-    """A decoder for attention_beam_search that checks `parents`: its state is what each row was given."""
+    """A decoder that checks the `parents` it is told: its state is what each row was given."""
 
     def step(prefixes, state, parents):
         rows = prefixes.tolist()
@@ -266,7 +275,8 @@ def make_step(vocabulary, beam_size, salts=(0,)):
 
 def all_endings(vocabulary, max_length, salt):
     """Score of every token sequence that ends in EOS or at max_length."""
-    open_ends, endings = {(): 0.0}, {}
+    open_ends = {(): 0.0}
+    endings = {}
     for _ in range(max_length):
         longer = {}
         for prefix, score in open_ends.items():
@@ -279,7 +289,9 @@ def all_endings(vocabulary, max_length, salt):
 
 
 def test_attention_beam_search_with_a_beam_that_holds_everything_is_exhaustive_search():
-    vocabulary, max_length, beam_size = 4, 3, 64
+    vocabulary = 4
+    max_length = 3
+    beam_size = 64
     found = attention_beam_search(
         make_step(vocabulary, beam_size, (1, 2, 3)), 3, max_length, beams(beam_size), SOS, EOS
     )
@@ -294,7 +306,8 @@ def test_attention_beam_search_with_a_beam_that_holds_everything_is_exhaustive_s
 
 def test_attention_beam_of_one_is_greedy():
     (found,) = attention_beam_search(make_step(6, 1), 1, 8, beams(1), SOS, EOS)
-    prefix, score = [], 0.0
+    prefix = []
+    score = 0.0
     while len(prefix) < 8:
         log_probs = next_token_log_probs(prefix, 6)
         score += log_probs.max().item()
@@ -361,10 +374,8 @@ def make_scorer(vocabulary, calls):
                     sees[node].nonzero()[:, 0].tolist(), key=positions.tolist().__getitem__
                 )
                 if before[0] == 0:  # else the node is padding
-                    assert (
-                        positions[before].tolist() == list(range(len(before)))
-                        and before[-1] == node
-                    )
+                    assert positions[before].tolist() == list(range(len(before)))
+                    assert before[-1] == node
                     log_probs[row, node] = next_token_log_probs(
                         tokens[before[1:]].tolist(), vocabulary, 10 * row + reverse
                     )
@@ -455,7 +466,8 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
 def test_ctc_searches_return_what_wenet_returns():
     golden = torch.load(GOLDEN, weights_only=True)
     expected = json.loads(golden["decode"])
-    log_probs, lengths = golden["ctc_log_probs_full"], golden["encoder_lengths"]
+    log_probs = golden["ctc_log_probs_full"]
+    lengths = golden["encoder_lengths"]
     for found, wanted in zip(
         ctc_greedy_search(log_probs, lengths), expected["ctc_greedy_search"], strict=True
     ):

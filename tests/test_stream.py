@@ -1,4 +1,4 @@
-"""Fed in pieces, the encoder gives what it gives for the whole; and what is built on that."""
+"""A stream equals the pass over the whole: the encoder, the features, and recognition on both."""
 
 import itertools
 import math
@@ -26,13 +26,11 @@ def noise(*size, dtype=torch.float64):
 
 @torch.no_grad()
 def streamed(encoder, feats, chunk_size, left_chunks, pieces):
-    """The stream's output for feats (1,T,F) cut into `pieces`, the last of which may be empty."""
+    """The stream's output for feats (1,T,F), cut into `pieces`; the last one may be empty."""
     state, outs = encoder.stream_state(chunk_size, left_chunks), []
     for piece in feats.split(pieces, dim=1):
         out, state = encoder.stream(piece, state)
-        assert (
-            not out.size(1) % chunk_size
-        )  # whole chunks only, and every one as soon as it is complete
+        assert not out.size(1) % chunk_size  # whole chunks only
         outs.append(out)
     ready = subsampled_length(feats.size(1), encoder.options.input_layer)
     assert sum(out.size(1) for out in outs) == ready // chunk_size * chunk_size
@@ -140,7 +138,7 @@ def test_memory_is_flat_with_limited_left_chunks():
 
 
 def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distance():
-    """From max_position on, a chunk is what it would be if the utterance had begun that much later."""
+    """From max_position on, a chunk is as it would be in an utterance that began later."""
     encoder, feats = (
         network(num_blocks=1, cnn_module_kernel=3).double().encoder,
         noise(1, 403, 80),
@@ -152,7 +150,7 @@ def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distanc
         shifted, _ = encoder.stream(feats[:, 15 * 16 :], encoder.stream_state(4, 2), last=True)
     torch.testing.assert_close(late[:, :20], absolute[:, :20], rtol=0, atol=1e-9)
     assert (late[:, 24:] - absolute[:, 24:]).abs().max() > 1e-3
-    # (the first two frames of the chunk see, through the convolution, what the chunk before made of its own position)
+    # The chunk's first two frames see, through the convolution, the chunk before at its position.
     torch.testing.assert_close(late[:, 78:80], shifted[:, 18:20], rtol=0, atol=1e-9)
 
 
@@ -181,7 +179,9 @@ def test_an_encoder_that_sees_the_future_is_refused():
 )
 def test_features_in_pieces_are_those_of_the_whole(frontend):
     waveform = 0.1 * noise(16123, dtype=torch.float32)
-    advance, state, parts = stream_features(frontend), feature_state(), []
+    advance = stream_features(frontend)
+    state = feature_state()
+    parts = []
     for piece in waveform.split(random_pieces(len(waveform), 1500, seed=0)):
         features, state = advance(piece, state)
         parts.append(features)
@@ -193,15 +193,18 @@ def test_mean_var_norm_in_a_stream_uses_the_statistics_so_far_and_ends_with_thos
     waveform = torch.cat(
         (0.01 * noise(16000, dtype=torch.float32), 0.3 * noise(16001, dtype=torch.float32) + 0.2)
     )
-    advance, state, parts = stream_features(Frontend()), feature_state(), []
+    advance = stream_features(Frontend())
+    state = feature_state()
+    parts = []
     for end in range(1600, len(waveform) + 1600, 1600):
         features, state = advance(waveform[end - 1600 : end], state)
-        if len(features) and end <= 16000:  # nothing of what comes later is known
+        if len(features) and end <= 16000:  # A stream does not know what comes later.
             torch.testing.assert_close(
                 features[-1], extract(Frontend())(waveform[:end])[-1], rtol=1e-4, atol=1e-4
             )
         parts.append(features)
-    whole, pieces = extract(Frontend())(waveform), torch.cat(parts)
+    whole = extract(Frontend())(waveform)
+    pieces = torch.cat(parts)
     assert (
         pieces.shape == whole.shape and (pieces[:90] - whole[:90]).abs().max() > 1
     )  # the quiet start was scaled up
@@ -209,8 +212,11 @@ def test_mean_var_norm_in_a_stream_uses_the_statistics_so_far_and_ends_with_thos
 
 
 def test_the_statistics_of_a_stream_are_a_window_that_forgets_sample_by_sample():
-    samples, window = 3 * noise(300), 100.0
-    count, total, squares = 0.0, 0.0, 0.0
+    samples = 3 * noise(300)
+    window = 100.0
+    count = 0.0
+    total = 0.0
+    squares = 0.0
     for sample in samples.clamp(-2, 2).tolist():
         keep = min(window / (count + 1), 1.0)
         count, total, squares = (
@@ -226,8 +232,10 @@ def test_the_statistics_of_a_stream_are_a_window_that_forgets_sample_by_sample()
 
 
 def streamed_features(waveform, pieces, frontend=Frontend()):
-    """(T,F), and the state behind the waveform."""
-    advance, state, parts = stream_features(frontend), feature_state(), []
+    """The features (T,F) of a waveform in pieces, and the state behind it."""
+    advance = stream_features(frontend)
+    state = feature_state()
+    parts = []
     for piece in waveform.split(pieces):
         features, state = advance(piece, state)
         parts.append(features)
@@ -240,16 +248,17 @@ def test_what_a_stream_knows_of_the_loudness_does_not_depend_on_how_it_was_cut()
     for pieces in (800, 6400, random_pieces(len(waveform) - 1600, 5000, seed=1) + [1600]):
         features, state = streamed_features(waveform, pieces)
         torch.testing.assert_close(state.statistics, expected.statistics, rtol=1e-9, atol=0)
-        torch.testing.assert_close(
-            features[-1], whole[-1], rtol=1e-5, atol=1e-5
-        )  # both pieces end here
+        # The last frame of both is normalised alike, because both last pieces end here.
+        torch.testing.assert_close(features[-1], whole[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_after_an_hour_the_statistics_are_those_of_the_last_window():
-    block, statistics = noise(1000, dtype=torch.float32), feature_state().statistics
+    block = noise(1000, dtype=torch.float32)
+    statistics = feature_state().statistics
     for _ in range(3600):  # an hour at 1,000 samples per second
         statistics = moments(block, statistics, 10000.0, peak=math.inf)
-    mean, squares = float(block.mean()), float(block.square().mean())
+    mean = float(block.mean())
+    squares = float(block.square().mean())
     assert statistics.tolist() == pytest.approx([10000, 10000 * mean, 10000 * squares], rel=0.02)
 
 
@@ -283,10 +292,8 @@ def model():
 
 @pytest.mark.parametrize("chunk_size, left_chunks", [(4, -1), (16, 2), (-1, -1)])
 def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks):
-    waveform, search = (
-        0.1 * noise(40000, dtype=torch.float32),
-        SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks),
-    )
+    waveform = 0.1 * noise(40000, dtype=torch.float32)
+    search = SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks)
     features = extract(model.frontend)(waveform)[None]
     (expected,) = model.decode(
         features,
@@ -307,15 +314,12 @@ def test_an_utterance_ends_by_wenets_three_rules(model):
     per_second = 1000 // frame_ms(model)
     assert not is_endpoint(model, False, 5 * per_second - 1, 10 * per_second)
     assert is_endpoint(model, False, 5 * per_second, 10 * per_second)
-    assert is_endpoint(model, True, per_second, 2 * per_second) and not is_endpoint(
-        model, True, per_second - 1, 99
-    )
+    assert is_endpoint(model, True, per_second, 2 * per_second)
+    assert not is_endpoint(model, True, per_second - 1, 99)
     assert is_endpoint(model, True, 0, LONGEST // frame_ms(model))
     probabilities = torch.tensor([0.9, 0.95, 0.5, 0.81, 0.99])
-    assert (
-        trailing_blanks(probabilities.log(), 7) == 2
-        and trailing_blanks(probabilities[:2].log(), 7) == 9
-    )
+    assert trailing_blanks(probabilities.log(), 7) == 2
+    assert trailing_blanks(probabilities[:2].log(), 7) == 9
     assert trailing_blanks(probabilities[:0].log(), 7) == 7
 
 
@@ -351,7 +355,7 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
 
 
 def mostly_blank(model, monkeypatch, spoken=()):
-    """Makes CTC say blank with 0.9 and a token with 0.1; in the frames `spoken`, the other way round."""
+    """Makes CTC say blank with 0.9, a token with 0.1; in frames `spoken` the other way round."""
 
     def log_probs(encoded):
         probs = torch.full((*encoded.shape[:2], model.tokenizer.vocab_size), 1e-6)
@@ -378,7 +382,7 @@ def test_where_the_blank_wins_in_every_frame_there_is_no_text(model, monkeypatch
     for row in model.search(encoded, lengths, mode, search):
         assert (row.tokens, row.nbest, row.times, row.nbest_times) == ([], [[]], [], [[]])
         assert row.nbest_scores == [row.score]
-    mostly_blank(model, monkeypatch, spoken=[150])  # which is behind the end of the other rows
+    mostly_blank(model, monkeypatch, spoken=[150])  # behind the end of the other rows
     assert [bool(row.tokens) for row in model.search(encoded, lengths, mode, search)] == [
         True,
         False,
@@ -392,12 +396,14 @@ def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model,
     heard = list(listen(model, pieces, SearchOptions(chunk_size=16)))
     assert not any(guess.hypothesis.tokens for guess in heard)
     ends = [guess.seconds for guess in heard if guess.final]
-    assert len(ends) > 10 and max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk
+    assert len(ends) > 10
+    assert max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk, 5.64 s
 
 
 @pytest.mark.parametrize("chunk_size", [2, 16])
 def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chunk_size):
-    def log_probs(encoded, begins=itertools.count(step=chunk_size)):  # of silence but for a frame
+    # All is silence but for frame 100.
+    def log_probs(encoded, begins=itertools.count(step=chunk_size)):
         begin = next(begins) if encoded.size(1) else 0
         frames = torch.arange(encoded.size(1)) + begin
         probs = torch.full((1, encoded.size(1), model.tokenizer.vocab_size), 1e-9)
@@ -414,7 +420,8 @@ def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chun
 
 
 def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypatch):
-    sizes, real = [], model.stream
+    sizes = []
+    real = model.stream
 
     def watched(features, state, last):
         kept = [part for keys, inputs in state.blocks for part in (*(keys or ()), inputs)]
@@ -466,7 +473,8 @@ def test_an_error_of_the_microphone_comes_after_what_was_heard_and_odd_pieces_ar
         yield SOUND
         raise OSError("unplugged")
 
-    search, heard = SearchOptions(chunk_size=16), []
+    search = SearchOptions(chunk_size=16)
+    heard = []
     *_, expected = listen(model, [SOUND], search)
     with pytest.raises(OSError, match="unplugged"):
         for guess in listen(model, breaking(), search):
