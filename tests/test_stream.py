@@ -129,10 +129,7 @@ def test_memory_is_flat_with_limited_left_chunks():
         state = encoder.stream_state(4, 2)
         for _ in range(30):
             _, state = encoder.stream(noise(1, 32, 80, dtype=torch.float32), state)
-            kept = [
-                state.features,
-                *(part for keys_values, last in state.blocks for part in (*keys_values, last)),
-            ]
+            kept = [state.features, *itertools.chain(*state.blocks)]
             sizes.append(sum(part.untyped_storage().nbytes() for part in kept))
     assert max(sizes[5:]) <= 2 * sizes[4] and sizes[-1] == sizes[-3]
 
@@ -424,7 +421,7 @@ def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypa
     real = model.stream
 
     def watched(features, state, last):
-        kept = [part for keys, inputs in state.blocks for part in (*(keys or ()), inputs)]
+        kept = itertools.chain(*state.blocks)
         sizes.append(sum(part.untyped_storage().nbytes() for part in kept if part is not None))
         return real(features, state, last)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from conformer import MAX_POSITION, Encoder, receptive_field, reverse, sinusoids_at
+from conformer import MAX_POSITION, BlockState, Encoder, receptive_field, reverse, sinusoids_at
 from model import U2
 from stream import piece_samples
 from transforms import (
@@ -110,13 +110,11 @@ class Chunk(nn.Module):
                 x
             )  # what lies before the first frame, for which the caches have zero
             keys, values = attn_cache[i : i + 1].chunk(2, dim=-1)
-            past = (
-                (keys, values, keys[:, :, :0]),
-                conv_cache[i] + silence,
-            )  # without projected positions
-            x, ((keys, values, *_), last_inputs) = block(x, positions, mask, valid, past)
-            att_caches.append(newest(torch.cat((keys, values), dim=-1), required_cache_size))
-            conv_caches.append(last_inputs - silence)
+            past = BlockState(keys, values, convolution=conv_cache[i] + silence)
+            x, state = block(x, positions, mask, valid, past)
+            keys_values = torch.cat((state.keys, state.values), dim=-1)
+            att_caches.append(newest(keys_values, required_cache_size))
+            conv_caches.append(state.convolution - silence)
         return encoder.after_norm(x), torch.cat(att_caches), torch.stack(conv_caches)
 
     @staticmethod
