@@ -25,21 +25,23 @@ def noise(*size, dtype=torch.float64):
 
 
 @torch.no_grad()
-def streamed(encoder, feats, chunk_size, left_chunks, pieces):
-    """The stream's output for feats (1,T,F), cut into `pieces`; the last one may be empty."""
-    state, outs = encoder.stream_state(chunk_size, left_chunks), []
-    for piece in feats.split(pieces, dim=1):
+def streamed(encoder, features, chunk_size, left_chunks, pieces):
+    """The stream's output for features (1,T,F), cut into `pieces`; the last one may be empty."""
+    state = encoder.stream_state(chunk_size, left_chunks)
+    outs = []
+    for piece in features.split(pieces, dim=1):
         out, state = encoder.stream(piece, state)
         assert not out.size(1) % chunk_size  # whole chunks only
         outs.append(out)
-    ready = subsampled_length(feats.size(1), encoder.options.input_layer)
+    ready = subsampled_length(features.size(1), encoder.options.input_layer)
     assert sum(out.size(1) for out in outs) == ready // chunk_size * chunk_size
-    out, _ = encoder.stream(feats[:, :0], state, last=True)
+    out, _ = encoder.stream(features[:, :0], state, last=True)
     return torch.cat([*outs, out], dim=1)
 
 
 def random_pieces(total, longest, seed):
-    sizes, generator = [], torch.Generator().manual_seed(seed)
+    sizes = []
+    generator = torch.Generator().manual_seed(seed)
     while sum(sizes) < total:
         sizes.append(
             min(int(torch.randint(0, longest + 1, (), generator=generator)), total - sum(sizes))
@@ -53,13 +55,13 @@ def test_a_stream_equals_the_masked_pass_over_the_whole(chunk_size, left_chunks,
     model = network(input_layer=input_layer).double()
     field, rate = receptive_field(input_layer)
     for frames in (field, field + 1, field + rate, field + 4 * rate, 190):
-        feats = noise(1, frames, 80)
+        features = noise(1, frames, 80)
         with torch.no_grad():
-            whole, _ = model.encode(feats, torch.tensor([frames]), chunk_size, left_chunks)
+            whole, _ = model.encode(features, torch.tensor([frames]), chunk_size, left_chunks)
         for longest in (1, 9, 200):
             out = streamed(
                 model.encoder,
-                feats,
+                features,
                 chunk_size,
                 left_chunks,
                 random_pieces(frames, longest, seed=frames),
@@ -73,13 +75,13 @@ def test_every_variant_streams(name):
     for norm in model.modules():
         if isinstance(norm, torch.nn.BatchNorm1d):  # as if trained
             norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
-    feats = noise(1, 150, 80)
+    features = noise(1, 150, 80)
     with torch.no_grad():
         for chunk_size, left_chunks in ((1, 4), (4, -1), (16, 0), (25, 1)):
-            whole, _ = model.encode(feats, torch.tensor([150]), chunk_size, left_chunks)
+            whole, _ = model.encode(features, torch.tensor([150]), chunk_size, left_chunks)
             out = streamed(
                 model.encoder,
-                feats,
+                features,
                 chunk_size,
                 left_chunks,
                 random_pieces(150, 40, seed=chunk_size),
@@ -90,29 +92,31 @@ def test_every_variant_streams(name):
 def test_the_base_model_streams_to_within_1e_4_in_float32():
     torch.manual_seed(0)
     model = U2Conformer(ModelOptions(**PRESETS["base"]), 80, 100, 0, 2, 3).eval()
-    feats = noise(1, 300, 80, dtype=torch.float32)
+    features = noise(1, 300, 80, dtype=torch.float32)
     with torch.no_grad():
         for chunk_size, left_chunks in ((16, 4), (25, -1)):
-            whole, _ = model.encode(feats, torch.tensor([300]), chunk_size, left_chunks)
-            out = streamed(model.encoder, feats, chunk_size, left_chunks, 37)
+            whole, _ = model.encode(features, torch.tensor([300]), chunk_size, left_chunks)
+            out = streamed(model.encoder, features, chunk_size, left_chunks, 37)
             torch.testing.assert_close(out, whole, rtol=0, atol=1e-4)
 
 
 def test_a_state_is_a_value_that_can_be_gone_on_from_twice():
-    encoder, feats = network().double().encoder, noise(1, 90, 80)
+    encoder = network().double().encoder
+    features = noise(1, 90, 80)
     with torch.no_grad():
-        _, state = encoder.stream(feats[:, :50], encoder.stream_state(4, 1))
-        first, _ = encoder.stream(feats[:, 50:], state)
+        _, state = encoder.stream(features[:, :50], encoder.stream_state(4, 1))
+        first, _ = encoder.stream(features[:, 50:], state)
         encoder.stream(noise(1, 33, 80), state, last=True)  # another way on, from the same state
-        again, _ = encoder.stream(feats[:, 50:], state)
+        again, _ = encoder.stream(features[:, 50:], state)
     assert first.size(1) and torch.equal(first, again)
 
 
 def test_the_last_piece_hands_back_the_state_of_a_new_utterance():
-    encoder, feats = network().double().encoder, noise(1, 61, 80)
+    encoder = network().double().encoder
+    features = noise(1, 61, 80)
     with torch.no_grad():
-        first, state = encoder.stream(feats, encoder.stream_state(4), last=True)
-        second, _ = encoder.stream(feats, state, last=True)
+        first, state = encoder.stream(features, encoder.stream_state(4), last=True)
+        second, _ = encoder.stream(features, state, last=True)
     assert torch.equal(first, second)
 
 
@@ -124,7 +128,8 @@ def test_less_than_the_receptive_field_gives_nothing_and_no_error():
 
 
 def test_memory_is_flat_with_limited_left_chunks():
-    encoder, sizes = network().encoder, []
+    encoder = network().encoder
+    sizes = []
     with torch.no_grad():
         state = encoder.stream_state(4, 2)
         for _ in range(30):
@@ -136,15 +141,13 @@ def test_memory_is_flat_with_limited_left_chunks():
 
 def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distance():
     """From max_position on, a chunk is as it would be in an utterance that began later."""
-    encoder, feats = (
-        network(num_blocks=1, cnn_module_kernel=3).double().encoder,
-        noise(1, 403, 80),
-    )  # 100 encoder frames
+    encoder = network(num_blocks=1, cnn_module_kernel=3).double().encoder
+    features = noise(1, 403, 80)  # 100 encoder frames
     with torch.no_grad():
-        late, _ = encoder.stream(feats, encoder.stream_state(4, 2, max_position=20), last=True)
-        absolute, _ = encoder.stream(feats, encoder.stream_state(4, 2), last=True)
+        late, _ = encoder.stream(features, encoder.stream_state(4, 2, max_position=20), last=True)
+        absolute, _ = encoder.stream(features, encoder.stream_state(4, 2), last=True)
         # 15 chunks later the same frames stand at the positions at which they stay in `late`
-        shifted, _ = encoder.stream(feats[:, 15 * 16 :], encoder.stream_state(4, 2), last=True)
+        shifted, _ = encoder.stream(features[:, 15 * 16 :], encoder.stream_state(4, 2), last=True)
     torch.testing.assert_close(late[:, :20], absolute[:, :20], rtol=0, atol=1e-9)
     assert (late[:, 24:] - absolute[:, 24:]).abs().max() > 1e-3
     # The chunk's first two frames see, through the convolution, the chunk before at its position.
@@ -152,11 +155,12 @@ def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distanc
 
 
 def test_full_context_comes_out_at_the_end_only():
-    model, feats = network().double(), noise(1, 90, 80)
+    model = network().double()
+    features = noise(1, 90, 80)
     with torch.no_grad():
-        out, state = model.encoder.stream(feats, model.encoder.stream_state(-1))
-        rest, _ = model.encoder.stream(feats[:, :0], state, last=True)
-        whole, _ = model.encode(feats, torch.tensor([90]))
+        out, state = model.encoder.stream(features, model.encoder.stream_state(-1))
+        rest, _ = model.encoder.stream(features[:, :0], state, last=True)
+        whole, _ = model.encode(features, torch.tensor([90]))
     assert out.size(1) == 0
     torch.testing.assert_close(rest, whole, rtol=0, atol=1e-9)
 
