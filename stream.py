@@ -43,7 +43,8 @@ class _Utterance(NamedTuple):
     chunks: list[torch.Tensor]  # the encoder's output (1,m,D), chunk by chunk
     frames: int = 0  # in all chunks
     silent: int = 0  # silent frames at the end
-    hushed: int = HUSH  # frames at the end in which the blank has won; the beginning counts as such
+    # Frames of the last chunks in which the blank won throughout; an utterance begins in a hush.
+    hushed: int = HUSH
 
 
 def listen(
@@ -140,7 +141,7 @@ def as_samples(piece) -> torch.Tensor:
 def in_chunks(
     pieces: Iterable[tuple[torch.Tensor, bool]], first: float, later: float
 ) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Cuts the output of with_last anew: `first` samples, then `later` at a time; the rest has True.
+    """Cuts the output of with_last anew: `first` samples, then `later` at a time, then the rest.
 
     stream_features normalises samples by the statistics up to their end. So cut, the same sound has
     the same ends, and the pieces in which it came make no difference.

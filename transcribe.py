@@ -61,7 +61,7 @@ from words import (
     join_words,
 )
 
-LINGER = 1.0  # seconds for which standard input is still heard after Ctrl-C, which ends its writer
+LINGER = 1.0  # seconds for which a pipe is heard after Ctrl-C, which its writer gets, too
 POOL = 8  # batches that are read ahead, so that the pieces of each can be of like lengths
 FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
@@ -188,7 +188,7 @@ def transcribe_all(
 
 
 def check_given(given: dict, options: TranscribeOptions) -> None:
-    """Raises UserError for flags that have no effect on one another's."""
+    """Raises UserError for flags that have no effect beside the others."""
     for name in ("mode", "max_seconds", "batch_seconds"):
         if options.stream and name in given:
             why = ", which is always attention_rescoring" if name == "mode" else ""
@@ -222,7 +222,7 @@ def recordings_at(path: str) -> list[Recording]:
         return named(sorted(inside + closed), path) or [Recording(path, path)]
     if os.path.exists(path) or not any(sign in path for sign in "*?["):
         return named([path], os.path.dirname(path))
-    fixed = path
+    fixed = path  # the folder above all signs of the pattern
     while any(sign in fixed for sign in "*?["):
         fixed = os.path.dirname(fixed)
     matches = filter(os.path.isfile, sorted(glob.glob(path, recursive=True)))
@@ -361,11 +361,8 @@ def assemble(
     if number in failed and recording.path != "-":
         return
     text = join(part.text for part in heard)
-    seconds = sum(part.seconds for part in heard)
-    yield (
-        number,
-        Transcript(recording.path, text, seconds, join_words(part.words for part in heard)),
-    )
+    words = join_words(part.words for part in heard)
+    yield number, Transcript(recording.path, text, sum(part.seconds for part in heard), words)
 
 
 def read_pieces(job: Job, recordings: list[Recording], failed: dict[int, int]) -> Iterator[Piece]:
