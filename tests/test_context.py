@@ -13,9 +13,9 @@ import torch
 import score
 from context import HotwordOptions, load_hotwords, make_graph
 from decode import ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
+from helpers import all_sequences, beams, random_log_probs
+from helpers_model import score_json
 from model import U2
-from test_decode import all_sequences, beams, random_log_probs
-from test_score import score_json, world  # noqa: F401 (a fixture)
 from tokenizer import Tokenizer, train_bpe, train_char
 
 

@@ -11,13 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from conformer import SUBSAMPLING
 from datamodule import DataOptions, SpeechDataModule, filter_conformer_len_prob, label_statistics
+from helpers import cases, json_lines
+from helpers_model import quiet_trainer, tiny_model
+from model import OptimOptions
 from sampler import LengthGroupedSampler, eval_batches
-from test_model import fit, make, skipped
 from tokenizer import train_char
 from transforms import (
     Augment,
@@ -40,17 +43,6 @@ from transforms import (
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filterbank")
 TOKENIZER = train_char(["abcdefgh"])
 datasets.disable_progress_bars()
-
-
-def cases(count):
-    """Deterministic, so that a test that passed passes again; no deadline, so that a busy machine fails nothing."""
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # Any row
@@ -260,14 +252,17 @@ def test_a_row_that_is_not_finite_costs_one_update_and_no_weight(value, place, f
         )
         data.setup("fit")
         assert all(statistic.isfinite().all() for statistic in data.cmvn())
-        model = make(Path(root))
-        trainer, _ = fit(model, data.train_dataloader())
+        log = Path(root) / "skipped.jsonl"
+        optim = OptimOptions(warmup_steps=2)
+        model = tiny_model(TOKENIZER, optim=optim, total_steps=20, skip_log=str(log))
+        trainer = quiet_trainer()
+        trainer.fit(model, DataLoader(list(data.train_dataloader()), batch_size=None))
         bad = [
             batch.rows.tolist()
             for batch in data.train_dataloader()
             if not batch.features.isfinite().all()
         ]
-        named = [(line["rows"], line["rows_with_nonfinite_loss"]) for line in skipped(Path(root))]
+        named = [(line["rows"], line["rows_with_nonfinite_loss"]) for line in json_lines(log)]
         assert named == [(rows, [3]) for rows in bad] and len(bad) <= 1
         assert trainer.global_step == 3 and all(
             weight.isfinite().all() for weight in model.parameters()

@@ -1,6 +1,7 @@
 """From shards to batches: order, schema, lengths, filter, and examples that depend on (seed, epoch, row) alone."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -13,10 +14,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import pytorch_lightning as L
 import torch
 
-from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
+from conformer import SUBSAMPLING, Subsampling, U2Conformer, subsampled_length
 from datamodule import (
     DataOptions,
     SpeechDataModule,
@@ -30,6 +30,7 @@ from datamodule import (
     load_split,
     row_values,
 )
+from helpers import TINY, one_line
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform
 
@@ -74,11 +75,6 @@ def module(*roots, augment=AUGMENT, **options):
         augment=augment,
         options=DataOptions(**{"num_workers": 0, "batch_size": 3} | options),
     )
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # Shards
@@ -437,17 +433,7 @@ def test_a_dev_row_too_short_for_its_labels_is_scored_with_a_finite_loss(tmp_pat
     loader = eval_loader(load_split([tmp_path], "dev", TOKENIZER), FRONTEND, options)
     torch.manual_seed(0)
     net = U2Conformer(
-        ModelOptions(
-            output_size=16,
-            attention_heads=2,
-            linear_units=32,
-            num_blocks=1,
-            cnn_module_kernel=3,
-            decoder_num_blocks=1,
-            r_num_blocks=1,
-            decoder_linear_units=32,
-            input_layer=input_layer,
-        ),
+        dataclasses.replace(TINY, input_layer=input_layer),
         80,
         TOKENIZER.vocab_size,
         0,
@@ -593,56 +579,6 @@ def test_rows_are_read_from_the_table_itself_picked_ones_too(root):
     assert np.array_equal(row_values(dataset.select([6, 5]), "input_values", 1), audio(8000, 8000))
 
 
-@pytest.mark.parametrize(
-    "frontend", [FRONTEND, Frontend(frontend="fbank")], ids=lambda frontend: frontend.frontend
-)
-def test_features_on_the_device_are_those_of_the_loader(root, frontend):
-    def seen(on_device):
-        data = SpeechDataModule(
-            data_roots=[root],
-            tokenizer=TOKENIZER,
-            frontend=frontend,
-            augment=Augment(max_trim=50),
-            seed=5,
-            options=DataOptions(num_workers=0, batch_size=3, features_on_device=on_device),
-        )
-        model = Seer()
-        L.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        ).fit(model, datamodule=data)
-        return model.seen
-
-    pairs = list(zip(seen(False), seen(True), strict=True))
-    assert len(pairs) == 2 * (3 + 1)  # epochs of batches in training, in validation
-    for one, other in pairs:
-        assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
-        torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
-
-
-class Seer(L.LightningModule):
-    """Learns nothing and keeps the batches it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.weight * 0
-
-    def validation_step(self, batch, batch_idx):
-        self.seen.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def test_a_batch_is_the_same_behind_a_pipe(root):
     data = module(root)
     data.setup("fit")
@@ -654,12 +590,26 @@ def test_a_batch_is_the_same_behind_a_pipe(root):
 
 
 def test_test_splits_are_eval_clean_and_where_present_eval_other(root):
-    data = module(root)
-    data.setup("test")
-    assert [len(loader.dataset.dataset) for loader in data.test_dataloader()] == [5]
+    """load_split and eval_loader read a split by its name."""
+
+    def rows(split):
+        loader = eval_loader(
+            load_split([root], split, TOKENIZER), FRONTEND, DataOptions(num_workers=0, batch_size=3)
+        )
+        return len(loader.dataset.dataset), sum(len(batch.rows) for batch in loader)
+
+    assert rows("eval_clean") == (5, 5)
+    with pytest.raises(UserError, match="no split eval_other"):
+        rows("eval_other")
     save(root / "eval_other/0", SAMPLES[:2])
-    data.setup("test")
-    assert [sum(len(batch.rows) for batch in loader) for loader in data.test_dataloader()] == [5, 2]
+    assert rows("eval_other") == (2, 2)
+
+
+def test_a_validation_needs_dev_alone(root):
+    shutil.rmtree(root / "train")
+    data = module(root)
+    data.setup("validate")
+    assert list(data.splits) == ["dev"] and sum(len(b.rows) for b in data.val_dataloader()) == 3
 
 
 def test_limit_rows_takes_the_first_rows_of_every_split(root):

@@ -22,39 +22,12 @@ from decode import (
     ctc_prefix_beam_search,
     plain_prefix_beam_search,
 )
+from helpers import all_sequences, beams, collapse, random_log_probs
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
 # Special tokens of the attention tests.
 SOS = 0
 EOS = 1
-
-
-def beams(size):
-    """SearchOptions with a beam of any size, beyond the bounds of the flag, too."""
-    search = SearchOptions()
-    object.__setattr__(search, "beam_size", size)
-    return search
-
-
-def random_log_probs(*shape, seed=0, sharpness=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(*shape, generator=generator)).log_softmax(dim=-1)
-
-
-def collapse(path, blank_id):
-    return tuple(token for token, _ in itertools.groupby(path) if token != blank_id)
-
-
-def all_sequences(log_probs, blank_id):
-    """Every token sequence and its exact probability: the sum over all V^T paths."""
-    frames, vocabulary = log_probs.shape
-    sums = {}
-    for path in itertools.product(range(vocabulary), repeat=frames):
-        sequence = collapse(path, blank_id)
-        sums[sequence] = sums.get(sequence, 0.0) + math.exp(
-            sum(log_probs[t, v].item() for t, v in enumerate(path))
-        )
-    return sums
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import datasets
 import pytest
 import torch
 
-from test_train import killed, make_data, ranks, run
+from helpers import json_lines
+from helpers_train import killed, make_data, ranks, run
 
 SAME = "--dropout_rate 0 --attention_dropout_rate 0 --no-use_dynamic_chunk --max_epochs 2 --lr 0.1".split()
 
@@ -45,7 +46,7 @@ def train_on(count, data, output, *words, **interrupt):
 
 
 def steps(output):
-    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    return json_lines(output / "steps.jsonl")
 
 
 def assert_same(output, other, words=()):

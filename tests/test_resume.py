@@ -18,14 +18,9 @@ import torch
 
 import files
 import train
+from helpers import same
+from helpers_train import fine_tune, interrupted, ranks, run, signalled, weights
 from model import load_checkpoint
-from test_train import interrupted, make_data, ranks, run, same, signalled, weights
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eight training rows (four batches) and two dev rows of noise."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -314,25 +309,10 @@ def test_another_dev_is_said(data, ended, tmp_path, caplog):
 
 def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, finished, tmp_path):
     source = shutil.copy(finished / "best.ckpt", tmp_path / "source.ckpt")
-    words = [
-        "--data_root",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--init_from",
-        str(source),
-        "--num_workers",
-        "0",
-        "--accelerator",
-        "cpu",
-        "--batch_size",
-        "2",
-        "--freeze_encoder_epochs",
-        "1",
-    ]
-    train.main([*words, "--max_steps", "2"])
+    words = ["--freeze_encoder_epochs", 1]
+    fine_tune(data, tmp_path / "run", source, *words, "--max_steps", 2)
     os.remove(source)
-    train.main([*words, "--max_steps", "3", "--resume"])
+    fine_tune(data, tmp_path / "run", source, *words, "--max_steps", 3, "--resume")
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 

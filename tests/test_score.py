@@ -8,102 +8,16 @@ from pathlib import Path
 
 import cli
 
-import datasets
 import numpy as np
 import pytest
-import torch
 
 import score
 import transcribe
-from conformer import ModelOptions
-from conftest import distance
 from decode import MODES
-from model import U2, OptimOptions
-from tokenizer import from_vocab, save_tokenizer, train_char
+from helpers import distance
+from helpers_model import TEXTS, call, score_json, waveform, write_split
+from tokenizer import from_vocab, train_char
 from tools import compare
-from transforms import Frontend
-
-TEXTS = ["one two three", "four", "five six", "seven eight nine ten", "zero", ""]
-SECONDS = [1.1, 0.5, 0.02, 1.7, 0.8, 0.6]  # the third is too short for a single encoder frame
-
-
-def waveform(row):
-    return np.random.default_rng(row).normal(0, 0.1, int(SECONDS[row] * 16000)).astype(np.float32)
-
-
-def write_split(folder, tokenizer, text=True, label=None, texts=TEXTS):
-    labels = [tokenizer.encode(said) if label is None else [label] for said in texts]
-    rows = [
-        {
-            "input_values": waveform(row),
-            "labels": {"input_ids": labels[row]},
-            **({"text": said} if text else {}),
-        }
-        for row, said in enumerate(texts)
-    ]
-    features = {
-        "input_values": datasets.List(datasets.Value("float32")),
-        "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
-        **({"text": datasets.Value("string")} if text else {}),
-    }
-    datasets.Dataset.from_list(rows, datasets.Features(features)).save_to_disk(str(folder / "0"))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with data, with and without text, and a checkpoint that hears some nonsense."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = train_char(TEXTS)
-    for name in ("data", "other"):
-        write_split(folder / name / "eval_clean", tokenizer)
-        write_split(folder / name / "no_text", tokenizer, text=False)
-        write_split(folder / name / "beyond", tokenizer, text=False, label=tokenizer.vocab_size)
-    save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
-    save_tokenizer(train_char(["entirely different"]), str(folder / "other" / "tokenizer.json"))
-    torch.manual_seed(0)
-    options = ModelOptions(
-        output_size=16,
-        attention_heads=2,
-        linear_units=32,
-        num_blocks=1,
-        decoder_num_blocks=1,
-        r_num_blocks=1,
-        decoder_linear_units=32,
-    )
-    model = U2(options=options, optim=OptimOptions(), frontend=Frontend(), tokenizer=tokenizer)
-    # Sharp distributions let the searches find something.
-    for parameter in model.parameters():
-        parameter.data *= 2
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, folder / "best.ckpt")
-    return folder
-
-
-def call(capsys, command, *argv):
-    """Runs a command as the shell would: (exit status, lines of stdout, lines of stderr)."""
-    capsys.readouterr()
-    status = 0
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, argv)])
-            cli.run(command.main)
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    return (
-        status,
-        out.splitlines(),
-        [line for line in err.splitlines() if "batches" not in line and "stream:" not in line],
-    )
-
-
-def score_json(capsys, world, *argv, root="data"):
-    status, out, _ = call(
-        capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv
-    )
-    assert status == 0
-    return [json.loads(line) for line in out]
 
 
 @pytest.mark.parametrize(
@@ -325,18 +239,13 @@ def write_run(folder, metrics, scores=(), **options):
 
 @pytest.mark.parametrize("bad, reason", [(np.nan, "not finite"), (1e10, "as large as 1e+10")])
 @pytest.mark.parametrize("argv", [[], ["--stream"], ["--stream", "--concatenate"]], ids=str)
-def test_a_row_whose_samples_are_none_is_named(
-    world, capsys, tmp_path, monkeypatch, argv, bad, reason
-):
-    real = waveform
-
+def test_a_row_whose_samples_are_none_is_named(world, capsys, tmp_path, argv, bad, reason):
     def spoiled(row):
-        samples = real(row)
+        samples = waveform(row)
         samples[100] = bad if row == 3 else samples[100]
         return samples
 
-    monkeypatch.setattr(sys.modules[__name__], "waveform", spoiled)
-    write_split(tmp_path / "eval_clean", train_char(TEXTS))
+    write_split(tmp_path / "eval_clean", train_char(TEXTS), sound=spoiled)
     given = ("--checkpoint", world / "best.ckpt", "--data_root", tmp_path, *argv)
     status, out, err = call(capsys, score, *given)
     assert status == 2 and out == [] and reason in err[-1]

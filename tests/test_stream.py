@@ -1,5 +1,6 @@
 """A stream equals the pass over the whole: the encoder, the features, and recognition on both."""
 
+import functools
 import itertools
 import math
 
@@ -9,19 +10,17 @@ import pytest
 import torch
 
 import decode
+import helpers
 from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
 from decode import MODES, SearchOptions
-from model import U2, OptimOptions
+from helpers import VARIANTS, network
+from helpers_model import tiny_model
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, trailing_blanks
-from test_conformer import VARIANTS, network
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features
 
+noise = functools.partial(helpers.noise, dtype=torch.float64)
 CONTEXTS = list(itertools.product((1, 4, 16, 25), (-1, 0, 1, 4)))
-
-
-def noise(*size, dtype=torch.float64):
-    return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(sum(size)))
 
 
 @torch.no_grad()
@@ -268,25 +267,7 @@ def test_after_an_hour_the_statistics_are_those_of_the_last_window():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    options = ModelOptions(
-        output_size=16,
-        attention_heads=2,
-        linear_units=32,
-        num_blocks=1,
-        cnn_module_kernel=3,
-        decoder_num_blocks=1,
-        r_num_blocks=1,
-        decoder_linear_units=32,
-    )
-    made = U2(
-        options=options,
-        optim=OptimOptions(),
-        frontend=Frontend(frontend="fbank"),
-        tokenizer=train_char(["abcdefgh"]),
-    )
-    for parameter in made.parameters():  # sharp, so that the searches find something
-        parameter.data *= 2
+    made = tiny_model(train_char(["abcdefgh"]), frontend=Frontend(frontend="fbank"), sharpness=2)
     made.set_cmvn(torch.full((80,), 10.0), torch.full((80,), 0.5))
     return made.eval()
 

@@ -1,12 +1,10 @@
 """train.py as a command: its outputs, resuming, and what it refuses. On noise: nothing is learnt here."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,55 +21,11 @@ import torch
 import files
 import recovery
 import train
+from helpers import same
+from helpers_train import SMALL, fine_tune, interrupted, killed, ranks, run, signalled, weights
 from model import load_checkpoint
 from tokenizer import save_tokenizer, train_char
 from transforms import extract
-
-SMALL = (
-    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
-    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32 --num_workers 0 "
-    "--warmup_steps 2 --accelerator cpu"
-).split()
-
-
-def make_data(root, train=8, dev=2, longer=700):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("dev", dev)):
-        rows = [rng.standard_normal(8000 + longer * i).astype(np.float32) for i in range(count)]
-        labels = [
-            {"input_ids": rng.integers(4, 12, 1 + i % 3).astype(np.int32)} for i in range(count)
-        ]
-        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(
-            str(root / split / "0")
-        )
-    save_tokenizer(train_char(["abcdefgh"]), str(root / "tokenizer.json"))
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eight training rows (four batches) and two dev rows of noise."""
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-def run(data, output, *words):
-    batch = () if "--max_batch_seconds" in words else ("--batch_size", "2")
-    train.main(
-        ["--data_root", str(data), "--output_dir", str(output), *SMALL, *batch, *map(str, words)]
-    )
-
-
-def weights(path):
-    checkpoint = torch.load(path, weights_only=True)
-    optimizer = checkpoint["optimizer_states"][0]["state"]
-    return [
-        *checkpoint["state_dict"].values(),
-        *(value for state in optimizer.values() for value in state.values()),
-    ]
-
-
-def same(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
 
 
 def test_a_run_leaves_the_best_and_the_newest_checkpoint_and_its_record(data, tmp_path):
@@ -135,26 +89,6 @@ def test_a_run_goes_on_from_wherever_it_was_cut_with_loader_processes_too(data, 
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
 
 
-def interrupted(data, output, step, *extra, hook="on_train_batch_start"):
-    """A run of three epochs that dies in `hook` when `step` updates are done; last.ckpt is two updates old at most."""
-
-    class Died(Exception):
-        pass
-
-    original = getattr(train.U2, hook)
-
-    def die(self, batch, batch_idx):
-        if self.global_step == step:
-            raise Died
-        return original(self, batch, batch_idx)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.U2, hook, die)
-        with pytest.raises(Died):
-            run(data, output, "--max_epochs", 3, "--checkpoint_every_n_steps", 2, *extra)
-    return weights(output / "last.ckpt")
-
-
 # A pulled plug
 
 
@@ -178,31 +112,6 @@ def left(output):
         ]
         kept[name] += [checkpoint["lr_schedulers"], checkpoint["skips"], checkpoint["global_step"]]
     return kept
-
-
-def signalled(number, hook, batch):
-    """The model's `hook`, with a signal to its own process at its batch number `batch`, counted over epochs."""
-    original = getattr(train.U2, hook)
-
-    def step(self, *args):
-        if self.trainer.fit_loop.total_batch_idx == batch:
-            os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    return step
-
-
-def killed(data, output, batch, *words, hook="on_train_batch_start"):
-    """A run in a process of its own, and kill -9."""
-
-    def body():
-        setattr(train.U2, hook, signalled(signal.SIGKILL, hook, batch))
-        run(data, output, *words)
-
-    process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -302,42 +211,6 @@ def test_a_signal_saves_between_two_updates_and_ends_with_its_status(
     )
     run(data, tmp_path / "cut", *words, "--resume")
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
-
-
-def ranks(data, output, *words, interrupt=None, count=2):
-    """Exit statuses of processes that train together, started as torchrun does; `interrupt`: rank, signal, hook, batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def body(rank):
-        os.environ.update(
-            TORCHELASTIC_RUN_ID="test",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            WORLD_SIZE=str(count),
-            LOCAL_WORLD_SIZE=str(count),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            GROUP_RANK="0",
-        )
-        if interrupt and interrupt[0] == rank:
-            setattr(train.U2, interrupt[2], signalled(*interrupt[1:]))
-        cli.run(lambda _: run(data, output, "--devices", count, "--strategy", "ddp", *words))
-
-    processes = [
-        multiprocessing.get_context("fork").Process(target=body, args=(rank,))
-        for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    waiting = [process for process in processes if process.is_alive()]
-    for process in waiting:
-        process.kill()
-    assert not waiting
-    return [process.exitcode for process in processes]
 
 
 def test_two_processes_survive_signals_to_one_of_them_and_kill_9(data, tmp_path):
@@ -723,26 +596,6 @@ def other_data(data, tmp_path_factory):
         (root / split).symlink_to(data / split)
     save_tokenizer(train_char(["cdefghij"]), str(root / "tokenizer.json"))
     return root
-
-
-def fine_tune(data, output, source, *words):
-    train.main(
-        [
-            "--data_root",
-            str(data),
-            "--output_dir",
-            str(output),
-            "--init_from",
-            str(source),
-            "--num_workers",
-            "0",
-            "--accelerator",
-            "cpu",
-            "--batch_size",
-            "2",
-            *map(str, words),
-        ]
-    )
 
 
 def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(

@@ -23,7 +23,7 @@ import audio
 import transcribe
 import words
 from decode import MODES
-from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
+from helpers_model import TEXTS, call, score_json, waveform
 from tokenizer import from_vocab, train_bpe, train_char
 from tools import align, demo
 from transforms import Frontend
@@ -276,23 +276,6 @@ def test_what_cannot_be_done_is_said_in_one_line(world, capsys, folder, argv, sa
 
 
 # Streams and pipes
-
-
-@pytest.fixture
-def pipe():
-    """A function that makes standard input a pipe with these bytes."""
-    saved = os.dup(0)
-
-    def feed(content):
-        out, into = os.pipe()
-        assert os.write(into, content) == len(content)  # fits the pipe's buffer
-        os.close(into)
-        os.dup2(out, 0)
-        os.close(out)
-
-    yield feed
-    os.dup2(saved, 0)
-    os.close(saved)
 
 
 def ffmpeg_wav(samples, rate):

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torchaudio.compliance.kaldi as kaldi
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from audio import read_audio
-from conftest import ROOT
+from helpers import ROOT, noise
 from transforms import (
     Augment,
     Compose,
@@ -54,10 +52,6 @@ TRANSFORMS = {
     "train": train_transform(FRONTEND, AUGMENT),
     "eval": eval_transform(FRONTEND),
 }
-
-
-def noise(samples, seed=0):
-    return torch.randn(samples, generator=torch.Generator().manual_seed(seed))
 
 
 def features(frames, seed=0):
@@ -221,34 +215,6 @@ def test_mel_power_in_bands_and_blocks_is_the_whole_product(bins):
         waveform, frontend, log_mel_filters, lambda frames, window: torch.fft.rfft(frames * window)
     )
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("frontend", [FRONTEND, FBANK], ids=lambda frontend: frontend.frontend)
-def test_every_transform_works_where_the_waveform_is(frontend):
-    """Tried on the device "meta", which computes shapes alone; randomness stays on the CPU."""
-    transform = train_transform(frontend, AUGMENT)
-    for row in range(6):
-        here = transform({"input_values": noise(16000)}, make_generator(0, 0, row))["features"]
-        with OneDevice():
-            there = transform(
-                {"input_values": torch.empty(16000, device="meta")}, make_generator(0, 0, row)
-            )["features"]
-        assert there.device.type == "meta" and there.shape == here.shape
-
-
-class OneDevice(TorchDispatchMode):
-    """Fails, as a GPU does, where an operation other than a copy is given tensors of two devices."""
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        tensors = [
-            leaf
-            for leaf in tree_leaves((args, kwargs or {}))
-            if isinstance(leaf, torch.Tensor) and leaf.ndim
-        ]
-        assert len({tensor.device for tensor in tensors}) < 2 or "copy" in operation.name(), (
-            operation
-        )
-        return operation(*args, **(kwargs or {}))
 
 
 def test_silence_is_zero_which_is_what_masks_write():

@@ -173,7 +173,7 @@ def compare_tokens(
 
 
 @torch.no_grad()
-def check(
+def check_files(
     model: U2, chunks: ChunkOptions, folder: str, sounds: list[torch.Tensor], max_int8_cer: float
 ) -> list[str]:
     """What onnxruntime hears with the files in `folder`, against the network: a line per file. Raises UserError."""

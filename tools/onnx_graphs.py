@@ -24,8 +24,8 @@ from stream import piece_samples
 from transforms import (
     STREAM_WINDOW,
     Frontend,
+    bounded,
     feature_state,
-    finite,
     log_mel_filters,
     moments,
     normalize,
@@ -243,7 +243,7 @@ class StreamingWaveform(nn.Module):
         samples (k,) and feats (1,m,F) are what the last call left, at the beginning empty; statistics (3,)
         is of transforms.moments, at the beginning zeros.
         """
-        waveform = finite(waveform)
+        waveform = bounded(waveform)
         samples = torch.cat((samples, waveform))
         window = STREAM_WINDOW * self.frontend.sample_rate
         statistics = moments(waveform, statistics, window, peak_of(waveform))
