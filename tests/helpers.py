@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from conformer import ModelOptions, U2Conformer
+from decode import SearchOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])  # of the project, without its tests
@@ -136,6 +137,13 @@ def distance(a, b) -> int:
         for j, y in enumerate(b, 1):
             last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
     return row[-1]
+
+
+def beams(size):
+    """SearchOptions with a beam of any size, beyond the bounds of the flag, too."""
+    search = SearchOptions()
+    object.__setattr__(search, "beam_size", size)
+    return search
 
 
 def random_log_probs(*shape, seed=0, sharpness=2.0):

@@ -444,7 +444,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
         "scandir",
         lambda path, scan=os.scandir: scan(path if "closed" not in path else path + "/none"),
     )
-    found = [recording.path for recording in transcribe.find(str(tmp_path))]
+    found = [recording.path for recording in transcribe.recordings_at(str(tmp_path))]
     assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == ["a.wav", "closed"]
 
 
@@ -457,8 +457,8 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
 
     def places(*paths, out="out", words="", overwrite=True):
         options = transcribe.TranscribeOptions(output_dir=out, overwrite=overwrite)
-        found = [recording for path in paths for recording in transcribe.find(path)]
-        return transcribe.place(found, options, ("best.ckpt", words))
+        found = [recording for path in paths for recording in transcribe.recordings_at(path)]
+        return transcribe.output_paths(found, options, ("best.ckpt", words))
 
     assert places("a/one/*/../../x.wav", out="a/one/out") == ["a/one/out/x.txt"]
     assert places("/no/such.wav", "../up.wav") == ["out/such.txt", "out/up.txt"]
@@ -1428,7 +1428,7 @@ def test_what_libraries_log_and_warn_of_is_shown(monkeypatch, capsys):
 
 def test_what_is_told_of_a_recording_is_one_line(capsys):
     transcribe.tell("note", transcribe.Recording("a\n\x1b[2J.wav", "a"), "odd\n\x1b")
-    transcribe.show("a\x1b[2J\nb", 1.0, True)
+    transcribe.show_heard("a\x1b[2J\nb", 1.0, True)
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 2 and is_shown(err, "\n")
 

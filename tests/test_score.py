@@ -1,4 +1,4 @@
-"""score.py and compare.py on a small checkpoint with random weights; unknown flags of transcribe.py, too."""
+"""score.py and tools/compare.py on a small checkpoint with random weights."""
 
 import io
 import json
@@ -45,11 +45,9 @@ def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(
     notes = [line for line in err if line.startswith("score.py: note: ")]
     assert status == 0 and json.loads(out[-1])["wer"] > 0 and len(notes) == (hint is not None)
     if hint:
-        assert (
-            hint in notes[0]
-            and ("with --lowercase" in notes[0])
-            and ("punctuation" in notes[0]) == ("2 of" in hint)
-        )
+        assert hint in notes[0]
+        assert "with --lowercase" in notes[0]
+        assert ("punctuation" in notes[0]) == ("2 of" in hint)
 
 
 def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unknown():
@@ -58,11 +56,9 @@ def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unkn
         config={"do_lower_case": True},
     )
     assert score.unspelled(tokenizer, ["a b", ""]) == ""
-    assert (
-        "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"]))
-        and "'A' x 1" in hint
-        and hint.endswith("with --lowercase")
-    )
+    assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"]))
+    assert "'A' x 1" in hint
+    assert hint.endswith("with --lowercase")
 
 
 def test_a_score_and_its_details_are_not_lost_with_one_another(
@@ -77,11 +73,9 @@ def test_a_score_and_its_details_are_not_lost_with_one_another(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Full())
         status, _, err = call(capsys, score, *argv, tmp_path / "details")
-    assert (
-        status == 2
-        and "full" in err[-1]
-        and len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
-    )
+    assert status == 2
+    assert "full" in err[-1]
+    assert len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
     monkeypatch.setattr(score, "write_whole", Full.write)
     status, out, err = call(capsys, score, *argv, tmp_path / "none")
     assert status == 2 and "full" in err[-1] and json.loads(out[-1])["utterances"] == len(TEXTS)
@@ -92,9 +86,8 @@ def test_score_counts_the_errors_of_the_whole_split(world, capsys, tmp_path, mod
     details = tmp_path / "details.jsonl"
     (result,) = score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", details)
     lines = [json.loads(line) for line in details.read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(6)) and [
-        line["reference"] for line in lines
-    ] == TEXTS
+    assert [line["row"] for line in lines] == list(range(6))
+    assert [line["reference"] for line in lines] == TEXTS
     assert sum(bool(line["hypothesis"]) for line in lines) >= 4
     for line in lines:
         assert line["char_errors"] == distance(line["hypothesis"], line["reference"])
@@ -155,9 +148,8 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
     (with_text,) = score_json(capsys, world)
     (without,) = score_json(capsys, world, "--split", "no_text")
     assert (without["wer"], without["cer"]) == (with_text["wer"], with_text["cer"])
-    (elsewhere,) = score_json(
-        capsys, world, root="other"
-    )  # another tokenizer is no harm where there is text
+    # Where there is text, another tokenizer of the data does no harm.
+    (elsewhere,) = score_json(capsys, world, root="other")
     assert elsewhere["cer"] == with_text["cer"]
 
 
@@ -186,13 +178,8 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
 )
 def test_score_answers_bad_input_with_one_line_and_status_2(world, capsys, argv, words):
     argv = [word.format(world) for word in argv]
-    given = [
-        "--checkpoint",
-        world / "best.ckpt",
-        "--data_root",
-        world / "data",
-        *argv,
-    ]  # argparse takes the last
+    # Where a flag is given twice, argparse takes the last.
+    given = ["--checkpoint", world / "best.ckpt", "--data_root", world / "data", *argv]
     status, out, err = call(capsys, score, *given)
     assert status == 2 and out == [] and len(err) == 1
     assert all(word in err[0] for word in ["score.py: error:", *words])
@@ -208,16 +195,14 @@ def test_unknown_flags_and_modes_are_refused(world, capsys, command, argv):
 
 
 def test_score_streams_every_row(world, capsys, tmp_path):
-    """(with mean_var_norm, whose statistics grow with the stream, the text differs from that of the whole)"""
+    """The text is not that of the whole: mean_var_norm's statistics grow with the stream."""
     (result,) = score_json(
         capsys, world, "--stream", "--chunk_size", 8, "--details", tmp_path / "details"
     )
     lines = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
-    assert (
-        result["stream"]
-        and result["chunk_size"] == 8
-        and result["utterances"] == len(lines) == len(TEXTS)
-    )
+    assert result["stream"]
+    assert result["chunk_size"] == 8
+    assert result["utterances"] == len(lines) == len(TEXTS)
     assert any(line["hypothesis"] for line in lines) and result["cer"] > 0
     (long,) = score_json(
         capsys,
@@ -230,11 +215,9 @@ def test_score_streams_every_row(world, capsys, tmp_path):
         tmp_path / "details",
     )
     (line,) = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
-    assert (
-        long["utterances"] == 1
-        and line["reference"] == " ".join(filter(None, TEXTS))
-        and line["hypothesis"]
-    )
+    assert long["utterances"] == 1
+    assert line["reference"] == " ".join(filter(None, TEXTS))
+    assert line["hypothesis"]
 
 
 def write_run(folder, metrics, scores=(), **options):

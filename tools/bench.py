@@ -273,7 +273,7 @@ def bench_decode(options: BenchOptions) -> dict:
     utterances, frames, _ = spikes.shape
     lengths = torch.full((utterances,), frames)
     encoded = torch.randn(utterances, frames, model.options.output_size)
-    beam = partial(ctc_prefix_beam_search, beam_size=10)
+    beam = partial(ctc_prefix_beam_search, search=SearchOptions())
     hypotheses = beam(spikes, lengths)
     recognise = workloads.recognition(model, partial(beam, spikes))
 

@@ -15,7 +15,7 @@ import torchaudio
 from torch import nn
 
 from conformer import receptive_field, subsampled_length
-from decode import ctc_greedy_search, ctc_prefix_beam_search
+from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from model import U2
 from tools.onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
 from transforms import extract, feature_state, num_frames, stream_features
@@ -216,9 +216,10 @@ def check_second_pass(model: U2, chunks: ChunkOptions, folder: str, given, strea
         compare("encoder.onnx and ctc.onnx", theirs, [model.ctc_log_probs(out) for out in streams])
     ]
     scores, expected = [], []
+    five = SearchOptions(beam_size=5)
     for out, log_probs in zip(outs, theirs):
         found = ctc_prefix_beam_search(
-            log_probs[None], torch.tensor([len(log_probs)]), 5, model.net.blank_id
+            log_probs[None], torch.tensor([len(log_probs)]), five, model.net.blank_id
         )[0].nbest
         lengths = torch.tensor([len(tokens) + 1 for tokens in found])
         valid = torch.arange(lengths.max()) < lengths[:, None]  # (N,L)
