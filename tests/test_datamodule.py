@@ -625,6 +625,28 @@ def test_a_validation_needs_dev_alone(root):
     assert list(data.splits) == ["dev"] and sum(len(b.rows) for b in data.val_dataloader()) == 3
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_largest_batches_of_an_epoch_are_known_before_it(root, world_size):
+    """recovery.MemoryCheck runs the largest by frames, the largest by labels, the longest of dev."""
+    save(root / "train/2", [30000, 7500, 7600, 7700], [[4], [4, 5] * 9, [4], [5]])
+    data = module(root, augment=Augment(speeds=()))
+    data.setup("fit")
+    dev = []
+    for rank in range(world_size):
+        data.ranks = lambda: (rank, world_size)
+        batches = list(data.train_dataloader())
+        largest = data.largest_batches()
+        rows = [batch.rows.tolist() for batch in batches]
+        assert all(batch.rows.tolist() in rows for batch in largest)
+        for name in ("features", "labels"):
+            most, found = (
+                max(getattr(batch, name).numel() for batch in some) for some in (batches, largest)
+            )
+            assert most == found
+        dev += data.longest_dev_batch().rows.tolist()
+    assert SAMPLES.index(max(SAMPLES[:3])) in dev
+
+
 def test_limit_rows_takes_the_first_rows_of_every_split(root):
     data = module(root, limit_rows=2)
     data.setup("fit")
