@@ -7,8 +7,8 @@ PYTHON ?= python3
 DATA_ROOT ?= data/demo
 OUTPUT_DIR ?= runs/demo
 PRESET ?= tiny
-# A CPU that multiplies bfloat16 trains sooner in it (README, "Which precision a CPU gets"); give PRECISION=16 or bf16-mixed on a
-# GPU.
+# A CPU that multiplies bfloat16 trains faster in it (docs/training.md, "Which precision a CPU gets").
+# Give PRECISION=16 or PRECISION=bf16-mixed on a GPU.
 PRECISION ?= $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bf16-mixed,32)
 DEVICES ?= auto
 MAX_EPOCHS ?= 16

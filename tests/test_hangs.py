@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformer import PRESETS, ModelOptions, U2Conformer
-from stream import stream, stream_state
 
 WIDTHS = {
     name: {**preset, "num_blocks": 1, "decoder_num_blocks": 1, "r_num_blocks": 1}
@@ -50,7 +49,7 @@ def hear(net, rows, frames):
         net.encode(features, torch.full((rows,), features.size(1)))
         net.encode(features, torch.full((rows,), features.size(1)), 16, 4)
         if net.options.causal:
-            stream(net.encoder, features[:1], stream_state(net.encoder, 16, 4), last=True)
+            net.encoder.stream(features[:1], net.encoder.stream_state(16, 4), last=True)
 
 
 def pass_block(net, rows, frames):

@@ -25,6 +25,7 @@ import files
 import prepare
 import tokenizer as tk
 from files import MARK
+from helpers import encoded, tree
 
 PREPARE = Path(prepare.__file__)
 
@@ -71,14 +72,6 @@ def rows_of(root, split="train"):
     return [
         row for shard in shards for row in datasets.load_from_disk(str(shard)).with_format("numpy")
     ]
-
-
-def tree(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(Path(folder).rglob("*"))
-        if p.is_file()
-    }
 
 
 def test_a_folder_becomes_shards_with_the_promised_columns(source, tmp_path):
@@ -153,12 +146,6 @@ def test_bad_rows_are_rejected_by_name_and_the_rest_goes_on(source, tmp_path):
 # Odd files
 
 
-def encoded(samples, rate=16000, format="WAV", subtype=None):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format=format, subtype=subtype)
-    return file.getvalue()
-
-
 def spoiled(value, at=50):
     samples = tone()
     samples[at] = value
@@ -178,8 +165,8 @@ ODD = {  # name: (content, samples kept or reason)
     "32 bit.wav": (encoded(tone(), subtype="PCM_32"), 8000),
     "float.wav": (encoded(tone(), subtype="FLOAT"), 8000),
     "double.wav": (encoded(tone(), subtype="DOUBLE"), 8000),
-    "telephone.wav": (encoded(tone(rate=8000), 8000, subtype="ULAW"), 8000),
-    "96 kHz.flac": (encoded(tone(rate=96000), 96000, "FLAC", "PCM_24"), 8000),
+    "telephone.wav": (encoded(tone(rate=8000), rate=8000, subtype="ULAW"), 8000),
+    "96 kHz.flac": (encoded(tone(rate=96000), "FLAC", "PCM_24", 96000), 8000),
     "8 channels.wav": (encoded(np.stack([tone()] * 8, axis=1)), 8000),
     "mp3 in truth.wav": (encoded(tone(), format="MP3"), 8000),
     "streamed.wav": (STREAMED, 8000),
@@ -195,7 +182,10 @@ ODD = {  # name: (content, samples kept or reason)
         encoded(np.full(8000, 0.25)),
         "silent: all samples are 0.25, give or take 0 steps of 16 bits",
     ),
-    "constant at 8 kHz.wav": (encoded(np.full(8000, -0.5), 8000), "silent: all samples are -0.5"),
+    "constant at 8 kHz.wav": (
+        encoded(np.full(8000, -0.5), rate=8000),
+        "silent: all samples are -0.5",
+    ),
     "hiss.mp3": (
         encoded(np.random.default_rng(0).normal(0, 3, 8000) / 32768, format="MP3"),
         "silent: all samples are ",
@@ -222,12 +212,12 @@ ODD = {  # name: (content, samples kept or reason)
     ),
     "loud.wav": (spoiled(3e38), "samples as large as 3e+38; full scale is 1"),
     "loud 48 kHz.wav": (
-        encoded(np.full(999, -3.4e38), 48000, subtype="FLOAT"),
+        encoded(np.full(999, -3.4e38), rate=48000, subtype="FLOAT"),
         "samples as large as 3e+38; full scale is 1",
     ),
-    "1 Hz.wav": (encoded(tone(), 1), "sample rate 1: it must be 4000 to 384000"),
+    "1 Hz.wav": (encoded(tone(), rate=1), "sample rate 1: it must be 4000 to 384000"),
     "500 MHz.wav": (
-        encoded(tone(), 500_000_000),
+        encoded(tone(), rate=500_000_000),
         "sample rate 500000000: it must be 4000 to 384000",
     ),
     "unending.flac": (UNENDING, "cut short: 0.5 s of 4294967.3 s"),
@@ -279,7 +269,7 @@ def test_odd_files_are_used_or_rejected_with_their_reason(tmp_path):
     ],
 )
 def test_a_file_that_is_cut_short_is_refused_and_the_whole_one_is_not(format, subtype):
-    content = encoded(tone(2.0), 16000, format, subtype)
+    content = encoded(tone(2.0), format, subtype)
     assert len(prepare.read_audio(content)) == 32000
     for share in (0.8, 0.5, 0.1, 0.01):
         with pytest.raises(UserError, match="^(cut short|cannot be decoded): "):

@@ -11,28 +11,18 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 import prepare
 import sources
 import tokenizer as tk
+from helpers import cases
 
 datasets.disable_progress_bars()
 pytestmark = pytest.mark.filterwarnings(
     "error::pytest.PytestUnraisableExceptionWarning"
 )  # those that nobody can catch
-
-
-def cases(count):
-    """Deterministic, so that a test that passed passes again; no deadline, so that a busy machine fails nothing."""
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # Any file

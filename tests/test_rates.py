@@ -16,8 +16,8 @@ import score
 import train
 import transcribe
 from datamodule import DataOptions, SpeechDataModule, rows_rate
+from helpers_train import run
 from model import load_checkpoint
-from test_train import run
 from tools import parity
 from transforms import Augment, extract
 

@@ -11,14 +11,8 @@ import cli
 import pytest
 import torch
 
-from conftest import ROOT
-from helpers import module
+from helpers import ROOT, TINY_FLAGS, module
 from tools import demo
-
-SMALL = (
-    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
-    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32"
-).split()
 
 
 def command(*words, status=0):
@@ -63,7 +57,7 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
         0,
         "--ema_decay",
         0.5,
-        *SMALL,
+        *TINY_FLAGS,
     )
     for name in ("best.ckpt", "last.ckpt"):
         assert "tokenizer" in torch.load(run / name, weights_only=True)

@@ -2,7 +2,6 @@
 are what their names say."""
 
 import csv
-import io
 import json
 import os
 import unicodedata
@@ -14,19 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare
 import sources
 import tokenizer as tk
+from helpers import encoded
 
 
 def sound(samples=400, rate=16000):
-    file = io.BytesIO()
-    soundfile.write(file, 0.1 * np.sin(np.arange(samples)), rate, format="WAV")
-    return file.getvalue()
+    return encoded(0.1 * np.sin(np.arange(samples)), rate=rate)
 
 
 def put(path, content=None):

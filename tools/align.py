@@ -88,9 +88,7 @@ def find_words(
     features = extract(model.frontend)(samples)[None].to(model.device)  # (1,T,F)
     lengths = torch.tensor([features.shape[1]], device=model.device)
     encoded, lengths = model.encode(features, lengths, search.chunk_size, search.left_chunks)
-    (hypothesis,) = model.search(
-        encoded, lengths, options.mode, search.beam_size, search.ctc_weight, search.reverse_weight
-    )
+    (hypothesis,) = model.search(encoded, lengths, options.mode, search)
     log_probs = model.ctc_log_probs(encoded)[0].cpu()
     times = frame_times(model.options.input_layer, model.frontend)
     for tokens in (model.tokenizer.encode(text), hypothesis.tokens):
