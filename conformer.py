@@ -3,9 +3,9 @@
 To read how the network learns, start at U2Conformer.loss; how it hears a stream, at Encoder.stream.
 What comes from kernels.py computes the same numbers as torch's own layers of these names, sooner.
 
-Sources: U2 (Zhang et al. 2020, arXiv:2012.05481), U2++ (Wu et al. 2021, arXiv:2106.05642), Conformer
-(Gulati et al. 2020, arXiv:2005.08100); behaviour as in WeNet. Axes: B batch, T feature frames, T'
-encoder frames, U labels, D width, H heads, S frames that attention sees, V vocabulary, F mel bins.
+Sources: U2 (Zhang et al. 2020, arXiv:2012.05481), U2++ (Wu et al. 2021, arXiv:2106.05642),
+Conformer (Gulati et al. 2020, arXiv:2005.08100); it behaves as WeNet's. Axes: B batch, T feature
+frames, T' encoder frames, U labels, D width, H heads, S keys, V vocabulary, F mel bins.
 """
 
 import math
@@ -20,103 +20,76 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import Dropout, Linear, attention, conv_relu, depthwise
 
-# What a preset does not name keeps the default of ModelOptions; a flag overrides the preset.
+# A flag overrides the preset, and ModelOptions has what a preset does not name. Two tables:
 # fmt: off
 PRESETS = {
-    "tiny": dict(output_size=64, linear_units=256, num_blocks=4, attention_heads=4,
-                 decoder_num_blocks=1, r_num_blocks=1, decoder_linear_units=256,
-                 cnn_module_kernel=15, attention_dropout_rate=0.0),
-    "small": dict(output_size=144, linear_units=576, num_blocks=6, attention_heads=4,
-                  decoder_num_blocks=2, r_num_blocks=1, decoder_linear_units=576,
-                  cnn_module_kernel=15, attention_dropout_rate=0.0),
-    "base": dict(output_size=256, linear_units=2048, num_blocks=12, attention_heads=4,
-                 decoder_num_blocks=3, r_num_blocks=3, decoder_linear_units=2048,
-                 cnn_module_kernel=8),
+    "tiny": dict(output_size=64, linear_units=256, num_blocks=4, cnn_module_kernel=15,
+                 decoder_linear_units=256, decoder_num_blocks=1, r_num_blocks=1,
+                 attention_heads=4, attention_dropout_rate=0.0),
+    "small": dict(output_size=144, linear_units=576, num_blocks=6, cnn_module_kernel=15,
+                  decoder_linear_units=576, decoder_num_blocks=2, r_num_blocks=1,
+                  attention_heads=4, attention_dropout_rate=0.0),
+    "base": dict(output_size=256, linear_units=2048, num_blocks=12, cnn_module_kernel=8,
+                 decoder_linear_units=2048, decoder_num_blocks=3, r_num_blocks=3,
+                 attention_heads=4),
 }
-# fmt: on
 
 
 @options_class
 class ModelOptions:
     """Architecture and loss, by WeNet's names. Raises UserError for sizes that do not fit."""
 
-    encoder: str = option(
-        "conformer", "blocks of the encoder", choices=("conformer", "transformer")
-    )
+    encoder: str = option("conformer", "blocks of the encoder",
+                          choices=("conformer", "transformer"))
     output_size: int = option(256, "model width D", at_least=2, at_most=8192)
-    attention_heads: int = option(
-        4, "attention heads, in encoder and decoders", at_least=1, at_most=256
-    )
+    attention_heads: int = option(4, "attention heads, in encoder and decoders",
+                                  at_least=1, at_most=256)
     linear_units: int = option(2048, "feed-forward width of the encoder", at_least=1, at_most=2**16)
     num_blocks: int = option(12, "encoder blocks", at_least=1, at_most=200)
     activation_type: str = option("swish", "activation of the encoder", choices=("swish", "relu"))
     pos_enc_layer_type: str = option(
-        "rel_pos",
-        "positions in the attention alone, or also added to its input (abs_pos)",
-        choices=("rel_pos", "abs_pos"),
-    )
+        "rel_pos", "positions in the attention alone, or also added to its input (abs_pos)",
+        choices=("rel_pos", "abs_pos"))
     selfattention_layer_type: str = option(
-        "rel_selfattn",
-        "the encoder's attention with or without a term for positions",
-        choices=("rel_selfattn", "selfattn"),
-    )
-    cnn_module_kernel: int = option(
-        8, "kernel of the depthwise convolution, in encoder frames", at_least=1, at_most=1000
-    )
+        "rel_selfattn", "the encoder's attention with or without a term for positions",
+        choices=("rel_selfattn", "selfattn"))
+    cnn_module_kernel: int = option(8, "kernel of the depthwise convolution, in encoder frames",
+                                    at_least=1, at_most=1000)
     causal: bool = option(
-        True, "the depthwise convolution sees the past only (needed for streaming)"
-    )
-    cnn_module_norm: str = option(
-        "layer_norm", "norm in the convolution module", choices=("layer_norm", "batch_norm")
-    )
-    input_layer: str = option(
-        "conv2d",
-        "subsampling of the features by 4, 6 or 8",
-        choices=("conv2d", "conv2d6", "conv2d8"),
-    )
-    decoder_num_blocks: int = option(
-        3, "blocks of the left-to-right decoder", at_least=1, at_most=200
-    )
+        True, "the depthwise convolution sees the past only (needed for streaming)")
+    cnn_module_norm: str = option("layer_norm", "norm in the convolution module",
+                                  choices=("layer_norm", "batch_norm"))
+    input_layer: str = option("conv2d", "subsampling of the features by 4, 6 or 8",
+                              choices=("conv2d", "conv2d6", "conv2d8"))
+    decoder_num_blocks: int = option(3, "blocks of the left-to-right decoder",
+                                     at_least=1, at_most=200)
     r_num_blocks: int = option(
-        3,
-        "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)",
-        at_least=0,
-        at_most=200,
-    )
-    decoder_linear_units: int = option(
-        2048, "feed-forward width of the decoders", at_least=1, at_most=2**16
-    )
+        3, "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)",
+        at_least=0, at_most=200)
+    decoder_linear_units: int = option(2048, "feed-forward width of the decoders",
+                                       at_least=1, at_most=2**16)
     decoder_attention_heads: int = option(
-        0, "attention heads of the decoders; 0: as many as in the encoder", at_least=0, at_most=256
-    )
+        0, "attention heads of the decoders; 0: as many as in the encoder",
+        at_least=0, at_most=256)
     keep_right_decoder: bool = option(
-        False, "with reverse_weight 0: have a right-to-left decoder, which is not trained"
-    )
+        False, "with reverse_weight 0: have a right-to-left decoder, which is not trained")
     dropout_rate: float = option(0.1, "dropout in every block", at_least=0.0, at_most=0.9)
-    attention_dropout_rate: float = option(
-        0.1, "dropout on attention weights", at_least=0.0, at_most=0.9
-    )
-    ctc_weight: float = option(
-        0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention", at_least=0.0, at_most=1.0
-    )
+    attention_dropout_rate: float = option(0.1, "dropout on attention weights",
+                                           at_least=0.0, at_most=0.9)
+    ctc_weight: float = option(0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention",
+                               at_least=0.0, at_most=1.0)
     reverse_weight: float = option(
-        0.3,
-        "share of the right-to-left decoder in the attention loss; 0 makes it U2",
-        at_least=0.0,
-        at_most=1.0,
-    )
-    lsm_weight: float = option(
-        0.1, "label smoothing of the attention loss", at_least=0.0, at_most=1.0
-    )
+        0.3, "share of the right-to-left decoder in the attention loss; 0 makes it U2",
+        at_least=0.0, at_most=1.0)
+    lsm_weight: float = option(0.1, "label smoothing of the attention loss",
+                               at_least=0.0, at_most=1.0)
     length_normalized_loss: bool = option(
-        False, "attention loss per label instead of per utterance"
-    )
+        False, "attention loss per label instead of per utterance")
     use_dynamic_chunk: bool = option(
-        True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)"
-    )
+        True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
     use_dynamic_left_chunk: bool = option(
-        False, "also draw how many chunks to the left are seen in training"
-    )
+        False, "also draw how many chunks to the left are seen in training")
+    # fmt: on
 
     def __post_init__(self):
         width = self.output_size
@@ -151,7 +124,7 @@ def subsampled_length(length, input_layer: str):
 
 
 def receptive_field(input_layer: str) -> tuple[int, int]:
-    """(feature frames that an encoder frame sees, feature frames from one encoder frame to the next)."""
+    """(feature frames that an encoder frame sees, feature frames from one of them to the next)."""
     field, rate = 1, 1
     for kernel, stride in SUBSAMPLING[input_layer]:
         field += (kernel - 1) * rate
@@ -175,28 +148,8 @@ def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -
     return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)
 
 
-def draw_chunk(
-    size: int, options: ModelOptions, generator: torch.Generator | None = None
-) -> tuple[int, int]:
-    """(chunk_size, left_chunks) for a training step over `size` encoder frames (U2, section 2.3).
-
-    Half of the draws are (-1, -1), full context. The others are chunks of 1 to 25 frames of 40 ms,
-    at most 1 s, with any number of left chunks, or with all of them unless use_dynamic_left_chunk.
-    """
-    if not options.use_dynamic_chunk or size < 2:
-        return -1, -1
-    chunk = int(torch.randint(1, size, (1,), generator=generator))
-    if chunk > size // 2:
-        return -1, -1
-    chunk = chunk % (100 // receptive_field(options.input_layer)[1]) + 1
-    left = -1
-    if options.use_dynamic_left_chunk:
-        left = int(torch.randint(0, max((size - 1) // chunk, 1), (1,), generator=generator))
-    return chunk, left
-
-
 def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
-    """(size, width) sines and cosines of positions offset .. offset + size - 1 (see sinusoids_at)."""
+    """sinusoids_at of the positions offset .. offset + size - 1 -> (size, width)."""
     positions = torch.arange(offset, offset + size, device=device, dtype=torch.float32)
     return sinusoids_at(positions, width)
 
@@ -214,7 +167,7 @@ ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
 
 
 class BlockState(NamedTuple):
-    """What a block has kept of the frames before a chunk (U2, section 2.3); nothing at the beginning."""
+    """What a block keeps of the frames before a chunk; None before the first (U2, section 2.3)."""
 
     keys: torch.Tensor | None = None  # (B,H,S,D/H)
     values: torch.Tensor | None = None  # (B,H,S,D/H)
@@ -275,12 +228,12 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Self-attention without a term for positions: its input has them added, or nothing has them."""
+    """Self-attention without a term for positions; its input may have positions added (abs_pos)."""
 
     def forward(self, x, positions=None, mask=None, state=BlockState(), is_causal=False):
         """x (B,T,D) -> (B,T,D), and `state` with the T frames of x behind its S-T frames.
 
-        positions (1,N,D) are those of the last N of the S keys, all that `state` lacks. mask is bool
+        positions (1,N,D) are those of the last N of the S keys, which `state` lacks. mask is bool
         and broadcasts to (B,1,T,S).
         """
         state = state.and_then(*self.keys_values(x), self.project(positions))
@@ -299,8 +252,8 @@ class RelativeAttention(SelfAttention):
     """Self-attention with Transformer-XL's term for positions, as in WeNet without its shift.
 
     Without the shift that term depends on the key alone: (q+u).k + (q+v).p = q.(k+p) + (u.k + v.p).
-    So this is plain attention with keys k+p and a bias for each key, which is one more key dimension
-    against a constant 1 in the query. So no mask has to carry a gradient.
+    This is plain attention with keys k+p and a bias for each key. The bias is one more dimension of
+    the key, against a constant 1 in the query, so that no mask has to carry a gradient.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -390,7 +343,7 @@ def self_attention(o: ModelOptions) -> SelfAttention:
 
 
 class ConformerBlock(nn.Module):
-    """Half feed-forward, self-attention, convolution, half feed-forward (Conformer, section 2.4)."""
+    """Half a feed-forward, self-attention, convolution, half a feed-forward (Conformer, 2.4)."""
 
     def __init__(self, o: ModelOptions):
         super().__init__()
@@ -441,7 +394,7 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm2(x))), state
 
 
-# --------------------------------------------------------------------------------------- the encoder
+# -------------------------------------------------------------------------------------- the encoder
 
 
 class Subsampling(nn.Module):
@@ -521,13 +474,16 @@ class Encoder(nn.Module):
         return self.after_norm(x).masked_fill((lengths == 0)[:, None, None], 0.0), lengths
 
     def compile_blocks(self):
-        """Compiles the blocks, which share one code, for all lengths. layout_optimization is off: on
-        CPUs it lays out all tensors as the convolution's, and inductor takes strides for constant."""
+        """Compiles the blocks: they are alike and share one code, which serves all lengths.
+
+        On CPUs layout_optimization would give all tensors the convolution's layout, and inductor
+        would take their strides for constant.
+        """
         for block in self.blocks:
             block.compile(dynamic=True, options={"layout_optimization": False})
 
     def subsample(self, features, offset: int = 0):
-        """(B,T,F) -> (B,T',D) times sqrt(D), so that positions weigh less (Vaswani et al. 2017, 3.4).
+        """(B,T,F) -> (B,T',D), times sqrt(D) as in Vaswani et al. 2017, section 3.4.
 
         With abs_pos the positions offset .. offset + T' - 1 are added.
         """
@@ -585,7 +541,7 @@ class Encoder(nn.Module):
         return torch.cat(encoded, dim=1), state
 
     def forward_chunk(self, features, offset: int, states):
-        """A chunk (1,T,F) behind `offset` encoder frames, every block's state -> (1,T',D), new states.
+        """A chunk (1,T,F) behind `offset` encoder frames, blocks' states -> (1,T',D), new states.
 
         Every frame sees the whole chunk and everything in the states.
         """
@@ -602,7 +558,7 @@ class Encoder(nn.Module):
         return self.after_norm(x), new_states
 
 
-# -------------------------------------------------------------------------------------- the decoders
+# ------------------------------------------------------------------------------------- the decoders
 
 
 class DecoderBlock(nn.Module):
@@ -621,10 +577,10 @@ class DecoderBlock(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, source, source_mask, mask=None, state=BlockState()):
-        """x (B,U,D) -> (B,U,D), and `state` with the keys and values of these tokens behind its own.
+        """x (B,U,D) -> (B,U,D), and `state` with the keys and values of x behind its own.
 
-        source: keys and values of the encoder's frames; source_mask (B,1,1,T'). A token sees those
-        before it, or what mask (B,1,U,U) shows. Behind a state x is one token, which sees them all.
+        source: keys and values of the encoder's frames; source_mask (B,1,1,T'). Without mask
+        (B,1,U,U) a token sees those before it. Behind a state there must be one token, U = 1.
         """
         is_causal = mask is None and state.keys is None
         y, state = self.self_attn(self.norm1(x), None, mask, state, is_causal)
@@ -686,7 +642,7 @@ class Decoder(nn.Module):
         ]  # (B,1,1,T')
 
 
-# ------------------------------------------------------------------------------- the model, its loss
+# ------------------------------------------------------------------------------ the model, its loss
 
 
 def decoder_io(labels, label_lengths, sos_id: int, eos_id: int):
@@ -719,17 +675,9 @@ def label_smoothing_loss(logits, labels, valid, smoothing: float):
 
 
 class U2Conformer(nn.Module):
-    """Encoder, CTC branch and decoders. Pure: outputs depend on inputs, weights and random state."""
+    """Encoder, CTC branch and decoders: a function of inputs, weights and torch's random state."""
 
-    def __init__(
-        self,
-        options: ModelOptions,
-        num_mel_bins: int,
-        vocab_size: int,
-        blank_id: int,
-        sos_id: int,
-        eos_id: int,
-    ):
+    def __init__(self, options: ModelOptions, num_mel_bins, vocab_size, blank_id, sos_id, eos_id):
         super().__init__()
         self.options = options
         self.blank_id = blank_id
@@ -786,15 +734,9 @@ class U2Conformer(nn.Module):
 
     def ctc_losses(self, encoded, encoded_lengths, labels, label_lengths):
         """CTC's loss of each utterance, (B,); 0 where the labels have no path, as in WeNet."""
-        return F.ctc_loss(
-            self.ctc_log_probs(encoded.transpose(0, 1)),
-            labels,
-            encoded_lengths,
-            label_lengths,
-            blank=self.blank_id,
-            reduction="none",
-            zero_infinity=True,
-        )
+        log_probs = self.ctc_log_probs(encoded.transpose(0, 1))  # (T',B,V)
+        lengths = encoded_lengths, label_lengths
+        return F.ctc_loss(log_probs, labels, *lengths, self.blank_id, "none", zero_infinity=True)
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):
         """The decoders' losses of each utterance, (B,), weighted: left to right, right to left."""

@@ -1,7 +1,9 @@
 """The same numbers as torch's own layers, sooner. To read the network, take them for torch's.
 
-Linear and Dropout stand for nn.Linear and nn.Dropout, attention for F.scaled_dot_product_attention, conv_relu for a
-convolution and a ReLU, depthwise for F.conv1d with a group for each channel. Axes: B batch, T frames, D width, H heads.
+Linear and Dropout stand for nn.Linear and nn.Dropout, attention for scaled_dot_product_attention,
+conv_relu for a convolution and a ReLU, depthwise for F.conv1d with a group for each channel.
+tests/test_kernels.py puts torch's own in their place and finds the same numbers. Axes: B batch,
+T frames, D width, H heads, S keys; for images (B,C,T,F) -> (B,D,T',F').
 """
 
 import math
@@ -11,20 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# On AMD's CPUs with AVX-512, MKL, by which torch multiplies float32, reaches less than half of oneDNN's rate (`bench.py train`
-# prints both). On those with AVX2 alone both are equally fast; Intel's were not measured.
+# Torch multiplies float32 by MKL, which on AMD's CPUs with AVX-512 reaches less than half of
+# oneDNN's rate (`python -m tools.bench train` prints both). On AMD's CPUs with AVX2 alone both are
+# equally fast; Intel's CPUs were not measured.
 ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 
 
 def by_onednn(x, weight) -> bool:
-    """Whether it is oneDNN's to multiply them."""
+    """True where oneDNN is faster: float32 on a CPU with AVX-512."""
     return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
 
 
 def product(x, weight, bias=None):
-    """F.linear by oneDNN, without a gradient: x (...,M), weight (N,M), bias (N,) -> (...,N), all float32."""
+    """F.linear by oneDNN, without a gradient: x (...,M), weight (N,M), bias (N,) -> (...,N)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -32,13 +35,13 @@ def outer_product(a, b):
     """a (R,N), b (R,M) -> a.T @ b (N,M), without a gradient."""
     if not (by_onednn(a, b) and len(a)):
         return a.T @ b
-    return (
-        product(a.T, b.T) if a.size(1) <= b.size(1) else product(b.T, a.T).T
-    )  # what comes first is copied, transposed
+    if a.size(1) <= b.size(1):  # oneDNN copies its first factor to transpose it: the smaller one
+        return product(a.T, b.T)
+    return product(b.T, a.T).T
 
 
 class Product(torch.autograd.Function):
-    """F.linear by oneDNN, and so its gradients."""
+    """F.linear with its gradients by oneDNN."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -49,11 +52,9 @@ class Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()  # oneDNN is slow where one number stands for many, as behind a sum
-        rows, of_x, of_weight, of_bias = (
-            grad.flatten(0, -2),
-            *ctx.needs_input_grad,
-        )  # (...,N) -> (R,N)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad = grad.contiguous()  # oneDNN is slow on an expanded tensor, as behind a sum
+        rows = grad.flatten(0, -2)  # (...,N) -> (R,N)
         return (
             product(grad, weight.T) if of_x else None,
             outer_product(rows, x.flatten(0, -2)) if of_weight else None,  # (R,N), (R,M) -> (N,M)
@@ -62,7 +63,7 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the faster library."""
+    """nn.Linear that multiplies by the faster library."""
 
     def forward(self, x):
         if (
@@ -76,8 +77,10 @@ class Linear(nn.Linear):
 
 
 def for_few_rows(module: nn.Module) -> nn.Module:
-    """`module` with the weights of its linear layers column by column in memory: so oneDNN multiplies the few rows of a stream
-    by them in half the time. Their shapes and numbers stay."""
+    """`module`, its linear layers' weights stored column by column; shapes and numbers stay.
+
+    So oneDNN multiplies the few rows of a stream's chunk in half the time.
+    """
     if ONEDNN:
         for layer in module.modules():
             if isinstance(layer, Linear) and layer.weight.is_cpu:
@@ -86,22 +89,23 @@ def for_few_rows(module: nn.Module) -> nn.Module:
 
 
 def random_numbers_are_cheap(x, p: float) -> bool:
-    """Whether torch's own dropout p of x costs little: none, a GPU's, or one that is compiled."""
+    """True where torch's own dropout p of x costs little: p is 0, on a GPU, or when compiled."""
     return p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def dropout(x, p: float):
-    """F.dropout; on the CPU, where it would spend an eighth of a training step on drawing doubles, from 16-bit draws."""
+    """F.dropout; on a CPU from 16-bit draws.
+
+    There F.dropout draws doubles, which would take an eighth of a training step.
+    """
     if random_numbers_are_cheap(x, p):
         return F.dropout(x, p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(
-        -(2**63), None
-    )  # four draws in each
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+    words.random_(-(2**63), None)  # four draws in each
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
+    # What waits for backward is bytes, not floats. With bools multiplying takes twice as long.
     keep = torch.ge(draws, round(p * 2**16) - 2**15, out=torch.empty(x.shape, dtype=torch.uint8))
-    return x.mul(keep).mul_(
-        1 / (1 - p)
-    )  # what waits for backward is bytes, not floats; with bools it takes twice as long
+    return x.mul(keep).mul_(1 / (1 - p))
 
 
 class Dropout(nn.Dropout):
@@ -114,7 +118,11 @@ class Dropout(nn.Dropout):
 def attention(
     q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None
 ):
-    """scaled_dot_product_attention with dropout p; by hand where that has no fused kernel and dear random numbers."""
+    """scaled_dot_product_attention with dropout p: q (B,H,T,d), k, v (B,H,S,d) -> (B,H,T,d).
+
+    On a CPU torch has no fused kernel with dropout and its random draws are slow, so attention with
+    dropout on the weights is written out there.
+    """
     scale = scale or 1 / math.sqrt(q.size(-1))
     if q.is_cuda and q.size(-1) % 8:
         return attention(*map(in_eights, (q, k, v)), mask, p, is_causal, scale)[..., : v.size(-1)]
@@ -124,22 +132,26 @@ def attention(
         )
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    scores = q * scale @ k.transpose(2, 3)  # (B,H,U,T)
+    scores = q * scale @ k.transpose(2, 3)  # (B,H,T,S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return dropout(scores.softmax(-1), p) @ v
 
 
 def in_eights(x):
-    """x (B,H,T,d), with zeros up to a d that CUDA's fused kernels take with a mask: whole eights. Attention stays as it is."""
+    """x (B,H,T,d) with zeros up to a multiple of eight, which leave attention as it is.
+
+    CUDA's fused kernels take a mask only with such a width.
+    """
     return F.pad(x, (0, -x.size(-1) % 8))
 
 
 class ConvRelu(torch.autograd.Function):
-    """relu(conv2d(x, weight, bias, stride)) with a faster backward on the CPU: x (B,C,T,F) -> (B,D,T',F'), channels last.
+    """relu(conv2d(x, weight, bias, stride)), with a faster backward on the CPU.
 
-    oneDNN spends more than twice the time of a matrix product on the gradient of many channels' weights; here it is one, an
-    utterance at a time, of the output's gradient and the windows of the input.
+    x (B,C,T,F) -> (B,D,T',F'), channels last. oneDNN spends more than twice the time of a matrix
+    product on the gradient of the weights of many channels. Here that gradient is a matrix product,
+    an utterance at a time: the output's gradient times the windows of the input.
     """
 
     @staticmethod
@@ -153,22 +165,14 @@ class ConvRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, y = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(
-            grad.contiguous(memory_format=torch.channels_last), y, 0
-        )  # of the ReLU
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)  # of the ReLU
         by_product = x.size(1) > 1
+        strides = [ctx.stride] * 2
+        wanted = [ctx.needs_input_grad[0], not by_product, False]
+        # Neither bias, padding, dilation, transposition nor groups.
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            [ctx.stride] * 2,
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [ctx.needs_input_grad[0], not by_product, False],
+            grad, x, weight, None, strides, [0, 0], [1, 1], False, [0, 0], 1, wanted
         )
         if by_product:
             grad_weight = ConvRelu.grad_weight(x, grad, weight.size(2), ctx.stride)
@@ -179,16 +183,13 @@ class ConvRelu(torch.autograd.Function):
         """x (B,C,T,F), gradient (B,D,T',F') of the convolution -> (D,C,k,k)."""
         total = grad.new_zeros(grad.size(1), kernel * kernel * x.size(1))
         for utterance, rows in zip(x, grad.permute(0, 2, 3, 1).flatten(1, 2)):  # (C,T,F), (T'*F',D)
-            windows = (
-                utterance.permute(1, 2, 0).unfold(0, kernel, stride).unfold(1, kernel, stride)
-            )  # (T',F',C,k,k)
+            windows = utterance.permute(1, 2, 0)  # (T,F,C)
+            windows = windows.unfold(0, kernel, stride).unfold(1, kernel, stride)  # (T',F',C,k,k)
             windows = windows.permute(0, 1, 3, 4, 2).reshape(len(rows), -1)
-            total += outer_product(
-                rows, windows.contiguous()
-            )  # oneDNN takes no view whose rows overlap, as with F' = 1
-        return total.view(-1, kernel, kernel, x.size(1)).permute(
-            0, 3, 1, 2
-        )  # (D,k,k,C) -> (D,C,k,k)
+            # With F' = 1 the rows of this view overlap, which oneDNN does not take.
+            total += outer_product(rows, windows.contiguous())
+        total = total.view(-1, kernel, kernel, x.size(1))  # (D,k,k,C)
+        return total.permute(0, 3, 1, 2)
 
 
 def conv_relu(x, conv: nn.Conv2d, training: bool):
@@ -199,17 +200,19 @@ def conv_relu(x, conv: nn.Conv2d, training: bool):
 
 
 def depthwise(x, weight, bias, padding: int = 0, few: bool = False):
-    """F.conv1d over time with a group for each channel: x (B,T,D), weight (D,1,kernel), bias (D,) -> (B,T',D).
+    """F.conv1d over time with a group for each channel: x (B,T,D), weight (D,1,k) -> (B,T',D).
 
-    As one line of an image with channels last: on a CPU twice as fast as conv1d, and nothing moves in memory. There in float32
-    whatever the precision is: oneDNN, generating the code of a bfloat16 one, never ends on some CPUs for some widths and
-    lengths (144, the width of preset small, is one of them). For the `few` frames of a stream's chunk a convolution takes
-    longer to get ready than to run, so there it is a sum of products.
+    It runs as a convolution over an image of one line with channels last: on a CPU that is twice as
+    fast as conv1d, and nothing moves in memory. On a CPU it runs in float32 whatever the precision:
+    in bfloat16 oneDNN never stops generating its code on some CPUs for some widths and lengths, the
+    width 144 of preset small among them. Over the few frames of a stream's chunk a convolution
+    takes longer to get ready than to run, so `few` makes it a sum of products.
     """
     if few and not torch.jit.is_tracing():
-        windows = x.unfold(1, weight.size(2), 1)  # (B,T',D,kernel)
+        windows = x.unfold(1, weight.size(2), 1)  # (B,T',D,k)
         return torch.linalg.vecdot(windows, weight[:, 0]) + bias
-    image, filters = x.transpose(1, 2)[:, :, None], weight[:, :, None]  # (B,D,1,T), (D,1,1,kernel)
+    image = x.transpose(1, 2)[:, :, None]  # (B,D,1,T)
+    filters = weight[:, :, None]  # (D,1,1,k)
     if x.is_cpu:
         wide = torch.promote_types(x.dtype, torch.float32)
         image, filters, bias = image.to(wide), filters.to(wide), bias.to(wide)

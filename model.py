@@ -1,6 +1,7 @@
-"""The LightningModule: what a step is, what a validation counts, and what happens to a gradient that is not finite.
+"""The LightningModule: training, the guard against gradients that are not finite, and decoding.
 
-The network is conformer.py's; this file adds training, decoding and the checkpoint.
+The network is in conformer.py. This file adds a step, a validation, decoding and the checkpoint.
+Axes as in conformer.py.
 """
 
 import math
@@ -19,22 +20,22 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
 from checkpoint import not_finite, read_checkpoint
-from conformer import ModelOptions, StreamState, U2Conformer, draw_chunk, subsampled_length
+from conformer import ModelOptions, StreamState, U2Conformer, receptive_field, subsampled_length
 from decode import Hypothesis, SearchOptions
 from files import json_text
 from kernels import for_few_rows
 from tokenizer import Tokenizer
 from transforms import Frontend
 
-# The weights with a row per token.
+# The weights that have a row for each token.
 VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
     f"net.{decoder}.{layer}"
     for decoder in ("decoder", "right_decoder")
     for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")
 }
-FEWEST_OF_A_BLOCK = (
-    14  # weights, of a transformer's: two norms, three linear layers of attention, two behind them
-)
+# The fewest weights of a block, a transformer's: of two norms, three linear layers of attention and
+# two of the feed-forward, each with a bias.
+FEWEST_OF_A_BLOCK = 14
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
@@ -71,19 +72,41 @@ class OptimOptions:
     )
 
 
-class StepLog:
-    """steps.jsonl: a line per attempted update, {"step", "loss", "rows"}, and "skipped" where it was thrown away.
+def draw_chunk(
+    size: int, options: ModelOptions, generator: torch.Generator | None = None
+) -> tuple[int, int]:
+    """(chunk_size, left_chunks) for a training step over `size` encoder frames (U2, section 2.3).
 
-    `step` is the number of updates before it, `loss` the mean over its batches, each of all ranks' rows (null where not
-    finite), `rows` their row numbers, rank by rank. `path` None: no log. Lines wait as tensors, because a GPU should not stop
-    for a log.
+    Half of the draws are (-1, -1), full context. The others are chunks of 1 to 25 frames of 40 ms,
+    at most 1 s, with any number of left chunks, or with all of them unless use_dynamic_left_chunk.
+    """
+    if not options.use_dynamic_chunk or size < 2:
+        return -1, -1
+    chunk = int(torch.randint(1, size, (1,), generator=generator))
+    if chunk > size // 2:
+        return -1, -1
+    chunk = chunk % (100 // receptive_field(options.input_layer)[1]) + 1
+    left = -1
+    if options.use_dynamic_left_chunk:
+        left = int(torch.randint(0, max((size - 1) // chunk, 1), (1,), generator=generator))
+    return chunk, left
+
+
+class StepLog:
+    """Writes steps.jsonl, a line for each attempted update: {"step", "loss", "rows"}.
+
+    `step` counts the attempts before it, `loss` is the mean over the batches of all ranks (null
+    where it is not finite), `rows` are their row numbers, rank by rank. A skipped update also has
+    "skipped": true. Lines wait as tensors, because a GPU should not stop for a log. With path None
+    there is no log.
     """
 
     def __init__(self, path: str | None):
-        self.path, self.waiting = path, []
+        self.path = path
+        self.waiting = []
 
     def add(self, step: int, window, skipped: bool) -> None:
-        """`window`: (rows, row losses, loss) of each batch of this rank."""
+        """Notes an update; `window` has (rows, row losses, loss) of each batch of this rank."""
         if self.path is None:
             return
         self.waiting.append(
@@ -93,16 +116,18 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits, and to the disk. All ranks must call it together. Raises OSError, as on a full disk."""
+        """Writes the waiting lines to the disk; all ranks must call it together.
+
+        Raises OSError, as on a full disk.
+        """
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
-        of_ranks = gather(
-            [
-                (torch.cat(rows).tolist(), torch.stack(losses).tolist())
-                for _, rows, losses, _ in waiting
-            ]
-        )
+        numbers = [
+            (torch.cat(rows).tolist(), torch.stack(losses).tolist())
+            for _, rows, losses, _ in waiting
+        ]
+        of_ranks = gather(numbers)
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         with open(self.path, "a") as file:
@@ -116,7 +141,7 @@ class StepLog:
 
 
 def gather(value) -> list:
-    """`value` of every rank, in order of rank."""
+    """Collects the `value` of every rank, in order of rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -125,11 +150,11 @@ def gather(value) -> list:
 
 
 def blame(features, row_losses):
-    """Row losses (B,), finite but for the rows to be blamed where one is not: those with features (B,T,F) that are not finite,
-    or, if all features are, those whose own loss is not.
+    """Row losses (B,) in which exactly the rows at fault are not finite, if any row is at fault.
 
-    A loss alone could blame a neighbour: where a product has an odd length, CPUs with AMX multiply what lies behind a row,
-    the next row's first number, by zero, and not-a-number stays what it is.
+    At fault are the rows whose features (B,T,F) are not finite or, if all features are, those whose
+    own loss is not. A loss alone could blame a neighbour: where a product has an odd length, CPUs
+    with AMX multiply the number behind a row, the next row's first, by zero, and NaN stays NaN.
     """
     sound = features.isfinite().flatten(1).all(1)
     return torch.where(sound.all(), row_losses, torch.where(sound, 0.0, torch.nan))
@@ -149,18 +174,19 @@ def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) ->
 def skeleton(
     options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer, weights: int
 ) -> U2Conformer:
-    """The network with the shapes of its weights, but without memory for them, to compare a file of so many `weights` with.
+    """The network without memory for its weights, to compare their shapes with those of a file.
 
-    Raises UserError where the options make no network, or one of more blocks than the file can hold the weights of.
+    Raises UserError where the options make no network, or one with more blocks than the file's
+    number of `weights` allows.
     """
     try:
-        right = (
-            options.r_num_blocks if options.reverse_weight > 0 or options.keep_right_decoder else 0
-        )
-        blocks = options.num_blocks + options.decoder_num_blocks + right
+        blocks = options.num_blocks + options.decoder_num_blocks
+        if options.reverse_weight > 0 or options.keep_right_decoder:
+            blocks += options.r_num_blocks
         if FEWEST_OF_A_BLOCK * blocks > weights:
             raise UserError(
-                f"its options ask for {shown(blocks, 20)} blocks, which {weights} weights do not make"
+                f"its options ask for {shown(blocks, 20)} blocks, "
+                f"which {weights} weights do not make"
             )
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return make_net(options, frontend, tokenizer)
@@ -171,9 +197,12 @@ def skeleton(
 
 
 class U2(L.LightningModule):
-    """U2/U2++ with its training. `total_steps` (optimizer steps of the run) is what OneCycleLR needs; `skip_log` and
-    `step_log` are the paths of skipped.jsonl and steps.jsonl, None for no log. Feature lengths are in frames; chunk sizes
-    in encoder frames."""
+    """U2 or U2++ with its training and decoding.
+
+    total_steps: the optimizer's steps of the run, for OneCycleLR. skip_log and step_log: the paths
+    of skipped.jsonl and steps.jsonl, None for no log. Feature lengths count feature frames, chunk
+    sizes encoder frames.
+    """
 
     def __init__(
         self,
@@ -188,68 +217,75 @@ class U2(L.LightningModule):
         step_log: str | None = None,
     ):
         super().__init__()
-        self.options, self.optim, self.frontend, self.tokenizer = (
-            options,
-            optim,
-            frontend,
-            tokenizer,
-        )
-        self.total_steps, self.seed, self.skip_log = total_steps, seed, skip_log
+        self.options = options
+        self.optim = optim
+        self.frontend = frontend
+        self.tokenizer = tokenizer
+        self.total_steps = total_steps
+        self.seed = seed
+        self.skip_log = skip_log
         self.net = make_net(options, frontend, tokenizer)
         self.val_metrics = torch.nn.ModuleDict({"val_loss": MeanMetric()})
         for suffix in VALIDATION_CHUNKS:
-            self.val_metrics["val_cer" + suffix], self.val_metrics["val_wer" + suffix] = (
-                CharErrorRate(),
-                WordErrorRate(),
-            )
+            self.val_metrics["val_cer" + suffix] = CharErrorRate()
+            self.val_metrics["val_wer" + suffix] = WordErrorRate()
         self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
         self.steps = StepLog(step_log)
         self.update_skipped = False
-        self.request = self.agreed = (
-            0  # what to do after an update, of this rank and the largest of all; see recovery.py
-        )
+        # What to do after an update (see recovery.py): this rank's request, the largest of all.
+        self.request = self.agreed = 0
         self.skips_in_a_row = self.skips_in_all = 0
         self.validated_step = -1  # global_step at the last validation
         self.lr_steps = None  # how often the learning rate had moved where a resumed run was left
 
     def set_cmvn(self, mean, istd):
-        """Global CMVN of the features, each (F,): the encoder sees (feats - mean) * istd."""
+        """Sets the global CMVN, each (F,): the encoder sees (features - mean) * istd."""
         self.net.encoder.cmvn_mean.copy_(mean)
         self.net.encoder.cmvn_istd.copy_(istd)
 
-    def encode(self, feats, feat_lengths, chunk_size: int = -1, left_chunks: int = -1):
-        """feats (B,T,F), feat_lengths (B,) -> encoder_out (B,T',D), lengths (B,)."""
-        return self.net.encode(feats, feat_lengths, chunk_size, left_chunks)
+    def encode(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
+        """features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,)."""
+        return self.net.encode(features, feature_lengths, chunk_size, left_chunks)
 
-    def ctc_log_probs(self, encoder_out):
-        """(B,T',D) -> (B,T',V)."""
-        return self.net.ctc_log_probs(encoder_out)
+    def ctc_log_probs(self, encoded):
+        """(B,T',D) -> (B,T',V), log-probabilities of the CTC branch."""
+        return self.net.ctc_log_probs(encoded)
 
     @torch.no_grad()
     def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> StreamState:
-        """The state before the first frame of an utterance; see Encoder.stream_state. Sizes in encoder frames."""
+        """The state before the first frame of an utterance, see Encoder.stream_state.
+
+        limits: max_position. Raises UserError for an encoder that sees the future.
+        """
         return self.net.encoder.stream_state(chunk_size, left_chunks, **limits)
 
     @torch.no_grad()
     def stream(self, features, state, last: bool = False):
-        """features (1,n,F) -> encoder output (1,m,D) of the chunks now complete (with `last` also the rest), new state."""
+        """features (1,n,F) -> encoded (1,m,D) of the chunks now complete, and the new state.
+
+        `last` also encodes the rest, see Encoder.stream.
+        """
         return self.net.encoder.stream(features, state, last)
 
     def loss(
         self,
-        feats,
-        feat_lengths,
-        targets,
-        target_lengths,
+        features,
+        feature_lengths,
+        labels,
+        label_lengths,
         chunk_size: int = -1,
         left_chunks: int = -1,
     ):
         """{"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
-        return self.net.loss(feats, feat_lengths, targets, target_lengths, chunk_size, left_chunks)
+        chunks = chunk_size, left_chunks
+        return self.net.loss(features, feature_lengths, labels, label_lengths, *chunks)
 
     def init_from(self, checkpoint: dict) -> int:
-        """Takes the weights of a checkpoint with the same options; tokens known by both tokenizers, and special tokens by
-        their role, keep their rows, others stay as initialised. -> how many tokens were known."""
+        """Takes the weights of a checkpoint with the same options. -> how many tokens it knew.
+
+        Tokens that both tokenizers know, and special tokens by their role, take their rows from the
+        checkpoint; the rows of other tokens stay as initialised.
+        """
         pairs = Tokenizer.from_dict(checkpoint["tokenizer"]).shared_ids(self.tokenizer)
         theirs, ours = map(list, zip(*pairs))
         state = self.state_dict()
@@ -261,7 +297,7 @@ class U2(L.LightningModule):
         self.load_state_dict(state)
         return len(set(ours))
 
-    # -------------------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
 
     def setup(self, stage):
         self.net.encoder.gradient_checkpointing = self.optim.gradient_checkpointing
@@ -269,13 +305,12 @@ class U2(L.LightningModule):
             self.net.encoder.compile_blocks()
 
     def on_train_batch_start(self, batch, batch_idx):
-        # Dropout and chunk draws are a function of (seed, micro-batch, rank): nothing before them can move them.
+        # Random draws depend on (seed, micro-batch, rank) alone: a resumed run draws the same.
         count = self.trainer.fit_loop.total_batch_idx
         mixed = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)) + self.global_rank)
-        for module in (
-            self.net.encoder.modules()
-        ):  # a frozen encoder's batch norm learns no statistics either
+        # The batch norm of a frozen encoder learns no statistics either.
+        for module in self.net.encoder.modules():
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.train(not self.encoder_is_frozen)
 
@@ -288,31 +323,24 @@ class U2(L.LightningModule):
         chunk_size, left_chunks = draw_chunk(size, self.options)
         if not self.window:
             self.buffers_before = self.keep_buffers()
-        losses = self.net.loss(
-            batch.features,
-            batch.feature_lengths,
-            batch.labels,
-            batch.label_lengths,
-            chunk_size,
-            left_chunks,
-            self.sizes(batch),
-        )
-        row_losses, loss = losses.pop("row_losses"), losses["loss"]
+        inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
+        losses = self.net.loss(*inputs, chunk_size, left_chunks, self.sizes(batch))
+        row_losses = losses.pop("row_losses")
+        loss = losses["loss"]
         self.window.append((batch.rows, blame(batch.features, row_losses), loss.detach()))
         self.log_dict(
             {f"train_{name}": value.detach() for name, value in losses.items()},
             batch_size=len(batch.rows),
         )
-        self.log(
-            "loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.rows)
-        )
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
         return loss
 
     def sizes(self, batch):
-        """What this rank's losses are divided by, rows and labels with eos: those of all ranks over the number of ranks.
+        """The rows, and the labels with eos, that this rank's losses are divided by.
 
-        DDP and FSDP take the mean of the ranks' gradients, as if all had equally many rows. So divided, that mean is the
-        gradient of the mean over all rows of the step: what one process with the same rows computes.
+        They are those of all ranks over the number of ranks; None on a single rank, whose batch
+        counts. DDP and FSDP take the mean of the ranks' gradients, as if all had equally many rows;
+        with this division the mean is the gradient that one process with all rows computes.
         """
         ranks = self.trainer.world_size
         if ranks == 1:
@@ -323,7 +351,7 @@ class U2(L.LightningModule):
         return (total / ranks).unbind()
 
     def keep_buffers(self) -> list:
-        """The network's buffers, batch norm's statistics among them, each with a copy for `restore_buffers`."""
+        """Pairs each buffer, as batch norm's statistics, with a copy for `restore_buffers`."""
         return [(buffer, buffer.clone()) for buffer in self.net.buffers()]
 
     @torch.no_grad()
@@ -334,9 +362,8 @@ class U2(L.LightningModule):
     def configure_optimizers(self):
         o = self.optim
         kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
-        fused = (
-            getattr(self.trainer.precision_plugin, "scaler", None) is None
-        )  # a fused one unscales by itself, too late
+        # Behind a GradScaler a fused optimizer would unscale by itself, after the guard has looked.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused)
         if o.scheduler == "onecycle":
             share = min(o.warmup_steps / self.total_steps, 0.3)
@@ -358,57 +385,54 @@ class U2(L.LightningModule):
         }
 
     def on_train_start(self):
-        """A resumed run's optimizer and schedule are those of its options, over all of its updates, at the place reached."""
+        """Gives a resumed run the optimizer's settings and the schedule of its own options.
+
+        The schedule spans all updates of the run and stands at the place that was reached.
+        """
         if self.lr_steps is None:
             return
-        [optimizer], [config], fresh = (
-            self.trainer.optimizers,
-            self.trainer.lr_scheduler_configs,
-            self.configure_optimizers(),
-        )
+        (optimizer,) = self.trainer.optimizers
+        (config,) = self.trainer.lr_scheduler_configs
+        fresh = self.configure_optimizers()
         for group, new in zip(optimizer.param_groups, fresh["optimizer"].param_groups):
             group.update({name: value for name, value in new.items() if name != "params"})
         scheduler = config.scheduler
         if place := min(self.lr_steps, getattr(scheduler, "total_steps", math.inf) - 1):
-            scheduler.last_epoch, scheduler._step_count = place - 1, place
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # of a scheduler that moves before its optimizer
+            scheduler.last_epoch = place - 1
+            scheduler._step_count = place
+            # Torch warns of a scheduler that moves before its optimizer.
+            with warnings.catch_warnings(action="ignore"):
                 scheduler.step()
 
     def lr_scheduler_step(self, scheduler, metric):
         ended = getattr(scheduler, "total_steps", math.inf) <= scheduler.last_epoch + 1
-        if (
-            not self.update_skipped and not ended
-        ):  # a run longer than planned goes on at the last learning rate
+        # A run longer than planned goes on at the last learning rate.
+        if not self.update_skipped and not ended:
             scheduler.step()
 
-    # ------------------------------------------------------------------------------------ the guard: skip what is not finite
+    # ----------------------------------------------------------- the guard: skip what is not finite
 
     def on_before_optimizer_step(self, optimizer):
-        """After backward and unscaling, before clipping: throws away a gradient that is not finite.
+        """Throws away a gradient that is not finite, after unscaling and before clipping.
 
-        Optimizers leave a parameter without gradient alone, its state and step count included. One fused check and one
-        device sync; on several ranks all agree, and in the same breath on what any of them requests.
+        An optimizer leaves a parameter without a gradient as it is, its moments and steps included.
+        The check is one kernel and one device sync. All ranks agree, and by the same message on the
+        largest request of any rank (see recovery.py).
         """
-        if self.encoder_is_frozen:  # (dropped here, so that DDP finds every gradient it awaits)
+        if self.encoder_is_frozen:  # dropped here, because DDP waits for every gradient in backward
             for parameter in self.net.encoder.parameters():
                 parameter.grad = None
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        norm = torch.nn.utils.get_total_norm(
-            gradients, norm_type=math.inf
-        )  # nan and inf both survive a maximum
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # NaN and infinity both survive a maximum.
+        norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
         finite = torch.isfinite(norm).float()
         votes = torch.stack((finite, torch.full_like(finite, -self.request)))
         if self.trainer.world_size > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MIN)
         finite, request = votes.tolist()
-        self.update_skipped, self.agreed = not finite, int(-request)
+        self.update_skipped = not finite
+        self.agreed = int(-request)
         if self.update_skipped:
             optimizer.zero_grad(set_to_none=True)
             self.restore_buffers(self.buffers_before)
@@ -416,12 +440,15 @@ class U2(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ):
-        """By norm, here, because Lightning refuses to clip for a fused optimizer even where no scaler is in its way."""
+        """Clips by norm. Lightning itself refuses to for any fused optimizer, scaler or not."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        """One attempt at an update (global_step counts attempts); a skipped one is logged, max_skips in a row stop."""
+        """Attempts an update, which global_step counts, and reports it where it was skipped.
+
+        Raises UserError after max_skips skipped updates in a row.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         window, self.window = self.window, []
         self.steps.add(self.trainer.global_step, window, self.update_skipped)
@@ -431,11 +458,11 @@ class U2(L.LightningModule):
         rows, bad_rows = self.gather_window(window)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler and not bad_rows and scaler.get_scale() / scaler.get_backoff_factor() > 1:
-            return  # float16 overflowed because of the scale, which GradScaler has just lowered: no row is at fault
+            return  # float16 overflowed, so GradScaler has lowered its scale: no row is at fault
         self.report_skip(rows, bad_rows)
 
     def gather_window(self, window) -> tuple[list[int], list[int]]:
-        """(rows of the window on all ranks, those of them whose loss is not finite)."""
+        """Collects from all ranks (rows of the window, those of them whose loss is not finite)."""
         rows = [int(row) for batch_rows, *_ in window for row in batch_rows]
         finite = [bool(ok) for _, losses, _ in window for ok in losses.isfinite()]
         pairs = [pair for of_rank in gather(list(zip(rows, finite))) for pair in of_rank]
@@ -447,46 +474,37 @@ class U2(L.LightningModule):
         self.log("skipped_updates", float(self.skips_in_all), rank_zero_only=True)
         step = self.trainer.global_step
         if self.trainer.is_global_zero and self.skip_log:
+            line = {"step": step, "epoch": self.current_epoch, "rows": rows}
+            line["rows_with_nonfinite_loss"] = bad_rows
             with open(self.skip_log, "a") as file:
-                file.write(
-                    json_text(
-                        {
-                            "step": step,
-                            "epoch": self.current_epoch,
-                            "rows": rows,
-                            "rows_with_nonfinite_loss": bad_rows,
-                        }
-                    )
-                    + "\n"
-                )
+                file.write(json_text(line) + "\n")
         rank_zero_warn(
-            f"step {step}: gradient not finite, update skipped; rows with non-finite loss: {bad_rows or 'none'}"
+            f"step {step}: gradient not finite, update skipped; "
+            f"rows with non-finite loss: {bad_rows or 'none'}"
         )
         if self.skips_in_a_row >= self.optim.max_skips:
             self.steps.flush()
             raise UserError(
-                f"{self.skips_in_a_row} updates in a row had a gradient that is not finite (the last at step "
-                f"{step}); see {self.skip_log or 'the log'} for the rows, or lower --lr"
+                f"{self.skips_in_a_row} updates in a row had a gradient that is not finite "
+                f"(the last at step {step}); see {self.skip_log or 'the log'} for the rows, "
+                "or lower --lr"
             )
 
     def on_train_end(self):
         self.steps.flush()
 
-    # ------------------------------------------------------------------------------------------------------ validation
+    # ----------------------------------------------------------------------------------- validation
 
     def validation_step(self, batch, batch_idx):
         references = [
             self.tokenizer.decode(labels[:length].tolist())
             for labels, length in zip(batch.labels, batch.label_lengths)
         ]
-        losses = self.net.loss(
-            batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
-        )
+        features, lengths = batch.features, batch.feature_lengths
+        losses = self.net.loss(features, lengths, batch.labels, batch.label_lengths)
         self.val_metrics["val_loss"].update(losses["loss"], weight=len(batch.rows))
         for suffix, chunk_size in VALIDATION_CHUNKS.items():
-            heard = self.decode(
-                batch.features, batch.feature_lengths, "ctc_greedy_search", chunk_size=chunk_size
-            )
+            heard = self.decode(features, lengths, "ctc_greedy_search", chunk_size=chunk_size)
             texts = [self.tokenizer.decode(hypothesis.tokens) for hypothesis in heard]
             self.val_metrics["val_cer" + suffix].update(texts, references)
             self.val_metrics["val_wer" + suffix].update(texts, references)
@@ -494,19 +512,16 @@ class U2(L.LightningModule):
     def on_validation_epoch_end(self):
         values = {
             name: metric.compute() for name, metric in self.val_metrics.items()
-        }  # summed over ranks
-        values["val_cer_mean"] = sum(
-            values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS
-        ) / len(VALIDATION_CHUNKS)
-        self.log_dict(
-            values, sync_dist=True
-        )  # alike on all ranks already; Lightning wants to hear it
+        }  # of all ranks
+        rates = [values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS]
+        values["val_cer_mean"] = sum(rates) / len(rates)
+        self.log_dict(values, sync_dist=True)  # alike on all ranks; without it Lightning would warn
         self.validated_step = self.global_step
         self.reset_metrics()
         shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
         epoch = self.current_epoch + (
             self.trainer.state.fn == "fit"
-        )  # behind a training that one is over already
+        )  # its training is over already
         rank_zero_info(
             f"epoch {epoch}, step {self.global_step}: "
             + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown)
@@ -516,17 +531,17 @@ class U2(L.LightningModule):
         for metric in self.val_metrics.values():
             metric.reset()
 
-    # -------------------------------------------------------------------------------------------------------- decoding
+    # ------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
     def decode(
         self, features, feature_lengths, mode: str, *, context=None, **search
     ) -> list[Hypothesis]:
-        """features (B,T,F), feature_lengths (B,) -> a Hypothesis per utterance (U2, section 3.3; U2++, section 3.1).
+        """features (B,T,F), feature_lengths (B,) -> a Hypothesis for each utterance.
 
-        `search` are fields of decode.SearchOptions: beam_size, chunk_size and so on. context: a context.ContextGraph of
-        hotwords. Raises UserError for options out of their bounds and for what U2.search refuses, TypeError for a keyword
-        that SearchOptions does not have.
+        (U2, section 3.3; U2++, section 3.1.) `search` holds fields of decode.SearchOptions, as
+        beam_size; context is a context.ContextGraph of hotwords. Raises UserError for values out of
+        bounds and for what U2.search refuses, TypeError for a keyword that is no such field.
         """
         names = [field.name for field in fields(SearchOptions)]
         if unknown := search.keys() - set(names):
@@ -542,16 +557,17 @@ class U2(L.LightningModule):
     def search(
         self, encoded, lengths, mode: str, search: SearchOptions = SearchOptions(), context=None
     ) -> list[Hypothesis]:
-        """What `decode` does behind the encoder: encoded (B,T',D), lengths (B,) -> a Hypothesis per utterance.
+        """encoded (B,T',D), lengths (B,) -> a Hypothesis for each: `decode` behind the encoder.
 
-        There is no text where CTC's best path has none. Raises UserError for a mode that is none of decode.MODES, or that
-        cannot favour the hotwords of `context`.
+        There is no text where CTC's best path has none. Raises UserError for a mode that is none of
+        decode.MODES, or that cannot favour the hotwords of `context`.
         """
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         if context is not None and mode not in decode.CONTEXT_MODES:
             raise UserError(
-                f"mode {mode} cannot favour hotwords; choose one of {', '.join(decode.CONTEXT_MODES)}"
+                f"mode {mode} cannot favour hotwords; "
+                f"choose one of {', '.join(decode.CONTEXT_MODES)}"
             )
         blank_id = self.net.blank_id
         log_probs = self.net.ctc_log_probs(encoded)  # (B,T',V)
@@ -575,7 +591,7 @@ class U2(L.LightningModule):
     def rescore(
         self, hypotheses, encoded, lengths, search: SearchOptions = SearchOptions()
     ) -> list[Hypothesis]:
-        """The attention decoders' second pass over CTC n-best lists, given the encoder's output as in `search`."""
+        """Sorts CTC n-best lists by the attention decoders; encoded and lengths as in `search`."""
         net = self.net
 
         def score(tree, reverse):
@@ -590,15 +606,14 @@ class U2(L.LightningModule):
         )
 
     def attention_search(self, encoded, lengths, beam_size: int) -> list[Hypothesis]:
-        """Beam search with the left-to-right decoder, at most one token per encoder frame."""
+        """Searches with the left-to-right decoder, for at most one token per encoder frame."""
         net = self.net
         rows = torch.arange(len(encoded), device=encoded.device).repeat_interleave(beam_size)
         of_beams = encoded[rows], lengths[rows]  # (B*N,T',D), (B*N,)
 
         def step(prefixes, state, parents):
-            if (
-                parents is not None
-            ):  # parents stay within their utterance, so the source needs no reordering
+            # Parents stay within their utterance, so the source keeps its order.
+            if parents is not None:
                 state = [(past.rows(parents), source) for past, source in state]
             logits, state = net.decoder.step(prefixes, state, *of_beams)
             return logits.float().log_softmax(-1), state
@@ -607,18 +622,20 @@ class U2(L.LightningModule):
             step, len(lengths), lengths, beam_size, net.sos_id, net.eos_id, encoded.device
         )
 
-    # ------------------------------------------------------------------------------------------------------ checkpoint
+    # ----------------------------------------------------------------------------------- checkpoint
 
     def on_save_checkpoint(self, checkpoint):
-        """Plain data beside the weights: a .ckpt is all that a later command needs."""
+        """Adds options, frontend and tokenizer as plain data, all that a later command needs.
+
+        Raises UserError where a weight is not finite.
+        """
         self.steps.flush()  # before the checkpoint: the log of a resumed run is never behind it
-        if name := not_finite(
-            checkpoint
-        ):  # no gradient was at fault, else it had been skipped: the step was too long
+        # The guard skips bad gradients, so that here a step was too long.
+        if name := not_finite(checkpoint):
             raise UserError(
-                f"step {self.global_step}: {name} is not finite any more, so that nothing is saved; lower --lr and "
-                "go on with --resume from the checkpoint before; where there is none, "
-                "begin again with --overwrite"
+                f"step {self.global_step}: {name} is not finite any more, so that nothing is "
+                "saved; lower --lr and go on with --resume from the checkpoint before; "
+                "where there is none, begin again with --overwrite"
             )
         checkpoint.update(
             model_options=asdict(self.options),
@@ -629,17 +646,18 @@ class U2(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint):
-        # The learning rate is a function of the options and of how often it has moved: nothing else is taken over.
-        self.lr_steps, checkpoint["lr_schedulers"] = (
-            checkpoint["lr_schedulers"][0]["last_epoch"],
-            [],
-        )
+        # The learning rate depends on the options and on how often it moved: that is taken over.
+        self.lr_steps = checkpoint["lr_schedulers"][0]["last_epoch"]
+        checkpoint["lr_schedulers"] = []
         skips = checkpoint.get("skips", {"in_a_row": 0, "in_all": 0})  # older checkpoints have none
         self.skips_in_a_row, self.skips_in_all = skips["in_a_row"], skips["in_all"]
 
 
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
-    """(model in evaluation mode, tokenizer, frontend) of what read_checked reads. Raises UserError for what is not ours."""
+    """(model in evaluation mode, tokenizer, frontend) of a checkpoint's path or name.
+
+    Raises UserError for what read_checked refuses.
+    """
     checkpoint = read_checked(path)
     options, optim, frontend, tokenizer = make_parts(checkpoint)
     model = U2(options=options, optim=optim, frontend=frontend, tokenizer=tokenizer)
@@ -648,7 +666,10 @@ def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
 
 
 def make_parts(checkpoint: dict) -> tuple[ModelOptions, OptimOptions, Frontend, Tokenizer]:
-    """What a checkpoint says in plain data. Raises UserError, TypeError and the like where it says something else."""
+    """Builds what a checkpoint describes in plain data.
+
+    Raises UserError, TypeError and the like where it describes something else.
+    """
     return (
         ModelOptions(**checkpoint["model_options"]),
         OptimOptions(**checkpoint["optim_options"]),
@@ -658,8 +679,11 @@ def make_parts(checkpoint: dict) -> tuple[ModelOptions, OptimOptions, Frontend, 
 
 
 def check_model(checkpoint: dict) -> None:
-    """UserError unless the options, the tokenizer and the weights of a checkpoint are such and fit each other. It takes no
-    memory for the network that the options describe."""
+    """Checks that a checkpoint's options, tokenizer and weights fit each other.
+
+    Raises UserError where they do not, and what make_parts raises. The network that the options
+    describe takes no memory.
+    """
     options, _, frontend, tokenizer = make_parts(checkpoint)
     weights = checkpoint["state_dict"]
     if not isinstance(weights, dict) or not all(
@@ -676,13 +700,13 @@ def check_model(checkpoint: dict) -> None:
         given = weights[name]
         if given.shape != value.shape or given.is_floating_point() != value.is_floating_point():
             raise UserError(
-                f"{name} has shape {shown(tuple(given.shape), 100)} of {given.dtype}, not {tuple(value.shape)} of "
-                f"{value.dtype}"
+                f"{name} has shape {shown(tuple(given.shape), 100)} of {given.dtype}, "
+                f"not {tuple(value.shape)} of {value.dtype}"
             )
 
 
 def read_checked(path: str) -> dict:
-    """What read_checkpoint reads, once check_model has passed it. Raises UserError for anything else."""
+    """Reads a checkpoint that check_model passes. Raises UserError for anything else."""
     checkpoint = read_checkpoint(path)
     try:
         check_model(checkpoint)

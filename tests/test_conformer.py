@@ -1,10 +1,11 @@
+"""The network: masks, losses, variants, and what may not depend on padding."""
+
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 from conformer import (
     PRESETS,
     SUBSAMPLING,
@@ -12,7 +13,6 @@ from conformer import (
     Subsampling,
     U2Conformer,
     chunk_mask,
-    draw_chunk,
     label_smoothing_loss,
     receptive_field,
     reverse,
@@ -20,7 +20,6 @@ from conformer import (
     subsampled_length,
     valid_mask,
 )
-from kernels import Dropout, Linear, attention, for_few_rows, in_eights
 
 TINY = ModelOptions(
     output_size=16,
@@ -57,46 +56,16 @@ def test_predicted_length_is_the_length_that_the_convolutions_give(input_layer):
     ]
 
 
-@pytest.mark.parametrize("input_layer", SUBSAMPLING)
-def test_the_faster_backward_of_the_subsampling_gives_autograds_gradients(input_layer):
-    torch.manual_seed(0)
-    subsampling = Subsampling(input_layer, 80, 6).double().to(memory_format=torch.channels_last)
-    x, weights = torch.randn(3, 67, 80, dtype=torch.float64), None
-    gradients = []
-    for training in (True, False):  # by hand; by autograd
-        y = subsampling.train(training)(x)
-        weights = torch.randn_like(y) if weights is None else weights
-        gradients.append(torch.autograd.grad((y * weights).sum(), list(subsampling.parameters())))
-    for by_hand, expected in zip(*gradients):
-        torch.testing.assert_close(by_hand, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["everything", "mask", "causal", "scale"])
-def test_attention_by_hand_is_scaled_dot_product_attention(kind):
-    q, k, v = torch.randn(
-        3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).unbind()
-    more = {
-        "everything": {},
-        "mask": dict(mask=chunk_mask(7, 3)),
-        "causal": dict(is_causal=True),
-        "scale": dict(scale=0.7),
-    }[kind]
-    torch.testing.assert_close(
-        attention(q, k, v, p=1e-9, **more), attention(q, k, v, **more)
-    )  # by hand, drops nothing
-
-
 def test_gradient_checkpointing_changes_no_gradient():
-    net, (feats, lengths) = (
+    net, (features, lengths) = (
         network(dropout_rate=0.2).train(),
         (torch.randn(2, 60, 80), torch.tensor([60, 43])),
     )
-    targets, target_lengths = torch.tensor([[4, 5, 6], [7, 8, 0]]), torch.tensor([3, 2])
+    labels, label_lengths = torch.tensor([[4, 5, 6], [7, 8, 0]]), torch.tensor([3, 2])
     gradients = []
     for net.encoder.gradient_checkpointing in (False, True):
         torch.manual_seed(1)
-        loss = net.loss(feats, lengths, targets, target_lengths)["loss"]
+        loss = net.loss(features, lengths, labels, label_lengths)["loss"]
         gradients.append(torch.autograd.grad(loss, list(net.parameters())))
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
 
@@ -114,30 +83,16 @@ def test_chunk_mask_shows_the_own_chunk_and_the_left_ones():
     assert chunk_mask(5, 2, left_chunks=0).int().tolist()[4] == [0, 0, 0, 0, 1]
 
 
-def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25():
-    torch.manual_seed(0)
-    draws = [draw_chunk(200, TINY)[0] for _ in range(2000)]
-    assert 0.45 < sum(chunk == -1 for chunk in draws) / len(draws) < 0.55
-    assert set(draws) - {-1} == set(range(1, 26))
-    lefts = [
-        draw_chunk(200, dataclasses.replace(TINY, use_dynamic_left_chunk=True)) for _ in range(500)
-    ]
-    assert all(
-        left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts
-    )
-    assert draw_chunk(200, dataclasses.replace(TINY, use_dynamic_chunk=False)) == (-1, -1)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("chunk_size, left_chunks", [(-1, -1), (4, -1), (4, 1), (1, 0)])
 def test_padding_and_neighbours_change_nothing(chunk_size, left_chunks, causal):
     model = network(causal=causal).double()
-    feats = torch.randn(3, 90, 80, dtype=torch.float64)
+    features = torch.randn(3, 90, 80, dtype=torch.float64)
     lengths = torch.tensor([90, 53, 30])
-    together, frames = model.encode(feats, lengths, chunk_size, left_chunks)
+    together, frames = model.encode(features, lengths, chunk_size, left_chunks)
     for row, length in enumerate(lengths.tolist()):
         alone, _ = model.encode(
-            feats[row : row + 1, :length], lengths[row : row + 1], chunk_size, left_chunks
+            features[row : row + 1, :length], lengths[row : row + 1], chunk_size, left_chunks
         )
         torch.testing.assert_close(together[row, : frames[row]], alone[0], rtol=0, atol=1e-12)
 
@@ -145,12 +100,12 @@ def test_padding_and_neighbours_change_nothing(chunk_size, left_chunks, causal):
 @pytest.mark.parametrize("chunk_size", [1, 4, 7])
 def test_what_lies_beyond_the_chunk_is_never_seen(chunk_size):
     model = network().double()
-    feats, lengths = torch.randn(1, 127, 80, dtype=torch.float64), torch.tensor([127])
-    before, _ = model.encode(feats, lengths, chunk_size)
+    features, lengths = torch.randn(1, 127, 80, dtype=torch.float64), torch.tensor([127])
+    before, _ = model.encode(features, lengths, chunk_size)
     field, rate = receptive_field("conv2d")
     for chunks in (1, 2):
         last = (chunks * chunk_size - 1) * rate + field  # feature frames that these chunks see
-        changed = feats.clone()
+        changed = features.clone()
         changed[:, last:] = torch.randn_like(changed[:, last:])
         after, _ = model.encode(changed, lengths, chunk_size)
         seen = chunks * chunk_size
@@ -175,53 +130,6 @@ def test_relative_attention_is_the_textbook_formula():
     torch.testing.assert_close(attention(x, positions, mask)[0], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("width", [8, 9, 17])
-def test_zeros_up_to_whole_eights_change_no_attention(width):
-    q, k, v = torch.randn(3, 2, 4, 5, width, dtype=torch.float64)
-    y = attention(*map(in_eights, (q, k, v)), scale=width**-0.5)
-    assert y.size(-1) % 8 == 0
-    torch.testing.assert_close(y[..., :width], attention(q, k, v))
-    assert not y[..., width:].any()
-
-
-def test_dropout_keeps_its_share_and_its_mean_and_is_reproducible():
-    dropout, x = Dropout(0.1), torch.ones(1001, 999)
-    torch.manual_seed(1)
-    y = dropout(x)
-    assert abs((y == 0).double().mean() - 0.1) < 0.001 and abs(y.double().mean() - 1) < 0.001
-    assert set(y.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9))}
-    torch.manual_seed(1)
-    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
-    assert torch.equal(dropout.eval()(x), x)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is without oneDNN")
-@pytest.mark.parametrize(
-    "rows, size, width, bias", [((3, 7), 5, 9, True), ((4,), 9, 5, False), ((0, 7), 5, 5, True)]
-)
-def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients(
-    monkeypatch, rows, size, width, bias
-):
-    torch.manual_seed(0)
-    layer, x = Linear(size, width, bias), torch.randn(*rows, size, requires_grad=True)
-    weights = torch.randn(*rows, width)
-    found = []
-    for onednn in (True, False):
-        monkeypatch.setattr(kernels, "ONEDNN", onednn)
-        y, inputs = layer(x), [x, *layer.parameters()]
-        found.append(
-            [
-                y,
-                *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True),
-                *torch.autograd.grad(y.sum(), inputs),
-            ]
-        )  # whose gradient of y is one number, seen many times
-        with torch.no_grad():
-            found[-1] += [layer(x), for_few_rows(layer)(x)]
-    for one, other in zip(*found):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
 def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
     original = torch.nn.Module.compile
     # Traced and differentiated as for a GPU, but run by torch's own kernels, so that nobody waits for a C++ compiler.
@@ -233,9 +141,9 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(
 
     def gradients(net, rows, frames):
         torch.manual_seed(frames)
-        feats, lengths = torch.randn(rows, frames, 80), torch.arange(rows) + frames - rows + 1
+        features, lengths = torch.randn(rows, frames, 80), torch.arange(rows) + frames - rows + 1
         loss = net.loss(
-            feats, lengths, torch.full((rows, 3), 5), torch.full((rows,), 3), chunk_size=4
+            features, lengths, torch.full((rows, 3), 5), torch.full((rows,), 3), chunk_size=4
         )["loss"]
         return [loss, *torch.autograd.grad(loss, list(net.parameters()))]
 
@@ -257,12 +165,12 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
-    logits, targets = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
     valid = valid_mask(torch.tensor([5, 3]), 5)
-    soft = torch.full((2, 5, 7), smoothing / 6).scatter(2, targets[..., None], 1 - smoothing)
+    soft = torch.full((2, 5, 7), smoothing / 6).scatter(2, labels[..., None], 1 - smoothing)
     divergence = F.kl_div(logits.log_softmax(-1), soft, reduction="none").sum(-1)
     torch.testing.assert_close(
-        label_smoothing_loss(logits, targets, valid, smoothing), (divergence * valid).sum(-1)
+        label_smoothing_loss(logits, labels, valid, smoothing), (divergence * valid).sum(-1)
     )
 
 
@@ -274,15 +182,15 @@ def test_reverse_reads_each_row_backwards_within_its_length():
 
 def test_loss_is_the_weighted_sum_of_its_branches_and_ignores_the_padding_of_targets():
     model = network()
-    feats, lengths = torch.randn(2, 60, 80), torch.tensor([60, 44])
-    targets, target_lengths = torch.tensor([[4, 5, 6], [7, -1, 99]]), torch.tensor([3, 1])
-    losses = model.loss(feats, lengths, targets, target_lengths)
+    features, lengths = torch.randn(2, 60, 80), torch.tensor([60, 44])
+    labels, label_lengths = torch.tensor([[4, 5, 6], [7, -1, 99]]), torch.tensor([3, 1])
+    losses = model.loss(features, lengths, labels, label_lengths)
     torch.testing.assert_close(losses["loss"], 0.3 * losses["loss_ctc"] + 0.7 * losses["loss_att"])
-    again = model.loss(feats, lengths, torch.tensor([[4, 5, 6], [7, 0, 0]]), target_lengths)
+    again = model.loss(features, lengths, torch.tensor([[4, 5, 6], [7, 0, 0]]), label_lengths)
     assert torch.equal(losses["loss"], again["loss"])
     alone = [
         model.loss(
-            feats[i : i + 1, :n], lengths[i : i + 1], targets[i : i + 1], target_lengths[i : i + 1]
+            features[i : i + 1, :n], lengths[i : i + 1], labels[i : i + 1], label_lengths[i : i + 1]
         )["loss"]
         for i, n in enumerate(lengths.tolist())
     ]
@@ -349,8 +257,8 @@ def test_every_variant_trains_all_of_its_weights(name):
 
 def test_absolute_positions_are_added_to_the_scaled_input():
     plain, added = network(), network(pos_enc_layer_type="abs_pos")
-    feats = torch.randn(1, 40, 80)
-    positions = added.encoder.subsample(feats, offset=7) - plain.encoder.subsample(feats)
+    features = torch.randn(1, 40, 80)
+    positions = added.encoder.subsample(features, offset=7) - plain.encoder.subsample(features)
     torch.testing.assert_close(positions[0], sinusoids(9, 16, offset=7), rtol=0, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ from conftest import distance
 from decode import MODES
 from helpers import FILES
 from kernels import for_few_rows
-from model import U2, OptimOptions, blame, load_checkpoint, read_checked
+from model import U2, OptimOptions, blame, draw_chunk, load_checkpoint, read_checked
 from tokenizer import load_tokenizer, train_char
 from tools import wenet_import
 from transforms import Frontend
@@ -367,6 +367,21 @@ def test_what_is_heard_depends_neither_on_neighbours_nor_on_padding(mode, chunk_
             14,
             0,
         }  # each ended at its own length
+
+
+def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25():
+    torch.manual_seed(0)
+    draws = [draw_chunk(200, OPTIONS)[0] for _ in range(2000)]
+    assert 0.45 < sum(chunk == -1 for chunk in draws) / len(draws) < 0.55
+    assert set(draws) - {-1} == set(range(1, 26))
+    lefts = [
+        draw_chunk(200, dataclasses.replace(OPTIONS, use_dynamic_left_chunk=True))
+        for _ in range(500)
+    ]
+    assert all(
+        left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts
+    )
+    assert draw_chunk(200, dataclasses.replace(OPTIONS, use_dynamic_chunk=False)) == (-1, -1)
 
 
 def test_decode_names_the_options_of_a_search_where_it_does_not_know_one():

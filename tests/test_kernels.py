@@ -1,0 +1,155 @@
+"""kernels.py computes the same numbers as torch's own layers."""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import conformer
+import kernels
+from conformer import SUBSAMPLING, Subsampling, chunk_mask
+from kernels import Dropout, Linear, attention, for_few_rows, in_eights
+from test_conformer import TINY, VARIANTS
+
+
+def plain_kernels() -> types.ModuleType:
+    """Torch's own layers by the names of kernels.py."""
+
+    def attention(q, k, v, mask=None, p=0.0, is_causal=False, scale=None):
+        return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale)
+
+    def conv_relu(x, conv, training):
+        return F.relu(conv(x))
+
+    def depthwise(x, weight, bias, padding=0, few=False):
+        y = F.conv1d(x.transpose(1, 2), weight, bias, padding=padding, groups=x.size(2))
+        return y.transpose(1, 2)
+
+    plain = types.ModuleType("kernels")
+    plain.Linear, plain.Dropout = nn.Linear, nn.Dropout
+    plain.attention, plain.conv_relu, plain.depthwise = attention, conv_relu, depthwise
+    return plain
+
+
+@pytest.fixture
+def plain_conformer(monkeypatch):
+    """The module conformer, imported with torch's own layers in the place of kernels.py."""
+    monkeypatch.setitem(sys.modules, "kernels", plain_kernels())
+    spec = importlib.util.spec_from_file_location("plain_conformer", conformer.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["default", "not_causal", *VARIANTS])
+def test_with_torchs_own_layers_the_network_computes_the_same(plain_conformer, name):
+    """Losses and gradients, the encoder's output whole and under a chunk mask, a stream, a decoder."""
+    changes = {"default": {}, "not_causal": {"causal": False}, **VARIANTS}[name]
+    o = {**vars(TINY), **changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    torch.manual_seed(0)
+    ours = conformer.U2Conformer(conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
+    theirs = plain_conformer.U2Conformer(plain_conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
+    theirs.load_state_dict(ours.state_dict())
+    assert {type(layer) for layer in theirs.modules()}.isdisjoint({Linear, Dropout})
+    features, lengths = torch.randn(3, 90, 80), torch.tensor([90, 61, 5])
+    labels, label_lengths = torch.randint(4, 12, (3, 4)), torch.tensor([4, 2, 1])
+
+    def numbers(net):
+        loss = net.train().loss(features, lengths, labels, label_lengths, 4, 1)["loss"]
+        found = [loss, *torch.autograd.grad(loss, list(net.parameters()))]
+        with torch.no_grad():
+            whole, frames = net.eval().encode(features, lengths)
+            found += [whole, net.encode(features, lengths, 4, 1)[0]]
+            found += [net.decoder(labels, whole, frames)]
+            found += [net.decoder.step(labels[:, :1], None, whole, frames)[0]]
+            if net.options.causal:
+                state = net.encoder.stream_state(4, 1)
+                for piece in features[:1].split(25, dim=1):
+                    encoded, state = net.encoder.stream(piece, state)
+                    found.append(encoded)
+                found.append(net.encoder.stream(features[:1, :0], state, last=True)[0])
+        return found
+
+    for one, other in zip(numbers(ours), numbers(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+def test_the_faster_backward_of_the_subsampling_gives_autograds_gradients(input_layer):
+    torch.manual_seed(0)
+    subsampling = Subsampling(input_layer, 80, 6).double().to(memory_format=torch.channels_last)
+    x, weights = torch.randn(3, 67, 80, dtype=torch.float64), None
+    gradients = []
+    for training in (True, False):  # by hand; by autograd
+        y = subsampling.train(training)(x)
+        weights = torch.randn_like(y) if weights is None else weights
+        gradients.append(torch.autograd.grad((y * weights).sum(), list(subsampling.parameters())))
+    for by_hand, expected in zip(*gradients):
+        torch.testing.assert_close(by_hand, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["everything", "mask", "causal", "scale"])
+def test_attention_by_hand_is_scaled_dot_product_attention(kind):
+    q, k, v = torch.randn(
+        3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    more = {
+        "everything": {},
+        "mask": dict(mask=chunk_mask(7, 3)),
+        "causal": dict(is_causal=True),
+        "scale": dict(scale=0.7),
+    }[kind]
+    torch.testing.assert_close(
+        attention(q, k, v, p=1e-9, **more), attention(q, k, v, **more)
+    )  # by hand, drops nothing
+
+
+@pytest.mark.parametrize("width", [8, 9, 17])
+def test_zeros_up_to_whole_eights_change_no_attention(width):
+    q, k, v = torch.randn(3, 2, 4, 5, width, dtype=torch.float64)
+    y = attention(*map(in_eights, (q, k, v)), scale=width**-0.5)
+    assert y.size(-1) % 8 == 0
+    torch.testing.assert_close(y[..., :width], attention(q, k, v))
+    assert not y[..., width:].any()
+
+
+def test_dropout_keeps_its_share_and_its_mean_and_is_reproducible():
+    dropout, x = Dropout(0.1), torch.ones(1001, 999)
+    torch.manual_seed(1)
+    y = dropout(x)
+    assert abs((y == 0).double().mean() - 0.1) < 0.001 and abs(y.double().mean() - 1) < 0.001
+    assert set(y.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9))}
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is without oneDNN")
+@pytest.mark.parametrize(
+    "rows, size, width, bias", [((3, 7), 5, 9, True), ((4,), 9, 5, False), ((0, 7), 5, 5, True)]
+)
+def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients(
+    monkeypatch, rows, size, width, bias
+):
+    torch.manual_seed(0)
+    layer, x = Linear(size, width, bias), torch.randn(*rows, size, requires_grad=True)
+    weights = torch.randn(*rows, width)
+    found = []
+    for onednn in (True, False):
+        monkeypatch.setattr(kernels, "ONEDNN", onednn)
+        y, inputs = layer(x), [x, *layer.parameters()]
+        found.append(
+            [
+                y,
+                *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True),
+                *torch.autograd.grad(y.sum(), inputs),
+            ]
+        )  # whose gradient of y is one number, seen many times
+        with torch.no_grad():
+            found[-1] += [layer(x), for_few_rows(layer)(x)]
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
