@@ -1,4 +1,4 @@
-"""Speech and transcripts in, training data out: python prepare.py (--demo | --source SRC) --data_root ROOT
+"""Speech and transcripts in, training data out: python prepare.py --source SRC --data_root ROOT
 
 ROOT/{split}/{shard}/ are datasets saved with save_to_disk; a row has input_values (N,) float32 at --sample_rate,
 labels {input_ids: (U,) int32}, length N, text and, where known, speaker. ROOT/tokenizer.json holds the vocabulary,
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import files
 import tokenizer as tk
-from audio import read_audio, resample
+from audio import read_audio
 from sources import Row, SourceOptions, Split, open_source
 from transforms import RATES
 
@@ -45,8 +45,7 @@ EDGE = 160  # samples: 10 ms
 
 @options_class
 class PrepareOptions(SourceOptions):
-    demo: bool = option(False, "make the synthetic demo corpus instead of reading a source")
-    data_root: str | None = option(None, "folder to write; with --demo data/demo if not given")
+    data_root: str | None = option(None, "folder to write")
     sample_rate: int = option(
         16000, "samples per second of the rows", at_least=RATES[0], at_most=RATES[1]
     )
@@ -75,14 +74,15 @@ class BadRow(Exception):
 # One row
 
 
-def waveform_of(audio, sample_rate: int) -> np.ndarray:
-    """Waveform (N,) float32, mono, at `sample_rate`, of a path, bytes or a function. Raises BadRow."""
+def waveform_of(audio: str | bytes | None, sample_rate: int) -> np.ndarray:
+    """Returns the waveform (N,) float32, mono, at `sample_rate`, of a file. Raises BadRow.
+
+    audio: a path, or the bytes of a file.
+    """
     if audio is None:
         raise BadRow("no audio")
     try:
-        return (
-            resample(*audio(), sample_rate) if callable(audio) else read_audio(audio, sample_rate)
-        )
+        return read_audio(audio, sample_rate)
     except UserError as reason:
         raise BadRow(str(reason)) from None
 
@@ -296,23 +296,18 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
     return kept, len(rejected)
 
 
-def parse(argv: list[str]) -> PrepareOptions:
+def options_of(argv: list[str]) -> PrepareOptions:
+    """Returns the options of a command line. Raises UserError where they contradict each other."""
     given = vars(cli.make_parser(__doc__, PrepareOptions).parse_args(argv))
-    options = cli.build(
-        PrepareOptions, given, **({"data_root": "data/demo"} if given.get("demo") else {})
-    )
-    if options.demo == (options.source is not None):
-        raise UserError("give either --demo or --source SRC, and --data_root ROOT")
+    options = cli.build(PrepareOptions, given)
+    if options.source is None:
+        raise UserError(
+            "give --source SRC, what to read, and --data_root ROOT, the folder to write"
+        )
     if options.data_root is None:
         raise UserError("give --data_root ROOT, the folder to write")
-    unused = (
-        {"split_map", "config", "text_column", "audio_column"} & set(given)
-        if options.demo
-        else set()
-    )
-    unused |= {"vocab_size"} & set(given) if options.tokenizer != "bpe" else set()
-    if unused:
-        raise UserError(f"--{sorted(unused)[0]} has no effect here; leave it out")
+    if "vocab_size" in given and options.tokenizer != "bpe":
+        raise UserError("--vocab_size has no effect here; leave it out")
     if options.lowercase and options.uppercase:
         raise UserError("give --lowercase or --uppercase, not both")
     if options.sample_rate % 25:
@@ -324,7 +319,7 @@ def parse(argv: list[str]) -> PrepareOptions:
 
 
 def main(argv: list[str]) -> None:
-    options = parse(argv)
+    options = options_of(argv)
     datasets.disable_progress_bars()  # save_to_disk's; ours counts rows
     for library in (
         "datasets",

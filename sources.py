@@ -1,4 +1,4 @@
-"""Where speech and transcripts come from: a folder, a dataset on the hub, or the demo's sentences.
+"""Where speech and transcripts come from: a folder, or a dataset on the hub.
 
 A source gives {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet
 file is read; which split it is of is decided here, by names alone. What is joined under one name
@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cli import UserError, option, options_class, shown
 
@@ -28,7 +28,6 @@ import soundfile
 import tokenizer as tk
 from audio import EXTENSIONS
 from files import parse_yaml, read_small, read_text, why
-from tools import demo
 
 # The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
 SPLIT_NAMES = {
@@ -93,7 +92,7 @@ class SourceOptions:
 
 class Row(NamedTuple):
     name: str  # for rejected.csv
-    audio: Any  # a path, the bytes of a file, or a function that returns (waveform (N,), rate)
+    audio: str | bytes | None  # a path, or the bytes of a file
     text: str
     speaker: str  # "" when not known
     reason: str = ""  # why it cannot be used, where its source can tell
@@ -108,8 +107,6 @@ class Split(NamedTuple):
 
 def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
     """The splits, and a function that names, once all rows are read, the files left out."""
-    if options.demo:
-        return demo_source(), str
     source = options.source
     if not os.path.exists(source):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
@@ -117,22 +114,6 @@ def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
         return select_splits(hub_source(source, options), options), str
     folder = Folder(source)
     return select_splits(folder_source(folder, options), options), folder.left_out
-
-
-def demo_source() -> dict[str, list[Split]]:
-    """The synthetic corpus of demo.py."""
-
-    def rows(plan):
-        for i, utterance in enumerate(plan):
-            speech = functools.partial(lambda u: (demo.speak(u), demo.RATE), utterance)
-            yield Row(f"utterance {i}", speech, utterance.text, utterance.voice)
-
-    splits = {}
-    for name in demo.UTTERANCES:
-        plan = demo.plan(name)
-        texts = functools.partial(lambda plan: (u.text for u in plan), plan)
-        splits[name] = [Split(len(plan), True, texts, functools.partial(rows, plan))]
-    return splits
 
 
 def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict[str, list[Split]]:

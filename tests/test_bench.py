@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers import ROOT
 from sampler import LengthGroupedSampler
 from tools import bench, workloads
 

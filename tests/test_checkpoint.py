@@ -18,20 +18,23 @@ import train
 import transcribe
 from checkpoint import FILES
 from files import MARK
+from helpers import one_line
+from helpers_model import exportable_model, save_model
 from model import load_checkpoint, read_checked
-from test_export import SOUND, network, save
 from tokenizer import load_tokenizer
 from tools import export
 from tools.compare import read_scores
+from tools.onnx_checks import synthetic_sound
 
 PARTS = ("model_options", "optim_options", "frontend", "tokenizer")
+SOUND = synthetic_sound(16000, 2.13)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(best.ckpt, the folder that export.py --hub_dir makes of it)."""
     folder = tmp_path_factory.mktemp("run")
-    save(network(), folder / "best.ckpt")
+    save_model(exportable_model(), folder / "best.ckpt")
     write(folder / "best.ckpt", folder / "hub")
     return folder / "best.ckpt", folder / "hub"
 
@@ -57,7 +60,7 @@ def write(checkpoint, folder, *more):
 def refused(argv, main=export.main):
     with pytest.raises(UserError) as error:
         main(list(map(str, argv)))
-    return str(error.value)
+    return one_line(error)
 
 
 def test_the_folder_is_the_checkpoint_to_the_bit(made):
@@ -275,7 +278,7 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
         card.replace("# language: en", "language: en")
     ).data.to_dict()
     assert filled["language"] == "en"
-    save(network(), tmp_path / "best.ckpt")
+    save_model(exportable_model(), tmp_path / "best.ckpt")
     score = {
         "split": "dev",
         "mode": "attention",
@@ -319,7 +322,7 @@ def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
 
 
 def test_a_model_that_onnx_has_no_place_for_goes_without(tmp_path, capsys):
-    save(network(causal=False), tmp_path / "best.ckpt")
+    save_model(exportable_model(causal=False), tmp_path / "best.ckpt")
     write(tmp_path / "best.ckpt", tmp_path / "hub")
     assert (
         "without ONNX files: its encoder is a conformer that is not causal"

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from conformer import PRESETS
-from decode import ctc_greedy_search, ctc_prefix_beam_search
+from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from files import json_text
 from kernels import Linear
 from sampler import LengthGroupedSampler
@@ -273,7 +273,7 @@ def bench_decode(options: BenchOptions) -> dict:
     utterances, frames, _ = spikes.shape
     lengths = torch.full((utterances,), frames)
     encoded = torch.randn(utterances, frames, model.options.output_size)
-    beam = partial(ctc_prefix_beam_search, beam_size=10)
+    beam = partial(ctc_prefix_beam_search, search=SearchOptions())
     hypotheses = beam(spikes, lengths)
     recognise = workloads.recognition(model, partial(beam, spikes))
 

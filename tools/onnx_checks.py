@@ -16,7 +16,7 @@ import torchaudio
 from torch import nn
 
 from conformer import receptive_field, subsampled_length
-from decode import ctc_greedy_search, ctc_prefix_beam_search
+from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from model import U2
 from tools.onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
 from transforms import extract, feature_state, num_frames, stream_features
@@ -244,7 +244,9 @@ def check_second_pass(
     expected = []
     for encoded, x in zip(outs, log_probs):
         lengths = torch.tensor([len(x)])
-        nbest = ctc_prefix_beam_search(x[None], lengths, 5, model.net.blank_id)[0].nbest
+        nbest = ctc_prefix_beam_search(
+            x[None], lengths, SearchOptions(beam_size=5), model.net.blank_id
+        )[0].nbest
         heard, meant = decoder_scores(model, decoder, encoded, nbest)
         scores += heard
         expected += meant

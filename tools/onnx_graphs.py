@@ -25,8 +25,8 @@ from stream import piece_samples
 from transforms import (
     STREAM_WINDOW,
     Frontend,
+    bounded,
     feature_state,
-    finite,
     log_mel_filters,
     moments,
     normalize,
@@ -248,7 +248,7 @@ class StreamingWaveform(nn.Module):
         statistics (3,) are those of transforms.moments, at the beginning zeros. `rest` are the
         inputs of Chunk behind x.
         """
-        waveform = finite(waveform)
+        waveform = bounded(waveform)
         samples = torch.cat((samples, waveform))
         window = STREAM_WINDOW * self.frontend.sample_rate
         statistics = moments(waveform, statistics, window, peak_of(waveform))
