@@ -312,7 +312,8 @@ def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
     assert "more than an export (.git)" in refused(
         ["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"]
     )
-    monkeypatch.setattr(export, "check", lambda *args: (_ for _ in ()).throw(UserError("unlike")))
+    unlike = UserError("unlike")
+    monkeypatch.setattr(export, "check_files", lambda *args: (_ for _ in ()).throw(unlike))
     assert "unlike" in refused(["--checkpoint", made[0], "--hub_dir", tmp_path / "new"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
     assert "leave one of them out" in refused(
