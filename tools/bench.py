@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from conformer import PRESETS
-from decode import ctc_greedy_search, ctc_prefix_beam_search
+from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from files import json_text
 from kernels import Linear
 from sampler import LengthGroupedSampler
