@@ -25,8 +25,9 @@ class LengthGroupedSampler(Sampler):
     """Makes batches of rows alike in length: random megabatches, each sorted by length and cut.
 
     A megabatch has the rows of `megabatch` batches of every rank. Its rows are of one band of
-    length (BANDS) where there are enough rows, else of any length. The batch with the longest row
-    is the first of an epoch.
+    length (BANDS) where there are enough rows, else of any length. The batches come in random
+    order, the longest at any place: recovery.MemoryCheck runs the largest batches of the epoch
+    before the first update, so memory runs out there or never.
 
     lengths (n,) may be in any unit; `rows` (n,) are the row numbers to yield, by default 0 .. n-1.
     A batch has `batch_size` rows or, with `max_batch`, as many as keep rows * longest within it (in
@@ -105,11 +106,7 @@ class LengthGroupedSampler(Sampler):
             order = self._order(0, 0)
             borders = self._borders(order)
         borders = self._split(borders)
-        longest = np.maximum.reduceat(self.lengths[order], borders[:-1])
-        sequence = np.random.default_rng((self.seed, epoch, 1)).permutation(len(longest))
-        first = np.argmax(longest[sequence])
-        # The longest batch comes first, so that memory runs out at once or never.
-        sequence[[0, first]] = sequence[[first, 0]]
+        sequence = np.random.default_rng((self.seed, epoch, 1)).permutation(len(borders) - 1)
         rows = self.rows[order]
         return [rows[borders[i] : borders[i + 1]] for i in sequence]
 

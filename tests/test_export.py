@@ -1,5 +1,6 @@
 """What export.py writes hears what the network hears: in onnxruntime, called as the runtimes call it, and in sherpa-onnx."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -14,9 +15,9 @@ import torch
 
 from conformer import MAX_POSITION, subsampled_length
 from decode import SearchOptions
-from helpers import ROOT, one_line
-from helpers_model import exportable_model, save_model
-from tokenizer import Tokenizer
+from helpers import ROOT, TWO_BLOCKS, one_line
+from helpers_model import exportable_model, save_model, tiny_model
+from tokenizer import Tokenizer, train_char
 from tools import export, onnx_checks, parity
 from tools.export import BLANK, ExportOptions, main, token_lines
 from tools.export import export as export_model
@@ -31,7 +32,7 @@ from tools.onnx_checks import (
 )
 from tools.onnx_graphs import Chunk, ChunkOptions, cache_inputs
 from tools.wenet_import import load_wenet
-from transforms import STREAM_WINDOW, extract
+from transforms import STREAM_WINDOW, Frontend, extract
 
 CHUNK, LEFT = 4, 2
 CHUNKS = ChunkOptions(CHUNK, LEFT)
@@ -555,7 +556,13 @@ def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
 )
 def test_what_the_runtimes_cannot_run_is_refused(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(export, "write_graph", None)  # before anything is written
-    assert message in refused(exportable_model(**changes), tmp_path)
+    options = {name: value for name, value in changes.items() if name != "features"}
+    model = tiny_model(
+        train_char(["a"]),
+        dataclasses.replace(TWO_BLOCKS, **options),
+        Frontend(frontend="fbank", **changes.get("features", {})),
+    )
+    assert message in refused(model, tmp_path)
 
 
 def test_sounds_that_are_missing_or_too_short_are_refused(tmp_path):

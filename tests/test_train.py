@@ -1,4 +1,7 @@
-"""train.py as a command: its outputs, resuming, and what it refuses. On noise: nothing is learnt here."""
+"""train.py as a command: its outputs, resuming, and what it refuses.
+
+The rows are noise, from which nothing is learnt.
+"""
 
 import json
 import os
@@ -58,12 +61,9 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
     run(data, tmp_path / "whole", "--max_epochs", 3, *extra)
     run(data, tmp_path / "broken", "--max_epochs", 3, *extra)
     whole = weights(tmp_path / "whole" / "last.ckpt")
-    assert same(
-        whole, weights(tmp_path / "broken" / "last.ckpt")
-    )  # training itself is reproducible
-    assert not same(
-        whole, interrupted(data, tmp_path / "cut", 6, *extra)
-    )  # in the middle of the second epoch
+    # Training itself is reproducible. The other run is cut in the middle of its second epoch.
+    assert same(whole, weights(tmp_path / "broken" / "last.ckpt"))
+    assert not same(whole, interrupted(data, tmp_path / "cut", 6, *extra))
     run(
         data,
         tmp_path / "cut",
@@ -79,7 +79,10 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
 
 @pytest.mark.parametrize("place", ["in an epoch", "before the validation", "after an epoch"])
 def test_a_run_goes_on_from_wherever_it_was_cut_with_loader_processes_too(data, tmp_path, place):
-    """They are ahead of training and of Lightning's own set_epoch: batches must still be those of the right epoch."""
+    """Loader processes are ahead of training and of Lightning's set_epoch.
+
+    Their batches must still be those of the right epoch.
+    """
     run(data, tmp_path / "whole", "--max_epochs", 3)
     if place == "before the validation":
         interrupted(data, tmp_path / "cut", 4, hook="validation_step")
@@ -93,7 +96,7 @@ def test_a_run_goes_on_from_wherever_it_was_cut_with_loader_processes_too(data, 
 
 
 def left(output):
-    """All that training is to leave behind, bit by bit."""
+    """Return all that training leaves behind, to be compared bit by bit."""
     kept = {
         name: (output / name).read_bytes()
         for name in ("steps.jsonl", "skipped.jsonl")
@@ -118,10 +121,11 @@ def left(output):
     "words, places",
     [
         (("--num_workers", 2), [("on_train_batch_start", 6)]),
+        # Nothing is saved within an accumulation.
         (
             ("--accumulate_grad_batches", 3),
             [("on_train_batch_start", 5), ("on_train_batch_start", 6)],
-        ),  # never between updates
+        ),
         (("--ema_decay", 0.5), [("validation_step", 3), ("on_train_batch_start", 9)]),
         (("--check_val_every_n_epoch", 2), [("on_train_epoch_end", 3), ("validation_step", 7)]),
         (("--skip", 1), [("on_train_batch_start", 2)]),
@@ -260,7 +264,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
         (2**12, "cannot be written .*make room", []),
         (
             2**16 + 2**12,
-            "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint yet",
+            "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint "
+            "yet",
             ["logs", "run.json", "steps.jsonl"],
         ),
     ],
@@ -373,14 +378,12 @@ def test_two_processes_share_an_epoch_and_write_one_run(data, tmp_path):
         == 16
     )
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (
-        record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1
-    )  # of four batches, two each
+    # Of an epoch's four batches, each process takes two.
+    assert record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1
     own, *_ = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))
     other = features_of(data, own.frontend)
-    torch.testing.assert_close(
-        own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4
-    )  # of all rows on every rank
+    # Every rank computes the CMVN of all rows.
+    torch.testing.assert_close(own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
@@ -396,8 +399,9 @@ def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
     with pytest.raises(UserError, match="none: no such data root"):
         run(tmp_path / "none", output, "--overwrite", "--tokenizer", data / "tokenizer.json")
     with pytest.raises(UserError, match="name a data root that .* or say with --tokenizer"):
-        run(tmp_path, output, "--overwrite")  # perhaps a source
-    assert (output / "best.ckpt").read_text() == "precious"  # bad input overwrites nothing
+        run(tmp_path, output, "--overwrite")  # the folder may be a source of prepare.py
+    # Wrong input overwrites nothing.
+    assert (output / "best.ckpt").read_text() == "precious"
     run(data, output, "--max_steps", 1, "--overwrite")
     assert (
         torch.load(output / "best.ckpt", weights_only=True)
@@ -437,7 +441,10 @@ def test_options_that_cannot_work_are_refused_before_anything_is_written(
 
 
 def test_what_transformers_made_trains_unchanged(tmp_path):
-    """Columns as Wav2Vec2FeatureExtractor and Wav2Vec2CTCTokenizer give them, and their vocab.json: blank is not id 0."""
+    """Wav2Vec2FeatureExtractor and Wav2Vec2CTCTokenizer give these columns and this vocab.json.
+
+    The id of the blank is not 0 there.
+    """
     vocabulary = {"|": 0, "A": 1, "B": 2, "C": 3, "[UNK]": 4, "[PAD]": 5}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     rng = np.random.default_rng(0)
@@ -454,9 +461,8 @@ def test_what_transformers_made_trains_unchanged(tmp_path):
         rows.save_to_disk(str(tmp_path / split / "0"))
     run(tmp_path, tmp_path / "run", "--max_steps", 2, "--tokenizer", tmp_path / "vocab.json")
     model, tokenizer, _ = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))
-    assert (
-        model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8
-    )  # sos and eos appended
+    # The vocabulary has sos and eos at its end.
+    assert model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8
     assert tokenizer.decode([1, 2, 0, 3, 3]) == "AB CC"
 
 
@@ -590,7 +596,7 @@ def pretrained(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_data(data, tmp_path_factory):
-    """The same audio under another alphabet: i and j are new, a and b gone."""
+    """Give the same audio another alphabet: i and j are new, a and b are gone."""
     root = tmp_path_factory.mktemp("other")
     for split in ("train", "dev"):
         (root / split).symlink_to(data / split)
@@ -617,9 +623,8 @@ def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(
     )
     theirs, ours = (model.tokenizer.tokens for model in (before, after))
     pairs = [(theirs.index(token), ours.index(token)) for token in ours if token in theirs]
-    assert len(pairs) == 10 and pairs != [
-        (i, i) for i, _ in pairs
-    ]  # four special tokens, c .. h, elsewhere now
+    # Four special tokens and c .. h are in both, under other ids.
+    assert len(pairs) == 10 and any(i != j for i, j in pairs)
     for name, value in before.state_dict().items():
         changed = after.state_dict()[name]
         if (
