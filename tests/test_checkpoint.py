@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 import prepare
 import train
 import transcribe
-from checkpoint import FILES
+from checkpoint import HUB_FILES
 from files import MARK
 from model import load_checkpoint, read_checked
 from test_export import SOUND, network, save
@@ -80,7 +80,7 @@ def test_it_holds_tensors_and_json_and_nothing_that_runs(made):
         for place, _, names in os.walk(made[1])
         for name in names
     }
-    assert {name for name in files if not name.startswith("onnx/")} == {*FILES, "README.md", MARK}
+    assert {name for name in files if not name.startswith("onnx/")} == {*HUB_FILES, "README.md", MARK}
     assert {os.path.splitext(name)[1] for name in files if name.startswith("onnx/")} <= {
         ".onnx",
         ".txt",
@@ -137,7 +137,7 @@ def test_a_name_on_the_hub_stands_for_a_checkpoint(made, tmp_path, monkeypatch):
         == load_tokenizer(made[1]).to_dict()
         == load_tokenizer(made[0]).to_dict()
     )
-    assert calls == [("org/a-model.v2", {"allow_patterns": list(FILES)})] * 2  # no code, no ONNX
+    assert calls == [("org/a-model.v2", {"allow_patterns": list(HUB_FILES)})] * 2  # no code, no ONNX
 
 
 def test_the_copy_in_the_cache_serves_without_a_network(made, tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_fine_tuning_and_preparing_take_the_folder(made, tmp_path):
     ],
 )
 def test_a_folder_that_is_not_ours_or_damaged_is_one_line(made, tmp_path, name, content, message):
-    for file in FILES:
+    for file in HUB_FILES:
         (tmp_path / file).write_bytes((made[1] / file).read_bytes())
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
