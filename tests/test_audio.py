@@ -212,7 +212,7 @@ def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
         for attempt in range(40 if number == signal.SIGINT else 15):
             with pytest.raises(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0007 * attempt)
-                for _ in range(20):  # seconds, if it is lost
+                for _ in range(20):  # it takes seconds where the signal is lost
                     list(read_blocks(str(tmp_path / "a.wav"), RATE))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -230,10 +230,12 @@ def power(samples):
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100])
 def test_an_mp3_of_variable_bit_rate_without_a_xing_header_is_heard_to_its_end(rate):
-    quiet, loud = 1e-5 * speech(8.0, rate), speech(4.0, rate)  # of bit rates that differ
+    quiet = 1e-5 * speech(8.0, rate)  # the encoder gives it a lower bit rate
+    loud = speech(4.0, rate)
     for samples in (np.concatenate([quiet, loud]), np.concatenate([loud, quiet])):
         whole = variable(samples, rate)
-        expected, found = heard(whole), heard(without_xing(whole))
+        expected = heard(whole)
+        found = heard(without_xing(whole))
         assert len(expected) == len(resample(samples, rate))
         shift = len(found) - len(expected)
         assert 0 <= shift < 0.4 * RATE  # how much the encoder padded is no longer known
@@ -276,7 +278,7 @@ def test_an_mp3_that_is_cut_short_is_found_out_with_and_without_a_xing_header():
     for share in (0.9, 0.5, 0.2):
         size = int(share * len(content))
         assert loss(content[:size]).endswith("s of 4.0 s")
-        assert loss(content[:size] + content).endswith("s of 4.0 s")  # begins within a frame
+        assert loss(content[:size] + content).endswith("s of 4.0 s")  # it begins within a frame
         inside = content.rindex(content[:2], 0, size + 1) + 7
         bare = without_xing(content)[: inside - len(content)]
         assert "frame" in loss(bare)

@@ -488,7 +488,7 @@ def refusal(function, *arguments, memory=2**30) -> str:
         said = file.read()
     assert os.waitpid(child, 0)[1] == 0, said
     assert said.startswith("UserError: ") and len(said) < 1500, said
-    # With these words the memory would have been asked for.
+    # Such a line would mean that somebody asked for the memory, and did not get it.
     assert "MemoryError" not in said and "allocate" not in said, said
     return said
 
@@ -1179,7 +1179,7 @@ def test_no_footer_of_a_parquet_file_ends_the_process(tmp_path):
 
     def read_all():
         flips = [(chance.randrange(foot, len(whole)), 1 << chance.randrange(8)) for _ in range(260)]
-        for place, bit in flips[190:]:  # the others never ended a process
+        for place, bit in flips[190:]:  # the first 190 never ended a process
             content = bytearray(whole)
             content[place] ^= bit
             path.write_bytes(content)
@@ -1494,6 +1494,11 @@ def small(**given):
     return model if sum(p.numel() for p in model.parameters()) > 10**7 else U2(**given)
 
 
+def write_texts(model, options, chunks, folder):
+    """Stands for export.write_checked: makes the texts beside the graphs, and no graph."""
+    return export.texts(model, chunks) and []
+
+
 def work_is_short(patch):
     """Lets commands end where their long work begins, or do little of it."""
     patch.setattr(train.L.Trainer, "fit", train_a_little)
@@ -1501,8 +1506,7 @@ def work_is_short(patch):
     patch.setattr(align.demo, "plan", lambda *_: [align.demo.Utterance("ab", "f1", 150, 50)])
     patch.setattr(align.demo, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
     patch.setattr(align, "summary", lambda _: defaultdict(float, words=1))
-    texts = lambda model, options, chunks, folder: export.texts(model, chunks) and []  # noqa: E731
-    patch.setattr(export, "write_checked", texts)
+    patch.setattr(export, "write_checked", write_texts)
     patch.setattr(parity, "hear", reached)
     patch.setattr(torture, "unbroken", reached)
     patch.setattr(sources, "hub_source", reached)
@@ -1545,7 +1549,7 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
             for made in ("new", "new.ckpt"):
                 shutil.rmtree(tmp_path / made, ignore_errors=True)
     assert counts[True] or name in ("compare", "wenet_import")
-    assert counts[False] or name == "compare"  # which has no flags
+    assert counts[False] or name == "compare"  # compare has no flags
 
 
 @pytest.mark.parametrize(
@@ -1817,13 +1821,13 @@ def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_i
     samples = (np.random.default_rng(0).normal(0, 0.1, 14400) * 32767).astype("<i2").tobytes()
     try:
         process.stdin.write(wav[:40] + b"\xff" * 4 + samples)
-        process.stdin.flush()  # and the pipe stays open
+        process.stdin.flush()  # the pipe stays open
         assert b" s " in process.stderr.readline()  # the first chunk has been heard
         process.send_signal(signal.SIGINT)
         process.wait(DEADLINE)
         assert (process.returncode, process.stdout.read()[:2]) == (0, b"-\t")
         *_, final = process.stderr.read().decode().splitlines()
-        assert final.split()[:3] == ["0.84", "s", "="]  # all frames of it
+        assert final.split()[:3] == ["0.84", "s", "="]  # all of its frames
     finally:
         process.kill()
         process.communicate()
