@@ -692,7 +692,9 @@ def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_ar
         for i in range(others):
             put(src / above / f"others of {split}" / f"{i}.ogg")
         unnamed += others
-    options = prepare.prepare_options(["--source", str(src), "--data_root", str(src.parent / "root")])
+    options = prepare.prepare_options(
+        ["--source", str(src), "--data_root", str(src.parent / "root")]
+    )
     folder = sources.Folder(str(src))
     found = sources.select_splits(sources.folder_source(folder, options), options)
     rows = {split: [row for part in parts for row in part.rows()] for split, parts in found.items()}
