@@ -7,8 +7,8 @@ PYTHON ?= python3
 DATA_ROOT ?= data/demo
 OUTPUT_DIR ?= runs/demo
 PRESET ?= tiny
-# A CPU that multiplies bfloat16 trains sooner in it (README, "Which precision a CPU gets"); give PRECISION=16 or bf16-mixed on a
-# GPU.
+# A CPU that multiplies bfloat16 trains faster in it (docs/training.md, "Which precision a CPU gets").
+# Give PRECISION=16 or PRECISION=bf16-mixed on a GPU.
 PRECISION ?= $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bf16-mixed,32)
 DEVICES ?= auto
 MAX_EPOCHS ?= 16
@@ -31,10 +31,12 @@ help:  ## this list
 
 setup: .venv/installed  ## .venv with the pinned packages
 
+# data/demo_source holds wavs and metadata.csv, as a corpus of your own does.
 data/demo/tokenizer.json: | .venv/installed
-	$(PY) prepare.py --demo --data_root data/demo
+	test -e data/demo_source/train/metadata.csv || $(PY) -m tools.demo --out data/demo_source
+	$(PY) prepare.py --source data/demo_source --data_root data/demo
 
-data: data/demo/tokenizer.json  ## the synthetic demo corpus in data/demo
+data: data/demo/tokenizer.json  ## the synthetic demo corpus: data/demo_source, and data/demo made of it
 
 train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer.json)  ## train, then score SPLIT in all modes
 	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
@@ -84,7 +86,7 @@ torture: .venv/installed  ## kill -9 a small training 200 times and resume it: n
 	$(PY) -m tools.torture $(ARGS)
 
 clean:  ## remove the demo corpus and the demo run (never your data, your runs or .venv)
-	rm -rf data/demo data/.demo.* runs/demo
+	rm -rf data/demo data/demo_source data/.demo.* data/.demo_source.* runs/demo
 
 # ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4 (folders train and dev, each with a metadata.csv)
 SOURCE ?=

@@ -1,9 +1,9 @@
-"""Files and pipes to waveforms: one reader for preparing, transcribing and exporting, in blocks, so
-in bounded memory.
+"""Files and pipes to waveforms, in blocks, so in bounded memory.
 
-A block is (n,) float32, mono. An hour of audio lies in memory at once only where read_audio is
-asked for it. All of a file is decoded, whatever its header says (containers.py); what was there and
-is lost is an error or is told, with the seconds.
+All commands read with read_blocks; read_audio joins its blocks. A block is (n,) float32, mono.
+`mono` makes one channel of several, and `resampled` changes the rate, for files and pipes alike.
+All of a file is decoded, whatever its header says (containers.py). Where sound is lost, that is an
+error or the caller is told how many seconds are left.
 """
 
 import bisect
@@ -29,45 +29,38 @@ import torchaudio
 from containers import METADATA, UNKNOWN, Part, at, header, parts
 from transforms import RATES, check_samples
 
-EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"} | {
-    "aif",
-    "aifc",
-    "mp2",
-    "oga",
-    "opus",
-    "sph",
-}
-BLOCK = 0.2  # seconds that are read at a time: what a pipe waits for
-SECONDS = 60  # seconds to resample at a time: what that takes is several times as large
-LONGEST = 3600  # seconds of a recording that is read whole: no row is as long, and ten hours that
-# say nothing may lie in a file of 2 MB and take gigabytes
-QUIET = 0.2  # seconds over which loudness is measured to find a pause
-CANCELLED = 0.01  # of the loudest channel's power: a mean with less is of channels that cancel out
-WIDTHS = {
-    "PCM_U8": 1,
-    "PCM_S8": 1,
-    "PCM_16": 2,
-    "PCM_24": 3,
-    "PCM_32": 4,
-    "FLOAT": 4,
-    "DOUBLE": 8,
-    "ULAW": 1,
-    "ALAW": 1,
-}  # bytes
-# Of libsndfile's log
+# Files with one of these endings are taken for recordings.
+EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"}
+EXTENSIONS |= {"aif", "aifc", "mp2", "oga", "opus", "sph"}
+# So many seconds are read at a time; on a pipe it waits for as many.
+BLOCK = 0.2
+# So many seconds are resampled at a time, which takes several times their memory.
+SECONDS = 60
+# A recording that is read whole has at most so many seconds. No row is as long, and ten hours of
+# silence, which are 2 MB as a file, would take gigabytes.
+LONGEST = 3600
+# Loudness is measured over so many seconds to find a pause.
+QUIET = 0.2
+# Channels cancel each other out where their mean has less than this share of the loudest's power.
+CANCELLED = 0.01
+# Bytes of a sample, where samples are not compressed.
+WIDTHS = {"PCM_U8": 1, "PCM_S8": 1, "ULAW": 1, "ALAW": 1}
+WIDTHS |= {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+# libsndfile's log says so of an Ogg stream without an end.
 NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)
-ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)  # soundfile's too
+# These errors mean that a file cannot be decoded; soundfile's are among them.
+ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)
 
 
-# Reading
+# ---- Reading
 
 
 def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
-    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: read_blocks'
-    blocks, all of them.
+    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: the blocks of
+    read_blocks, joined.
 
-    Raises UserError with the reason alone (no file name) where read_blocks would, where sound is
-    lost, and for a recording longer than LONGEST, of which no more is decoded.
+    Raises UserError with the reason alone (no file name) where read_blocks raises it, where sound
+    is lost, and where the recording is longer than LONGEST seconds, of which no more is decoded.
     """
     samples = bytearray()
     for block in within(read_blocks(audio, sample_rate, longest=LONGEST), LONGEST, sample_rate):
@@ -76,7 +69,7 @@ def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
 
 
 def within(blocks: Iterable[np.ndarray], seconds: float, rate: int) -> Iterator[np.ndarray]:
-    """The same blocks. Raises UserError at the first sample beyond so many seconds."""
+    """The blocks as they are. Raises UserError at the first sample beyond so many seconds."""
     left = seconds * rate
     for block in blocks:
         left -= len(block)
@@ -92,23 +85,29 @@ def read_blocks(
     damaged: Callable[[str], None] | None = None,
     longest: float = math.inf,
 ) -> Iterator[np.ndarray]:
-    """The samples of a file, given as its path, as its bytes, or as "-" for standard input, at
-    `sample_rate`.
+    """Blocks (n,) float32, mono, at `sample_rate`, of a file, which is given as its path, as its
+    bytes, or as "-" for standard input.
 
-    Any format that soundfile decodes; on a pipe wav, aiff, au, caf and w64, whose header need not
-    know the length, of samples that are not compressed. raw: no header, 16-bit little-endian mono
-    at `sample_rate`. damaged: told why, where a file that has begun cannot be read on or ends too
-    early; without it that is an error. longest: seconds that the levels of several channels may
-    take, which are heard before anything is given. Raises UserError with the reason alone (no file
-    name), at the start or after some blocks, for what is missing, undecodable, empty, not finite or
-    louder than any sound, and for rates beyond RATES.
+    A file may have any format that soundfile decodes. A pipe may have wav, aiff, au, caf or w64,
+    without compression; its header need not know the length.
+    raw: standard input has no header, and 16-bit little-endian mono samples at `sample_rate`.
+    damaged: a function, called with the reason where a file that has begun cannot be read on or
+    ends too early; without it that is an error.
+    longest: a file of several channels may have so many seconds, because it is decoded once before
+    its first block to know the levels.
+
+    Raises UserError with the reason alone (no file name), at the start or after some blocks, where
+    a file is missing, undecodable or empty, a sample is not finite or louder than any sound, or the
+    rate lies beyond RATES.
     """
     if not isinstance(audio, bytes) and audio != "-" and not os.path.isfile(audio):
         raise UserError("file missing")
-    blocks, advice = file_blocks(audio, sample_rate, damaged, longest), ""
     if audio == "-" and (raw or not is_file(0)):
         blocks = pipe_blocks(sample_rate, raw, damaged)
         advice = "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it"
+    else:
+        blocks = file_blocks(audio, sample_rate, damaged, longest)
+        advice = ""
     try:
         first = next(filter(len, blocks), None)
         if first is None:
@@ -120,6 +119,7 @@ def read_blocks(
 
 
 def is_file(descriptor: int) -> bool:
+    """True for the descriptor of an open file in which one can seek, so not for a pipe's."""
     try:
         return os.lseek(descriptor, 0, os.SEEK_CUR) >= 0
     except OSError:
@@ -127,36 +127,32 @@ def is_file(descriptor: int) -> bool:
 
 
 def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
-    """Standard input as it comes."""
-    head, promised = (b"", 0) if raw else header(pipe_bytes)
-    if not (raw or head):
-        raise ValueError("it does not begin as wav, aiff, au, caf or w64")
-    how = (
-        {
-            "format": "RAW",
-            "subtype": "PCM_16",
-            "endian": "LITTLE",
-            "samplerate": sample_rate,
-            "channels": 1,
-        }
-        if raw
-        else {}
-    )
+    """The samples of standard input as they come."""
+    if raw:
+        head, promised = b"", 0
+        how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
+        how |= {"samplerate": sample_rate, "channels": 1}
+    else:
+        head, promised = header(pipe_bytes)
+        how = {}
+        if not head:
+            raise ValueError("it does not begin as wav, aiff, au, caf or w64")
     with Forward(io.BytesIO(head), **how) as sound:
         width = WIDTHS.get(sound.subtype, 0) * sound.channels  # bytes of a sample of all channels
         if not width:
             raise ValueError(f"its samples are {sound.subtype}")
-        promised = promised if promised < UNKNOWN[4] else 0
+        if promised >= UNKNOWN[4]:
+            promised = 0
         blocks = pcm_blocks(sound, width, promised)
         blocks = mono(sound, blocks, Part([], promised // width), None, damaged)
-        yield from resampled(blocks, sound.samplerate, sample_rate)
+        yield from resampled(blocks, sound.samplerate, sample_rate, at_once=True)
 
 
 def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterator[np.ndarray]:
-    """The samples behind the header `sound`, also those after the bytes promised: more, where that
-    says 0 or was never written anew.
+    """Blocks (n, channels) of the samples that follow the header `sound` on standard input.
 
-    Not the chunks that may follow.
+    width: bytes of a sample of all channels. promised: bytes of samples, by the header. Samples may
+    follow them where the header says 0 or was never written anew; chunks of metadata are left out.
     """
     order = "BIG" if sound.format in ("AIFF", "AU", "CAF") else "LITTLE"
     how = {
@@ -166,7 +162,8 @@ def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterato
         "endian": order if sound.endian == "FILE" else sound.endian,
         "channels": sound.channels,
     }
-    place, size = 0, block_size(sound) * width
+    place = 0
+    size = block_size(sound) * width
     while content := pipe_bytes(min(size, promised - place) if place < promised else size):
         if place == promised and content[:4] in METADATA:
             return
@@ -175,10 +172,10 @@ def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterato
 
 
 def pipe_bytes(size: int) -> bytes:
-    """So many bytes of standard input, fewer at its end."""
+    """The next `size` bytes of standard input, fewer at its end."""
     content = bytearray()
     while len(content) < size:
-        select.select([0], [], [])  # a pipe may have been set not to wait
+        select.select([0], [], [])  # the pipe may have been set not to wait
         if not (more := os.read(0, min(size - len(content), 2**16))):
             break
         content += more
@@ -188,8 +185,8 @@ def pipe_bytes(size: int) -> bytes:
 def file_blocks(
     audio: str | bytes, sample_rate: int, damaged, longest: float
 ) -> Iterator[np.ndarray]:
-    """The parts of a file, one after the other. Of several channels the levels are known before the
-    first is mixed.
+    """The samples of a file, one part after the other. A part of several channels is decoded twice:
+    first for its levels, then to mix it by them.
     """
     if isinstance(audio, bytes):
         file = io.BytesIO(audio)
@@ -201,9 +198,10 @@ def file_blocks(
         for part in parts(file):
             source = Joined(file, part.pieces)
             with opened(source) as sound:
-                levels, rate = Levels(sound.channels), usable_rate(sound.samplerate)
+                rate = usable_rate(sound.samplerate)
+                levels = Levels(sound.channels)
                 blocks = blocks_of(sound, signals_wait) if sound.channels > 1 else ()
-                with contextlib.suppress(soundfile.LibsndfileError):  # which comes again
+                with contextlib.suppress(soundfile.LibsndfileError):  # it comes again below
                     for block in within(blocks, longest, rate):
                         levels.add(block)
             with opened(source) as sound:
@@ -220,8 +218,8 @@ def opened(source: "Joined") -> "Forward":
 
 
 class Forward(soundfile.SoundFile):
-    """Read from its start to its end, whatever number of frames its header promises; soundfile
-    would seek after every read.
+    """A file that is read from its start to its end, whatever number of frames its header promises.
+    soundfile would seek after every read of a seekable one.
     """
 
     def seekable(self) -> bool:
@@ -229,14 +227,17 @@ class Forward(soundfile.SoundFile):
 
 
 class Joined(io.RawIOBase):
-    """Pieces of a file, and bytes, as one file. State: the place in it, and what went wrong.
+    """Pieces of a file, and bytes, as one file. State: the place in it, and the error of the disk.
 
-    Of a damaged file libsndfile seeks places before its start. Nothing is raised here: it could not
-    pass that on.
+    libsndfile reads it, and could not pass an error on, so nothing is raised here. In a damaged
+    file it seeks places before the start.
     """
 
     def __init__(self, file: BinaryIO, pieces: list[bytes | tuple[int, int]]):
-        self.file, self.pieces, self.place, self.error = file, pieces, 0, None
+        self.file = file
+        self.pieces = pieces
+        self.place = 0
+        self.error = None
         sizes = (len(p) if isinstance(p, bytes) else p[1] - p[0] for p in pieces)
         self.ends = list(itertools.accumulate(sizes))
 
@@ -248,10 +249,12 @@ class Joined(io.RawIOBase):
         return self.place
 
     def readinto(self, buffer) -> int:
-        buffer, count = memoryview(buffer), 0
+        buffer = memoryview(buffer)
+        count = 0
         while count < len(buffer) and self.place < self.ends[-1]:
             number = bisect.bisect(self.ends, self.place)
-            piece, left = self.pieces[number], self.ends[number] - self.place
+            piece = self.pieces[number]
+            left = self.ends[number] - self.place
             size = min(left, len(buffer) - count)
             if isinstance(piece, bytes):
                 content = piece[len(piece) - left :][:size]
@@ -259,20 +262,23 @@ class Joined(io.RawIOBase):
                 try:
                     content = at(self.file, piece[1] - left, size)
                 except OSError as error:
-                    content, self.error = b"", error
+                    content = b""
+                    self.error = error
             if not content:
                 break
             buffer[count : count + len(content)] = content
-            count, self.place = count + len(content), self.place + len(content)
+            count += len(content)
+            self.place += len(content)
         return count
 
 
 @contextlib.contextmanager
 def signals_wait():
-    """What their handlers raise would be lost in a callback of libsndfile's, as in which Joined is
-    read; so they run afterwards.
+    """A context: within the block signals wait, and their handlers run after it. libsndfile reads
+    Joined in a callback, in which whatever a handler raises would be lost.
     """
-    waiting, handlers = [], {}
+    waiting = []
+    handlers = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
@@ -288,16 +294,18 @@ def signals_wait():
 
 
 def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Iterator[np.ndarray]:
-    """(n, channels), BLOCK seconds each, the last one shorter. Raises LibsndfileError after what
-    could be decoded.
+    """Blocks (n, channels) of BLOCK seconds each, the last one shorter, each read in the context
+    `guard`. Raises LibsndfileError after the samples that could be decoded.
     """
-    size, left = block_size(sound), sound.frames
-    while left > 0:  # of a pipe, more than is left would be read and lost
+    size = block_size(sound)
+    left = sound.frames
+    while left > 0:  # reading more than is left would lose the start of what follows on a pipe
         block = np.full((size, sound.channels), np.nan, np.float32)
         try:
             with guard():
                 count = len(sound.read(min(size, left), out=block))
         except soundfile.LibsndfileError:
+            # The samples that were decoded are no longer nan.
             if count := np.append(np.isnan(block).any(axis=1), True).argmax():
                 yield block[:count]
             raise
@@ -308,6 +316,7 @@ def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Itera
 
 
 def block_size(sound: soundfile.SoundFile) -> int:
+    """Samples of a block: BLOCK seconds, or fewer where there are very many channels."""
     return max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
 
 
@@ -316,13 +325,18 @@ def mono(
     blocks: Iterable[np.ndarray],
     part: Part,
     levels: "Levels | None",
-    damaged,
+    damaged: Callable[[str], None] | None,
 ) -> Iterator[np.ndarray]:
-    """Blocks of one channel; where they end too early, `damaged` is told. Without levels they are
-    those so far.
+    """Blocks (n, channels) of a part as blocks (n,) of one channel, checked.
+
+    levels: of the whole part, or None on a pipe, where they are not known yet; then each block is
+    mixed by the levels so far. Where the blocks end too early, `damaged` is called with the reason;
+    without `damaged`, UserError is raised.
     """
-    count, rate, error = 0, sound.samplerate, ""
-    known, levels = levels is not None, levels or Levels(sound.channels)
+    known = levels is not None
+    levels = levels or Levels(sound.channels)
+    count = 0
+    error = ""
     try:
         for block in blocks:
             good, reason = check_samples(block)
@@ -333,45 +347,61 @@ def mono(
             if len(block):
                 yield levels.mix(block)
             if reason:
-                raise UserError(f"{reason} after {count / rate:.1f} s" if damaged else reason)
+                after = f" after {count / sound.samplerate:.1f} s" if damaged else ""
+                raise UserError(reason + after)
     except soundfile.LibsndfileError as failure:
-        error = "" if 0 < count == part.frames else failure.error_string  # what follows is no sound
-    promised = part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0)
-    promised, there, reason = max(promised, count / part.share), f"{count / rate:.1f} s", ""
-    flaw = part.flaw or NO_END.search(sound.extra_info) and "its Ogg stream has no end mark"
-    in_blocks = part.share < 1 and sound.subtype not in WIDTHS  # a byte less is a block less
-    if lost := promised - count > (0 if in_blocks else rate / 10):  # some miscount by a frame
-        there = f"{there} of {promised / rate:.1f} s"
-    if error:
-        reason = f"damaged after {there}: {error}"
-    elif lost or flaw:
-        reason = f"cut short: {there}" if lost else f"cut short: {flaw}, after {there}"
+        if not 0 < count == part.frames:  # else all are there, and no sound follows them
+            error = failure.error_string
+    reason = loss(sound, part, count, error)
     if reason and (damaged is None or error and not count):
         raise UserError(f"cannot be decoded: {reason}" if error else reason)
     if reason:
         damaged(reason)
 
 
-class Levels:
-    """Which of the channels is heard: their mean, or, where they cancel each other out in it, the
-    loudest alone.
+def loss(sound: soundfile.SoundFile, part: Part, count: int, error: str) -> str:
+    """What is lost of a part of which `count` samples were read, and then perhaps `error` came. ""
+    where nothing is lost."""
+    rate = sound.samplerate
+    promised = part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0)
+    promised = max(promised, count / part.share)
+    # A compressed file that lacks a byte lacks a block; else some decoders miscount by a frame.
+    in_blocks = part.share < 1 and sound.subtype not in WIDTHS
+    there = f"{count / rate:.1f} s"
+    lost = promised - count > (0 if in_blocks else rate / 10)
+    if lost:
+        there = f"{there} of {promised / rate:.1f} s"
+    if error:
+        return f"damaged after {there}: {error}"
+    if lost:
+        return f"cut short: {there}"
+    flaw = part.flaw or NO_END.search(sound.extra_info) and "its Ogg stream has no end mark"
+    return f"cut short: {flaw}, after {there}" if flaw else ""
 
-    State: sums over the samples of the channels and of their products, which also tell the power of
-    the mean.
+
+class Levels:
+    """Makes one channel of several: their mean, or the loudest alone where the channels cancel each
+    other out in the mean.
+
+    State: how many samples there were, their sum in each channel, and the sum of the products of
+    each two channels, which also give the power of the mean.
     """
 
     def __init__(self, channels: int):
-        self.count, self.sums, self.products = 0, np.zeros(channels), np.zeros((channels, channels))
+        self.count = 0
+        self.sums = np.zeros(channels)
+        self.products = np.zeros((channels, channels))
 
     def add(self, block: np.ndarray) -> None:
-        with np.errstate(all="ignore"):  # what is not finite is found later
+        """Counts a block (n, channels)."""
+        with np.errstate(all="ignore"):  # `mono` finds samples that are not finite later
             wide = block.astype(np.float64)
             self.count += len(wide)
             self.sums += np.ones(len(wide)) @ wide
             self.products += wide.T @ wide
 
     def mix(self, block: np.ndarray) -> np.ndarray:
-        """(n, channels) -> (n,)"""
+        """A block (n, channels) as (n,), by the levels of all blocks that were counted."""
         if block.shape[1] == 1:
             return block[:, 0]
         means = self.sums / self.count
@@ -381,7 +411,7 @@ class Levels:
         return block[:, loudest] if cancelled else block.mean(axis=1)
 
 
-# Resampling
+# ---- Resampling
 
 
 def usable_rate(rate: int) -> int:
@@ -392,47 +422,68 @@ def usable_rate(rate: int) -> int:
 
 
 def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
-    """(N,) float32 at `rate` Hz to `sample_rate`. Raises UserError for a rate beyond RATES."""
+    """(N,) float32 samples at `rate` Hz, as `resampled` makes them at `sample_rate` Hz. Raises
+    UserError for a rate beyond RATES."""
     if rate == sample_rate:
         return samples
     return np.concatenate(list(resampled([samples], rate, sample_rate)))
 
 
-def resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
-    """The same at `sample_rate`, SECONDS at most at a time, without a seam. Raises UserError for a
-    rate beyond RATES.
+def resampled(
+    blocks: Iterable[np.ndarray], rate: int, sample_rate: int, at_once: bool = False
+) -> Iterator[np.ndarray]:
+    """Blocks (n,) at `rate` Hz, of any sizes, as blocks at `sample_rate` Hz of at most SECONDS,
+    without a seam. Raises UserError for a rate beyond RATES.
+
+    torchaudio resamples windows that overlap by 0.04 s on both sides, where its filter is shorter.
+    The samples are the same to the bit, however the sound was cut into blocks. With at_once, which
+    a pipe needs, no sample waits for SECONDS of sound, and a sample may differ by 1.5e-7.
     """
     if rate == sample_rate:
         yield from blocks
         return
-    # A rate such as 22254 would need a filter of gigabytes; this is 0.02 % off.
+    # A rate such as 22254 would need a filter of gigabytes; a multiple of 25 is 0.02 % off.
     rate = round(usable_rate(rate) / 25) * 25
-    margin, step = rate // 25, rate // 5  # whole numbers of samples at either rate: nothing drifts
+    # 1/25 s and 1/5 s are whole numbers of samples at either rate, so nothing drifts.
+    margin = rate // 25
+    step = rate // 5
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
-    waiting = np.zeros(margin, np.float32)
+
+    def steps_of(samples: np.ndarray, least: int) -> Iterator[np.ndarray]:
+        """Yields what `least` steps or more become, and returns the samples that are left."""
+        while (steps := min((len(samples) - 2 * margin) // step, 5 * SECONDS)) >= least:
+            out = resampler(torch.from_numpy(samples[: steps * step + 2 * margin])).numpy()
+            yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
+            samples = samples[steps * step :]
+        return samples
+
+    waiting = [np.zeros(margin, np.float32)]
+    count = margin
+    least = 1 if at_once else 5 * SECONDS
     error = None
     try:
         for block in blocks:
-            waiting = np.concatenate((waiting, block))
-            while (steps := min((len(waiting) - 2 * margin) // step, 5 * SECONDS)) > 0:
-                out = resampler(torch.from_numpy(waiting[: steps * step + 2 * margin])).numpy()
-                yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
-                waiting = waiting[steps * step :]
-    except UserError as failure:  # what came before it is heard to its end
+            waiting.append(block)
+            count += len(block)
+            if count >= least * step + 2 * margin:
+                waiting = [(yield from steps_of(np.concatenate(waiting), least))]
+                count = len(waiting[0])
+    except UserError as failure:  # the samples that came before it are heard to their end
         error = failure
-    length = -(-(len(waiting) - margin) * sample_rate // rate)
-    out = resampler(torch.from_numpy(np.pad(waiting, (0, margin)))).numpy()
+    rest = yield from steps_of(np.concatenate(waiting), 1)
+    length = -(-(len(rest) - margin) * sample_rate // rate)
+    out = resampler(torch.from_numpy(np.pad(rest, (0, margin)))).numpy()
     yield out[sample_rate // 25 :][:length]
     if error:
         raise error
 
 
-# Pieces
+# ---- Pieces
 
 
 def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same samples in blocks of `size`, the last one shorter; in a single one where size is
-    below 1.
+    """The samples of the blocks (n,) in blocks of `size`, the last one shorter. There is a single
+    block where size is below 1.
     """
     waiting = []
     for block in blocks:
@@ -448,12 +499,13 @@ def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def cut_at_pauses(
     blocks: Iterator[np.ndarray], sample_rate: int, max_seconds: float
 ) -> Iterator[np.ndarray]:
-    """The same samples in pieces of at most max_seconds.
+    """The samples of the blocks (n,) in pieces of at most max_seconds.
 
-    Where there are more, the cut falls where the recording is quietest, between half of max_seconds
-    and all of it.
+    A cut falls where the recording is quietest between half of max_seconds and all of it.
     """
-    longest, waiting, count = int(max_seconds * sample_rate), [], 0
+    longest = int(max_seconds * sample_rate)
+    waiting = []
+    count = 0
     for block in blocks:
         waiting.append(block)
         count += len(block)
@@ -461,13 +513,15 @@ def cut_at_pauses(
             samples = np.concatenate(waiting)
             cut = longest // 2 + quietest(samples[longest // 2 : longest], sample_rate)
             yield samples[:cut]
-            waiting, count = [samples[cut:]], count - cut
+            waiting = [samples[cut:]]
+            count -= cut
     if count:
         yield np.concatenate(waiting)
 
 
 def quietest(samples: np.ndarray, sample_rate: int) -> int:
-    """The middle of the QUIET seconds of (n,) samples whose frames of 10 ms vary least."""
+    """The place in (n,) samples that is the middle of the quietest QUIET seconds: there the frames
+    of 10 ms vary least. n where there is no whole frame."""
     size = sample_rate // 100
     frames = samples[: len(samples) // size * size].reshape(-1, size)
     width = min(int(QUIET * 100), len(frames))

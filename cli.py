@@ -1,7 +1,11 @@
-"""Options as frozen dataclasses, flags generated from them, errors that are one clear line.
+"""What all commands share: options, errors of one clear line, signals and output.
 
-A command declares its options once, as fields of a frozen dataclass; `parse` turns the fields into argparse flags and
-the given flags back into an instance. What a flag is called, its type, default, bounds and help live in one place.
+A command declares its options once, as the fields of a frozen dataclass: a field has the flag's
+name, type, default, bounds and help. `make_parser` makes argparse's flags of the fields, and
+`build` makes an instance of the flags that were given. `run` calls the command's main.
+
+This module is imported before all packages, and imports none itself, so that Ctrl-C is one line
+also in the seconds that torch takes to import.
 """
 
 import argparse
@@ -22,20 +26,20 @@ import types
 import typing
 import warnings
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# ---- Errors, and text that others wrote
 
 
 class UserError(Exception):
-    """Bad input from outside: says in one line what is wrong, where, and what to do. Commands exit with status 2."""
+    """Bad input from outside. The message says in one line what is wrong, where, and what to do;
+    the command prints it and exits with status 2."""
 
 
 # These characters move a terminal's cursor, end a line, turn the direction of text round, or have
 # no bytes in any encoding.
 UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
 BRIEF = reprlib.Repr()
-BRIEF.maxlevel, BRIEF.maxstring = 2, 200
+BRIEF.maxlevel = 2
+BRIEF.maxstring = 200
 
 
 def shown(text, room: int = 1000) -> str:
@@ -45,7 +49,7 @@ def shown(text, room: int = 1000) -> str:
     if not isinstance(text, str):
         try:
             text = BRIEF.repr(text)
-        except ValueError:  # of a whole number with thousands of digits
+        except ValueError:  # a whole number with thousands of digits
             text = f"a {type(text).__name__} too long to show"
     if len(text) > room:
         text = f"{text[: room * 2 // 3]} ... {text[-room // 4 :]}"
@@ -57,24 +61,59 @@ def one_line(message) -> str:
     return shown(" ".join(str(message).split()))
 
 
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA
+    "allocate memory",  # the CPU
+    "enough memory",
+    "ALLOC_FAILED",  # cuBLAS
+)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """True where the memory was too small. torch says so in the words of a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def bad_luck(error: Exception) -> str:
+    """What to say of an error that no other place has caught and that is no mistake of the program:
+    a file cannot be read or written, something is nested too deep, or the memory is too small.
+    "" for any other error."""
+    if isinstance(error, OSError):
+        named = isinstance(error.filename, (str, bytes))
+        where = f"{os.fsdecode(error.filename)}: " if named else ""
+        return f"{where}{error.strerror or error}; put that right, or name another place"
+    if isinstance(error, RecursionError):
+        return "something in a file or a name is nested too deep"
+    if out_of_memory(error):
+        first = (str(error).splitlines() or ["MemoryError"])[0][:150]
+        return f"the memory is too small ({first}); choose a smaller model or batch"
+    return ""
+
+
+# ---- Options
+
+
 def option(default, help: str, choices=None, at_least=None, above=None, at_most=None):
-    """A field of an options_class that becomes the flag --NAME. `default` of dict or list is not allowed: options are
-    immutable. A number has a lower and an upper bound: what is not finite lies beyond one of them."""
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": choices,
-            "at_least": at_least,
-            "above": above,
-            "at_most": at_most,
-        },
-    )
+    """A field of an options_class. It becomes the flag --NAME, and `help` says what the flag does.
+
+    A field of numbers has two bounds: at_most, and either at_least or above, which does not allow
+    the bound itself. Both are needed, so nan and the infinities lie outside. A field of text may
+    have `choices`. For a field of `tuple[X, ...]` each part is checked; a field of `X | None` takes
+    None beside what is allowed. A default of dict or list is an error: options are immutable.
+    """
+    how = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
 def options_class(cls):
-    """Makes `cls` a frozen dataclass, whose every instance is checked, wherever its values come from: UserError where one
-    is of another type than its field's, none of its choices, or beyond its bounds."""
+    """Makes `cls` a frozen dataclass that checks the values of every instance, wherever they come
+    from: flags, code or a checkpoint.
+
+    Making an instance raises UserError where a value is not of its field's type, is none of the
+    field's choices, or lies beyond its bounds. The __post_init__ of `cls` runs after these checks.
+    """
     own = getattr(cls, "__post_init__", None)
 
     def __post_init__(self):
@@ -85,15 +124,6 @@ def options_class(cls):
 
     cls.__post_init__ = __post_init__
     return dataclasses.dataclass(frozen=True)(cls)
-
-
-TYPES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text, not empty, without NUL, and not longer than a path can be",
-}
-LONGEST_PATH = 4096  # Linux takes no path of so many bytes
 
 
 class Kind(typing.NamedTuple):
@@ -109,51 +139,63 @@ def kinds(cls) -> dict[str, Kind]:
     """The kind of each field, by name."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
-        parts = typing.get_args(hint)
-        optional, many = (
-            isinstance(hint, types.UnionType),
-            typing.get_origin(hint) is tuple,
-        )  # int | None, tuple[float, ...]
-        found[name] = Kind(parts[0] if optional or many else hint, many, optional)
+        optional = isinstance(hint, types.UnionType)  # int | None
+        many = typing.get_origin(hint) is tuple  # tuple[float, ...]
+        kind = typing.get_args(hint)[0] if optional or many else hint
+        found[name] = Kind(kind, many, optional)
     return found
 
 
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text, not empty, without NUL, and not longer than a path can be",
+}
+LONGEST_PATH = 4096  # Linux takes no path of so many bytes
+
+
 def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
-    """UserError where the value is none for the field."""
+    """Raises UserError where the field may not have the value."""
     if value is None and kind.optional:
         return
     if kind.many and not isinstance(value, tuple):
         raise UserError(f"--{field.name} {shown(value, 100)}: it must be a list")
     for one in value if kind.many else (value,):
-        typed = isinstance(one, (int, float) if kind.type is float else kind.type)
-        if (
-            not typed
-            or isinstance(one, bool) != (kind.type is bool)
-            or kind.type is str
-            and not is_text(one)
-        ):
-            raise UserError(f"--{field.name} {shown(one, 100)}: it must be {TYPES[kind.type]}")
-        if field.metadata["choices"] and one not in field.metadata["choices"]:
-            raise UserError(
-                f"--{field.name} {shown(one, 100)}: choose one of {', '.join(field.metadata['choices'])}"
-            )
-        if bounds := bounds_of(field):
-            low, high = field.metadata["above"], field.metadata["at_most"]
-            if not (
-                low < one <= high if low is not None else field.metadata["at_least"] <= one <= high
-            ):
-                raise UserError(f"--{field.name} {shown(one, 100)}: it must lie {bounds}")
+        if reason := why_refused(field, kind.type, one):
+            raise UserError(f"--{field.name} {shown(one, 100)}: {reason}")
+
+
+def why_refused(field: dataclasses.Field, kind: type, value) -> str:
+    """Why the field may not have the value, or not as a part of its tuple. "" where it may."""
+    choices = field.metadata["choices"]
+    if not is_a(value, kind):
+        return f"it must be {TYPES[kind]}"
+    if choices and value not in choices:
+        return f"choose one of {', '.join(choices)}"
+    if not within_bounds(field, value):
+        return f"it must lie {bounds_of(field)}"
+    return ""
+
+
+def is_a(value, kind: type) -> bool:
+    """True where the value is of the type. A whole number is a float, too; True is no number."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is str:
+        return isinstance(value, str) and is_text(value)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def is_text(value: str) -> bool:
     return "\0" not in value and 0 < len(value) < LONGEST_PATH
 
 
-def text(value: str) -> str:
-    """The value, of an argument that is no field."""
-    if not is_text(value):
-        raise argparse.ArgumentTypeError(f"{shown(value, 100)}: it must be {TYPES[str]}")
-    return value
+def within_bounds(field: dataclasses.Field, value) -> bool:
+    at_least, above, at_most = map(field.metadata.get, ("at_least", "above", "at_most"))
+    if at_most is None:
+        return True
+    return value <= at_most and (value >= at_least if above is None else value > above)
 
 
 def bounds_of(field: dataclasses.Field) -> str:
@@ -166,8 +208,12 @@ def bounds_of(field: dataclasses.Field) -> str:
     return f"above {above}, at most {at_most}"
 
 
+# ---- Flags
+
+
 def make_parser(description: str, *classes) -> argparse.ArgumentParser:
-    """A parser with the flags of the dataclasses `classes`. It raises UserError where argparse would print its usage."""
+    """A parser with the flags of some options_classes. It raises UserError where argparse would
+    print its usage."""
     parser = argparse.ArgumentParser(
         description=description,
         allow_abbrev=False,
@@ -178,58 +224,74 @@ def make_parser(description: str, *classes) -> argparse.ArgumentParser:
         raise UserError(f"{message} (--help lists the flags)")
 
     parser.error = error
-    parser.register("type", None, text)  # of what is no field and names no type
+    # Arguments that are no field of a class, and that name no type, are text.
+    parser.register("type", None, text)
     for cls in classes:
         add_options(parser, cls)
     return parser
 
 
+def text(value: str) -> str:
+    """The value of an argument that is no field. Raises argparse's error where it is no text."""
+    if not is_text(value):
+        raise argparse.ArgumentTypeError(f"{shown(value, 100)}: it must be {TYPES[str]}")
+    return value
+
+
 def add_options(parser: argparse.ArgumentParser, cls) -> None:
-    """Adds one flag per field of the dataclass `cls` (as its own help group)."""
+    """Adds a flag for each field of an options_class, as a help group of its own."""
     group = parser.add_argument_group(cls.__name__)
     for field in dataclasses.fields(cls):
-        kind, bounds = kinds(cls)[field.name], bounds_of(field)
-        extra = {
-            "default": argparse.SUPPRESS,
-            "help": f"{field.metadata['help']} (default: {field.default}{bounds and '; '}{bounds})",
-        }
+        kind = kinds(cls)[field.name]
+        bounds = bounds_of(field)
+        help = f"{field.metadata['help']} (default: {field.default}{bounds and '; '}{bounds})"
+        how = {"default": argparse.SUPPRESS, "help": help}
         if kind.type is bool:
-            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **extra)
-            continue
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": kind.type, "choices": field.metadata["choices"]}
         if kind.many:
-            extra["nargs"] = "*"
-        group.add_argument(
-            f"--{field.name}", type=kind.type, choices=field.metadata["choices"], **extra
-        )
+            how["nargs"] = "*"
+        group.add_argument(f"--{field.name}", **how)
 
 
 def build(cls, given: dict, /, **defaults):
-    """An instance of `cls`: the flags given on the command line, over `defaults` (a preset), over the field defaults."""
+    """An instance of an options_class. The flags given on the command line go before `defaults`,
+    such as a preset, and these before the defaults of the fields. Other names are left out."""
     names = {field.name for field in dataclasses.fields(cls)}
-    values = {
-        **{k: v for k, v in defaults.items() if k in names},
-        **{k: v for k, v in given.items() if k in names},
-    }
+    values = {name: value for name, value in {**defaults, **given}.items() if name in names}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-SPARING = 2**24  # of keep_freed_memory, where memory counts more than time
+# ---- Memory
+
+
+# The numbers of two parameters in glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+SPARING = 2**24  # for keep_freed_memory, where memory counts more than time
 
 
 def keep_freed_memory(size: int = 2**30) -> None:
-    """Has glibc reuse freed blocks of up to `size` bytes instead of handing them back: on a CPU a training step would otherwise
-    spend a third of its time on getting fresh pages. It takes a half more memory. Elsewhere than on glibc nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
+    """Makes glibc use freed blocks of up to `size` bytes again instead of handing them back.
+
+    Otherwise a training step on a CPU spends a third of its time on fresh pages. The price is half
+    as much memory again. Without glibc nothing happens.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(parameter, size)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a command to end
+# ---- Signals
+
+
+# These signals ask a command to end.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end_at_once(number, _) -> None:
-    """Ends a command that has done nothing yet."""
+    """Handles a signal by ending the process: the command has done nothing yet."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         line = f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n"
         os.write(2, line.encode(errors="replace"))
@@ -237,73 +299,41 @@ def end_at_once(number, _) -> None:
 
 
 def is_command() -> bool:
-    """Whether the program that runs is one of this folder's, or of its tools."""
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    ours, its = (os.path.dirname(os.path.abspath(path or "/")) for path in (__file__, program))
-    return its in (ours, os.path.join(ours, "tools"))
+    """True where the program that runs lies in this folder or in tools/."""
+    program = getattr(sys.modules["__main__"], "__file__", None) or "/"
+    ours = os.path.dirname(os.path.abspath(__file__))
+    return os.path.dirname(os.path.abspath(program)) in (ours, os.path.join(ours, "tools"))
 
 
-for _number in SIGNALS if is_command() else ():  # its imports take seconds
+# From here until `run` a command only imports, which takes seconds.
+for _number in SIGNALS if is_command() else ():
     if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
         signal.signal(_number, end_at_once)
 
 
 def interrupt(number, _) -> None:
-    """Ends a command by way of its `finally` clauses, which further signals do not disturb."""
+    """Handles a signal by raising KeyboardInterrupt(number), so that the `finally` clauses of the
+    command run. Further signals do not disturb them."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
-OUT_OF_MEMORY = (
-    "out of memory",
-    "allocate memory",
-    "enough memory",
-    "ALLOC_FAILED",
-)  # of CUDA, the CPU, cuBLAS
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory was too small; torch says so in a RuntimeError."""
-    return (
-        isinstance(error, MemoryError)
-        or isinstance(error, RuntimeError)
-        and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
-
-
-def bad_luck(error: Exception) -> str:
-    """What to say of an error that no other place has caught and that is no mistake of the program:
-    a file cannot be read or written, something is nested too deep, or the memory is too small.
-    "" for any other error."""
-    if isinstance(error, OSError):
-        where = (
-            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        )
-        return f"{where}{error.strerror or error}; put that right, or name another place"
-    if isinstance(error, RecursionError):
-        return "something in a file or a name is nested too deep"
-    if out_of_memory(error):
-        return f"the memory is too small ({(str(error).splitlines() or ['MemoryError'])[0][:150]}); choose a smaller model or batch"
-    return ""
+# ---- Standard output and standard error
 
 
 class Standard(io.TextIOWrapper):
     """Standard output or standard error, where the disk may be full and the reader may have gone.
 
-    Standard output raises UserError for that, or KeyboardInterrupt(SIGPIPE) where nobody reads on,
-    as after `head`; what is written from there on is lost. What standard error cannot take is lost
-    at once: nobody could be told, and the work does not depend on it.
+    Standard output (`raises`) raises UserError where the disk is full, and
+    KeyboardInterrupt(SIGPIPE) where nobody reads on, as after `head`; whatever is written later is
+    lost. Standard error loses what it cannot take, without an error: nobody could be told, and the
+    work does not depend on it.
     """
 
     def __init__(self, stream, raises: bool):
-        super().__init__(
-            stream.buffer,
-            stream.encoding,
-            "code_points",
-            line_buffering=stream.line_buffering,
-            write_through=stream.write_through,
-        )
+        how = {name: getattr(stream, name) for name in ("line_buffering", "write_through")}
+        super().__init__(stream.buffer, stream.encoding, "code_points", **how)
         self.raises = raises
 
     def write(self, text: str) -> int:
@@ -319,39 +349,40 @@ class Standard(io.TextIOWrapper):
         except OSError as error:
             if not self.raises:
                 return
-            send_nowhere(self.fileno())  # or the interpreter would try again when it ends
+            # Otherwise the interpreter would try to write the rest again when it ends.
+            send_nowhere(self.fileno())
             if isinstance(error, BrokenPipeError):
                 raise KeyboardInterrupt(signal.SIGPIPE) from None
-            raise UserError(
-                f"standard output cannot be written ({error.strerror}); make room, or "
-                "send it elsewhere"
-            ) from error
+            reason = f"standard output cannot be written ({error.strerror})"
+            raise UserError(f"{reason}; make room, or send it elsewhere") from error
 
 
 def send_nowhere(descriptor: int) -> None:
-    """What is written to the descriptor is lost from here on, without an error."""
+    """Loses what is written to the file descriptor from now on, without an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 class Line(logging.LogRecord):
-    """What a library logs, on one line that a terminal can only show."""
+    """A library's log message, as one_line makes it."""
 
     def getMessage(self) -> str:
         return one_line(super().getMessage())
 
 
 def prepare_streams() -> None:
-    """Makes standard output and standard error a Standard each, which shows what its encoding lacks
-    as JSON does. The number of a closed stream goes to no file that the command opens."""
-    codecs.register_error(
-        "code_points",
-        lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end),
-    )
+    """Makes standard output and standard error a Standard each, and log messages and warnings one
+    line each.
+
+    A character that the encoding lacks is written as JSON escapes it. Where a stream was closed,
+    its number is taken, so that no file which the command opens gets that number.
+    """
+    codecs.register_error("code_points", escape)
     for name, mode in (("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         stream = getattr(sys, name)
-        if stream is None:  # closed: a mode that makes what is read or written fail all the same
+        if stream is None:
+            # The stream is closed. In this mode stdin cannot be read, nor the others written.
             stream = open(os.open(os.devnull, mode), "r" if name == "stdin" else "w", closefd=False)
             setattr(sys, f"__{name}__", stream)
         if name != "stdin" and stream is getattr(sys, f"__{name}__"):
@@ -359,15 +390,28 @@ def prepare_streams() -> None:
         elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="code_points")
     logging.setLogRecordFactory(Line)
-    warnings.formatwarning = lambda message, category, file, line, _=None: (
-        f"{file}:{line}: {category.__name__}: {one_line(message)}\n"
-    )
+    warnings.formatwarning = format_warning
+
+
+def escape(error: UnicodeEncodeError) -> tuple[str, int]:
+    """Handles an error of encoding: (the characters as JSON escapes them, where they end)."""
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def format_warning(message, category, file, line, _=None) -> str:
+    return f"{file}:{line}: {category.__name__}: {one_line(message)}\n"
+
+
+# ---- Running
 
 
 def run(main) -> None:
-    """Calls main(argv); a UserError, or bad luck, becomes one line on stderr and exit status 2, a signal another
-    and 128 + its number, without a line where standard output has lost its reader. Signals that the
-    parent ignores, as nohup does, stay ignored."""
+    """Calls main(argv) as the command that this process is.
+
+    A UserError, or bad luck, becomes one line on stderr and exit status 2. A signal becomes one
+    line and exit status 128 + its number; there is no line where standard output has lost its
+    reader. Signals that the parent ignores, as nohup does, stay ignored.
+    """
     keep_freed_memory()
     prepare_streams()
     program = os.path.basename(sys.argv[0])
@@ -393,7 +437,8 @@ def run(main) -> None:
             print(f"{shown(program)}: interrupted ({signal.Signals(number).name})", file=sys.stderr)
         sys.exit(128 + number)
     finally:
-        with contextlib.suppress(UserError, KeyboardInterrupt):  # the one error is said already
+        # The first error has been printed already, and another one would hide it.
+        with contextlib.suppress(UserError, KeyboardInterrupt):
             sys.stdout.flush()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,9 +1,9 @@
-"""Where the sound of an audio file lies: its parts, each as libsndfile decodes all of it.
+"""Where the sound of an audio file lies: its parts, of which libsndfile decodes each to its end.
 
-libsndfile believes headers. A recorder that crashed, a pipe and `cat a.mp3 b.mp3` leave some that
-promise less or more than there is, or none at all. So the parts of a file are found by walking it,
-and where a header is wrong the part has a right one in its place. Nothing is decoded here; `file`
-is a seekable binary file, `start` and `stop` are places in it.
+libsndfile believes headers. A recorder that crashed, a pipe and `cat a.mp3 b.mp3` leave headers
+that promise less or more than there is, or none at all. So `parts` finds the parts of a file by
+walking over it, and puts a right header in the place of a wrong one. Nothing is decoded here.
+Throughout, `file` is a seekable binary file, and `start` and `stop` are places in it, in bytes.
 """
 
 import re
@@ -12,26 +12,31 @@ from typing import BinaryIO, NamedTuple
 
 
 class Part(NamedTuple):
-    """What to decode as one file, and what tells whether all of it was there."""
+    """What to decode as one file, and how to know whether all of it was there."""
 
-    pieces: list[bytes | tuple[int, int]]  # in their order: bytes, and what lies from start to stop
-    frames: int = 0  # how many there must be; 0: as many as the decoder says
-    share: float = 1.0  # how much of what the header promises is there
-    flaw: str = ""  # why it is not whole, where nothing says how much is lost
+    pieces: list[
+        bytes | tuple[int, int]
+    ]  # in order; (start, stop) stands for the bytes of the file
+    frames: int = 0  # so many samples must be there; 0: as many as the decoder says
+    share: float = 1.0  # of the bytes of samples that the header promises, this share is there
+    flaw: str = ""  # why the part is not whole, where nothing says how much is lost
 
 
 def parts(file: BinaryIO) -> list[Part]:
-    """All of a file, and of those that follow it; in a format that is not walked here the decoder
-    is left alone with it.
+    """The parts of a file, and of the files that follow it in the same file. A file of a format
+    without a walk (WALKS) is one part, as it is.
     """
-    place, stop, found = 0, file.seek(0, 2), []
+    place = 0
+    stop = file.seek(0, 2)
     whole = Part([(0, stop)])
+    found = []
     while size := tag_size(at(file, place, 32)):
         place += size
     while size := tag_before(file, stop):
         stop -= size
     if at(file, place, 4) not in WALKS and (place or sound_frame(file, place, stop)):
-        found, place = list(mpeg_parts(file, place, stop)), stop
+        found = list(mpeg_parts(file, place, stop))
+        place = stop
     while walk := WALKS.get(at(file, place, 4)) if place < stop else None:
         more, place = walk(file, place, stop)
         found += more
@@ -39,12 +44,13 @@ def parts(file: BinaryIO) -> list[Part]:
 
 
 def at(file: BinaryIO, place: int, size: int) -> bytes:
+    """The `size` bytes at a place, fewer at the end of the file."""
     file.seek(place)
     return file.read(size)
 
 
 def matches(file: BinaryIO, pattern: bytes, start: int, stop: int) -> Iterator[int]:
-    """The places of a pattern of at most 16 bytes, in order."""
+    """The places where a pattern of at most 16 bytes begins, in order."""
     block = 2**16
     for first in range(start, stop, block):
         content = at(file, first, min(block + 15, stop - first))
@@ -53,21 +59,22 @@ def matches(file: BinaryIO, pattern: bytes, start: int, stop: int) -> Iterator[i
                 yield first + found.start()
 
 
-# Tags, which any format may have before or after it
+# ---- Tags, which any format may have before or after it
 
 
 def tag_size(head: bytes) -> int:
-    """Bytes of the tag that `head` (32 bytes) begins, or 0: ID3v2, ID3v1, APE."""
+    """The size of the tag (ID3v2, ID3v1 or APE) that begins with the 32 bytes `head`, or 0."""
     if head[:3] == b"ID3" and len(head) >= 10:
         size = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
         return 10 + size + (10 if head[5] & 16 else 0)
     if head[:8] == b"APETAGEX" and len(head) == 32:
-        return 32 + (int.from_bytes(head[12:16], "little") if head[23] & 32 else 0)  # or a footer
+        is_header = head[23] & 32  # else it is a footer, which is a tag's last 32 bytes
+        return 32 + (int.from_bytes(head[12:16], "little") if is_header else 0)
     return 128 if head[:3] == b"TAG" else 0
 
 
 def tag_before(file: BinaryIO, stop: int) -> int:
-    """Bytes of the tag that ends at `stop`, or 0: ID3v1, APE."""
+    """The size of the tag (ID3v1 or APE) that ends at `stop`, or 0."""
     if stop >= 128 and at(file, stop - 128, 3) == b"TAG":
         return 128
     foot = at(file, stop - 32, 32) if stop >= 32 else b""
@@ -77,17 +84,19 @@ def tag_before(file: BinaryIO, stop: int) -> int:
     return size if 32 <= size <= stop else 0
 
 
-# wav and others of chunks: a name, a size, so many bytes. The samples are one of the chunks.
+# ---- wav and other formats of chunks: a name, a size, so many bytes. One chunk has the samples.
 
 
 class Chunks(NamedTuple):
-    first: int  # where the first one begins
-    name: int  # bytes of a name
-    size: int  # bytes of a size
-    order: str
-    align: int
-    data: bytes = b"data"  # how the name of the samples begins
-    ahead: int = 0  # bytes that the chunk of the samples has ahead of them
+    """How a format writes its chunks."""
+
+    first: int  # where the first chunk begins
+    name: int  # bytes of a chunk's name
+    size: int  # bytes of a chunk's size
+    order: str  # of the bytes of a size
+    align: int  # a chunk begins at a multiple of so many bytes
+    data: bytes = b"data"  # the name of the chunk with the samples begins so
+    ahead: int = 0  # bytes that this chunk has before the samples
 
 
 CHUNKS = {
@@ -98,46 +107,48 @@ CHUNKS = {
     b"caff": Chunks(8, 4, 8, "big", 1, ahead=4),
     b"riff": Chunks(40, 16, 8, "little", 8),
 }
-NAME = re.compile(rb"[ -~]{4}")  # of a chunk
-UNKNOWN = {4: 0x7F000000, 8: 2**62}  # by bytes of the size: what is promised on a pipe, or more
-METADATA = (
-    b"LIST",
-    b"id3 ",
-    b"ID3 ",
-    b"bext",
-    b"iXML",
-    b"cue ",
-    b"fact",
-    b"PEAK",
-    b"smpl",
-    b"JUNK",
-    b"_PMX",
-    b"cart",
-)
+# A chunk's name has four letters or signs.
+NAME = re.compile(rb"[ -~]{4}")
+# By the bytes of a size field: a writer that does not know the size, as on a pipe, says so or more.
+UNKNOWN = {4: 0x7F000000, 8: 2**62}
+# Chunks with these names may follow the samples.
+METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ")
+METADATA += (b"fact", b"PEAK", b"smpl", b"JUNK", b"_PMX", b"cart")
+# The next file begins so.
 HEAD = (
     rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
     rb"\.snd\x00\x00"
-)  # of the next file
+)
+# A wav file of one of these codes holds mp2 or mp3.
 MPEG_IN_WAV = (0x50, 0x55)
-LONGEST_HEADER = 2**22  # bytes, on a pipe: a recorder may put a picture there
-MOST_CHUNKS = 64  # behind the samples: walks from all of a file's heads to its end take the square
+# A header on a pipe has at most so many bytes; a recorder may put a picture there.
+LONGEST_HEADER = 2**22
+# At most so many chunks follow the samples. Without a limit, walks from each of a file's heads to
+# its end would take the square of their number.
+MOST_CHUNKS = 64
 
 
 def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """A size may be more than there is, because the file was cut short, or less, because its writer
-    had no time to say so.
+    """(the parts of a file of chunks that begins at `start`, where the next file begins).
+
+    The size of the samples may be more than there is, because the file was cut short, or less,
+    because its writer had no time to write the size.
     """
     kind = CHUNKS[at(file, start, 4)]
-    place, field, width, code = start + kind.first, None, kind.size, 0
+    place = start + kind.first
+    field = None  # where the size of the samples is written
+    width = kind.size
+    code = 0
     while True:
         if place + kind.name + kind.size > stop:
-            return [Part([(start, stop)])], stop  # no samples: the decoder will say so
+            return [Part([(start, stop)])], stop  # no samples, as the decoder will say
         head = at(file, place, kind.name + kind.size)
         body, size = place + len(head), chunk_size(kind, head)
         if head[:4] == kind.data:
             break
-        if head[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
-            field, width = body + 8, 8
+        if head[:4] == b"ds64":  # RF64 has the size of the samples there, in 8 bytes
+            field = body + 8
+            width = 8
         if head[:4] == b"fmt " and kind.order == "little":
             code = int.from_bytes(at(file, body, 2), "little")
         place = body + size + -size % kind.align
@@ -145,8 +156,9 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
         field = place + kind.name
     else:
         size = int.from_bytes(at(file, field, 8), "little")
+    # An odd number of bytes may be padded or not.
     ends = [end_of_chunks(file, kind, body + size + gap, stop) for gap in {-size % kind.align, 0}]
-    end = min(filter(None, ends), default=0)  # an odd number of bytes may be padded or not
+    end = min(filter(None, ends), default=0)
     if code in MPEG_IN_WAV:
         return list(mpeg_parts(file, body, body + size if end else stop)), end or stop
     if end:
@@ -159,18 +171,20 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
 
 
 def share_of(there: int, size: int, width: int) -> float:
-    """Of `size` bytes that are promised in a field of so many bytes, `there` is how many there are."""
+    """The share that `there` bytes are of the `size` bytes that a field of `width` bytes promises.
+    It is 1 where the field promises less, or says that the size is not known."""
     return there / size if 0 < there < size < UNKNOWN[width] else 1.0
 
 
 def chunk_size(kind: Chunks, head: bytes) -> int:
+    """The bytes of a chunk, without its head of name and size."""
     size = int.from_bytes(head[kind.name :], kind.order)
-    return max(size - 24, 0) if kind.name == 16 else size  # of W64, which counts the head
+    return max(size - 24, 0) if kind.name == 16 else size  # W64 counts the head, too
 
 
 def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
-    """Where the chunks from `place` on end, which is `stop` or the next file's begin; 0: what is
-    there are no chunks, or more than MOST_CHUNKS.
+    """Where the chunks from `place` on end: at `stop`, or where the next file begins. 0 where there
+    are no chunks, or more than MOST_CHUNKS.
     """
     for _ in range(MOST_CHUNKS):
         if stop - place < 4:
@@ -183,24 +197,26 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
         size = chunk_size(kind, head)
         place += len(head) + size + -size % kind.align
         if head[:4] in METADATA and place > stop:
-            return stop  # only it is cut short
+            return stop  # only this chunk is cut short
     return 0
 
 
 def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
-    """What a pipe holds ahead of its samples, as a file without any, and how many bytes of samples
-    it promises.
+    """(the header of a pipe as a file without samples, how many bytes of samples it promises).
 
-    read gives so many bytes, fewer at the end. Of formats without such a header there is b"".
+    read(n) gives the next n bytes, fewer at the end. In a format that no pipe may have the header
+    is b"".
     """
     head = read(8)
     if head[:4] in (b".snd", b"dns."):
         order = "big" if head[:4] == b".snd" else "little"
-        promised, body = int.from_bytes(read(4), order), int.from_bytes(head[4:], order)
+        promised = int.from_bytes(read(4), order)
+        body = int.from_bytes(head[4:], order)
         return head + bytes(4) + read(min(max(body, 24) - 12, LONGEST_HEADER)), promised
     if not (kind := CHUNKS.get(head[:4])):
         return b"", 0
-    wide, head = 0, bytearray(head.replace(b"RF64", b"RIFF") + read(kind.first - 8))
+    wide = 0
+    head = bytearray(head.replace(b"RF64", b"RIFF") + read(kind.first - 8))
     for _ in range(1000):  # no recorder writes as many chunks
         chunk = read(kind.name + kind.size)
         size = chunk_size(kind, chunk)
@@ -212,7 +228,7 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
         if not chunk or max(size, len(head)) > LONGEST_HEADER:
             break
         body = read(size + -size % kind.align)
-        if chunk[:4] == b"ds64":  # of RF64: 8 bytes for the size of the samples
+        if chunk[:4] == b"ds64":  # RF64 has the size of the samples there, in 8 bytes
             wide = int.from_bytes(body[8:16], "little")
         else:
             head += chunk + body
@@ -220,6 +236,7 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
 
 
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """(the part of an au file that begins at `start`, where the next file begins)."""
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
     size, body = (int.from_bytes(head[i : i + 4], order) for i in (8, 4))
@@ -231,15 +248,18 @@ def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     return [Part(pieces, share=share_of(stop - body, size, 4))], stop
 
 
-# FLAC and Ogg
+# ---- FLAC and Ogg
 
 
 def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """The number of samples is 0 where it was not known; it is always put so, and what is there is
-    decoded to its end.
+    """(the part of a FLAC file that begins at `start`, where the next file begins).
+
+    A header says 0 samples where their number is not known. The part's header always does, so that
+    all samples are decoded.
     """
     end = next(matches(file, rb"fLaC[\0\x80]\0\0\x22", start + 4, stop), stop)
-    head, sound_end = at(file, start, 26).ljust(26, b"\0"), end
+    head = at(file, start, 26).ljust(26, b"\0")
+    sound_end = end
     while size := tag_before(file, sound_end):
         sound_end -= size
     frames = int.from_bytes(head[21:26], "big") % 2**36
@@ -248,10 +268,13 @@ def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
 
 
 def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """A stream ends where a page follows that begins one, and is not itself one of several that
-    begin together.
+    """(the part of an Ogg stream that begins at `start`, where the next file begins).
+
+    The first pages of a stream may each open one of several streams that are mixed. A page that
+    opens a stream later begins the next file.
     """
-    place, opening = start, True
+    place = start
+    opening = True
     while place < stop:
         page = at(file, place, 27)
         if len(page) < 27:
@@ -260,16 +283,17 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
             break
         opening = page[5] & 2
         after = place + 27 + page[26] + sum(at(file, place + 27, page[26]))
-        if at(file, after, 4) not in (b"OggS", b""):  # it was cut short, or what follows is no page
+        if at(file, after, 4) not in (b"OggS", b""):  # this page was cut short, or no page follows
             after = next(matches(file, b"OggS", place + 4, stop), stop)
         place = after
     return [Part([(start, min(place, stop))])], min(place, stop)
 
 
-# mp3
+# ---- mp3
 
 
-BITRATES = {  # in kbit/s, of MPEG 1 and of MPEG 2 and 2.5, by layer
+# In kbit/s, by (MPEG 1 or not, which is MPEG 2 and 2.5; layer).
+BITRATES = {
     (True, 1): range(32, 449, 32),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -282,21 +306,25 @@ BITRATES = {  # in kbit/s, of MPEG 1 and of MPEG 2 and 2.5, by layer
 class SoundFrame(NamedTuple):
     """What the header of an MPEG audio frame says. A decoder wants one `kind` throughout."""
 
-    kind: tuple  # layer, rate, whether mono, and of layers 1 and 2, without Xing header, bit rate
-    size: int  # bytes; 0: of free format, the next frame's place tells
+    kind: tuple  # (layer, rate, True for mono, the bit rate where layer 1 or 2 has no Xing header)
+    size: int  # in bytes; 0 in free format, where it ends at the next frame
     samples: int
-    info: int  # where a Xing or Info header begins, if it has one
+    info: int  # where the Xing or Info header begins, if the frame has one
 
 
 def frame_of(head: bytes) -> SoundFrame | None:
-    """The frame that begins with `head`, if one does."""
+    """The frame whose header the 4 bytes of `head` are, or None where they are no header."""
     if len(head) < 4 or head[0] != 255 or head[1] < 224:
         return None
-    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
-    bitrate, rate = head[2] >> 4, head[2] >> 2 & 3
+    version = head[1] >> 3 & 3
+    layer = 4 - (head[1] >> 1 & 3)
+    bitrate = head[2] >> 4
+    rate = head[2] >> 2 & 3
     if version == 1 or layer == 4 or bitrate == 15 or rate == 3:
         return None
-    first, mono, padding = version == 3, head[3] >> 6 == 3, head[2] >> 1 & 1
+    first = version == 3
+    mono = head[3] >> 6 == 3
+    padding = head[2] >> 1 & 1
     rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]  # MPEG 1, 2, 2.5
     bitrate = bitrate and 1000 * BITRATES[first, layer][bitrate - 1]
     samples = 384 if layer == 1 else 1152 if layer == 2 or first else 576
@@ -308,7 +336,8 @@ def frame_of(head: bytes) -> SoundFrame | None:
 
 
 def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
-    """The frame at `place`, if it is one: another of its kind, a tag or the end follows."""
+    """The frame at `place`, or None where neither another of its kind, nor a tag, nor the end
+    follows it."""
     head = at(file, place, 4)
     frame = sized(file, place, stop, frame_of(head), head)
     if frame is None or place + frame.size == stop:
@@ -321,7 +350,8 @@ def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
 def sized(
     file: BinaryIO, place: int, stop: int, frame: SoundFrame | None, head: bytes
 ) -> SoundFrame | None:
-    """The same with its size, where its header does not tell: it ends where the next begins."""
+    """The frame with its size. In free format the header does not tell the size, and the frame ends
+    where the next begins."""
     if frame is None or frame.size:
         return frame
     like = re.escape(head[:2]) + b"[" + re.escape(bytes((head[2] & 0xFD, head[2] | 2))) + b"]"
@@ -329,38 +359,43 @@ def sized(
     return frame._replace(size=after - place)
 
 
-DECODER_DELAY = 529  # samples of layer 3, which a decoder that knows the length leaves out at first
+# So many samples a decoder of layer 3 leaves out at the start where it knows the length.
+DECODER_DELAY = 529
 XING = (b"Xing", b"Info", b"VBRI")
 
 
 class Run:
-    """Frames to decode together. State: where they lie, how many bytes between them are none, what
-    their Xing header says.
-    """
+    """Frames to decode together. State: where they lie, and what their Xing header says."""
 
     def __init__(self, head: bytes, frame: SoundFrame):
-        self.head, self.frame, self.extents = head[:4], frame, []
-        self.count = self.junk = self.promised = 0
+        self.head = head[:4]
+        self.frame = frame
+        self.extents: list[tuple[int, int]] = []  # (start, stop) of frames without a gap
+        self.count = 0  # of the frames
+        self.junk = 0  # bytes between the frames
+        self.promised = 0  # frames, by the Xing header
+        self.trim: tuple[int, int] | None = None  # samples added before and after, by that header
         self.flaw = ""
-        self.trim: tuple[int, int] | None = None  # samples added before and after, if it says so
 
     def add(self, place: int, size: int) -> None:
+        """Adds a frame of `size` bytes."""
         first = self.extents.pop()[0] if self.extents and self.extents[-1][1] == place else place
         self.extents.append((first, place + size))
         self.count += 1
 
     def part(self) -> Part:
-        """With a Xing header that is right: the decoder knows the length, and what to leave out at
-        either end.
+        """The frames behind a right Xing header, so that the decoder knows the length, and what to
+        leave out at either end.
         """
         lost = self.promised - self.count
-        if not self.promised:  # but what lies between the frames may have been some
+        if not self.promised:  # bytes between the frames may have been frames
             size = sum(stop - start for start, stop in self.extents)
             lost = self.junk * self.count // max(size, 1)
-        frames, header = (self.count + max(lost, 0)) * self.frame.samples, []
+        frames = (self.count + max(lost, 0)) * self.frame.samples
+        header = []
         if self.frame.kind[0] == 3:
             delay, padding = self.trim or (0, 0)
-            padding *= lost >= 0  # where more follows, the end that was padded is somewhere in it
+            padding *= lost >= 0  # where more frames follow, the padded end is somewhere in them
             frames -= delay + max(padding, DECODER_DELAY)
             trim = self.trim and (delay, padding * (lost <= 0))
             header = [xing_header(self.head, self.count, trim)]
@@ -368,8 +403,10 @@ class Run:
 
 
 def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes:
-    """A frame that says how many follow, and of how many samples to trim them."""
-    head = bytes((255, head[1] | 1, head[2] & 0x0C | 0xE0, head[3]))  # the highest bit rate: room
+    """A frame without sound that says how many frames follow, and how many samples (before, after)
+    to leave out of them."""
+    # The highest bit rate makes the frame long enough.
+    head = bytes((255, head[1] | 1, head[2] & 0x0C | 0xE0, head[3]))
     frame = frame_of(head)
     lame = b"LAME" + bytes(17) + (trim[0] << 12 | trim[1]).to_bytes(3, "big") if trim else b""
     content = b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big") + lame
@@ -377,8 +414,10 @@ def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes
 
 
 def reads_xing(run: Run, frame: bytes) -> bool:
-    """Whether a frame holds no sound but a Xing, Info or VBRI header; what that says goes to `run`."""
-    xing, vbri = frame[run.frame.info :], frame[36:]
+    """True where a frame holds no sound but a Xing, Info or VBRI header, which then fills in what
+    `run` knows of it."""
+    xing = frame[run.frame.info :]
+    vbri = frame[36:]
     if vbri[:4] == b"VBRI":
         run.promised = int.from_bytes(vbri[14:18], "big")
         return True
@@ -394,10 +433,12 @@ def reads_xing(run: Run, frame: bytes) -> bool:
 
 
 def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
-    """All frames, in runs: one begins with each Xing header, and where the kind of the frames
-    changes.
+    """The parts of MPEG audio: all frames, in runs. A run begins with each Xing header, and where
+    the kind of the frames changes.
     """
-    place, last, run = start, start, None  # last: where the last frame begins
+    place = start
+    last = start  # where the last frame begins
+    run = None
     while place < stop:
         head = at(file, place, 64)
         frame = sized(file, place, stop, frame_of(head), head)
@@ -405,11 +446,12 @@ def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
             frame = sound_frame(file, place, stop)
         ends_early = frame and place + frame.size > stop
         if ends_early or not frame and run and len(head) < 4 and run.head.startswith(head[:2]):
-            run.flaw, place = "it ends within a frame", stop
+            run.flaw = "it ends within a frame"
+            place = stop
         elif not frame and (size := tag_size(head[:32])):
             place += size
             last = place - 4
-        elif not frame:  # the last one may have been cut short, and the next begin in it
+        elif not frame:  # the last frame may have been cut short, and the next begin in it
             likely = matches(file, rb"\xff(?=[\xe0-\xff])", last + 4, stop)
             after = next((p for p in likely if sound_frame(file, p, stop)), stop)
             if run:
@@ -426,7 +468,8 @@ def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
                 run = new
             if not is_header:
                 run.add(place, frame.size)
-            place, last = place + frame.size, place
+            last = place
+            place += frame.size
     if run and (run.extents or run.promised):
         yield run.part()
 

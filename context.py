@@ -1,9 +1,11 @@
 """Hotwords: a file of phrases, and the automaton by which a prefix search favours them.
 
-Every token that goes on with a phrase earns a bonus. Where the phrase breaks off, what it has earned is given back, less what
-the longest beginning of a phrase in the last tokens is worth; a phrase that is heard to its end keeps its bonus. As in WeNet
-and icefall: Aho and Corasick 1975 (doi:10.1145/360825.360855), a trie with a link from each state to that longest beginning.
-Phrases are sequences of tokens: one of whole words in characters is also found inside of longer words.
+Every token that goes on with a phrase earns a bonus. Where a phrase breaks off, its bonus is given
+back, except for the part that the longest beginning of a phrase in the last tokens has earned. A
+phrase that is heard to its end keeps its bonus. This is as in WeNet and icefall, after Aho and
+Corasick 1975 (doi:10.1145/360825.360855): a trie with a link from each state to the state of that
+longest beginning. Phrases are sequences of tokens: where tokens are characters, a phrase is also
+found inside of longer words.
 """
 
 import re
@@ -13,16 +15,16 @@ from cli import UserError, option, options_class, shown
 
 import numpy as np
 
-from files import read_text
+from files import read_text, why
 from tokenizer import quoted
 
-LARGEST_SCORE = 1000.0  # of a token, in natural logarithms: no sound outweighs it
-MANY_TOKENS = 2**20  # of all phrases
+LARGEST_SCORE = 1000.0  # a token's bonus, in natural logarithms: no sound outweighs it
+MANY_TOKENS = 2**20  # all phrases together have at most so many
 
 
 @options_class
 class HotwordOptions:
-    """Phrases to favour in prefix beam search and in the rescoring of what it finds. Raises UserError."""
+    """Phrases that prefix beam search and the rescoring of its results favour. Raises UserError."""
 
     hotwords: str | None = option(
         None, "file of phrases to favour, one a line, which may end in its own score: new york :2"
@@ -42,29 +44,28 @@ class HotwordOptions:
 
 
 class ContextGraph(NamedTuple):
-    """The automaton of S states; 0 is the start, where nothing is matched."""
+    """An automaton of S states; in state 0, the start, no phrase has begun."""
 
-    keys: np.ndarray  # sorted 2**32 * state + token, of the trie's steps
-    targets: np.ndarray  # the states that they lead to
-    link: (
-        np.ndarray
-    )  # (S,) the state of the longest beginning of a phrase that what was matched ends with
-    held: (
-        np.ndarray
-    )  # (S,) the bonus of the phrase that has begun, to be given back if it breaks off
-    whole: np.ndarray  # (S,) the bonus of all phrases that end here, to keep
+    keys: np.ndarray  # the trie's steps as 2**32 * state + token, sorted
+    targets: np.ndarray  # the state that each step leads to
+    link: np.ndarray  # (S,) state of the longest shorter beginning of a phrase at the same place
+    held: np.ndarray  # (S,) bonus of the phrase that has begun, given back if it breaks off
+    whole: np.ndarray  # (S,) bonus of all phrases that end here, to keep
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """States and tokens that broadcast to each other -> the states behind the tokens, and the bonus of the step."""
-        before, targets = states, self.find(states * 2**32 + tokens)
+        """The states behind the tokens, and the bonus of the step; the arguments broadcast."""
+        before = states
+        targets = self.child(states, tokens)
         while (missing := (targets == 0) & (states > 0)).any():
             states = np.where(missing, self.link[states], 0)
-            targets = np.where(missing, self.find(states * 2**32 + tokens), targets)
+            targets = np.where(missing, self.child(states, tokens), targets)
         return targets, self.held[targets] - self.held[before] + self.whole[targets]
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[place] == keys, self.targets[place], 0)
+    def child(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The states that the trie's steps lead to, 0 where it has no such step."""
+        keys = states * 2**32 + tokens
+        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[places] == keys, self.targets[places], 0)
 
     def pending(self, states: np.ndarray) -> np.ndarray:
         """The bonus to give back where the sequence ends in these states."""
@@ -72,13 +73,22 @@ class ContextGraph(NamedTuple):
 
 
 def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
-    """The automaton of phrases (token ids, at least one; bonus per token). What two share has the larger bonus. Time and memory
-    grow as the number of tokens."""
-    trie, parents, last, depths, bonus, ends = {}, [0], [0], [0], [0.0], set()
+    """The automaton of phrases (token ids, at least one; bonus per token).
+
+    A token that several phrases share has the largest of their bonuses. Time and memory grow as the
+    number of tokens.
+    """
+    trie = {}  # 2**32 * state + token -> state; the states are 1, 2, ... in order of entry
+    parents = [0]
+    last = [0]  # the token that leads to each state
+    depths = [0]
+    bonus = [0.0]
+    ends = set()
     for tokens, score in phrases:
         state = 0
         for token in tokens:
-            if (child := trie.setdefault(2**32 * state + token, len(parents))) == len(parents):
+            child = trie.setdefault(2**32 * state + token, len(parents))
+            if child == len(parents):
                 parents.append(state)
                 last.append(token)
                 depths.append(depths[state] + 1)
@@ -86,55 +96,64 @@ def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
             state = child
             bonus[state] = max(bonus[state], score)
         ends.add(state)
-    held, whole, link = [0.0] * len(parents), [0.0] * len(parents), [0] * len(parents)
-    for state in sorted(
-        range(1, len(parents)), key=depths.__getitem__
-    ):  # links lead to states that are less deep
-        parent, key = link[parents[state]], last[state]
-        while parent and 2**32 * parent + key not in trie:
+    held = [0.0] * len(parents)
+    whole = [0.0] * len(parents)
+    link = [0] * len(parents)
+    # A link leads to a state that is less deep, so that state must be done first.
+    for state in sorted(range(1, len(parents)), key=depths.__getitem__):
+        parent = link[parents[state]]
+        while parent and 2**32 * parent + last[state] not in trie:
             parent = link[parent]
-        link[state] = trie.get(2**32 * parent + key, 0) if parents[state] else 0
+        if parents[state]:
+            link[state] = trie.get(2**32 * parent + last[state], 0)
         held[state] = held[parents[state]] + bonus[state]
         whole[state] = whole[link[state]] + (held[state] if state in ends else 0.0)
     keys = np.array(list(trie), np.int64)
-    order = keys.argsort()  # the trie's targets are 1, 2, ... in the order in which they were made
+    order = keys.argsort()
     return ContextGraph(keys[order], order + 1, *map(np.array, (link, held, whole)))
 
 
-def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
-    """The automaton of the phrases in a file, a line each; `score` is for lines that do not end in ` :SCORE`.
+def make_context(options: HotwordOptions, tokenizer) -> ContextGraph | None:
+    """The automaton of the options' phrases, None where there are none; see load_hotwords."""
+    if options.hotwords is None:
+        return None
+    return load_hotwords(options.hotwords, tokenizer, options.context_score)
 
-    Raises UserError for a file that cannot be read or has no phrase, and with its line for a phrase that the tokenizer
-    cannot spell.
+
+def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
+    """The automaton of the phrases in a file, a line each.
+
+    `score` is the bonus per token of phrases that do not end in their own, ` :SCORE`. Raises
+    UserError for a file that cannot be read or has no phrase, and with its line for a phrase that
+    the tokenizer cannot spell.
     """
     try:
         lines = re.split("\r\n?|\n", read_text(path))
     except (OSError, ValueError) as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError)
-            else "not UTF-8"
-            if isinstance(error, UnicodeDecodeError)
-            else error
-        )
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
         raise UserError(
             f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line"
         ) from error
-    phrases, left = [], MANY_TOKENS
+    phrases = []
+    count = 0
     for number, line in enumerate(lines, 1):
         if line.strip():
-            phrases.append(read_phrase(line, f"--hotwords {path}, line {number}", tokenizer, score))
-            left -= len(phrases[-1][0])
-        if left < 0:
+            where = f"--hotwords {path}, line {number}"
+            tokens, bonus = read_phrase(line, where, tokenizer, score)
+            phrases.append((tokens, bonus))
+            count += len(tokens)
+        if count > MANY_TOKENS:
             raise UserError(
-                f"--hotwords {path}: its phrases have more than {MANY_TOKENS} tokens; leave out those that matter least"
+                f"--hotwords {path}: its phrases have more than {MANY_TOKENS} tokens; leave out "
+                "those that matter least"
             )
     if not phrases:
         raise UserError(f"--hotwords {path}: no phrase in it; write one a line")
     return make_graph(phrases)
 
 
-def read_phrase(line: str, place: str, tokenizer, score: float) -> tuple[list[int], float]:
+def read_phrase(line: str, where: str, tokenizer, score: float) -> tuple[list[int], float]:
+    """The tokens of a phrase, and the bonus of each: `score` unless the line ends in its own."""
     *words, last = line.split()
     if words and last.startswith(":"):
         line = " ".join(words)
@@ -144,14 +163,15 @@ def read_phrase(line: str, place: str, tokenizer, score: float) -> tuple[list[in
             score = 0.0
         if not 0 < score <= LARGEST_SCORE:
             raise UserError(
-                f"{place}: {shown(last, 100)} is no score; write a number above 0 behind the colon, and at most "
-                f"{LARGEST_SCORE:g}"
+                f"{where}: {shown(last, 100)} is no score; write a number above 0 behind the "
+                f"colon, and at most {LARGEST_SCORE:g}"
             )
-    tokens, unknown = tokenizer.encode(line), sorted(set(tokenizer.unknown(line)))
+    tokens = tokenizer.encode(line)
+    unknown = sorted(set(tokenizer.unknown(line)))
     if unknown or not tokens:
         what = " ".join(map(quoted, unknown[:10])) or quoted(line[:40])
         raise UserError(
-            f"{place}: the tokenizer cannot spell {what}; write as its transcripts do (case "
+            f"{where}: the tokenizer cannot spell {what}; write as its transcripts do (case "
             "counts) or leave the phrase out"
         )
     return tokens, score

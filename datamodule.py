@@ -1,8 +1,8 @@
-"""From shards on disk to batches: concat, filter, length-grouped batches, and the transforms, run on every access.
+"""Turns shards on disk into batches: checks and joins shards, filters rows, groups them by length.
 
-Rows are HF datasets rows with input_values (raw audio, 16 kHz unless ROOT/prepare.json says otherwise), labels (token
-ids; a list, or a dict with input_ids) and, if it is there, length (= len(input_values)). Row numbers are positions in the
-concatenation of all shards.
+A row of a HF dataset has input_values (audio; 16 kHz unless ROOT/prepare.json says otherwise),
+labels (token ids; a list, or a dict with input_ids) and perhaps length (= len(input_values)). A row
+number is a position in the concatenation of all shards. Transforms run whenever a row is read.
 Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
 
@@ -37,7 +37,6 @@ from transforms import (
     Augment,
     Compose,
     Frontend,
-    as_it_is,
     eval_transform,
     make_generator,
     num_frames,
@@ -45,13 +44,18 @@ from transforms import (
     train_transform,
 )
 
-EVAL_SECONDS = 200.0  # of audio in a batch that is only heard, padding included: less than a GB of memory with preset base
+# Seconds of audio, padding included, in a batch that is not trained on: less than a GB of memory
+# with preset base.
+EVAL_SECONDS = 200.0
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
 
 @options_class
 class DataOptions:
-    """Batches, filter and workers. Raises UserError for sizes that contradict each other."""
+    """Says how batches are made, which rows are left out, and how many processes load them.
+
+    Raises UserError for sizes that contradict each other.
+    """
 
     batch_size: int | None = option(
         None,
@@ -87,21 +91,20 @@ class DataOptions:
     limit_rows: int | None = option(
         None, "use only the first rows of every split", at_least=1, at_most=10**9
     )
-    features_on_device: bool = option(
-        False, "features and masks on the training device, not in the loader: the same numbers"
-    )
 
     def __post_init__(self):
         if self.batch_size is not None and self.max_batch_seconds is not None:
             raise UserError("--batch_size and --max_batch_seconds: give one of them")
         if self.min_frame > self.max_frame:
             raise UserError(
-                f"--min_frame {self.min_frame} --max_frame {self.max_frame}: no row lies between them; lower "
-                "--min_frame or raise --max_frame"
+                f"--min_frame {self.min_frame} --max_frame {self.max_frame}: no row lies between "
+                "them; lower --min_frame or raise --max_frame"
             )
 
 
 class Batch(NamedTuple):
+    """Holds rows of one split, padded to the longest."""
+
     features: torch.Tensor  # (B,T,F) float32, zero padded
     feature_lengths: torch.Tensor  # (B,) frames
     labels: torch.Tensor  # (B,U) token ids, zero padded
@@ -109,7 +112,7 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # (B,) row numbers
 
     def __reduce__(self):
-        """What is small travels from the loader inside the message: a shared file costs both processes 0.2 ms a tensor."""
+        """Send small tensors inside the loader's message: a shared file costs 0.2 ms a tensor."""
         return unpack_batch, (self.features, *(tensor.numpy() for tensor in self[1:]))
 
 
@@ -117,14 +120,15 @@ def unpack_batch(features, *small) -> Batch:
     return Batch(features, *map(torch.from_numpy, small))
 
 
-# ---------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------ shards
 
 
 def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
-    """All shards ROOT/split/0, 1, ... (or 0/data ...) of all roots that have the split, in numeric order.
+    """Join the shards ROOT/split/0, 1, ... (or 0/data ...) of all roots that have the split.
 
-    Raises UserError for a missing root, a split that no root has, a shard that comes twice, a damaged one, a wrong schema
-    (naming the shard), and roots whose tokenizers differ.
+    Shards come in numeric order. Raises UserError for a missing root, a split that no root has, a
+    shard that comes twice, a damaged shard or one of a wrong schema (naming it), and roots whose
+    tokenizers differ.
     """
     check_tokenizers(data_roots)
     roots = list(map(Path, data_roots))
@@ -138,29 +142,24 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
     paths = [path for root in roots for path in shard_paths(root, split)]
     check_twice(paths)
     shards = [load_shard(path) for path in paths]
-    first, first_path = shards[0]
-    names = [
-        name
-        for name in first.column_names
-        if all(name in shard.column_names for shard, _ in shards)
-    ]
-    for shard, path in shards:
+    shared = set.intersection(*(set(shard.column_names) for shard in shards))
+    first = shards[0]
+    names = [name for name in first.column_names if name in shared]
+    for shard, path in zip(shards, paths):
         for name in names:
             if shard.features[name] != first.features[name]:
                 raise UserError(
-                    f"{path}: column {name} is {shard.features[name]} but in {first_path} it is "
+                    f"{path}: column {name} is {shard.features[name]} but in {paths[0]} it is "
                     f"{first.features[name]}; prepare both the same way"
                 )
+    # Selecting takes as long as opening, so it is done only where a column is left out.
     return datasets.concatenate_datasets(
-        [  # selecting takes as long as opening: only where there is something to leave out
-            shard if shard.column_names == names else shard.select_columns(names)
-            for shard, _ in shards
-        ]
+        [shard if shard.column_names == names else shard.select_columns(names) for shard in shards]
     )
 
 
 def check_tokenizers(data_roots) -> None:
-    """Raises UserError where the tokenizer.json of two data roots differ, or one cannot be read."""
+    """Raise UserError where the tokenizer.json of two data roots differ, or one cannot be read."""
     contents = {}
     for path in (Path(root) / "tokenizer.json" for root in data_roots):
         try:
@@ -172,24 +171,26 @@ def check_tokenizers(data_roots) -> None:
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(
-                f"{path} differs from {next(iter(contents))}: label ids would mean different things; prepare both "
-                "roots with the same --tokenizer"
+                f"{path} differs from {next(iter(contents))}: label ids would mean different "
+                "things; prepare both roots with the same --tokenizer"
             )
 
 
 def check_twice(paths: list[Path]) -> None:
-    """Raises UserError where two of the paths are the same folder."""
+    """Raise UserError where two of the paths are the same folder."""
     seen = {}
     for path in paths:
         other = seen.setdefault(path.resolve(), path)
         if other is not path:
+            also = f", also as {other}" if other != path else ""
             raise UserError(
-                f"{path}: its rows would come twice{f', also as {other}' if other != path else ''}; give every data "
-                "root once, or a copy of one whose rows shall count twice"
+                f"{path}: its rows would come twice{also}; give every data root once, or a copy of "
+                "one whose rows shall count twice"
             )
 
 
 def shard_paths(root: Path, split: str) -> list[Path]:
+    """List the shards of a split, and print what is left out. Raises UserError without any."""
     if not root.is_dir():
         raise UserError(f"{root}: no such data root; prepare.py makes one")
     if not (root / split).is_dir():
@@ -198,15 +199,14 @@ def shard_paths(root: Path, split: str) -> list[Path]:
             f"{root} has no split {split} (there: {', '.join(there)}); prepare.py makes one from "
             f"SRC/{split}/metadata.csv"
         )
-    shards = sorted(
-        (path for path in (root / split).iterdir() if path.name.isdecimal()),
-        key=lambda path: int(path.name),
-    )
+    there = list((root / split).iterdir())
+    shards = [path for path in there if path.name.isdecimal()]
+    shards.sort(key=lambda path: int(path.name))
     if not shards:
         raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
     others = sorted(
         path.name
-        for path in (root / split).iterdir()
+        for path in there
         if path.is_dir() and not path.name.isdecimal() and not path.name.startswith(".")
     )
     if others:
@@ -216,7 +216,8 @@ def shard_paths(root: Path, split: str) -> list[Path]:
     return [path / "data" if (path / "data" / "state.json").is_file() else path for path in shards]
 
 
-def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
+def load_shard(path: Path) -> datasets.Dataset:
+    """Open a shard that save_to_disk wrote. Raises UserError where it cannot be read."""
     try:
         if not (path / "state.json").exists() and (path / "dataset_dict.json").exists():
             raise ValueError(
@@ -224,23 +225,27 @@ def load_shard(path: Path) -> tuple[datasets.Dataset, Path]:
             )
         check_files(path)
         shard = datasets.Dataset.load_from_disk(str(path)).with_format(None)
-    except Exception as error:  # what datasets and pyarrow raise for JSON and tables of strangers has no common base
+    # The errors of datasets and pyarrow for damaged JSON and tables have no common base.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: cannot be read as a dataset ({reason}); prepare it again"
         ) from error
     check_schema(shard, path)
-    return shard, path
+    check_values(shard, path)
+    return shard
 
 
 def check_files(path: Path) -> None:
-    """Raises OSError, ValueError or ArrowInvalid where the datasets library would read files
-    outside the shard, wait for ever, fill the memory, or read memory that is not its own."""
+    """Raise OSError, ValueError or ArrowInvalid for files that the datasets library must not open.
+
+    It would read files outside the shard, wait for ever, fill the memory, or read memory that is
+    not its own.
+    """
     read_json(path / "dataset_info.json")
     for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
-        if (
-            os.path.isabs(name) or os.pardir in Path(name).parts
-        ):  # a link may lead to another disk, a name may not
+        # A link may lead to another disk, a name may not.
+        if os.path.isabs(name) or os.pardir in Path(name).parts:
             raise ValueError(f"its state.json names {name}, which lies outside")
         if not os.path.isfile(path / name):
             raise ValueError(f"its state.json names {name}, which is no file")
@@ -248,11 +253,11 @@ def check_files(path: Path) -> None:
 
 
 def check_arrow(path: str) -> None:
-    """Raises ValueError or ArrowInvalid where an Arrow stream lacks its end, where its buffers hold
-    less than it says of them, or where they are compressed.
+    """Raise ValueError or ArrowInvalid for an Arrow stream that is not whole, or is compressed.
 
-    Arrow believes the offsets of lists when it reads. Its full validation, which is asked for here,
-    looks at every offset, but at no audio.
+    Its end may be missing, or its buffers may hold less than their headers say. Arrow believes
+    the offsets of lists when it reads. Its full validation, which is asked for here, looks at every
+    offset, but at no audio.
     """
     name = os.path.basename(path)
     # A stream that was cut between two record batches looks to pyarrow like a whole, shorter one.
@@ -278,16 +283,20 @@ def check_arrow(path: str) -> None:
 
 
 def is_packed(message: pa.ipc.Message) -> bool:
-    """Whether the buffers of a record batch are compressed. pyarrow does not tell, so the field is
-    read from the flatbuffer: Message.header.compression in Arrow's format/Message.fbs."""
+    """Return whether the buffers of a record batch are compressed.
+
+    pyarrow does not tell, so the field is read from the flatbuffer: Message.header.compression in
+    Arrow's format/Message.fbs.
+    """
     content = message.metadata.to_pybytes()
 
     def number(place: int, size: int = 4) -> int:
         return int.from_bytes(content[place : place + size], "little", signed=size == 4)
 
     def field(table: int, index: int) -> int:
-        """Where field `index` of a flatbuffer's table lies, or 0."""
-        vtable, entry = table - number(table), 4 + 2 * index
+        """Return where field `index` of a flatbuffer's table lies, or 0."""
+        vtable = table - number(table)
+        entry = 4 + 2 * index
         offset = number(vtable + entry, 2) if entry < number(vtable, 2) else 0
         return offset and table + offset
 
@@ -296,7 +305,7 @@ def is_packed(message: pa.ipc.Message) -> bool:
 
 
 def check_schema(shard: datasets.Dataset, path: Path) -> None:
-    """Raises UserError where a column is missing, has a wrong type, or has rows without a value."""
+    """Raise UserError where a column is missing or has a wrong type."""
     schema = shard.data.schema
     for name in ("input_values", "labels"):
         if name not in schema.names:
@@ -306,41 +315,38 @@ def check_schema(shard: datasets.Dataset, path: Path) -> None:
         labels = (
             labels.field("input_ids").type if labels.get_field_index("input_ids") >= 0 else None
         )
-    for name, kind, is_value in (
-        ("input_values", schema.field("input_values").type, pa.types.is_floating),
-        ("labels", labels, pa.types.is_integer),
+    audio = schema.field("input_values").type
+    for name, kind, is_value, wanted in (
+        ("input_values", audio, pa.types.is_floating, "a list of floats"),
+        ("labels", labels, pa.types.is_integer, "a list of ints, or a dict with input_ids"),
     ):
         if not is_list(kind) or not is_value(kind.value_type):
-            wanted = (
-                "a list of floats"
-                if name == "input_values"
-                else "a list of ints, or a dict with input_ids"
-            )
             raise UserError(f"{path}: column {name} is {schema.field(name).type}, not {wanted}")
-    for name, column in (
-        ("input_values", shard.data.column("input_values")),
-        ("labels", label_column(shard)),
-    ):
+    if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
+        raise UserError(
+            f"{path}: column length is {schema.field('length').type}, not a whole number of "
+            "samples; leave it out, and it is computed"
+        )
+
+
+def check_values(shard: datasets.Dataset, path: Path) -> None:
+    """Raise UserError where a row has no value, or a length that its audio contradicts."""
+    audio = shard.data.column("input_values")
+    for name, column in (("input_values", audio), ("labels", label_column(shard))):
         if column.null_count:
             row = np.flatnonzero(column.is_null().to_numpy())[0]
             raise UserError(
                 f"{path}: column {name} has no value in row {row} of the shard; leave such rows out"
             )
-    if "length" in schema.names and not pa.types.is_integer(schema.field("length").type):
+    if "length" not in shard.column_names:
+        return
+    said = shard.data.column("length").to_numpy()  # nan where a length has no value
+    samples = list_lengths(audio)
+    for row in np.flatnonzero(said != samples)[:1]:
         raise UserError(
-            f"{path}: column length is {schema.field('length').type}, not a whole number of samples; leave it "
-            "out, and it is computed"
+            f"{path}: column length is {said[row]} in row {row} of the shard, but input_values has "
+            f"{samples[row]} samples there; leave the column out, and it is computed"
         )
-    if "length" in schema.names:
-        said, samples = (
-            shard.data.column("length").to_numpy(),
-            list_lengths(shard.data.column("input_values")),
-        )
-        for row in np.flatnonzero(said != samples)[:1]:  # one without a value is nan
-            raise UserError(
-                f"{path}: column length is {said[row]} in row {row} of the shard, but input_values has "
-                f"{samples[row]} samples there; leave the column out, and it is computed"
-            )
 
 
 def is_list(kind) -> bool:
@@ -349,33 +355,29 @@ def is_list(kind) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------- lengths, from Arrow offsets, never audio
+# --------------------------------------------------------- lengths, from Arrow offsets, never audio
 
 
 def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
-    """(rows,) int64 samples: the column `length`, or computed once from the list offsets."""
+    """Return the samples of each row, (rows,) int64: the column `length`, or from list offsets."""
     if "length" in dataset.column_names:
         lengths = dataset.data.column("length").to_numpy().astype(np.int64)
     else:
         lengths = list_lengths(dataset.data.column("input_values"))
     if dataset._indices is None:
         return lengths
-    return lengths[
-        dataset._indices.column(0).to_numpy()
-    ]  # rows picked by select or shuffle; their audio stays unread
+    # select or shuffle has picked rows; the audio of the others stays unread.
+    return lengths[dataset._indices.column(0).to_numpy()]
 
 
-def list_lengths(column) -> np.ndarray:
-    return np.concatenate(
-        [np.zeros(0, np.int64)]
-        + [
-            pa.compute.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)
-            for chunk in column.chunks
-        ]
-    )
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the length of each list, (rows,) int64."""
+    lengths = pa.compute.list_value_length(column)
+    return lengths.to_numpy().astype(np.int64)
 
 
 def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
+    """Return the token ids of each row as lists, without the dict that may hold them."""
     if dataset._indices is not None:
         dataset = dataset.select_columns("labels").flatten_indices()
     column = dataset.data.column("labels")
@@ -385,7 +387,10 @@ def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
 
 
 def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) int64 each: labels, and adjacent repeats among them (CTC needs a blank between)."""
+    """Return (labels, repeats), (rows,) int64 each.
+
+    A repeat is a label equal to the one before it, where CTC needs a blank between the two.
+    """
     parts = [(np.zeros(0, np.int64),) * 2]
     for chunk in label_column(dataset).chunks:
         values, lengths = label_values(chunk)
@@ -400,40 +405,40 @@ def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]
 
 
 def label_checksum(dataset: datasets.Dataset) -> int:
-    """The same for the same token ids in the same rows, however they are stored."""
+    """Return a checksum of the token ids in their rows, the same however they are stored."""
     checksum = 0
-    for parts in zip(
-        *map(label_values, label_column(dataset).chunks)
-    ):  # values of all chunks, then lengths of all chunks
+    # The values of all chunks come first, then the lengths of all chunks.
+    for parts in zip(*map(label_values, label_column(dataset).chunks)):
         for part in parts:
             checksum = zlib.crc32(part.astype(np.int64), checksum)
     return checksum
 
 
 def label_values(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """All token ids of the chunk's rows one after the other, and how many each row has."""
+    """Return all token ids of the chunk's rows, one after the other, and how many each row has."""
     return chunk.flatten().to_numpy(zero_copy_only=False), list_lengths(pa.chunked_array([chunk]))
 
 
 def check_token_ids(dataset: datasets.Dataset, tokenizer: Tokenizer, where: str) -> None:
-    """Raises UserError, naming the first such row, for ids outside the vocabulary or missing, and for blanks within a label."""
-    first = 0
+    """Raise UserError, naming the first row, for a token id that no label may hold.
+
+    That is an id outside the vocabulary, a missing one, or the blank.
+    """
+    first = 0  # row number of the chunk's first row
     for chunk in label_column(dataset).chunks:
         values, lengths = label_values(chunk)
+        # A missing id is nan, for which no comparison holds.
         good = (values >= 0) & (values < tokenizer.vocab_size) & (values != tokenizer.blank_id)
-        bad = np.flatnonzero(~good)  # a missing one is NaN, which compares as false
+        bad = np.flatnonzero(~good)
         if len(bad):
-            row, token = (
-                first + np.searchsorted(np.cumsum(lengths), bad[0], side="right"),
-                values[bad[0]],
-            )
-            reason = (
-                "is the CTC blank, which no label may hold"
-                if token == tokenizer.blank_id
-                else f"lies outside the tokenizer's 0 .. {tokenizer.vocab_size - 1}"
-            )
+            row = first + np.searchsorted(np.cumsum(lengths), bad[0], side="right")
+            token = values[bad[0]]
+            reason = f"lies outside the tokenizer's 0 .. {tokenizer.vocab_size - 1}"
+            if token == tokenizer.blank_id:
+                reason = "is the CTC blank, which no label may hold"
             raise UserError(
-                f"{where} row {row}: token id {token} {reason}; use the tokenizer that made the labels"
+                f"{where} row {row}: token id {token} {reason}; use the tokenizer that made the "
+                "labels"
             )
         first += len(lengths)
 
@@ -448,19 +453,20 @@ def filter_conformer_len_prob(
     input_layer: str,
     options: DataOptions,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Which rows CTC can learn from, and how many are dropped for what reason.
+    """Return which rows CTC can learn from, (rows,) bool, and how many are dropped for what reason.
 
-    A row stays when its encoder frames in the worst case (fastest speed, largest trim, this subsampling) times
-    output_len_prob are at least its labels plus their adjacent repeats (Graves et al. 2006: the shortest CTC path), and
-    its feature frames lie within min_frame .. max_frame.
+    `lengths` (rows,) are samples; label_lengths and repeats are those of label_statistics. A row
+    stays when its feature frames lie within min_frame .. max_frame, and when its encoder frames in
+    the worst case (fastest speed, largest trim, this subsampling) times output_len_prob are at
+    least its labels plus repeats, the shortest CTC path (Graves et al. 2006).
     """
     frames = num_frames(lengths, frontend)
-    worst = subsampled_length(shortest_frames(lengths, frontend, augment), input_layer)
+    encoder_frames = subsampled_length(shortest_frames(lengths, frontend, augment), input_layer)
+    shortest_path = np.maximum(label_lengths + repeats, 1)
     reasons = {
         f"shorter than {options.min_frame} frames": frames < options.min_frame,
         f"longer than {options.max_frame} frames": frames > options.max_frame,
-        "labels too long for CTC": worst * options.output_len_prob
-        < np.maximum(label_lengths + repeats, 1),
+        "labels too long for CTC": encoder_frames * options.output_len_prob < shortest_path,
     }
     keep = np.ones(len(lengths), bool)
     counts = {}
@@ -470,41 +476,39 @@ def filter_conformer_len_prob(
     return keep, {reason: count for reason, count in counts.items() if count}
 
 
-# ------------------------------------------------------------------------------------------------------ rows and batches
+# -------------------------------------------------------------------------------- rows and batches
 
 
 class SpeechDataset(Dataset):
-    """Keys (epoch, row) to examples: features (T,F), labels (U,), row. A function of (seed, epoch, row), nothing else."""
+    """Makes a Batch of keys (epoch, row). An example is a function of (seed, epoch, row) alone."""
 
     def __init__(self, dataset: datasets.Dataset, make_transform: Callable[[], Compose], seed: int):
-        self.dataset, self.make_transform, self.seed = (
-            dataset.select_columns(["input_values", "labels"]),
-            make_transform,
-            seed,
-        )
+        self.dataset = dataset.select_columns(["input_values", "labels"])
+        self.make_transform = make_transform
+        self.seed = seed
 
     @cached_property
     def transform(self) -> Compose:
-        """Built by the process that uses it: a chain of closures cannot be sent to a worker that was not forked."""
+        """Build the chain in the process that uses it: closures cannot be sent to a new process."""
         return self.make_transform()
 
-    def __getitem__(self, keys):
+    def __getitem__(self, keys) -> Batch:
         return collate([self.example(epoch, row) for epoch, row in keys])
 
-    def example(self, epoch: int, row: int):
-        waveform = torch.from_numpy(
-            row_values(self.dataset, "input_values", row).astype(np.float32)
-        )
-        example = self.transform({"input_values": waveform}, make_generator(self.seed, epoch, row))
-        return (
-            example["features"],
-            torch.from_numpy(row_values(self.dataset, "labels", row).astype(np.int64)),
-            row,
-        )
+    def example(self, epoch: int, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return features (T,F), labels (U,) and the row number."""
+        waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
+        labels = row_values(self.dataset, "labels", row).astype(np.int64)
+        example = {"input_values": torch.from_numpy(waveform)}
+        example = self.transform(example, make_generator(self.seed, epoch, row))
+        return example["features"], torch.from_numpy(labels), row
 
 
 def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
-    """A row's list, a view of the Arrow table: datasets' own NumPy format takes eight times as long."""
+    """Return a row's list as a view of the Arrow table.
+
+    The NumPy format of datasets takes eight times as long.
+    """
     if dataset._indices is not None:
         row = dataset._indices.column(0)[row].as_py()
     value = dataset.data.column(column)[row]
@@ -514,33 +518,38 @@ def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
 
 
 def collate(examples) -> Batch:
+    """Pad examples (features (T,F), labels (U,), row) with zeros to a Batch."""
     features, labels, rows = zip(*examples)
-    lengths = [len(f) for f in features]
+    lengths = [len(frames) for frames in features]
     padded = empty_shared(len(features), max(lengths), features[0].size(1))
     for place, frames in zip(padded, features):
         place[: len(frames)] = frames
         place[len(frames) :] = 0
     return Batch(
-        padded,
-        torch.tensor(lengths),
-        pad_sequence(labels, batch_first=True),
-        torch.tensor([len(y) for y in labels]),
-        torch.tensor(rows),
+        features=padded,
+        feature_lengths=torch.tensor(lengths),
+        labels=pad_sequence(labels, batch_first=True),
+        label_lengths=torch.tensor([len(tokens) for tokens in labels]),
+        rows=torch.tensor(rows),
     )
 
 
 def empty_shared(*shape: int) -> torch.Tensor:
-    """(shape) float32; in a worker in shared memory, which spares a copy on the way out, as torch's own collate does it."""
+    """Make an empty float32 tensor; a loader process makes it in shared memory.
+
+    That spares a copy on the way to the training process, as in torch's own collate.
+    """
     if get_worker_info() is None:
         return torch.empty(shape)
     return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)
 
 
 def start_worker(_) -> None:
-    torch.set_num_threads(
-        1
-    )  # a worker with as many threads as cores fights the training process for them
-    # Ctrl-C and many a SIGTERM reach all processes of a run. The training process finishes its step first, and needs workers.
+    """Set up a loader process: one thread, and signals that end it no sooner than training."""
+    # With as many threads as cores, it would fight the training process for them.
+    torch.set_num_threads(1)
+    # Ctrl-C and many a SIGTERM reach all processes of a run. The training process finishes its step
+    # first, and needs its loader processes for that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -548,17 +557,17 @@ def start_worker(_) -> None:
 
 
 def obey_parent() -> None:
-    """Ends the worker at a SIGTERM from the training process, and from nobody else."""
+    """End the loader process at a SIGTERM from the training process, and from nobody else."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def default_workers() -> int:
-    """Loader processes where none are asked for: training on a CPU wants all of its cores, a GPU wants to be fed."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """Return how many loader processes there are by default: at least 1 for a GPU, else 0."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     return min(4, max(1 if torch.cuda.is_available() else 0, cores - 2))
 
 
@@ -569,6 +578,7 @@ def make_loader(
     seed: int,
     options: DataOptions,
 ) -> DataLoader:
+    """Make the DataLoader of the batches that `sampler` plans, lists of keys (epoch, row)."""
     workers = default_workers() if options.num_workers is None else options.num_workers
     return DataLoader(
         SpeechDataset(dataset, make_transform, seed),
@@ -585,12 +595,13 @@ def make_loader(
 def load_split(
     data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | None = None
 ) -> datasets.Dataset:
-    """The concatenated split, token ids checked. Raises UserError also for an empty split."""
+    """Join the shards of a split, its first limit_rows rows alone, and check its token ids.
+
+    Raises UserError where get_concat_dataset does, and for an empty split or a wrong token id.
+    """
     dataset = get_concat_dataset(data_roots, split)
     if limit_rows is not None:
-        dataset = dataset.select(
-            range(min(limit_rows, len(dataset)))
-        )  # a slice of the Arrow table: nothing is copied
+        dataset = dataset.select(range(min(limit_rows, len(dataset))))
     where = ", ".join(f"{root}/{split}" for root in data_roots)
     if not len(dataset):
         raise UserError(f"{where}: no rows in it")
@@ -599,8 +610,10 @@ def load_split(
 
 
 def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
-    """Samples per second of the rows: what ROOT/prepare.json says, else 16,000. Raises UserError
-    where the roots differ, or where `frontend` takes the samples for others."""
+    """Return the samples per second of the rows: what ROOT/prepare.json says, else 16,000.
+
+    Raises UserError where the roots differ, or where `frontend` has another sample rate.
+    """
     rates = {}
     for root in data_roots:
         path = Path(root) / "prepare.json"
@@ -630,51 +643,26 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
 def eval_plan(
     dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1
 ):
-    """Batches of every row of a split, longest first, within --max_batch_seconds, else within EVAL_SECONDS and --batch_size."""
+    """Plan batches of every row of a split, longest first, as lists of keys (0, row).
+
+    A batch lies within --max_batch_seconds, else within EVAL_SECONDS and --batch_size.
+    """
     seconds = options.max_batch_seconds
     rows = math.inf if seconds else options.batch_size or 16
-    return eval_batches(
-        audio_lengths(dataset),
-        rows,
-        rank,
-        world_size,
-        (seconds or EVAL_SECONDS) * frontend.sample_rate,
-    )
+    samples = (seconds or EVAL_SECONDS) * frontend.sample_rate
+    return eval_batches(audio_lengths(dataset), rows, rank, world_size, samples)
 
 
 def eval_loader(
     dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """The batches of eval_plan, features without augmentation."""
+    """Load the batches of eval_plan, with features that are not augmented."""
     batches = eval_plan(dataset, frontend, options, rank, world_size)
-    return make_loader(
-        dataset, batches, in_loader(partial(eval_transform, frontend), options), 0, options
-    )
-
-
-def in_loader(make_transform: Callable[[], Compose], options: DataOptions) -> Callable[[], Compose]:
-    """What is left of a transform for the loader: with features_on_device nothing."""
-    return partial(Compose, [as_it_is]) if options.features_on_device else make_transform
-
-
-def with_features(batch: Batch, transform: Compose, seed: int, epoch: int) -> Batch:
-    """A batch of waveforms (B,N,1), as features_on_device makes them, to one of features, on the same device."""
-    features = [
-        transform({"input_values": samples[:length, 0]}, make_generator(seed, epoch, row))[
-            "features"
-        ]
-        for samples, length, row in zip(
-            batch.features, batch.feature_lengths.tolist(), batch.rows.tolist()
-        )
-    ]
-    lengths = torch.tensor([len(f) for f in features], device=batch.features.device)
-    return batch._replace(
-        features=pad_sequence(features, batch_first=True), feature_lengths=lengths
-    )
+    return make_loader(dataset, batches, partial(eval_transform, frontend), 0, options)
 
 
 class SpeechDataModule(L.LightningDataModule):
-    """train and dev for fit, eval_clean and (where present) eval_other for test."""
+    """Holds the splits train and dev for Lightning's "fit", dev alone for its "validate"."""
 
     def __init__(
         self,
@@ -688,33 +676,23 @@ class SpeechDataModule(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.data_roots, self.tokenizer, self.frontend = list(data_roots), tokenizer, frontend
-        self.augment, self.options, self.input_layer, self.seed = (
-            augment,
-            options,
-            input_layer,
-            seed,
-        )
+        self.data_roots = list(data_roots)
+        self.tokenizer = tokenizer
+        self.frontend = frontend
+        self.augment = augment
+        self.options = options
+        self.input_layer = input_layer
+        self.seed = seed
         self.splits: dict[str, datasets.Dataset] = {}
         self.make_train_transform = partial(train_transform, frontend, augment)
         self.kept = None  # row numbers of train that the filter kept
         self.start_batch = 0  # batches of the first epoch that a resumed run has seen
 
-    def prepare_data(self):
-        """Nothing: prepare.py is a command of its own."""
-
     def setup(self, stage: str):
+        """Open the splits of `stage`, "fit" or "validate". Raises UserError for bad data."""
         rows_rate(self.data_roots, self.frontend)
-        names = {
-            "fit": ["train", "dev"],
-            "validate": ["dev"],
-            "test": ["eval_clean", "eval_other"],
-        }[stage]
-        for name in names:
-            optional = name == "eval_other" and not any(
-                (Path(root) / name).is_dir() for root in self.data_roots
-            )
-            if name not in self.splits and not optional:
+        for name in {"fit": ["train", "dev"], "validate": ["dev"]}[stage]:
+            if name not in self.splits:
                 self.splits[name] = load_split(
                     self.data_roots, name, self.tokenizer, self.options.limit_rows
                 )
@@ -722,6 +700,7 @@ class SpeechDataModule(L.LightningDataModule):
             self.filter_train()
 
     def filter_train(self):
+        """Find the rows of train to keep. Raises UserError where none is left."""
         train = self.splits["train"]
         self.lengths = audio_lengths(train)
         self.label_lengths, repeats = label_statistics(train)
@@ -745,38 +724,39 @@ class SpeechDataModule(L.LightningDataModule):
         )
         if not len(self.kept):
             raise UserError(
-                f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter ({dropped}); "
-                "see --min_frame, --max_frame, --output_len_prob"
+                f"{', '.join(map(str, self.data_roots))}: no row of train is left after the filter "
+                f"({dropped}); see --min_frame, --max_frame, --output_len_prob"
             )
 
     def cmvn(self, most_rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean, 1 / standard deviation), each (F,), of the training split's features without augmentation.
+        """Return (mean, 1 / standard deviation), each (F,), of train without augmentation.
 
-        Of a larger split, `most_rows` rows spread evenly over it are taken: 20,000 take two minutes of one core.
+        Of a larger split, `most_rows` rows spread evenly over it are taken: 20,000 take two minutes
+        of one core.
         """
-        rows = self.kept[
-            np.linspace(0, len(self.kept) - 1, min(len(self.kept), most_rows)).astype(np.int64)
-        ]
+        places = np.linspace(0, len(self.kept) - 1, min(len(self.kept), most_rows))
         loader = make_loader(
             self.splits["train"],
-            [[(0, int(row))] for row in rows],
+            [[(0, int(row))] for row in self.kept[places.astype(np.int64)]],
             partial(eval_transform, self.frontend),
             self.seed,
             self.options,
         )
-        frames, total, squares = 0, 0.0, 0.0
+        frames = 0
+        total = 0.0
+        squares = 0.0
         for batch in loader:
             features = batch.features[0].double()  # (T,F)
             features = features[features.isfinite().all(dim=1)]
-            frames, total, squares = (
-                frames + len(features),
-                total + features.sum(0),
-                squares + features.square().sum(0),
-            )
+            frames += len(features)
+            total = total + features.sum(0)
+            squares = squares + features.square().sum(0)
         mean = total / frames
-        return mean.float(), (squares / frames - mean.square()).clamp(min=1e-20).rsqrt().float()
+        variance = (squares / frames - mean.square()).clamp(min=1e-20)
+        return mean.float(), variance.rsqrt().float()
 
     def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:
+        """Make the plan of train; after setup("fit")."""
         seconds = self.options.max_batch_seconds
         return LengthGroupedSampler(
             lengths=self.lengths[self.kept],
@@ -790,19 +770,26 @@ class SpeechDataModule(L.LightningDataModule):
         )
 
     def train_batches(self, world_size: int) -> int:
-        """Batches of one rank in an epoch; after setup('fit')."""
+        """Return the batches of one rank in an epoch; after setup("fit")."""
         return len(self.sampler(0, world_size))
 
     def ranks(self) -> tuple[int, int]:
+        """Return this process's rank, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def next_epoch(self) -> int:
-        """The epoch that training begins with. Lightning tells the sampler too, but in a resumed run only after the loader
-        processes have asked for their first batches."""
+        """Return the epoch that training begins with.
+
+        Lightning tells the sampler, too, but in a resumed run only after the loader processes have
+        asked for their first batches.
+        """
         return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
 
     def largest_batches(self) -> list[Batch]:
-        """The batches of this rank's next epoch that need most memory: by frames and, if it is another, by labels."""
+        """Load the batches of this rank's next epoch that need most memory.
+
+        They are the largest by frames and, if that is another one, the largest by labels.
+        """
         epoch = self.next_epoch()
         plan = self.sampler(*self.ranks()).plan(epoch)
         largest = [
@@ -814,48 +801,24 @@ class SpeechDataModule(L.LightningDataModule):
 
     @cached_property
     def dev_checksum(self) -> int:
-        """Of its lengths and labels; every checkpoint says it."""
+        """The checksum of the lengths and labels of dev, which every checkpoint holds."""
         return zlib.crc32(
             audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"])
         )
 
     def longest_dev_batch(self) -> Batch:
-        """Of this rank; the one that needs most memory."""
+        """Load this rank's batch of dev that needs most memory: the first of its plan."""
         batches = eval_plan(self.splits["dev"], self.frontend, self.options, *self.ranks())
-        return SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)[
-            batches[0]
-        ]
+        dataset = SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)
+        return dataset[batches[0]]
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
         sampler.set_epoch(self.next_epoch())
         sampler.start_batch = self.start_batch
         return make_loader(
-            self.splits["train"],
-            sampler,
-            in_loader(self.make_train_transform, self.options),
-            self.seed,
-            self.options,
+            self.splits["train"], sampler, self.make_train_transform, self.seed, self.options
         )
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        if not self.options.features_on_device:
-            return batch
-        return with_features(
-            batch, self.transforms[self.trainer.training], self.seed, self.trainer.current_epoch
-        )
-
-    @cached_property
-    def transforms(self) -> dict[bool, Compose]:
-        """Of features_on_device: in training, and else."""
-        return {True: self.make_train_transform(), False: eval_transform(self.frontend)}
 
     def val_dataloader(self) -> DataLoader:
         return eval_loader(self.splits["dev"], self.frontend, self.options, *self.ranks())
-
-    def test_dataloader(self) -> list[DataLoader]:
-        return [
-            eval_loader(self.splits[name], self.frontend, self.options, *self.ranks())
-            for name in ("eval_clean", "eval_other")
-            if name in self.splits
-        ]

@@ -1,15 +1,19 @@
-"""Searches: from CTC log-probabilities, and from attention decoders given as callables, to token sequences.
+"""Searches for token sequences: in CTC log-probabilities, and with attention decoders.
 
-Nothing here knows the model: CTC searches take log-probabilities, attention searches a function that scores tokens.
-Axes: B batch, T encoder frames, V vocabulary, N beam, K tokens that a frame offers, U tokens of a hypothesis, L = U + 1 with
-the leading <sos>, P nodes of a tree of hypotheses, M all hypotheses of all utterances. Scores are natural logarithms.
+Nothing here knows the model: a CTC search takes log-probabilities, an attention search takes a
+function that scores tokens. Axes: B batch, T encoder frames, V vocabulary, N beam, K tokens that a
+frame offers, U tokens of a hypothesis, L = U + 1 with the leading <sos>, P nodes of a tree of
+hypotheses, M all hypotheses of all utterances. Scores are natural logarithms.
 
-Sources: CTC prefix beam search, Hannun et al. 2014 (arXiv:1408.2873), with the two prunings and the Viterbi times of
-WeNet; attention rescoring, U2 (arXiv:2012.05481, section 3.3) and its right-to-left half, U2++ (arXiv:2106.05642, 3.1).
+Sources: CTC prefix beam search, Hannun et al. 2014 (arXiv:1408.2873), with WeNet's two prunings
+and Viterbi times; attention rescoring, U2 (arXiv:2012.05481, section 3.3) and its right-to-left
+half, U2++ (arXiv:2106.05642, 3.1).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -26,7 +30,11 @@ CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that 
 
 @options_class
 class SearchOptions:
-    """How an utterance is decoded, whatever the mode; the fields are arguments of model.decode. Raises UserError."""
+    """How an utterance is decoded, in any mode; model.decode takes the fields as keywords.
+
+    A new option is a field here and its use below: all between hands the options on as they are.
+    Raises UserError.
+    """
 
     beam_size: int = option(10, "hypotheses that a beam search keeps", at_least=1, at_most=100)
     chunk_size: int = option(
@@ -44,24 +52,30 @@ class SearchOptions:
     reverse_weight: float = option(
         0.3, "share of the right-to-left decoder in attention_rescoring", at_least=0.0, at_most=1.0
     )
+    length_penalty: float = option(
+        0.0,
+        "in mode attention: a score is divided by its number of tokens to this power; above 0 "
+        "favours long hypotheses",
+        at_least=0.0,
+        at_most=5.0,
+    )
 
     def __post_init__(self):
         if self.chunk_size == 0:
             raise UserError("--chunk_size 0: give at least 1 encoder frame, or -1 for full context")
         if self.left_chunks >= 0 and self.chunk_size == -1:
             raise UserError(
-                f"--left_chunks {self.left_chunks} means nothing at full context; give --chunk_size too"
+                f"--left_chunks {self.left_chunks} means nothing at full context; give "
+                "--chunk_size too"
             )
 
 
 class Hypothesis(NamedTuple):
-    """What was heard in one utterance. The fields without `nbest` are those of the best hypothesis, nbest[0]."""
+    """What a search found in one utterance. `tokens`, `score` and `times` are those of nbest[0]."""
 
     tokens: list[int]
-    score: float  # log-probability, or the search's weighted sum of log-probabilities; higher is better
-    times: list[
-        int
-    ]  # encoder frame of each token; empty where the search has no alignment (attention)
+    score: float  # log-probability, or the search's weighted sum of them; higher is better
+    times: list[int]  # encoder frame of each token; empty where a search has none (attention)
     nbest: list[list[int]]  # best first
     nbest_scores: list[float]
     nbest_times: list[list[int]]
@@ -71,16 +85,455 @@ def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[in
     return Hypothesis(nbest[0], scores[0], times[0], nbest, scores, times)
 
 
-# ---------------------------------------------------------------------------------------------------------------- CTC
+# ------------------------------------------------- CTC prefix beam search: the plain definition
+
+
+@dataclass
+class _Paths:
+    """All CTC paths to one prefix: those that end in a blank, and those that end in its last token.
+
+    Each kind has the log-probability of all its paths, that of its likeliest single path (Viterbi),
+    and the frames at which this path has the prefix's tokens.
+    """
+
+    blank: float = -math.inf
+    token: float = -math.inf
+    viterbi_blank: float = -math.inf
+    viterbi_token: float = -math.inf
+    times_blank: tuple[int, ...] = ()
+    times_token: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> float:
+        return _log_add(self.blank, self.token)
+
+    @property
+    def viterbi(self) -> tuple[float, tuple[int, ...]]:
+        """Log-probability and times of the likeliest path; one to the token wins a tie (WeNet)."""
+        if self.viterbi_blank > self.viterbi_token:
+            return self.viterbi_blank, self.times_blank
+        return self.viterbi_token, self.times_token
+
+
+def _log_add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b)), rounded as NumPy's logaddexp."""
+    return max(a, b) if min(a, b) == -math.inf else max(a, b) + math.log1p(math.exp(-abs(a - b)))
+
+
+def plain_prefix_beam_search(
+    log_probs: torch.Tensor, beam_size: int, blank_id: int = 0
+) -> Hypothesis:
+    """CTC prefix beam search of one utterance (T,V), prefix by prefix in WeNet's order.
+
+    This function is the definition: ctc_prefix_beam_search finds the same for a whole batch, to the
+    bit and with ties in the same order. Read this one to know what is searched for.
+    """
+    beam = {(): _Paths(blank=0.0, viterbi_blank=0.0)}
+    for frame, row in enumerate(log_probs):
+        reached = defaultdict(_Paths)
+        for log_prob, token in zip(*(part.tolist() for part in row.topk(min(beam_size, len(row))))):
+            for prefix, paths in beam.items():
+                total = paths.total
+                viterbi, times = paths.viterbi
+                if token == blank_id:  # The prefix stays.
+                    same = reached[prefix]
+                    same.blank = _log_add(same.blank, total + log_prob)
+                    same.viterbi_blank = viterbi + log_prob
+                    same.times_blank = times
+                    continue
+                if prefix[-1:] == (token,):  # The last token goes on: the prefix stays.
+                    same = reached[prefix]
+                    same.token = _log_add(same.token, paths.token + log_prob)
+                    if same.viterbi_token < paths.viterbi_token + log_prob:
+                        same.viterbi_token = paths.viterbi_token + log_prob
+                        # WeNet keeps the times of a path that entered the prefix in this frame.
+                        same.times_token = same.times_token or (*paths.times_token[:-1], frame)
+                    # Only paths with a blank in between get a second, equal token.
+                    total = paths.blank
+                    viterbi = paths.viterbi_blank
+                    times = paths.times_blank
+                longer = reached[*prefix, token]
+                longer.token = _log_add(longer.token, total + log_prob)
+                if longer.viterbi_token < viterbi + log_prob:
+                    longer.viterbi_token = viterbi + log_prob
+                    longer.times_token = (*times, frame)
+        best = sorted(reached.items(), key=lambda item: item[1].total, reverse=True)
+        beam = dict(best[:beam_size])
+    # A beam wider than the number of possible sequences also holds impossible ones.
+    found = [item for item in beam.items() if item[1].total > -math.inf] or list(beam.items())[:1]
+    return _from_nbest(
+        [list(prefix) for prefix, _ in found],
+        [paths.total for _, paths in found],
+        [list(paths.viterbi[1]) for _, paths in found],
+    )
+
+
+# ------------------------------------------------ CTC prefix beam search: the same for a batch
+
+# Rows of Beam.prefixes: the prefix's number, that of the prefix without its last token, its last
+# token, and the state of the context (hotwords).
+PREFIX, PARENT, LAST, STATE = range(4)
+# Rows of Beam.scores, as in _Paths: all paths; those to a blank; those to the last token; the
+# likeliest one to a blank; the likeliest one to the last token; and the bonus of the context.
+TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
+# Rows of Beam.times: of the likeliest path to a blank, of the likeliest path to the last token, and
+# of the latter without its last time.
+TO_BLANK, TO_TOKEN, BEFORE_TOKEN = range(3)
+
+
+class Beam(NamedTuple):
+    """The N likeliest prefixes of each utterance, best first: all that the next frame needs.
+
+    A beam is a value: an old one stays valid, because `lists` only grows. Prefixes and times are
+    linked lists, each known by its number, equal lists by the same number; 0 is the empty list. N
+    is at most beam_size. Where an utterance has fewer prefixes, the number is -1 and the scores are
+    nan.
+    """
+
+    lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
+    context: object | None  # what favours phrases, see ctc_prefix_beam_search
+    frames: int  # how many have been searched
+    prefixes: np.ndarray  # (4,B,N) int64
+    scores: np.ndarray  # (6,B,N) float64
+    times: np.ndarray  # (3,B,N) int64, numbers of lists
+
+
+class _Offers(NamedTuple):
+    """The K likeliest tokens of a frame for each utterance, best first."""
+
+    tokens: np.ndarray  # (B,K) int64
+    log_probs: np.ndarray  # (B,K) float64; nan for the blank
+    best: np.ndarray  # (B,1) log-probability of the likeliest token, -inf where there is none
+    blank: np.ndarray  # (B,1) log-probability of the blank, -inf where it is not offered
+    blank_rank: np.ndarray  # (B,1) the blank's place in tokens, K where it is not offered
+
+
+class _Entries(NamedTuple):
+    """By which offered token the prefixes (B,N) that are there already can be reached again.
+
+    A prefix is reached by its own last token, which goes on, and by the extension of its parent
+    with this token, if the parent is in the beam, too.
+    """
+
+    offered: np.ndarray  # bool: the frame offers the prefix's last token
+    rank: np.ndarray  # the token's place among the offers, where it is offered
+    source: np.ndarray  # the parent's place in the beam, where the parent is in it
+    merges: np.ndarray  # bool: the token is offered and the parent is in the beam
+
+
+class _Candidates(NamedTuple):
+    """Prefixes for the next beam; `...` is (N,) for those that stay, (K,N) for longer ones."""
+
+    scores: np.ndarray  # (6,B,...); TOTAL is nan where there is no such prefix
+    earlier: np.ndarray  # (B,...) the times before the last one on the likeliest path to the token
+    states: np.ndarray  # (B,...) of the context
+
+
+def ctc_prefix_beam_search(
+    log_probs: torch.Tensor,
+    lengths: torch.Tensor,
+    search: SearchOptions,
+    blank_id: int = 0,
+    context=None,
+) -> list[Hypothesis]:
+    """Finds the likeliest token sequences, each summed over its paths.
+
+    log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance, with at most
+    search.beam_size nbest. A frame offers only its beam_size likeliest tokens (first pruning), and
+    only the beam_size likeliest prefixes go on (second pruning). A score is the log-probability of
+    the sequence, exact when the beam holds every prefix; a token's time is the last frame of its
+    run on the likeliest single path. `context`, a context.ContextGraph, adds a bonus to the scores
+    of sequences with its phrases, in the search and in the result. The offers are found on the
+    device of log_probs; the search runs in NumPy on the CPU, in float64.
+    """
+    beam = prefix_start(len(log_probs), context)
+    return prefix_result(prefix_advance(beam, log_probs, search, blank_id, lengths))
+
+
+def prefix_start(batch_size: int = 1, context=None) -> Beam:
+    """The beam before the first frame of a stream: the empty prefix."""
+    root = np.zeros((batch_size, 1), np.int64)
+    nothing = np.full_like(root, -2)  # no prefix and no token has this number
+    certain = np.zeros((batch_size, 1))
+    impossible = np.full_like(certain, -math.inf)
+    return Beam(
+        lists={-1: 0},
+        context=context,
+        frames=0,
+        prefixes=np.stack((root, nothing, nothing, root)),
+        scores=np.stack((certain, certain, impossible, certain, impossible, certain)),
+        times=np.stack((root, root, root)),
+    )
+
+
+def prefix_advance(
+    beam: Beam,
+    log_probs: torch.Tensor,
+    search: SearchOptions,
+    blank_id: int = 0,
+    lengths: torch.Tensor | None = None,
+) -> Beam:
+    """The beam after the next frames log_probs (B,T,V), T >= 0, of which lengths (B,) count.
+
+    All frames count where lengths is None.
+    """
+    size = search.beam_size
+    with np.errstate(invalid="ignore"):  # nan stands for what does not exist
+        for offers in _read_offers(log_probs, size, blank_id, lengths):
+            beam = _advance_by_blank(beam, offers, size) or _advance(beam, offers, size)
+    return beam
+
+
+def prefix_result(beam: Beam) -> list[Hypothesis]:
+    """What the beam holds of each utterance, best first."""
+    prefixes = beam.prefixes[PREFIX]
+    totals = beam.scores[TOTAL] + beam.scores[BONUS]
+    _, times = _viterbi(beam)
+    if beam.context is not None:
+        totals = totals - beam.context.pending(beam.prefixes[STATE])
+        rows = np.arange(len(totals))[:, None]
+        order = np.argsort(-totals, axis=1, kind="stable")
+        prefixes, totals, times = (part[rows, order] for part in (prefixes, totals, times))
+    keys = list(beam.lists)
+    results = []
+    for row_prefixes, scores, row_times in zip(prefixes.tolist(), totals.tolist(), times.tolist()):
+        # A beam wider than the number of possible sequences also holds impossible ones, at -inf.
+        possible = sum(score > -math.inf for score in scores) or 1
+        nbest = [_unlink(keys, number) for number in row_prefixes[:possible]]
+        nbest_times = [_unlink(keys, number) for number in row_times[:possible]]
+        results.append(_from_nbest(nbest, scores[:possible], nbest_times))
+    return results
+
+
+def _unlink(keys: list[int], number: int) -> list[int]:
+    """The items of the list with this number."""
+    items = []
+    while number > 0:
+        number, item = divmod(keys[number], 2**32)
+        items.append(item)
+    return items[::-1]
+
+
+def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list[int]:
+    """The numbers of the lists that continue those numbered `earlier` by `items`."""
+    return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
+
+
+def _read_offers(
+    log_probs: torch.Tensor, beam_size: int, blank_id: int, lengths: torch.Tensor | None
+) -> Iterator[_Offers]:
+    """The offers of each frame, brought to the CPU in one transfer.
+
+    An utterance that has ended is offered one certain blank, which changes nothing.
+    """
+    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (B,T,K) each
+    both = torch.stack((tokens.double(), values.double()))  # (2,B,T,K)
+    if lengths is not None:
+        frames = torch.arange(values.shape[1], device=values.device)
+        ended = frames >= lengths.to(values.device)[:, None]  # (B,T)
+        # Token -1 at -inf stands for no offer.
+        silence = [[-1.0] * values.shape[2], [-math.inf] * values.shape[2]]
+        silence = both.new_tensor(silence)  # (2,K)
+        silence[:, 0] = both.new_tensor([blank_id, 0.0])
+        both = torch.where(ended[..., None], silence[:, None, None], both)
+    tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each
+    is_blank = tokens == blank_id
+    ranks = np.arange(tokens.shape[2])
+    log_probs = np.where(is_blank | (tokens < 0), math.nan, values)
+    best = np.fmax.reduce(log_probs, axis=-1, keepdims=True, initial=-math.inf)
+    blank = np.where(is_blank, values, -math.inf).max(-1, keepdims=True)
+    blank_rank = np.where(is_blank, ranks, len(ranks)).min(-1, keepdims=True)
+    return map(_Offers._make, zip(tokens.astype(np.int64), log_probs, best, blank, blank_rank))
+
+
+def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
+    """(B,N) score and times of the likeliest path; one to the token wins a tie, as in _Paths."""
+    blank, token = beam.scores[[VITERBI_BLANK, VITERBI_TOKEN]]
+    by_blank = blank > token
+    times = np.where(by_blank, beam.times[TO_BLANK], beam.times[TO_TOKEN])
+    return np.where(by_blank, blank, token), times
+
+
+def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | None:
+    """The beam after a frame in which only the blank matters, as in most frames; else None.
+
+    Two conditions make it so, in every utterance. No offered token is the last of a prefix, so that
+    no token leads to a prefix that is there already. And the blank keeps even the least prefix
+    above every longer one, which scores at most the best prefix with the best token. Then all
+    totals change by the blank's log-probability, which keeps their order.
+    """
+    total = beam.scores[TOTAL]
+    if (
+        beam.context is not None
+        or total.shape[1] < beam_size
+        or (beam.prefixes[LAST][:, None] == offers.tokens[..., None]).any()
+        or not (total[:, -1:] + offers.blank > total[:, :1] + offers.best).all()
+    ):
+        return None
+    viterbi, times = _viterbi(beam)
+    total = total + offers.blank
+    viterbi = viterbi + offers.blank
+    impossible = np.full_like(total, -math.inf)
+    scores = (total, total, impossible, viterbi, impossible, beam.scores[BONUS])
+    return beam._replace(
+        frames=beam.frames + 1,
+        scores=np.array(scores),
+        times=np.array((times, np.zeros_like(times), beam.times[BEFORE_TOKEN])),
+    )
+
+
+def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
+    """The beam after a frame: the best of the prefixes that stay and of the longer ones."""
+    # Where the offered token (K) is the last of the prefix (N).
+    repeats = beam.prefixes[LAST][:, None] == offers.tokens[..., None]  # (B,K,N)
+    viterbi = _viterbi(beam)
+    entries = _find_entries(beam, repeats)
+    longer = _extend(beam, offers, repeats, viterbi)
+    stay = _stay(beam, offers, entries, viterbi, longer)
+    # An extension that is there already has been counted in `stay`: here it does not exist.
+    row, place = entries.merges.nonzero()
+    longer.scores[TOTAL, row, entries.rank[row, place], entries.source[row, place]] = math.nan
+    candidates = _Candidates._make(
+        np.concatenate((few, many.reshape(*few.shape[:-1], -1)), axis=-1)  # (..., N + K*N)
+        for few, many in zip(stay, longer)
+    )
+    totals = candidates.scores[TOTAL] + candidates.scores[BONUS]
+    best = np.lexsort((_order(offers, entries), -totals))[:, :beam_size]  # (B,N'), nan last
+    rows = np.arange(len(best))[:, None]
+    chosen = _Candidates._make(part[..., rows, best] for part in candidates)
+    return _next_beam(beam, offers, chosen, best, ~np.isnan(totals[rows, best]), viterbi[1])
+
+
+def _find_entries(beam: Beam, repeats: np.ndarray) -> _Entries:
+    """See _Entries; repeats (B,K,N) says where an offered token is the last of a prefix."""
+    offered = repeats.any(1)
+    is_parent = beam.prefixes[PREFIX][:, :, None] == beam.prefixes[PARENT][:, None]  # (B,N,N)
+    merges = is_parent.any(1) & offered
+    return _Entries(offered, repeats.argmax(1), is_parent.argmax(1), merges)
+
+
+def _extend(
+    beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: tuple[np.ndarray, np.ndarray]
+) -> _Candidates:
+    """Every prefix with every offered token behind it, (K,N); nan where the token is the blank.
+
+    Where the token repeats the prefix's last one, only the paths that end in a blank count: without
+    a blank in between there would be one token, not two.
+    """
+    total, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
+    best, best_times = (part[:, None] for part in viterbi)  # (B,1,N) each
+    log_probs = offers.log_probs[..., None]  # (B,K,1)
+    states = beam.prefixes[STATE][:, None]
+    gain = 0.0
+    if beam.context is not None:
+        states, gain = beam.context.step(states, offers.tokens[..., None])  # (B,K,N) each
+    scores = np.full((len(beam.scores), *repeats.shape), -math.inf)
+    scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, total) + log_probs
+    scores[VITERBI_TOKEN] = np.where(repeats, viterbi_blank, best) + log_probs
+    scores[BONUS] = bonus + gain
+    earlier = np.where(repeats, beam.times[TO_BLANK][:, None], best_times)
+    return _Candidates(scores, earlier, np.broadcast_to(states, repeats.shape))
+
+
+def _stay(
+    beam: Beam,
+    offers: _Offers,
+    entries: _Entries,
+    viterbi: tuple[np.ndarray, np.ndarray],
+    longer: _Candidates,
+) -> _Candidates:
+    """The prefixes that stay, (N,), with all paths that lead to them in this frame.
+
+    A path stays by a blank, by the last token, which goes on, or enters from the parent, as one of
+    the `longer` candidates. TOTAL is nan where the frame offers neither the blank nor the token.
+    """
+    total, _, token, _, viterbi_token, bonus = beam.scores
+    rows = np.arange(len(total))[:, None]
+    places = np.arange(total.shape[1])
+    by_rank = (rows, entries.rank)
+    by_parent = (rows, entries.rank, entries.source)
+    goes_on = np.where(entries.offered, offers.log_probs[by_rank], -math.inf)
+    enters = np.where(entries.merges, longer.scores[TOKEN][by_parent], -math.inf)
+    viterbi_enters = np.where(entries.merges, longer.scores[VITERBI_TOKEN][by_parent], -math.inf)
+    viterbi_goes_on = viterbi_token + goes_on
+    blank = total + offers.blank
+    token = np.logaddexp(token + goes_on, enters)
+    exists = entries.offered | (offers.blank_rank < offers.tokens.shape[1])
+    # WeNet keeps the times of a path that enters in this frame and is come upon first, because its
+    # parent stands before the prefix, even if the path that goes on is likelier.
+    first = (entries.source < places) & (viterbi_enters > -math.inf)
+    entered = (viterbi_enters > viterbi_goes_on) | first
+    scores = (
+        np.where(exists, np.logaddexp(blank, token), math.nan),
+        blank,
+        token,
+        viterbi[0] + offers.blank,
+        np.maximum(viterbi_enters, viterbi_goes_on),
+        bonus,
+    )
+    earlier = np.where(entered, longer.earlier[by_parent], beam.times[BEFORE_TOKEN])
+    return _Candidates(np.array(scores), earlier, beam.prefixes[STATE])
+
+
+def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
+    """When WeNet comes upon each candidate (B,N+K*N), which decides ties: the first one wins.
+
+    WeNet goes by token, and for each token by prefix. The step of token k and prefix n has the
+    number 2 * (k * N + n) for the prefix that stays, and one more for the longer one.
+    """
+    size = offers.tokens.shape[1]
+    count = entries.rank.shape[1]
+    places = np.arange(count)
+    last_token = np.where(entries.offered, entries.rank, size)
+    by_itself = 2 * (np.minimum(offers.blank_rank, last_token) * count + places)
+    from_parent = 2 * (entries.rank * count + entries.source) + 1
+    order = np.empty((len(by_itself), count + size * count), np.int64)
+    order[:, :count] = np.where(entries.merges, np.minimum(by_itself, from_parent), by_itself)
+    order[:, count:] = np.arange(1, 2 * size * count, 2)
+    return order
+
+
+def _next_beam(
+    beam: Beam,
+    offers: _Offers,
+    chosen: _Candidates,
+    best: np.ndarray,
+    exists: np.ndarray,
+    viterbi_times: np.ndarray,
+) -> Beam:
+    """The beam of the chosen candidates (B,N'), whose places among all N + K*N are `best`."""
+    rows = np.arange(len(best))[:, None]
+    rank, source = np.divmod(best, beam.prefixes.shape[2])  # rank 0 stays, k + 1 has token k behind
+    number, parent, last, _ = beam.prefixes[:, rows, source]
+    parent = np.where(rank > 0, number, parent)
+    last = np.where(rank > 0, offers.tokens[rows, rank - 1], last)
+    longer = (rank > 0) & exists
+    number[longer] = _link(beam.lists, parent[longer], last[longer])
+    number[~exists] = -1
+    parent[~exists] = -2
+    chosen.scores[:, ~exists] = math.nan
+    times = np.zeros_like(number)
+    reached = chosen.scores[VITERBI_TOKEN] > -math.inf
+    times[reached] = _link(beam.lists, chosen.earlier[reached], np.array(beam.frames))
+    return beam._replace(
+        frames=beam.frames + 1,
+        prefixes=np.array((number, parent, last, chosen.states)),
+        scores=chosen.scores,
+        times=np.array((viterbi_times[rows, source], times, chosen.earlier)),
+    )
+
+
+# -------------------------------------------------------------- CTC's best path and alignment
 
 
 def ctc_greedy_search(
     log_probs: torch.Tensor, lengths: torch.Tensor, blank_id: int = 0
 ) -> list[Hypothesis]:
-    """The best path: the likeliest token of each frame, repeats merged, blanks dropped.
+    """Finds the best path: the likeliest token of each frame, repeats merged, blanks dropped.
 
-    log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance. score is the path's log-probability, a
-    token's time the frame of its run where it is likeliest. Frames beyond an utterance's length are never looked at.
+    log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance. Its score is the path's
+    log-probability, a token's time the frame of its run where it is likeliest. Frames beyond an
+    utterance's length are never looked at.
     """
     best_log_probs, best_tokens = log_probs.max(dim=-1)  # (B,T) each
     rows = zip(best_log_probs.tolist(), best_tokens.tolist(), lengths.tolist())
@@ -91,7 +544,9 @@ def ctc_greedy_search(
 
 
 def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothesis:
-    tokens, times = [], []
+    """The hypothesis of a path, a token for each frame, with the log-probability of each."""
+    tokens = []
+    times = []
     for token, run in groupby(range(len(path)), key=path.__getitem__):
         if token != blank_id:
             tokens.append(token)
@@ -100,23 +555,25 @@ def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothe
 
 
 def blank_wins(log_probs: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
-    """log_probs (...,V) -> (...) bool: whether no token is likelier than the blank."""
+    """log_probs (...,V) -> (...) bool: True where no token is likelier than the blank."""
     return log_probs[..., blank_id] >= log_probs.amax(dim=-1)
 
 
 def without_text(hypothesis: Hypothesis) -> Hypothesis:
-    """What is heard where the blank wins in every frame: nothing, whatever many unlikely paths add
-    up to and an attention decoder makes of it. (WeNet hears words in noise there.)"""
+    """The hypothesis of an utterance in which the blank wins every frame: it has no text.
+
+    WeNet has text there: many unlikely paths add up, and an attention decoder hears words in noise.
+    """
     return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
 
 
 def align(
     hypothesis: Hypothesis, log_probs: torch.Tensor, length: int, blank_id: int = 0
 ) -> Hypothesis:
-    """The hypothesis with times for its whole n-best: the likeliest frame of each token on the best CTC path of it.
+    """Gives times to the n-best: a token's likeliest frame on the best CTC path of its sequence.
 
-    log_probs (T,V), of which `length` frames count. Tokens without a CTC path (too many for the frames, a blank among
-    them) get no times.
+    log_probs (T,V), of which `length` frames count. A sequence without a CTC path (too many tokens
+    for the frames, or a blank among them) gets no times.
     """
     times = [_align(tokens, log_probs[:length], blank_id) for tokens in hypothesis.nbest]
     return hypothesis._replace(times=times[0], nbest_times=times)
@@ -126,319 +583,31 @@ def _align(tokens: list[int], log_probs: torch.Tensor, blank_id: int) -> list[in
     repeats = sum(a == b for a, b in zip(tokens, tokens[1:]))
     if not tokens or len(tokens) + repeats > len(log_probs) or blank_id in tokens:
         return []
-    targets = torch.tensor([tokens], device=log_probs.device)
+    labels = torch.tensor([tokens], device=log_probs.device)
     path, scores = torchaudio.functional.forced_align(
-        log_probs[None].contiguous(), targets, blank=blank_id
+        log_probs[None].contiguous(), labels, blank=blank_id
     )  # (1,T) each
     return _collapse(scores[0].tolist(), path[0].tolist(), blank_id).times
 
 
-# The rows of Beam.prefixes and Beam.scores.
-PREFIX, PARENT, LAST, STATE = range(
-    4
-)  # the prefix, the prefix without its last token, its last token, the context's state
-# All paths; those that end in a blank, in the last token; of each the likeliest single one (Viterbi); the context's bonus.
-TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
-
-
-class Beam(NamedTuple):
-    """The N likeliest prefixes of each utterance, best first; a value: only `lists` grows, whatever is in it stays.
-
-    Prefixes and times are linked lists and known by numbers, equal lists by the same; 0 is the empty one. N is at most
-    beam_size; where an utterance has fewer prefixes, their number is -1 and their scores are nan. Viterbi is for times only.
-    """
-
-    lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
-    context: object | None  # what favours phrases, see ctc_prefix_beam_search
-    frames: int  # how many there have been
-    prefixes: np.ndarray  # (4,B,N) int64
-    scores: np.ndarray  # (6,B,N) float64, log-probabilities
-    times: np.ndarray  # (3,B,N) int64, of Viterbi's path to a blank, to the last token, and of the latter without its last
-
-
-class _Offers(NamedTuple):
-    """What a frame offers, K tokens an utterance, best first."""
-
-    tokens: np.ndarray  # (B,K) int64
-    log_probs: np.ndarray  # (B,K) float64; nan for the blank
-    best: np.ndarray  # (B,1) highest of them, -inf where there is none
-    blank: np.ndarray  # (B,1) the blank's, -inf where it is not offered
-    blank_rank: np.ndarray  # (B,1) its place in tokens, K where it is not offered
-
-
-def ctc_prefix_beam_search(
-    log_probs: torch.Tensor, lengths: torch.Tensor, beam_size: int, blank_id: int = 0, context=None
-) -> list[Hypothesis]:
-    """The likeliest token sequences, each summed over its paths, kept to `beam_size` prefixes at every frame.
-
-    log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance with at most beam_size nbest. A frame offers
-    only its beam_size likeliest tokens (first pruning). score is the log-probability of the sequence, exact when the
-    beam holds every prefix; a token's time is the last frame of its run on the best single path.
-    context, a context.ContextGraph, adds a bonus to the score of sequences with its phrases, in the search and in the result.
-    The offers are found where log_probs are, the search is NumPy's on the CPU, in float64.
-    """
-    return prefix_result(
-        prefix_advance(
-            prefix_start(len(log_probs), context), log_probs, beam_size, blank_id, lengths
-        )
-    )
-
-
-# The same search in pieces, for a stream.
-
-
-def prefix_start(batch_size: int = 1, context=None) -> Beam:
-    """The beam before the first frame: the empty prefix."""
-    number, score = np.zeros((batch_size, 1), np.int64), np.zeros((batch_size, 1))
-    impossible, none = score - math.inf, number - 2  # -2: no prefix, no token
-    return Beam(
-        {-1: 0},
-        context,
-        0,
-        np.stack((number, none, none, number)),
-        np.stack((score, score, impossible, score, impossible, score)),
-        np.stack((number,) * 3),
-    )
-
-
-def prefix_advance(
-    beam: Beam,
-    log_probs: torch.Tensor,
-    beam_size: int,
-    blank_id: int = 0,
-    lengths: torch.Tensor | None = None,
-) -> Beam:
-    """The beam after the next frames log_probs (B,T,V), of which lengths (B,) count (None: all); T may be 0."""
-    with np.errstate(invalid="ignore"):  # nan is what does not exist
-        for offers in _read_offers(log_probs, beam_size, blank_id, lengths):
-            beam = _advance_by_blank(beam, offers, beam_size) or _advance(beam, offers, beam_size)
-    return beam
-
-
-def prefix_result(beam: Beam) -> list[Hypothesis]:
-    """What the beam holds of each utterance, best first."""
-    prefixes, totals, (_, times) = (
-        beam.prefixes[PREFIX],
-        beam.scores[TOTAL] + beam.scores[BONUS],
-        _viterbi(beam),
-    )
-    if beam.context is not None:
-        totals = totals - beam.context.pending(beam.prefixes[STATE])
-        rows, order = np.arange(len(totals))[:, None], np.argsort(-totals, axis=1, kind="stable")
-        prefixes, totals, times = prefixes[rows, order], totals[rows, order], times[rows, order]
-    keys, results = list(beam.lists), []
-    for row_prefixes, scores, row_times in zip(prefixes.tolist(), totals.tolist(), times.tolist()):
-        # A beam wider than the number of possible sequences also holds impossible ones (log-probability -inf).
-        possible = sum(score > -math.inf for score in scores) or 1
-        results.append(
-            _from_nbest(
-                [_unlink(keys, prefix) for prefix in row_prefixes[:possible]],
-                scores[:possible],
-                [_unlink(keys, number) for number in row_times[:possible]],
-            )
-        )
-    return results
-
-
-def _unlink(keys: list[int], number: int) -> list[int]:
-    items = []
-    while number > 0:
-        number, item = divmod(keys[number], 2**32)
-        items.append(item)
-    return items[::-1]
-
-
-def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list[int]:
-    """Numbers of the lists that continue those numbered `earlier`."""
-    return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
-
-
-def _read_offers(
-    log_probs: torch.Tensor, beam_size: int, blank_id: int, lengths: torch.Tensor | None
-) -> Iterator[_Offers]:
-    """Frame by frame. Behind its end an utterance is offered one certain blank, which changes nothing."""
-    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (B,T,K) each
-    both = torch.stack((tokens.double(), values.double()))  # (2,B,T,K)
-    if lengths is not None:
-        ended = (
-            torch.arange(values.shape[1], device=values.device)
-            >= lengths.to(values.device)[:, None]
-        )  # (B,T)
-        silence = both.new_tensor(
-            [[-1.0] * values.shape[2], [-math.inf] * values.shape[2]]
-        )  # (2,K), no token's offer
-        silence[:, 0] = both.new_tensor([blank_id, 0.0])
-        both = torch.where(ended[..., None], silence[:, None, None], both)
-    tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each: one transfer
-    is_blank, rank = tokens == blank_id, np.arange(tokens.shape[2])
-    log_probs = np.where(is_blank | (tokens < 0), math.nan, values)
-    of_blank = np.where(is_blank, values, -math.inf).max(-1, keepdims=True)
-    best = np.fmax.reduce(log_probs, axis=-1, keepdims=True, initial=-math.inf)
-    blank_rank = np.where(is_blank, rank, len(rank)).min(-1, keepdims=True)
-    return map(_Offers._make, zip(tokens.astype(np.int64), log_probs, best, of_blank, blank_rank))
-
-
-def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
-    """(B,N) score and times of the best single path; the path that ends in the token wins a tie, as in WeNet."""
-    blank, token = beam.scores[[VITERBI_BLANK, VITERBI_TOKEN]]
-    by_blank = blank > token
-    return np.where(by_blank, blank, token), np.where(by_blank, beam.times[0], beam.times[1])
-
-
-def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | None:
-    """The beam after a frame where no utterance's offers but the blank can matter, as most frames are; else None.
-
-    No token repeats the last of a prefix, so none enters a prefix that is there already; and no new one can push out even
-    the least prefix: it scores at most what the best prefix and the best token give. All prefixes change by the same number,
-    which keeps their order.
-    """
-    score, last = beam.scores[TOTAL], beam.prefixes[LAST]
-    if (
-        beam.context is not None
-        or score.shape[1] < beam_size
-        or (last[:, None] == offers.tokens[..., None]).any()
-        or not (score[:, -1:] + offers.blank > score[:, :1] + offers.best).all()
-    ):
-        return None
-    (viterbi, times), impossible = _viterbi(beam), np.full_like(score, -math.inf)
-    score = score + offers.blank
-    scores = np.array(
-        (score, score, impossible, viterbi + offers.blank, impossible, beam.scores[BONUS])
-    )
-    return beam._replace(
-        frames=beam.frames + 1,
-        scores=scores,
-        times=np.array((times, np.zeros_like(times), beam.times[2])),
-    )
-
-
-def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
-    """The beam after a frame: the best of the prefixes that stay and of those that an offered token extends."""
-    repeats = (
-        beam.prefixes[LAST][:, None] == offers.tokens[..., None]
-    )  # (B,K,N): the token is the prefix's last
-    viterbi, viterbi_times = _viterbi(beam)
-    longer, longer_ids = _extend(beam, offers, repeats, viterbi, viterbi_times)
-    stay, stay_ids, order = _stay(beam, offers, repeats, viterbi, longer, longer_ids[0])
-    candidates, ids = (
-        np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (6,B,N+K*N), (2,B,N+K*N)
-        for few, many in ((stay, longer), (stay_ids, longer_ids))
-    )
-    totals = candidates[TOTAL] + candidates[BONUS]
-    best = np.lexsort((order, -totals))[:, :beam_size]  # (B,N'), nan last
-    rows, (rank, source) = np.arange(len(best))[:, None], np.divmod(best, stay.shape[2])
-    scores, (earlier, state) = candidates[:, rows, best], ids[:, rows, best]
-    exists, extended = ~np.isnan(totals[rows, best]), rank > 0
-    number, parent, last, _ = beam.prefixes[:, rows, source]
-    parent, last = (
-        np.where(extended, number, parent),
-        np.where(extended, offers.tokens[rows, rank - 1], last),
-    )
-    extended &= exists
-    number[extended] = _link(beam.lists, parent[extended], last[extended])
-    number[~exists], parent[~exists], scores[:, ~exists] = -1, -2, math.nan
-    times, entered = np.zeros_like(number), scores[VITERBI_TOKEN] > -math.inf
-    times[entered] = _link(beam.lists, earlier[entered], np.array(beam.frames))
-    return beam._replace(
-        frames=beam.frames + 1,
-        prefixes=np.array((number, parent, last, state)),
-        scores=scores,
-        times=np.array((viterbi_times[rows, source], times, earlier)),
-    )
-
-
-def _extend(
-    beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: np.ndarray, viterbi_times: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every prefix with every offered token behind it: scores (6,B,K,N), nan where the token is a blank, and (2,B,K,N), times
-    before this frame and states of the context. Only a blank between them makes a second, equal token."""
-    score, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
-    state, gain = beam.prefixes[STATE][:, None], 0.0
-    if beam.context is not None:
-        state, gain = beam.context.step(state, offers.tokens[..., None])  # (B,K,N) each
-    scores = np.full((len(beam.scores), *repeats.shape), -math.inf)
-    scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, score) + offers.log_probs[..., None]
-    scores[VITERBI_TOKEN] = (
-        np.where(repeats, viterbi_blank, viterbi[:, None]) + offers.log_probs[..., None]
-    )
-    scores[BONUS] = bonus + gain
-    ids = np.empty((2, *repeats.shape), np.int64)
-    ids[0], ids[1] = np.where(repeats, beam.times[0][:, None], viterbi_times[:, None]), state
-    return scores, ids
-
-
-def _stay(
-    beam: Beam,
-    offers: _Offers,
-    repeats: np.ndarray,
-    viterbi: np.ndarray,
-    longer: np.ndarray,
-    longer_times: np.ndarray,
-):
-    """The prefixes that stay, by a blank, by their last token or by the extension of another prefix, which is taken out of
-    `longer`: scores (6,B,N), nan where no offer is one of these; (2,B,N), times before the last and states of the context; and
-    the order (B,N+K*N) in which WeNet comes upon these and the longer ones, by token, then by prefix, which decides ties."""
-    number, parent, *_ = beam.prefixes
-    score, _, token, _, viterbi_token, bonus = beam.scores
-    (_, K, N), slots = repeats.shape, np.arange(repeats.shape[2])
-    rows, rank, offered = np.arange(len(repeats))[:, None], repeats.argmax(1), repeats.any(1)
-    is_parent = number[:, :, None] == parent[:, None]  # (B,N,N)
-    source, merges = is_parent.argmax(1), is_parent.any(1) & offered
-    own = np.where(offered, offers.log_probs[rows, rank], -math.inf)
-    entered = np.where(merges, longer[:, rows, rank, source], -math.inf)  # (6,B,N)
-    b, n = merges.nonzero()
-    longer[TOTAL, b, rank[b, n], source[b, n]] = math.nan
-    blank, token, viterbi_stays = (
-        score + offers.blank,
-        np.logaddexp(token + own, entered[TOKEN]),
-        viterbi_token + own,
-    )
-    score = np.where(offered | (offers.blank_rank < K), np.logaddexp(blank, token), math.nan)
-    # WeNet keeps the times of a path that entered the prefix at this very frame, even if staying is likelier.
-    viterbi_enters = entered[VITERBI_TOKEN]
-    by_parent = (viterbi_enters > viterbi_stays) | (source < slots) & (viterbi_enters > -math.inf)
-    ids = np.array(
-        (np.where(by_parent, longer_times[rows, rank, source], beam.times[2]), beam.prefixes[STATE])
-    )
-    first = 2 * (np.minimum(offers.blank_rank, np.where(offered, rank, K)) * N + slots)
-    order = np.empty((len(first), N + K * N), np.int64)
-    order[:, :N] = np.minimum(first, np.where(merges, 2 * (rank * N + source) + 1, first))
-    order[:, N:] = np.arange(1, 2 * K * N, 2)
-    scores = np.array(
-        (
-            score,
-            blank,
-            token,
-            viterbi + offers.blank,
-            np.maximum(viterbi_enters, viterbi_stays),
-            bonus,
-        )
-    )
-    return scores, ids, order
-
-
-# ---------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------- attention decoders
 
 
 def attention_beam_search(
-    step,
-    batch_size: int,
-    max_length,
-    beam_size: int,
-    sos_id: int,
-    eos_id: int,
-    device=None,
-    length_penalty: float = 0.0,
+    step, batch_size: int, max_length, search: SearchOptions, sos_id: int, eos_id: int, device=None
 ) -> list[Hypothesis]:
     """Beam search with an autoregressive decoder, all utterances and beams in one call per token.
 
-    step(prefixes (B*N,L), state, parents (B*N,) | None) -> (log-probabilities of the next token (B*N,V), new state).
-    `state` is the caller's own (None at first); parents[i] is the row of the previous call that prefix i continues, so
-    that a cache can follow (None at first). Row b*N+n is beam n of utterance b. An utterance's search ends when each of its
-    beams ended in eos_id, or after max_length tokens, a number for all or one for each (B,) (WeNet: the encoder frames of the
-    longest utterance; here each has its own, so that neighbours change nothing). Until all have ended it stays as it is.
-    score is the sum of log-probabilities over length**length_penalty; times are empty: attention has no alignment.
+    step(prefixes (B*N,L), state, parents (B*N,) | None) -> (log-probabilities of the next token
+    (B*N,V), new state). Row b*N+n is beam n of utterance b. `state` is the caller's own, None at
+    first. parents[i] is the row of the previous call that prefix i continues, so that a cache can
+    follow; None at first. An utterance ends when all its beams have ended in eos_id, or after
+    max_length tokens, one number or one for each utterance (B,), and then stays as it is. (WeNet
+    takes the encoder frames of the longest utterance; here each has its own, so that its
+    neighbours change nothing.) A score is the sum of log-probabilities over length**length_penalty.
+    Times are empty: attention has no alignment.
     """
+    beam_size = search.beam_size
     prefixes = torch.full((batch_size * beam_size, 1), sos_id, dtype=torch.long, device=device)
     # All beams are alike before the first token: all but one wait at -inf.
     scores = torch.full((batch_size, beam_size), -math.inf, device=device)
@@ -447,33 +616,37 @@ def attention_beam_search(
     first_row = torch.arange(batch_size, device=device)[:, None] * beam_size  # (B,1)
     max_length = torch.as_tensor(max_length, device=device).expand(batch_size)
     over = max_length <= 0  # (B,)
-    state, parents, length = None, None, 0
+    state = None
+    parents = None
+    length = 0
     while not bool(over.all()):
         log_probs, state = step(prefixes, state, parents)
         ended |= over.repeat_interleave(beam_size)
         offers, tokens = _offer(log_probs, ended, beam_size, eos_id)  # (B*N,K) each
         totals = (scores.view(-1, 1) + offers).view(batch_size, -1)  # (B,N*K)
         as_they_are = torch.arange(beam_size, device=device) * tokens.shape[1]  # (N,)
-        choice = torch.where(
-            over[:, None], as_they_are, totals.topk(beam_size, dim=-1).indices
-        )  # (B,N)
+        best = totals.topk(beam_size, dim=-1).indices
+        choice = torch.where(over[:, None], as_they_are, best)  # (B,N)
         scores = totals.gather(1, choice)
         parents = (first_row + choice // tokens.shape[1]).view(-1)
         chosen = tokens.view(batch_size, -1).gather(1, choice).view(-1, 1)
         prefixes = torch.cat([prefixes[parents], chosen], dim=1)
-        ended, length = chosen[:, 0] == eos_id, length + 1
+        ended = chosen[:, 0] == eos_id
+        length += 1
         over = (max_length <= length) | ended.view(batch_size, -1).all(dim=1)
-    return _rank(prefixes, scores, eos_id, length_penalty)
+    return _rank(prefixes, scores, eos_id, search.length_penalty)
 
 
 def _offer(log_probs: torch.Tensor, ended: torch.Tensor, beam_size: int, eos_id: int):
-    """The likeliest next tokens (B*N,K) and their log-probabilities. An ended row offers eos at no cost, once."""
+    """The likeliest next tokens (B*N,K) and their log-probabilities.
+
+    A beam that has ended offers eos once, at no cost, so that it stays as it is.
+    """
     offers, tokens = log_probs.float().topk(min(beam_size, log_probs.shape[-1]), dim=-1)
     at_no_cost = torch.full_like(offers, -math.inf)
     at_no_cost[:, 0] = 0.0
-    return torch.where(ended[:, None], at_no_cost, offers), tokens.masked_fill(
-        ended[:, None], eos_id
-    )
+    offers = torch.where(ended[:, None], at_no_cost, offers)
+    return offers, tokens.masked_fill(ended[:, None], eos_id)
 
 
 def _rank(
@@ -492,50 +665,49 @@ def _rank(
 
 
 class Tree(NamedTuple):
-    """The hypotheses of each utterance as a tree of P nodes: what they begin with in common is there once.
+    """The hypotheses of each utterance as a tree of P nodes, which has a common beginning once.
 
-    The first node is <sos>; those behind an utterance's last are <eos> and see themselves only.
+    The first node is <sos>. The nodes behind an utterance's last are <eos> and see themselves only.
     """
 
     tokens: torch.Tensor  # (B,P)
-    positions: torch.Tensor  # (B,P) of the token in its hypotheses, that of <sos> being 0
-    sees: torch.Tensor  # (B,P,P) bool: itself and what leads to it
+    positions: torch.Tensor  # (B,P) of the token in its hypotheses; that of <sos> is 0
+    sees: torch.Tensor  # (B,P,P) bool: a node sees itself and the nodes that lead to it
 
 
 def attention_rescoring(
     hypotheses: list[Hypothesis],
     score,
+    search: SearchOptions,
     sos_id: int,
     eos_id: int,
-    ctc_weight: float = 0.5,
-    reverse_weight: float = 0.3,
     device=None,
 ) -> list[Hypothesis]:
-    """Sorts each utterance's CTC n-best anew by what the attention decoders think of them.
+    """Sorts each utterance's CTC n-best by what CTC and the attention decoders think of them.
 
-    score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree: teacher forcing, with the
-    hypotheses reversed for the right-to-left decoder. Called once per direction (once in all if reverse_weight is 0).
-    A score is (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC, each a sum of
-    log-probabilities, the decoders' with eos. Times are those of the CTC search.
+    score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree,
+    by teacher forcing; `reverse` asks the right-to-left decoder, for a tree of the reversed
+    hypotheses. It is called once per direction, once in all if reverse_weight is 0. A new score is
+    (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC, each a sum
+    of log-probabilities, the decoders' with eos. Times stay those of the CTC search.
     """
     nbests = [hypothesis.nbest for hypothesis in hypotheses]
     totals = _teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)
-    if reverse_weight > 0:
+    if search.reverse_weight > 0:
         nbests = [[tokens[::-1] for tokens in nbest] for nbest in nbests]
         backward = _teacher_forced(nbests, partial(score, reverse=True), sos_id, eos_id, device)
-        totals = (1 - reverse_weight) * totals + reverse_weight * backward
+        totals = (1 - search.reverse_weight) * totals + search.reverse_weight * backward
+    rows = totals.split([len(nbest) for nbest in nbests])
     return [
-        _resort(hypothesis, row_totals.tolist(), ctc_weight)
-        for hypothesis, row_totals in zip(
-            hypotheses, totals.split([len(nbest) for nbest in nbests])
-        )
+        _resort(hypothesis, row.tolist(), search.ctc_weight)
+        for hypothesis, row in zip(hypotheses, rows)
     ]
 
 
 def _teacher_forced(
     nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device
 ) -> torch.Tensor:
-    """Sum of the decoder's log-probabilities of each sequence and its eos: (M,) float64 on the CPU."""
+    """The sum of the decoder's log-probabilities of each sequence with its eos: (M,) float64."""
     tree, paths = _make_tree(nbests, sos_id, eos_id)
     log_probs = score(Tree(*(part.to(device) for part in tree)))  # (B,P,V)
     steps = [
@@ -544,22 +716,20 @@ def _teacher_forced(
         for tokens, path in zip(nbest, row_paths)
         for node, token in zip(path, [*tokens, eos_id])
     ]
+    lengths = [len(path) for row_paths in paths for path in row_paths]
     picked = log_probs[tuple(torch.tensor(steps, device=device).T)].double().cpu()
-    return torch.stack(
-        [
-            part.sum()
-            for part in picked.split([len(path) for row_paths in paths for path in row_paths])
-        ]
-    )
+    return torch.stack([part.sum() for part in picked.split(lengths)])
 
 
 def _make_tree(
     nbests: list[list[list[int]]], sos_id: int, eos_id: int
 ) -> tuple[Tree, list[list[list[int]]]]:
-    """The tree, and of each sequence of each utterance the nodes, from that of <sos> on."""
+    """The tree, and for each sequence of each utterance its nodes, from that of <sos> on."""
     nodes, paths = zip(*map(_grow, nbests))
-    batch_size, size = len(nbests), 1 + max(map(len, nodes))
-    tokens, positions = np.full((batch_size, size), eos_id), np.zeros((batch_size, size), np.int64)
+    batch_size = len(nbests)
+    size = 1 + max(map(len, nodes))
+    tokens = np.full((batch_size, size), eos_id)
+    positions = np.zeros((batch_size, size), np.int64)
     sees = np.eye(size, dtype=bool)[None].repeat(batch_size, axis=0)
     for row, row_paths in enumerate(paths):
         tokens[row, : 1 + len(nodes[row])] = [sos_id, *(token for _, token in nodes[row])]
@@ -571,7 +741,8 @@ def _make_tree(
 
 def _grow(nbest: list[list[int]]) -> tuple[dict[tuple[int, int], int], list[list[int]]]:
     """({(node before, token): node}, the nodes of each sequence, from 0 for <sos> on)."""
-    nodes, paths = {}, []
+    nodes = {}
+    paths = []
     for tokens in nbest:
         path = [0]
         for token in tokens:

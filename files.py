@@ -1,5 +1,10 @@
-"""Files are read whole where they are small and honest, and written whole or not at all, by one
-writer at a time."""
+"""Files and folders on disk: small ones are read within bounds, and all are written whole or not at
+all, by one writer at a time.
+
+Reading: open_file, read_small, read_text, read_json, parse_json, parse_yaml.
+Text for others: json_text, csv_text. Writing: write_whole for a file, `published` for a folder,
+`alone` for a lock.
+"""
 
 import contextlib
 import csv
@@ -21,39 +26,32 @@ from cli import UNSHOWN, UserError, shown
 
 import yaml
 
-# For so many seconds a process that was killed may still hold a lock.
-DYING = 2.0
+# ---- Reading
+
+
 # No vocabulary, list of words or set of options has so many bytes.
 SMALL = 2**24
 # No set of options has so many nodes of YAML.
 MANY_NODES = 2**18
-# A spreadsheet finds a formula where a cell begins. Some take a semicolon, a tab or a line break
-# for the end of a cell, and wide forms of the signs for the signs.
-FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
-
-
-# Reading
 
 
 def open_file(path: str):
     """Opens a file that somebody names, to be read as bytes.
 
-    Raises OSError, also for a pipe or a device: it may have no end, and whoever opens a pipe into
-    which nobody writes waits for ever.
+    Raises OSError, also for a pipe or a device: either may have no end, and whoever opens a pipe
+    into which nobody writes waits for ever.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError:
         raise OSError(errno.EINVAL, "a name with NUL in it", path) from None
-    if stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return open(descriptor, "rb")
     os.close(descriptor)
-    reason = (
-        os.strerror(errno.EISDIR)
-        if stat.S_ISDIR(mode)
-        else "a pipe or a device, where a file is needed"
-    )
-    raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, reason, path)
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "a pipe or a device, where a file is needed", path)
 
 
 def read_small(path: str, limit: int = SMALL) -> bytes:
@@ -67,12 +65,13 @@ def read_small(path: str, limit: int = SMALL) -> bytes:
 
 
 def read_text(path: str, limit: int = SMALL) -> str:
-    """The same, as text. A byte order mark is left out. Raises OSError and ValueError."""
+    """The content as read_small gives it, as text without a byte order mark. Raises OSError and
+    ValueError."""
     return read_small(path, limit).decode("utf-8-sig")
 
 
 def why(error: OSError | ValueError):
-    """The reason alone for which one of these functions failed: the caller names the file."""
+    """The reason for which one of these functions failed, without the file: the caller names it."""
     return getattr(error, "strerror", None) or error
 
 
@@ -86,6 +85,7 @@ def parse_json(text: str):
 
 
 def finite(text: str) -> float:
+    """The number that a JSON text says. Raises ValueError where it is not finite."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text[:40]} is not finite")
     return value
@@ -133,22 +133,17 @@ def written_out(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-# Writing
+# ---- Text for other programs
 
 
-# What waits beside a path to take the path's place has a name that ends so.
-ASIDE = ".lightning-u2"
-# This file lists, in a folder of ours, what we wrote there.
-MARK = ".lightning-u2.json"
-# A write fails with one of these where there is no room.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The datasets library leaves such files beside shards, and can make them again.
-CACHE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")
+# A spreadsheet finds a formula where a cell begins. Some take a semicolon, a tab or a line break
+# for the end of a cell, and wide forms of the signs for the signs.
+FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 
 
 def json_text(data, **format) -> str:
     """JSON, as json.dumps formats it. A number that is not finite becomes null, which other readers
-    than Python's know, and what a terminal would not just show is escaped."""
+    than Python's know, and a character that a terminal would not just show is escaped."""
     data = json.loads(json.dumps(data), parse_constant=lambda name: None)
     return UNSHOWN.sub(
         lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}",
@@ -157,8 +152,8 @@ def json_text(data, **format) -> str:
 
 
 def csv_text(rows) -> str:
-    """Rows of strings as CSV. Cells are as `shown`, and what a spreadsheet would take for a formula
-    gets an apostrophe before it, as OWASP advises."""
+    """Rows of strings as CSV. Cells are as `shown`, and a cell that a spreadsheet would take for a
+    formula gets an apostrophe before it, as OWASP advises."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(
         [shown(FORMULA.sub(r"\1'", cell), math.inf) for cell in row] for row in rows
@@ -166,9 +161,18 @@ def csv_text(rows) -> str:
     return text.getvalue()
 
 
+# ---- Writing a file
+
+
+# What waits beside a path to take the path's place has a name that ends so.
+ASIDE = ".lightning-u2"
+# A write fails with one of these where there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def aside(path: str) -> str:
-    """Where what is to take the place of `path` is written: beside it, under a name that is
-    nobody else's, and never too long."""
+    """The path beside `path` under which its successor is written. The name is nobody else's, and
+    never too long."""
     folder, name = os.path.split(path)
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -176,7 +180,7 @@ def aside(path: str) -> str:
 
 
 def check_utf8(path: str, flag: str, needs: str) -> None:
-    """UserError where the path, which `flag` leads to, is not in UTF-8."""
+    """Raises UserError where the path, which the user gave with `flag`, is not in UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -187,17 +191,19 @@ def check_utf8(path: str, flag: str, needs: str) -> None:
 
 
 def cannot_write(path: str, error: OSError) -> UserError:
+    """The error to raise where the file or folder that the user calls `path` cannot be written."""
     return UserError(
         f"{path}: cannot be written ({error.strerror or error}); make room or choose another place"
     )
 
 
 def write_whole(path: str, content) -> None:
-    """Writes bytes to `path`, whole or not at all, whatever is killed or pulled meanwhile: the
-    file is the old or the new one. A symbolic link stays, and the file that it leads to is
-    written. A new file has the permissions of any new file.
+    """Writes bytes to `path`. The file is the old or the new one, whatever is killed or pulled
+    meanwhile.
 
-    Raises UserError where it cannot be written, as on a full disk; the old one is still there.
+    A symbolic link stays, and the file that it leads to is written. A new file has the permissions
+    of any new file. Raises UserError where the file cannot be written, as on a full disk; the old
+    one is still there.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -212,13 +218,13 @@ def write_whole(path: str, content) -> None:
 def _write(temporary: str, target: str, content) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # of a process that was killed
-        with open(temporary, "xb") as file:  # a new file: O_EXCL follows no link
+            os.remove(temporary)  # left by a process that was killed
+        with open(temporary, "xb") as file:  # "x" opens a new file, and follows no link
             if os.path.exists(target):
                 shutil.copymode(target, temporary)
             file.write(content)
             file.flush()
-            # Before the rename: else its name may reach the disk before its content.
+            # This comes before the rename: else the name may reach the disk before the content.
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
@@ -238,26 +244,36 @@ def _sync_folder(path: str) -> None:
 
 
 def identity(path: str | int) -> tuple[int, int] | None:
-    """What a file, or an open one by its number, has in common with no other one, whatever it is
-    called. None where there is none."""
+    """A number pair that a file shares with no other file, whatever it is called. An open file may
+    be given by its descriptor. None where there is no such file."""
     try:
         return (found := os.stat(path)).st_dev, found.st_ino
     except (OSError, ValueError):
         return None
 
 
+# ---- Writing a folder
+
+
+# In a folder that `published` has written, this file lists what was written.
+MARK = ".lightning-u2.json"
+# The datasets library leaves such files beside shards, and can make them again.
+CACHE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")
+
+
 @contextlib.contextmanager
 def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
-    """A new folder to write into, which takes the place of `path` at the end of the block.
+    """A context: gives a new folder to write into, which takes the place of `path` at the end of
+    the block.
 
     Whatever is killed, pulled or full meanwhile, the old folder or the new one is at `path`, whole,
-    or the old one is beside it, where the next call for `path` finds it and puts it back. All that
-    is beside `path` lies in aside(path).
+    or the old one is beside it, where the next call for `path` finds it and puts it back. Only
+    aside(path) is used beside `path`.
 
     Raises UserError before the block where `path` cannot be moved or made, where it holds something
     and `overwrite` is False, where it holds anything but what an earlier call with the same `what`
-    ("an export") has put there, or one of `inputs`. Raises it after the block where the disk is
-    full. Then everything is as it was before.
+    ("an export") has put there, or where it holds one of `inputs`. Raises UserError after the block
+    where the disk is full. In both cases everything is as it was before.
     """
     try:
         root = os.path.realpath(path)
@@ -267,21 +283,21 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
         with alone(f"{ours}.lock", path):
             _restore(root, old, gone)
             if os.path.lexists(ours):
-                _remove(ours)  # of a process that was killed
+                _remove(ours)  # left by a process that was killed
             _check_replaceable(path, root, what, overwrite, inputs)
             try:
                 _rehearse(path, root, os.path.join(ours, "trap"))
                 os.makedirs(new)
                 yield new
                 _mark(new, what)
-                # Once more: in the hours that the block takes, something may have come there.
+                # The block may have taken hours, in which something may have come there.
                 _check_replaceable(path, root, what, overwrite, inputs)
                 try:
                     if os.path.isdir(root):
                         shutil.copymode(root, new)
                         os.replace(root, old)
                     os.replace(new, root)
-                finally:  # a signal may come between the two
+                finally:  # a signal may have come between the two steps
                     _restore(root, old, gone)
                 _sync_folder(os.path.dirname(root))
             finally:
@@ -292,9 +308,10 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
 
 
 def _remove(path: str) -> None:
+    """Removes a folder. Raises UserError where it holds somebody else's files."""
     try:
         shutil.rmtree(path)
-    except OSError as error:  # somebody else's files were in the folder that it was
+    except OSError as error:
         raise UserError(
             f"{path} is left of an earlier run and cannot be removed ({error.strerror}); remove it"
         ) from error
@@ -307,11 +324,11 @@ def _restore(root: str, old: str, gone: str) -> None:
     if not os.path.lexists(old):
         return
     if os.path.isdir(root) and not os.listdir(root):
-        os.rmdir(root)  # made since, as a container makes what it mounts
+        os.rmdir(root)  # made since, as a container makes the folders that it mounts
     if not os.path.lexists(root):
         os.replace(old, root)
     elif os.path.exists(os.path.join(root, MARK)):
-        os.replace(old, gone)  # at once, because what is deleted in half must not come back
+        os.replace(old, gone)  # one step, because a folder deleted in half must not come back
     else:
         raise UserError(
             f"{old} was in the place of {root} when a run was killed, and something "
@@ -323,7 +340,7 @@ def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs:
     """Raises UserError where the folder `root`, which the user calls `path`, may not be replaced,
     and OSError where it cannot be read."""
     try:
-        os.lstat(root)  # lexists would say of a name that is too long that nothing is there
+        os.lstat(root)  # os.path.lexists would say False for a name that is too long
     except FileNotFoundError:
         return
     if not os.path.isdir(root):
@@ -376,8 +393,8 @@ def _foreign(root: str, what: str) -> str | None:
 
 
 def _mounts() -> set[str]:
-    """Where something is mounted. os.path.ismount does not see a folder of the same disk, nor a
-    file, that is mounted there."""
+    """The paths where something is mounted. os.path.ismount does not see a mounted file, nor a
+    mounted folder of the same disk."""
     try:
         with open("/proc/self/mountinfo", "rb") as file:  # Linux alone has it
             places = [line.split()[4] for line in file]
@@ -403,8 +420,8 @@ def _inside(root: str):
 
 
 def _look(path: str) -> list | None:
-    """What shows that a file has not been changed since: its size, and a checksum of its
-    beginning. None for what is no file."""
+    """The size of a file and a checksum of its first MB, which show later whether it was changed.
+    None where the path is no file."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return None
     with open(path, "rb") as file:
@@ -413,7 +430,8 @@ def _look(path: str) -> list | None:
 
 def _mark(folder: str, what: str) -> None:
     """Writes MARK into the folder, and makes sure that all of the folder is on the disk."""
-    everything, mark = list(_inside(folder)), os.path.join(folder, MARK)
+    everything = list(_inside(folder))
+    mark = os.path.join(folder, MARK)
     written = {
         os.path.relpath(path, folder): _look(path)
         for path, is_folder in everything
@@ -430,8 +448,8 @@ def _mark(folder: str, what: str) -> None:
 
 
 def _rehearse(path: str, root: str, trap: str) -> None:
-    """Raises UserError or OSError where `root` could not be moved or made later, when everything is
-    written.
+    """Raises UserError or OSError where `root` could not be moved or made when everything is
+    written later.
 
     To find out, it tries to move `root` onto the folder `trap`, which has something in it. The
     system refuses that, and its reason tells whether `root` could have been moved elsewhere.
@@ -455,14 +473,21 @@ def _rehearse(path: str, root: str, trap: str) -> None:
         os.replace(trap, root)
 
 
+# ---- Locks
+
+
+# For so many seconds a process that was killed may still hold a lock.
+DYING = 2.0
+
+
 @contextlib.contextmanager
 def alone(path: str, what: str):
-    """Within the block no other process holds the lock file `path`, be it on this machine or on one
-    that shares a file system with POSIX locks.
+    """A context: within the block no other process holds the lock file `path`, on this machine or
+    on one that shares a file system with POSIX locks.
 
-    The lock ends with the process, however that ends, and children do not inherit it. The file is
-    removed afterwards. Raises UserError, which names `what`, where another process holds the lock
-    or the file cannot be made.
+    The lock ends with the process, even if the process is killed, and children do not inherit it.
+    The file is removed afterwards. Raises UserError, which names `what`, where another process
+    holds the lock or the file cannot be made.
     """
     ends = time.monotonic() + DYING
     try:
@@ -494,8 +519,7 @@ def _lock(path: str):
                 return file
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                # This file system has no locks.
-                return file
+                return file  # this file system has no locks
             file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return None

@@ -7,7 +7,7 @@ Axes as in conformer.py.
 import math
 import os
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 from cli import UserError, option, options_class, shown
 
@@ -574,13 +574,11 @@ class U2(L.LightningModule):
         if mode == "ctc_greedy_search":
             found = decode.ctc_greedy_search(log_probs, lengths, blank_id)
         elif mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
-            written = self.attention_search(encoded, lengths, search.beam_size)
+            written = self.attention_search(encoded, lengths, search)
             rows = zip(written, log_probs, lengths.tolist())
             found = [decode.align(*row, blank_id) for row in rows]
         else:
-            found = decode.ctc_prefix_beam_search(
-                log_probs, lengths, search.beam_size, blank_id, context
-            )
+            found = decode.ctc_prefix_beam_search(log_probs, lengths, search, blank_id, context)
         if mode == "attention_rescoring":
             found = self.rescore(found, encoded, lengths, search)
         ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
@@ -599,16 +597,16 @@ class U2(L.LightningModule):
             logits = decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees)
             return logits.float().log_softmax(-1)
 
-        reverse_weight = 0.0 if net.right_decoder is None else search.reverse_weight
-        weights = search.ctc_weight, reverse_weight
+        if net.right_decoder is None:
+            search = replace(search, reverse_weight=0.0)
         return decode.attention_rescoring(
-            hypotheses, score, net.sos_id, net.eos_id, *weights, encoded.device
+            hypotheses, score, search, net.sos_id, net.eos_id, encoded.device
         )
 
-    def attention_search(self, encoded, lengths, beam_size: int) -> list[Hypothesis]:
+    def attention_search(self, encoded, lengths, search: SearchOptions) -> list[Hypothesis]:
         """Searches with the left-to-right decoder, for at most one token per encoder frame."""
         net = self.net
-        rows = torch.arange(len(encoded), device=encoded.device).repeat_interleave(beam_size)
+        rows = torch.arange(len(encoded), device=encoded.device).repeat_interleave(search.beam_size)
         of_beams = encoded[rows], lengths[rows]  # (B*N,T',D), (B*N,)
 
         def step(prefixes, state, parents):
@@ -619,7 +617,7 @@ class U2(L.LightningModule):
             return logits.float().log_softmax(-1), state
 
         return decode.attention_beam_search(
-            step, len(lengths), lengths, beam_size, net.sos_id, net.eos_id, encoded.device
+            step, len(lengths), lengths, search, net.sos_id, net.eos_id, encoded.device
         )
 
     # ----------------------------------------------------------------------------------- checkpoint

@@ -1,8 +1,10 @@
-"""What a pulled plug leaves behind, and what does not fit: checkpoints whole or not at all, signals, full disks, memory, and
-what a resumed run may change, its folder included.
+"""Saves a run so that it can go on, and resumes it: checkpoints, signals, full disks, memory.
 
-Lightning's own ways lose something: its files do not wait for the disk, its signal handlers end a run without saving, and on
-resuming it leaves out the validation of an epoch that was saved before it.
+Lightning's callbacks are replaced where they lose something: its files do not wait for the disk,
+its signal handlers end a run without saving, and a resumed run leaves out the validation of an
+epoch that was saved before its validation. The parts, from top to bottom: whole files and one-line
+endings, last.ckpt and best.ckpt, the average of the weights, the checks of a checkpoint to resume
+from, and MemoryCheck, which runs the largest batches before the first update.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import time
 import zlib
 from typing import NamedTuple
 
-from cli import UserError, out_of_memory, send_nowhere, shown
+from cli import SIGNALS, UserError, out_of_memory, send_nowhere, shown
 
 import numpy as np
 import pytorch_lightning as L
@@ -35,32 +37,34 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from checkpoint import not_finite, read_weights_only
 from files import FULL, SMALL, parse_json, write_whole
 
-SAVE, STOP = (
-    1,
-    128,
-)  # U2.request: save last.ckpt; from STOP + 1 on also end, with this exit status (STOP + signal)
+# U2.request is SAVE where last.ckpt is due, STOP + signal where the run must also end with that
+# number as its exit status.
+SAVE = 1
+STOP = 128
+
+# Any of these may come of a damaged checkpoint, wherever a part of it is used.
+FAULTS = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError
 
 
 def cut_log(path: str, step: int) -> None:
-    """Keeps the lines of updates before `step`, as far as they are whole."""
+    """Cut a log of JSON lines before the first that is broken, or of update `step` or later."""
     with open(path, "rb+") as file:
         end = 0
         for line in iter(lambda: file.readline(SMALL), b""):
             try:
                 if not line.endswith(b"\n") or parse_json(line.decode())["step"] >= step:
                     break
-            except (
-                ValueError,
-                LookupError,
-                TypeError,
-            ):  # a machine that lost its power may leave anything
+            except (ValueError, LookupError, TypeError):  # a power cut may leave anything
                 break
             end += len(line)
         file.truncate(end)
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints through write_whole. (Lightning's own way writes to another folder, moves, and does not wait for the disk.)"""
+    """Writes checkpoints with write_whole.
+
+    (Lightning writes to another folder, moves the file, and does not wait for the disk.)
+    """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         buffer = io.BytesIO()
@@ -72,7 +76,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def way_on(folder: str, begun: bool = True) -> str:
-    """How a run goes on that has ended before its time, or before it has `begun` to write."""
+    """Say how to go on with a run that has ended early; `begun`: after it began to write."""
     if not begun:
         return "then give the same command again: nothing was changed"
     if os.path.exists(os.path.join(folder, "last.ckpt")):
@@ -81,17 +85,19 @@ def way_on(folder: str, begun: bool = True) -> str:
 
 
 class Stopped(Exception):
-    """A signal ended the run, after last.ckpt was saved. args: exit status, step."""
+    """Says that a signal ended the run after last.ckpt was saved. args: exit status, step."""
 
 
 @contextlib.contextmanager
 def one_line_endings(trainer, folder, begun):
-    """Signals, full disks and files of others: one line, the right exit status, and no process left
-    behind. `begun()`: whether the run has begun to write."""
+    """Turn signals, full disks and unreadable files into one line and the right exit status.
+
+    No process is left behind. `begun()` says whether the run has begun to write.
+    """
     hook = threading.excepthook
 
     def quietly(failure):
-        """Without what TensorBoard's thread cannot write: the trainer's next number says it."""
+        """Drop an OSError of TensorBoard's thread: the trainer's next number raises it again."""
         if not isinstance(failure.exc_value, OSError):
             hook(failure)
 
@@ -109,16 +115,14 @@ def one_line_endings(trainer, folder, begun):
         )
         sys.exit(status)
     except SystemExit as error:
-        if isinstance(
-            error.__context__, KeyboardInterrupt
-        ):  # of a signal, of which Lightning makes a status of its own
+        # Lightning turns the KeyboardInterrupt of a signal into a status of its own.
+        if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
     except (OSError, UserError) as error:
+        # Ranks that this process started would wait for it for ever.
         if hasattr(trainer.strategy.launcher, "procs"):
-            trainer.strategy.launcher.kill(
-                signal.SIGKILL
-            )  # ranks that this process started would wait for it for ever
+            trainer.strategy.launcher.kill(signal.SIGKILL)
         full = getattr(error, "errno", None) in FULL
         if not full and not getattr(error, "filename", None):
             raise
@@ -131,15 +135,18 @@ def one_line_endings(trainer, folder, begun):
 
 
 class LastCheckpoint(Checkpoint):
-    """last.ckpt: after every epoch, every `steps` updates, every `minutes`, and when SIGTERM or Ctrl-C ends the run.
+    """Saves last.ckpt after every epoch, every `steps` updates, every `minutes`, and at a signal.
 
-    Always between two updates, never within an accumulation. On several ranks one clock and any rank's signal count for all:
-    U2.request travels with the guard's vote.
+    It saves between two updates, never within an accumulation. On several ranks the clock or the
+    signal of any rank counts for all: U2.request travels with the vote of the guard. `options` are
+    those of the run; the checkpoint holds them for the run that goes on.
     """
 
     def __init__(self, path: str, steps: int | None, minutes: float | None, options: dict):
-        """`options`: what the run was given, for the run that goes on."""
-        self.path, self.steps, self.minutes, self.options = path, steps, minutes, options
+        self.path = path
+        self.steps = steps
+        self.minutes = minutes
+        self.options = options
         self.stop = 0  # STOP + signal
 
     def setup(self, trainer, module, stage):
@@ -148,27 +155,31 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer, module):
         self.listen(module)
         self.saved = time.monotonic()
-        if trainer.received_sigterm:  # in the moment before
+        if trainer.received_sigterm:  # by Lightning's handler, just before this one was set
             self.stop = STOP + signal.SIGTERM
 
     def on_validation_start(self, trainer, module):
         self.listen(module)
+        # A validation may run out of memory; the epoch before it is saved by then.
         if trainer.state.fn == "fit":
-            self.save(
-                trainer
-            )  # what a validation may run out of is no reason to lose the epoch before it
+            self.save(trainer)
 
     def listen(self, module):
-        """Takes the signals over from Lightning, whose handlers end a run without saving or hang on several ranks. Those that
-        the run was started to ignore, as under nohup or in a script's background, stay ignored."""
+        """Take the signals over from Lightning.
+
+        Its handlers end a run without saving, or hang on several ranks. A signal that the run was
+        started to ignore, as under nohup or in a script's background, stays ignored.
+        """
 
         def note(number, _):
             self.stop = module.request = STOP + number
-            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+            signal.signal(number, signal.SIG_DFL)  # the same signal again ends the run at once
             if number == signal.SIGHUP:
                 leave_terminal()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if not self.stop else ():
+        if self.stop:
+            return
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, note)
 
@@ -196,16 +207,14 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit":  # else training has ended and is saved
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
-                    callback.on_validation_epoch_end(
-                        trainer, module
-                    )  # takes its average out of the model's place
+                    # This puts the trained weights back, after the average in their place.
+                    callback.on_validation_epoch_end(trainer, module)
             self.save(trainer)
         raise Stopped(int(stop), trainer.global_step)
 
     def save(self, trainer):
-        trainer.save_checkpoint(
-            self.path, weights_only=False
-        )  # (said, or Lightning logs a line each time)
+        # Without a value for weights_only Lightning logs a line each time.
+        trainer.save_checkpoint(self.path, weights_only=False)
         self.saved = time.monotonic()
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
@@ -220,20 +229,22 @@ class LastCheckpoint(Checkpoint):
 
 
 def leave_terminal() -> None:
-    """Sends what is printed to a terminal that has hung up nowhere: there it would raise an error before the run is saved."""
+    """Send output nowhere where its terminal has hung up: printing there would raise an error."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             send_nowhere(descriptor)
 
 
 class BestCheckpoint(Checkpoint):
-    """best.ckpt: the model with the lowest val_cer_mean.
+    """Saves best.ckpt, the model with the lowest val_cer_mean.
 
-    (Lightning's ModelCheckpoint keeps the score under the file's absolute path, and forgets it where the folder was moved.)
+    (Lightning's ModelCheckpoint keeps the score under the file's absolute path, and forgets it
+    where the folder was moved.)
     """
 
     def __init__(self, path: str):
-        self.path, self.score = path, math.inf
+        self.path = path
+        self.score = math.inf
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         self.score = best_score(self.path)
@@ -253,38 +264,28 @@ class BestCheckpoint(Checkpoint):
 
 
 def best_score(path: str) -> float:
-    """The val_cer_mean of the best.ckpt at `path`; infinite where there is none that can be used."""
+    """Return the val_cer_mean of the best.ckpt at `path`; infinity if it is absent or damaged."""
     try:
         checkpoint = read_weights_only(path, mmap=True)
         if not_finite(checkpoint):
             return math.inf
         if "best_score" not in checkpoint:
-            states = checkpoint[
-                "callbacks"
-            ].values()  # of a version that left the score to Lightning
+            # An older version left the score to Lightning's callback.
+            states = checkpoint["callbacks"].values()
             checkpoint["best_score"] = next(
                 state["best_model_score"] for state in states if "best_model_score" in state
             )
         score = float(checkpoint["best_score"])
         return math.inf if math.isnan(score) else score
-    except (
-        UserError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        StopIteration,
-    ):
+    except (UserError, StopIteration, *FAULTS):
         return math.inf
 
 
 class Average(WeightAveraging):
-    """An exponential average of the weights, which takes no account of updates that the guard skipped."""
+    """Keeps an exponential average of the weights, without updates that the guard skipped."""
 
     def __init__(self, decay: float):
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # all tensors at once
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_train_batch_end(self, trainer, module, *arguments):
         if not module.update_skipped:
@@ -295,22 +296,25 @@ class Average(WeightAveraging):
             super().on_load_checkpoint(trainer, module, checkpoint)
 
     def on_train_end(self, trainer, module):
-        """Leaves the weights where they are: a validation may follow, whose best.ckpt is to go on from them as last.ckpt does."""
+        """Leave the trained weights in the model, where Lightning would put the average.
+
+        A validation may follow. Its best.ckpt must be able to go on, as last.ckpt is.
+        """
 
 
 class Place(NamedTuple):
-    """Where a checkpoint left its run."""
+    """Says where a checkpoint left its run."""
 
     path: str | None = None
-    epoch: int = 0
-    epochs: int = 0  # that are over
-    batches: int = 0  # of each rank, in that epoch; 0 at an epoch's end
+    epoch: int = 0  # the one that it was saved in
+    epochs: int = 0  # epochs that are over
+    batches: int = 0  # batches that each rank has seen of that epoch; 0 at its end
     updates: int = 0
-    plan: dict | None = None  # of make_plan; older checkpoints have none
+    plan: dict | None = None  # what make_plan made; older checkpoints have none
 
 
 def find_place(path: str, checkpoint: dict) -> Place:
-    """Raises UserError where the checkpoint does not say it."""
+    """Read the place off a checkpoint. Raises UserError where the checkpoint does not say it."""
     with refusing(path, "loops"):
         loop = checkpoint["loops"]["fit_loop"]
         epoch = loop["epoch_progress"]["current"]["ready"] - 1
@@ -324,7 +328,10 @@ def find_place(path: str, checkpoint: dict) -> Place:
 
 
 def fits(given, like) -> bool:
-    """Whether a part of a checkpoint has the names and types of `like`; numbers are not negative, and none is immense."""
+    """Return whether a part of a checkpoint has the names and types of `like`.
+
+    Its numbers must lie within 0 .. 2**53.
+    """
     if isinstance(like, dict):
         return isinstance(given, dict) and all(
             name in given and fits(given[name], part) for name, part in like.items()
@@ -335,29 +342,25 @@ def fits(given, like) -> bool:
 
 def damaged(path: str, part: str) -> UserError:
     return UserError(
-        f"{path}: its state of training is damaged ({part}); --init_from starts a new run from its weights"
+        f"{path}: its state of training is damaged ({part}); --init_from starts a new run from its "
+        "weights"
     )
 
 
 @contextlib.contextmanager
 def refusing(path: str, part: str):
-    """What goes wrong within it is the fault of that part of the checkpoint."""
+    """Turn an error within the block into a UserError that names that part of the checkpoint."""
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except FAULTS as error:
         raise damaged(path, part) from error
 
 
 def check_state(path: str, checkpoint: dict) -> None:
-    """UserError unless what a resumed run reads of a checkpoint, whose weights have been checked, before its training begins is
-    what a run has saved; check_restored looks at the rest."""
+    """Raise UserError where a part that a resumed run reads before training is not as runs save it.
+
+    The weights have been checked before, and check_restored looks at the rest.
+    """
     parts = {
         "loops": {"fit_loop": {}},
         "callbacks": {},
@@ -365,14 +368,10 @@ def check_state(path: str, checkpoint: dict) -> None:
         "lr_schedulers": [],
         "optimizer_states": [],
     }
-    newer = {
-        "skips": {"in_a_row": 0, "in_all": 0},
-        "plan": {"processes": 0},
-        "run_options": {},
-    }  # older checkpoints have none
-    for part, like in (
-        parts | {part: like for part, like in newer.items() if part in checkpoint}
-    ).items():
+    # Older checkpoints do not have these.
+    newer = {"skips": {"in_a_row": 0, "in_all": 0}, "plan": {"processes": 0}, "run_options": {}}
+    parts |= {part: like for part, like in newer.items() if part in checkpoint}
+    for part, like in parts.items():
         if not fits(checkpoint.get(part), like):
             raise damaged(path, part)
     with refusing(path, "pytorch-lightning_version"):
@@ -384,8 +383,13 @@ def check_state(path: str, checkpoint: dict) -> None:
 
 
 def check_restored(trainer, module, checkpoint: dict) -> None:
-    """UserError where what Lightning's loops, a callback or the optimizer would go on from is not of the kind that they save."""
-    path, states, plugin = trainer.ckpt_path, checkpoint["callbacks"], trainer.precision_plugin
+    """Raise UserError where a part that Lightning restores is not of the kind that it saves.
+
+    These are the states of the loops, the callbacks, the precision plugin and the optimizer.
+    """
+    path = trainer.ckpt_path
+    states = checkpoint["callbacks"]
+    plugin = trainer.precision_plugin
     parts = [("loops", checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict())]
     parts += [
         (key, states[key], callback.state_dict())
@@ -398,7 +402,7 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
         if not fits(given, like):
             raise damaged(path, name)
     if isinstance(trainer.strategy, FSDPStrategy):
-        return  # which names what others number
+        return  # its state goes by the names of parameters, not by their numbers
     shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
     with refusing(path, "optimizer_states"):
         [optimizer] = checkpoint["optimizer_states"]
@@ -413,9 +417,12 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
 
 
 def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
-    """All that the order of rows depends on, by the names of its flags, and what they say; `data` is a SpeechDataModule after
-    setup('fit')."""
-    seconds, rows = data.options.max_batch_seconds, data.kept
+    """Return all that the order of rows depends on, and checksums of the rows.
+
+    `data` is a SpeechDataModule after setup("fit"). The keys are shown to users.
+    """
+    seconds = data.options.max_batch_seconds
+    rows = data.kept
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
     return {
         "seed": data.seed,
@@ -431,10 +438,11 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
-    """Whether a resumed run can go on by `plan`.
+    """Raise UserError where a resumed run cannot go on by `plan`; say how the plan has changed.
 
-    Within an epoch it can where the rest of the epoch stays the same: with the same plan, or with other processes and batches
-    that make the same batches of all processes together. Raises UserError else. At an epoch's end any plan will do.
+    At the end of an epoch any plan will do. Within an epoch, the rest of the epoch must stay the
+    same: with the same plan, or with other processes and batch sizes that make the same batches of
+    all processes together.
     """
     differ = {
         name: (value, plan.get(name))
@@ -443,22 +451,21 @@ def check_plan(place: Place, plan: dict, data) -> None:
     }
     if dev := differ.pop("dev", None):
         rank_zero_info(
-            f"note: {place.path} was validated on {shown(dev[0], 50)} of dev, which is now {dev[1]}: the best before and from here "
-            "on are not comparable"
+            f"note: {place.path} was validated on {shown(dev[0], 50)} of dev, which is now "
+            f"{dev[1]}: the best before and from here on are not comparable"
         )
     if not differ or place.batches and same_steps(place, plan, data, set(differ)):
         return
-    said = shown(
-        "; ".join(
-            f"{shown(name, 50)} {shown(str(before), 50)}, not {now}"
-            for name, (before, now) in differ.items()
-        ),
-        500,
-    )
+    changes = [
+        f"{shown(name, 50)} {shown(str(before), 50)}, not {now}"
+        for name, (before, now) in differ.items()
+    ]
+    said = shown("; ".join(changes), 500)
     if place.batches:
         raise UserError(
-            f"{place.path} was saved within an epoch that is planned with {said}; give the same, or the same rows "
-            "per update by --batch_size times all --devices, or resume from a checkpoint at an epoch's end"
+            f"{place.path} was saved within an epoch that is planned with {said}; give the same, "
+            "or the same rows per update by --batch_size times all --devices, or resume from a "
+            "checkpoint at an epoch's end"
         )
     rank_zero_info(
         f"note: {place.path} was planned with {said}; epochs from here on are planned anew"
@@ -466,21 +473,19 @@ def check_plan(place: Place, plan: dict, data) -> None:
 
 
 def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
-    """Whether both plans share the place's epoch out in the same batches of all processes together."""
+    """Return whether both plans make the same batches of all processes in the place's epoch."""
     sizes = ("batch_size", "max_batch_seconds")
     if not differ <= {*sizes, "processes"}:
         return False
     before = copy.copy(data)
     before.options = dataclasses.replace(data.options, **{name: place.plan[name] for name in sizes})
-    old, new = (
-        side.sampler(0, options["processes"]).steps(place.epoch)
-        for side, options in ((before, place.plan), (data, plan))
-    )
+    old = before.sampler(0, place.plan["processes"]).steps(place.epoch)
+    new = data.sampler(0, plan["processes"]).steps(place.epoch)
     return len(old) == len(new) and all(map(np.array_equal, old, new))
 
 
 def epoch_is_over(loop: dict) -> bool:
-    """Whether the state of the fit loop in a checkpoint is that after an epoch's validation."""
+    """Return whether a checkpoint's state of the fit loop is that after an epoch's validation."""
     epoch = loop["epoch_progress"]["current"]
     return (
         epoch["processed"] == epoch["ready"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
@@ -488,10 +493,11 @@ def epoch_is_over(loop: dict) -> bool:
 
 
 def settle(loop: dict) -> None:
-    """Changes the state of the fit loop in a checkpoint so that Lightning goes on where it was saved.
+    """Change a checkpoint's state of the fit loop so that Lightning goes on where it was saved.
 
-    By itself it leaves out the validation of an epoch that was saved before it, the rest of one that max_steps cut short and,
-    of a run with max_steps, all of the epoch behind one that was saved after its validation.
+    By itself Lightning would leave out the validation of an epoch that was saved before it, the
+    rest of an epoch that max_steps cut short and, in a run with max_steps, the whole epoch that
+    follows one that was saved after its validation.
     """
     progress = loop["epoch_loop.batch_progress"]
     if epoch_is_over(loop):
@@ -505,64 +511,54 @@ def settle(loop: dict) -> None:
         epoch["processed"] = epoch["completed"] = epoch["ready"] - 1
         if progress["is_last_batch"]:
             batch["completed"] = batch["ready"]
-            # as if it had been left in its validation's first batch
-            loop["epoch_loop.val_loop.batch_progress"][part].update(
-                ready=1, started=1, processed=0, completed=0
-            )
+            # This is the state of a run that was left in the first batch of its validation.
+            validation = loop["epoch_loop.val_loop.batch_progress"][part]
+            validation.update(ready=1, started=1, processed=0, completed=0)
 
 
 class MemoryCheck(L.Callback):
-    """Runs the batches that need most memory before the first update, those of train forward and backward, that of dev as
-    validation does: what does not fit is said at once.
+    """Runs the batches that need most memory before the first update; says what does not fit.
 
-    Weights, statistics, gradients, optimizer and random numbers stay as they are.
+    The batches of train that are largest by frames and by labels run forward and backward, the
+    longest of dev runs as a validation does. Weights, statistics, gradients, optimizer and random
+    numbers stay as they are.
     """
 
     def on_train_start(self, trainer, module):
         if isinstance(trainer.strategy, FSDPStrategy):
-            return  # which gathers weights in its own forward only
+            return  # it gathers the weights in its own forward only
         data = trainer.datamodule
         checks = [
             (self.learn, batch, self.advice(data.options, batch))
             for batch in data.largest_batches()
         ]
         batch = data.longest_dev_batch()
-        checks.append(
-            (
-                self.validate,
-                batch,
-                f"cut row {int(batch.rows[0])} of dev, or leave it out"
-                if len(batch.rows) == 1
-                else self.advice(data.options, batch),
-            )
-        )
+        advice = self.advice(data.options, batch)
+        if len(batch.rows) == 1:
+            advice = f"cut row {int(batch.rows[0])} of dev, or leave it out"
+        checks.append((self.validate, batch, advice))
         reasons = [reason for check in checks if (reason := self.reason(trainer, module, *check))]
         if trainer.strategy.reduce_boolean_decision(bool(reasons), all=False):
-            raise UserError(
-                (
-                    reasons
-                    or [
-                        "the largest batch does not fit the memory of another rank; lower --batch_size or "
-                        "--max_batch_seconds"
-                    ]
-                )[0]
+            elsewhere = (
+                "the largest batch does not fit the memory of another rank; lower --batch_size or "
+                "--max_batch_seconds"
             )
+            raise UserError(reasons[0] if reasons else elsewhere)
 
     @staticmethod
     def advice(options, batch) -> str:
+        """Return which flag to lower, and to what."""
         rows, frames, _ = batch.features.shape
-        name = (
-            "max_frame"
-            if rows == 1
-            else "max_batch_seconds"
-            if options.max_batch_seconds
-            else "batch_size"
-        )
-        now = frames if rows == 1 else options.max_batch_seconds or options.batch_size or 16
+        if rows == 1:
+            name, now = "max_frame", frames
+        elif options.max_batch_seconds:
+            name, now = "max_batch_seconds", options.max_batch_seconds
+        else:
+            name, now = "batch_size", options.batch_size or 16
         return f"lower --{name}, for example to {now / 2:.0f}"
 
     def reason(self, trainer, module, run, batch, advice) -> str | None:
-        """Why the batch does not fit, None where it does."""
+        """Run the batch. Return why it does not fit the memory, or None where it does."""
         rows, frames, _ = batch.features.shape
         buffers = module.keep_buffers()
         try:
@@ -572,9 +568,10 @@ class MemoryCheck(L.Callback):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            said = (str(error).splitlines() or ["out of memory"])[0][:150]
             return (
-                f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does not fit the memory of "
-                f"{module.device} ({(str(error).splitlines() or ['out of memory'])[0][:150]}); {advice}"
+                f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does "
+                f"not fit the memory of {module.device} ({said}); {advice}"
             )
         finally:
             module.restore_buffers(buffers)
@@ -588,17 +585,13 @@ class MemoryCheck(L.Callback):
 
     def learn(self, trainer, module, batch):
         parameters = [p for p in module.parameters() if p.requires_grad]
-        # room for the optimizer's two moments, which the first update will make
-        moments = [
-            torch.empty_like(p)
-            for p in parameters
-            for _ in range(0 if trainer.optimizers[0].state else 2)
-        ]
+        # The first update will make the optimizer's two moments; a resumed run has them already.
+        missing = 0 if trainer.optimizers[0].state else 2
+        moments = [torch.empty_like(p) for p in parameters for _ in range(missing)]
         with trainer.precision_plugin.forward_context():
             loss = module.net.loss(
                 batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
             )["loss"]
-        torch.autograd.grad(
-            loss, parameters, allow_unused=True
-        )  # gradients of its own: those of training stay unmade
+        # These gradients are apart from those of training, which stay unmade.
+        torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments

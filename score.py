@@ -1,8 +1,10 @@
-"""Scores a checkpoint on a split: python score.py --checkpoint runs/demo/best.ckpt --data_root data/demo
+"""Scores a checkpoint on a split:
 
-Prints one JSON line per mode, the last line of stdout being the last mode; progress goes to stderr. wer and cer are
-fractions over the whole split, as torchmetrics counts them. rtf is the time for features, encoder and search, reading
-of the data excluded, over the duration of the audio.
+  python score.py --checkpoint runs/demo/best.ckpt --data_root data/demo
+
+Prints one JSON line per mode to stdout; progress goes to stderr. wer and cer are fractions over the
+whole split, as torchmetrics counts them. rtf is the time for features, encoder and search, without
+reading the data, over the duration of the audio.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
-from context import HotwordOptions, load_hotwords
+from context import ContextGraph, HotwordOptions, make_context
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions
 from files import identity, json_text, write_whole
@@ -69,7 +71,8 @@ class ScoreOptions:
     def __post_init__(self):
         if self.stream and self.mode != "attention_rescoring":
             raise UserError(
-                f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of them out"
+                f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of "
+                "them out"
             )
         if self.concatenate and not self.stream:
             raise UserError("--concatenate has no effect without --stream; give both or neither")
@@ -84,103 +87,108 @@ class ScoreOptions:
 
 def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, ScoreOptions, SearchOptions, HotwordOptions).parse_args(argv))
-    options, words = build(ScoreOptions, given), build(HotwordOptions, given)
-    if words.hotwords and options.mode not in (*CONTEXT_MODES, "all"):
+    options = build(ScoreOptions, given)
+    hotwords = build(HotwordOptions, given)
+    if hotwords.hotwords and options.mode not in (*CONTEXT_MODES, "all"):
         raise UserError(
-            f"--mode {options.mode} cannot favour --hotwords; choose one of {', '.join(CONTEXT_MODES)}"
+            f"--mode {options.mode} cannot favour --hotwords; choose one of "
+            f"{', '.join(CONTEXT_MODES)}"
         )
-    check_details(options, words)
+    check_details(options, hotwords)
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
-    model, tokenizer, frontend = load_checkpoint(
-        options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    graph = (
-        load_hotwords(words.hotwords, tokenizer, words.context_score) if words.hotwords else None
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, frontend = load_checkpoint(options.checkpoint, device)
+    graph = make_context(hotwords, tokenizer)
     dataset, references = load_data(tokenizer, frontend, options)
     if hint := unspelled(tokenizer, references):
         print(shown(f"score.py: note: {hint}"), file=sys.stderr)
     duration = audio_lengths(dataset).sum() / frontend.sample_rate
-    scores, details = [], []
+    if options.concatenate:
+        references = [join(references)]
+    scores = []
+    details = []
     for mode in MODES if options.mode == "all" else (options.mode,):
         context = graph if mode in CONTEXT_MODES else None
-        if options.concatenate:
-            hypotheses, seconds = recognize_long(model, dataset, search, context)
-            references = [join(references)]
-        elif options.stream:
-            hypotheses, seconds = recognize_stream(model, dataset, search, context)
-        else:
-            hypotheses, seconds = recognize(
-                model, tokenizer, frontend, dataset, mode, options, search, context
-            )
-        scores.append(
-            {
-                "checkpoint": options.checkpoint,
-                "data_root": options.data_root,
-                "split": options.split,
-                "mode": mode,
-                "stream": options.stream,
-                "concatenate": options.concatenate,
-                **asdict(search),
-                **(asdict(words) if context else {}),
-                "utterances": len(references),
-                "wer": float(word_error_rate(hypotheses, references)),
-                "cer": float(char_error_rate(hypotheses, references)),
-                "rtf": round(seconds / duration, 5),
-            }
-        )
-        details += [
-            describe(mode, row, *pair) for row, pair in enumerate(zip(references, hypotheses))
-        ]
+        hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
+        settings = {**asdict(search), **(asdict(hotwords) if context else {})}
+        rates = error_rates(references, hypotheses) | {"rtf": round(seconds / duration, 5)}
+        scores.append(what_was_scored(options, mode) | settings | rates)
+        for row, (reference, hypothesis) in enumerate(zip(references, hypotheses)):
+            details.append(describe(mode, row, reference, hypothesis))
     try:
         if options.details:
             lines = "".join(json_text(detail, ensure_ascii=False) + "\n" for detail in details)
             write_whole(options.details, lines.encode())
-    finally:  # whichever of the two cannot be written, the other is
-        for reference, hypothesis in zip(references[: options.examples], hypotheses):
-            print(f"said   {shown(reference, math.inf)}\nheard  {shown(hypothesis, math.inf)}")
-        for score in scores:
-            print(json_text(score))
+    finally:  # Where the details cannot be written, the scores are printed all the same.
+        print_results(scores, references[: options.examples], hypotheses)
+
+
+def what_was_scored(options: ScoreOptions, mode: str) -> dict:
+    """The first fields of a score."""
+    names = ("checkpoint", "data_root", "split", "mode", "stream", "concatenate")
+    return {name: getattr(options, name) for name in names} | {"mode": mode}
+
+
+def error_rates(references: list[str], hypotheses: list[str]) -> dict:
+    """The number of utterances, and word and character errors over the length of the references."""
+    return {
+        "utterances": len(references),
+        "wer": float(word_error_rate(hypotheses, references)),
+        "cer": float(char_error_rate(hypotheses, references)),
+    }
+
+
+def print_results(scores: list[dict], references: list[str], hypotheses: list[str]) -> None:
+    """Prints the references, each above what was heard, then the scores."""
+    for reference, hypothesis in zip(references, hypotheses):
+        print(f"said   {shown(reference, math.inf)}\nheard  {shown(hypothesis, math.inf)}")
+    for score in scores:
+        print(json_text(score))
 
 
 def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:
-    """The split and what was said, per row: the column `text`, else the labels as the tokenizer spells them.
+    """The split, and each row's reference: its text, else its labels as the tokenizer spells them.
 
-    Raises UserError when there is nothing to compare with, or when rates or labels without text belong to another model.
+    Raises UserError where no row has any text, and where the sample rate, or labels without text,
+    belong to another model.
     """
-    roots, place = [options.data_root], f"{options.data_root}, split {options.split}"
+    roots = [options.data_root]
+    where = f"{options.data_root}, split {options.split}"
     dataset = get_concat_dataset(roots, options.split)
     rows_rate(roots, frontend)
     if "text" in dataset.column_names:
         kind = dataset.data.schema.field("text").type
         if str(kind) not in ("string", "large_string", "string_view", "null"):
             raise UserError(
-                f"{place}: column text is {shown(str(kind), 100)}, not text; prepare it again"
+                f"{where}: column text is {shown(str(kind), 100)}, not text; prepare it again"
             )
         references = [normalize_text(text or "") for text in dataset["text"]]
     else:
         check_maker(
             tokenizer,
-            f"{place} has no column text, and the tokenizer of {options.checkpoint}",
+            f"{where} has no column text, and the tokenizer of {options.checkpoint}",
             options.data_root,
         )
-        dataset = load_split(
-            roots, options.split, tokenizer
-        )  # which checks the range of the labels
+        # load_split checks that the tokenizer has all labels.
+        dataset = load_split(roots, options.split, tokenizer)
         labels = (row["input_ids"] if isinstance(row, dict) else row for row in dataset["labels"])
         references = [tokenizer.decode(ids) for ids in labels]
     if not any(references):
         raise UserError(
-            f"{place}: no row has any text to compare with; prepare it with transcripts"
+            f"{where}: no row has any text to compare with; prepare it with transcripts"
         )
     return dataset, references
 
 
 def unspelled(tokenizer, references: list[str]) -> str:
-    """Which words of the references nothing that is heard can equal, because the tokenizer spells them
-    otherwise, and what to do about it; "" where there are none."""
+    """A hint where words of the references cannot be spelled by the tokenizer, else "".
+
+    Such words count as errors whatever is heard. The hint says how many there are, and how to
+    prepare the data so that there are less than half as many.
+    """
 
     def lost(change=str) -> Counter:
+        """The words that the tokenizer spells otherwise, after a change of the references."""
         said = [change(text) for text in references]
         heard = [tokenizer.decode(tokenizer.encode(text)) for text in said]
         return Counter(" ".join(said).split()) - Counter(" ".join(heard).split())
@@ -196,8 +204,8 @@ def unspelled(tokenizer, references: list[str]) -> str:
     flags = flags or ["--lowercase", "--uppercase or --remove_punctuation"]
     unknown = Counter(piece for text in references for piece in tokenizer.unknown(text))
     return (
-        f"{words.total()} of {sum(len(text.split()) for text in references)} words of the references "
-        "count as errors whatever is heard: the checkpoint's tokenizer cannot write "
+        f"{words.total()} of {sum(len(text.split()) for text in references)} words of the "
+        "references count as errors whatever is heard: the checkpoint's tokenizer cannot write "
         f"{most_frequent(unknown or words)}; prepare the data again as the training data was, with "
         f"{' or '.join(flags)}"
     )
@@ -205,65 +213,63 @@ def unspelled(tokenizer, references: list[str]) -> str:
 
 def recognize(
     model,
-    tokenizer,
-    frontend,
-    dataset,
+    dataset: datasets.Dataset,
     mode: str,
     options: ScoreOptions,
     search: SearchOptions,
-    context,
+    context: ContextGraph | None,
 ) -> tuple[list[str], float]:
-    """(what was heard, per row; seconds it took). context: a ContextGraph or None."""
-    features_of, texts, seconds = extract(frontend), [""] * len(dataset), 0.0
-    waveforms = dataset.select_columns(["input_values"]).with_format("numpy")
-    batches = eval_batches(
-        audio_lengths(dataset), options.batch_size, max_batch=EVAL_SECONDS * frontend.sample_rate
-    )
-    for keys in tqdm(
-        batches, desc=mode, unit=" batches"
-    ):  # longest first: memory runs out early or never
+    """(what was heard, a text per row, one in all with --concatenate; the seconds that it took)."""
+    if options.concatenate:
+        return recognize_as_one(model, dataset, search, context)
+    if options.stream:
+        return recognize_streams(model, dataset, search, context)
+    return recognize_batches(model, dataset, mode, options, search, context)
+
+
+def recognize_batches(
+    model, dataset, mode: str, options: ScoreOptions, search: SearchOptions, context
+) -> tuple[list[str], float]:
+    """As `recognize`, in batches, the longest utterances first: memory runs out early or never."""
+    features_of = extract(model.frontend)
+    most_samples = EVAL_SECONDS * model.frontend.sample_rate
+    batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=most_samples)
+    samples = dataset.select_columns(["input_values"]).with_format("numpy")
+    texts = [""] * len(dataset)
+    seconds = 0.0
+    for keys in tqdm(batches, desc=mode, unit=" batches"):
         rows = [row for _, row in keys]
-        batch = [waveform_of(row, waveforms[row]) for row in rows]
+        waveforms = [checked_waveform(row, samples[row]) for row in rows]
         began = time.perf_counter()
-        features = [features_of(waveform) for waveform in batch]
-        lengths = torch.tensor([len(frames) for frames in features])
-        padded = pad_sequence(features, batch_first=True)  # (B,T,F)
-        found = model.decode(
-            padded.to(model.device),
-            lengths.to(model.device),
-            mode,
-            **asdict(search),
-            context=context,
-        )
-        seconds += (
-            time.perf_counter() - began
-        )  # hypotheses are Python lists: the device has finished
+        features = [features_of(waveform) for waveform in waveforms]
+        lengths = torch.tensor([len(frames) for frames in features], device=model.device)
+        padded = pad_sequence(features, batch_first=True).to(model.device)  # (B,T,F)
+        found = model.decode(padded, lengths, mode, context=context, **asdict(search))
+        # The device has finished by now: hypotheses are Python lists.
+        seconds += time.perf_counter() - began
         for row, hypothesis in zip(rows, found):
-            texts[row] = tokenizer.decode(hypothesis.tokens)
+            texts[row] = model.tokenizer.decode(hypothesis.tokens)
     return texts, seconds
 
 
-def recognize_stream(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
-    """The same, every row an utterance fed in pieces, from samples on."""
-    texts, seconds = [], 0.0
+def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
+    """As `recognize`, each row a stream of one utterance."""
+    texts = []
+    seconds = 0.0
     for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
         began = time.perf_counter()
-        *_, heard = listen(
-            model, cut(model, waveform, search.chunk_size), search, endpoints=False, context=context
-        )
+        pieces = cut(model, waveform, search.chunk_size)
+        *_, heard = listen(model, pieces, search, endpoints=False, context=context)
         seconds += time.perf_counter() - began
         texts.append(model.tokenizer.decode(heard.hypothesis.tokens))
     return texts, seconds
 
 
-def recognize_long(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
-    """The same, all rows one behind the other: one text of all utterances that the endpoints make of them."""
+def recognize_as_one(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
+    """As `recognize`, all rows one stream that is cut at its endpoints; gives one text in all."""
     began = time.perf_counter()
-    pieces = (
-        piece
-        for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
-        for piece in cut(model, waveform, search.chunk_size)
-    )
+    waveforms = tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
+    pieces = (piece for row in waveforms for piece in cut(model, row, search.chunk_size))
     texts = [
         model.tokenizer.decode(heard.hypothesis.tokens)
         for heard in listen(model, pieces, search, context=context)
@@ -272,14 +278,14 @@ def recognize_long(model, dataset, search: SearchOptions, context) -> tuple[list
     return [join(texts)], time.perf_counter() - began
 
 
-def waveforms_of(dataset) -> Iterator[torch.Tensor]:
-    """The rows' samples, (N,) float32."""
+def waveforms_of(dataset: datasets.Dataset) -> Iterator[torch.Tensor]:
+    """The samples (N,) float32 of each row."""
     for row, values in enumerate(dataset.select_columns(["input_values"]).with_format("numpy")):
-        yield waveform_of(row, values)
+        yield checked_waveform(row, values)
 
 
-def waveform_of(row: int, values: dict) -> torch.Tensor:
-    """The samples (N,) float32 of a row. Raises UserError for what no microphone gives."""
+def checked_waveform(row: int, values: dict) -> torch.Tensor:
+    """The samples (N,) float32 of a row. Raises UserError for samples that no microphone gives."""
     samples = values["input_values"].astype(np.float32)
     if reason := check_samples(samples)[1]:
         raise UserError(
@@ -292,12 +298,12 @@ def waveform_of(row: int, values: dict) -> torch.Tensor:
 DETAIL = b'{"row": 0, "mode": "'  # how a file of details begins
 
 
-def check_details(options: ScoreOptions, words: HotwordOptions) -> None:
-    """UserError where --details would overwrite anything but details."""
+def check_details(options: ScoreOptions, hotwords: HotwordOptions) -> None:
+    """Raises UserError where --details would overwrite anything but details."""
     path = options.details
     if not path or not os.path.exists(path):
         return
-    if identity(path) in map(identity, (options.checkpoint, words.hotwords or "", 1, 2)):
+    if identity(path) in map(identity, (options.checkpoint, hotwords.hotwords or "", 1, 2)):
         raise UserError(
             f"--details {path} is what this command reads, or where it prints; name another file"
         )
@@ -309,12 +315,13 @@ def check_details(options: ScoreOptions, words: HotwordOptions) -> None:
 
 
 def beginning(path: str) -> bytes | None:
+    """The first bytes of a file, as many as DETAIL has; None where it cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(len(DETAIL))
 
 
 def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:
-    """One utterance of --details."""
+    """A line of --details: one utterance."""
     return {
         "row": row,
         "mode": mode,
@@ -326,7 +333,7 @@ def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:
 
 
 def count_errors(error_rate, hypothesis: str, reference: str, length: int) -> int:
-    """The edit distance that torchmetrics divides by the reference's length."""
+    """The edit distance, which torchmetrics divides by the reference's length."""
     if length == 0:  # everything heard is an insertion
         return len(hypothesis.split()) if error_rate is word_error_rate else len(hypothesis)
     return round(float(error_rate([hypothesis], [reference])) * length)

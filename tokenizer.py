@@ -1,8 +1,9 @@
-"""Text to token ids and back: characters, byte-pair or sentencepiece pieces, or a Wav2Vec2 tokenizer's vocab.json.
+"""Tokenizers turn text into token ids and back.
 
-A tokenizer is a vocabulary and four special ids. In those trained here id 0 is the CTC blank (and padding), 1 the
-unknown token, 2 the start and 3 the end of a sentence. It travels as plain data (`to_dict`), in tokenizer.json and in
-every checkpoint.
+The tokens are characters, byte-pair or sentencepiece pieces, or those of a Wav2Vec2 vocab.json. A
+tokenizer is a vocabulary and four special ids. In one that is trained here id 0 is the CTC blank
+(and padding), 1 the unknown token, 2 the start and 3 the end of a sentence. A tokenizer travels as
+plain data (`to_dict`), in tokenizer.json and in every checkpoint.
 """
 
 import base64
@@ -25,22 +26,23 @@ from checkpoint import TOKENIZER, locate, read_weights_only
 from files import parse_json, read_json, read_text, write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
-UNKNOWN_MARK = "\u2047"  # how an unknown token reads in a transcript: one character, so it costs one character error
+# An unknown token reads so in a transcript: it is one character, so it costs one character error.
+UNKNOWN_MARK = "\u2047"
 BPE_SPACE = "\u2581"
-# What shows nothing alone: joiners, variation selectors and tags, which change what is beside them,
-# and fillers.
+# These characters show nothing alone: joiners, variation selectors and tags, which change the
+# characters beside them, and fillers.
 NOTHING = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0000-\U000e0fff]"
 )
-# What no transcript holds and no line of a file: controls, ends of lines, and halves of characters.
+# No transcript and no line of a file holds controls, ends of lines, and halves of characters.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-LONGEST_TOKEN, LARGEST_VOCABULARY = 256, 2**21  # characters, of one token and of all
-HAN = re.compile(
-    "([\u4e00-\u9fff])"
-)  # the Chinese characters that WeNet never hands to sentencepiece
-# What transformers' Wav2Vec2CTCTokenizer calls a special token in its options, and what such a token
-# is called in a vocab.json, in the order in which transformers appends those that are missing.
+LONGEST_TOKEN = 256  # characters
+LARGEST_VOCABULARY = 2**21  # characters of all tokens
+# WeNet never hands these Chinese characters to sentencepiece.
+HAN = re.compile("([\u4e00-\u9fff])")
+# For each role: the option of transformers' Wav2Vec2CTCTokenizer that names its token, and usual
+# names of the token in a vocab.json. transformers appends missing tokens in this order.
 VOCAB_NAMES = {
     "sos": ("bos_token", "<s>", "[BOS]", "<sos>"),
     "eos": ("eos_token", "</s>", "[EOS]", "<eos>"),
@@ -53,20 +55,24 @@ WAV2VEC2_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+# The values that are supported of an option in tokenizer_config.json.
 WAV2VEC2_OPTIONS = {
     "tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"),
     "replace_word_delimiter_char": (None, " "),
-}  # and what we support of each
+}
 
 
 def normalize_text(text: str) -> str:
-    """Unicode NFC, every run of white space one space, none at the ends. Case and punctuation stay."""
+    """Returns Unicode NFC, with single spaces and none at the ends. Case and punctuation stay."""
     return " ".join(nfc(text).split())
 
 
 def nfc(text: str) -> str:
-    """Unicode NFC. Of a long text the combining marks are put in order here, because unicodedata
-    takes a time for that which grows as the square of how many there are on one letter."""
+    """Returns Unicode NFC.
+
+    Of a long text the combining marks are put in order here: for n marks on one letter unicodedata
+    takes a time that grows as n squared.
+    """
     if len(text) > 1000 and not text.isascii():
         parts = "".join(unicodedata.normalize("NFD", character) for character in text)
         runs = itertools.groupby(parts, lambda character: unicodedata.combining(character) > 0)
@@ -77,20 +83,20 @@ def nfc(text: str) -> str:
 
 
 def quoted(piece: str) -> str:
-    """Text for a message: in quotation marks, or by its code points where not all of it is seen."""
-    seen = piece.isprintable() and not any(
-        unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece
-    )
-    return f"'{piece}'" if seen else " ".join(f"U+{ord(c):04X}" for c in piece)
+    """Returns text for a message, in quotation marks, or as code points where some is not seen."""
+    unseen = any(unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
+    if piece.isprintable() and not unseen:
+        return f"'{piece}'"
+    return " ".join(f"U+{ord(c):04X}" for c in piece)
 
 
 def brief(value) -> str:
-    """A value of a file for a message: its beginning, as in Python."""
+    """Returns the beginning of a file's value for a message, as Python writes it."""
     return shown(repr(value) if isinstance(value, str) else value, 100)
 
 
 def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
-    """For a message: what a tokenizer did not know, how often each occurs, and where."""
+    """Says for a message what pieces a tokenizer did not know, how often each occurs, and where."""
     told = [
         f"{quoted(piece)} x {count}" + (f" (as in {examples[piece]})" if piece in examples else "")
         for piece, count in unknown.most_common(10)
@@ -100,21 +106,17 @@ def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -
 
 
 def check_parts(tokens, ids, space, merges, sentencepiece, wav2vec2) -> None:
-    """UserError where a part of a Tokenizer is not what its docstring says."""
+    """Raises UserError where a part of a Tokenizer is not as its docstring says."""
     added = wav2vec2["added"] if wav2vec2 else []
     texts = [*tokens, space, *added, *(part for pair in merges or () for part in pair)]
-    if (
-        isinstance(tokens, str)
-        or isinstance(added, str)
-        or not all(isinstance(text, str) for text in texts)
-    ):
+    no_lists = isinstance(tokens, str) or isinstance(added, str)
+    if no_lists or not all(isinstance(text, str) for text in texts):
         raise UserError("a token is no text")
-    if (
-        any(len(text) > LONGEST_TOKEN for text in texts)
-        or sum(map(len, texts)) > LARGEST_VOCABULARY
-    ):
+    lengths = list(map(len, texts))
+    if max(lengths) > LONGEST_TOKEN or sum(lengths) > LARGEST_VOCABULARY:
         raise UserError(
-            f"a token is longer than {LONGEST_TOKEN} characters, or all are longer than {LARGEST_VOCABULARY}"
+            f"a token is longer than {LONGEST_TOKEN} characters, or all are longer than "
+            f"{LARGEST_VOCABULARY}"
         )
     if strange := next(filter(None, map(CONTROLS.search, texts)), None):
         raise UserError(f"a token holds the control character {quoted(strange[0])}; take it out")
@@ -137,11 +139,12 @@ class Tokenizer:
 
     tokens: the vocabulary, a list of V strings; `space` is the token that stands for a space.
     merges: the byte-pair merges, most frequent first; None for a tokenizer of characters.
-    sentencepiece: of models from WeNet, {"model": a sentencepiece model in base64, "han": whether text goes to it in upper
-    case and without its Chinese characters, each of which is a token}; None for all others.
-    wav2vec2: of transformers' vocabularies, {"do_lower_case": whether the tokens are in upper case and
-    texts in lower case, "added": the tokens that were added to the vocabulary}; None for all others.
-    Raises UserError for other types, ids beyond the vocabulary, and tokens that are very long or hold control characters.
+    sentencepiece: None but for models from WeNet, {"model": a sentencepiece model in base64, "han":
+    whether text goes to the model in upper case and without Chinese characters, each a token}.
+    wav2vec2: None but for transformers' vocabularies, {"do_lower_case": whether the tokens are in
+    upper case and texts in lower case, "added": the tokens that were added to the vocabulary}.
+    Raises UserError for other types, ids beyond the vocabulary, and tokens that are very long or
+    hold control characters.
     """
 
     def __init__(
@@ -161,15 +164,19 @@ class Tokenizer:
             tokens, (blank_id, unk_id, sos_id, eos_id), space, merges, sentencepiece, wav2vec2
         )
         self.tokens = list(tokens)
-        self.blank_id, self.unk_id, self.sos_id, self.eos_id = blank_id, unk_id, sos_id, eos_id
-        self.space, self.merges, self.sentencepiece = space, merges, sentencepiece
+        self.blank_id = blank_id
+        self.unk_id = unk_id
+        self.sos_id = sos_id
+        self.eos_id = eos_id
+        self.space = space
+        self.merges = merges
+        self.sentencepiece = sentencepiece
         self.wav2vec2 = wav2vec2
-        self._of_pieces = (
-            merges is not None or sentencepiece is not None
-        )  # there a space is part of a piece
+        # In pieces a space is part of a piece.
+        self._of_pieces = merges is not None or sentencepiece is not None
         self._silent = {blank_id, sos_id, eos_id}
         specials = self._silent | {unk_id}
-        # A special token is never what a piece of text means, even when the text spells its name.
+        # Text never means a special token, even where it spells the token's name.
         self._ids = {t: i for i, t in enumerate(self.tokens) if i not in specials}
         if space in self._ids and not self._of_pieces:
             self._ids[" "] = self._ids.pop(space)
@@ -184,21 +191,21 @@ class Tokenizer:
             added = wav2vec2["added"]
             whole = {token for token in self.tokens if len(token) > 1} | set(added)
             self._whole = (whole | {self.tokens[i] for i in specials} | {space}) - {""}
-            self._ordered, self._added = sorted(self._whole), set(added)
+            self._ordered = sorted(self._whole)
+            self._added = set(added)
         self._bpe = None if merges is None else self._build_bpe()
         self._processor = None if sentencepiece is None else self._build_processor()
 
     def _build_bpe(self):
-        vocabulary = {**self._ids, self.tokens[self.unk_id]: self.unk_id}
-        model = BPE(
-            vocabulary, [tuple(pair) for pair in self.merges], unk_token=self.tokens[self.unk_id]
-        )
+        unknown = self.tokens[self.unk_id]
+        merges = [tuple(pair) for pair in self.merges]
+        model = BPE({**self._ids, unknown: self.unk_id}, merges, unk_token=unknown)
         bpe = tokenizers.Tokenizer(model)
         bpe.pre_tokenizer = Metaspace(BPE_SPACE)
         return bpe
 
     def _build_processor(self):
-        import sentencepiece  # only models from WeNet need it
+        import sentencepiece  # Only models from WeNet need this package.
 
         return sentencepiece.SentencePieceProcessor(
             model_proto=base64.b64decode(self.sentencepiece["model"])
@@ -209,18 +216,19 @@ class Tokenizer:
         return len(self.tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text` after `normalize_text`, without sos and eos; what the vocabulary lacks is unk_id."""
-        ids = [i for _, i in self.spell(text)]
-        return [
-            i for i in ids if i != self.blank_id
-        ]  # which is what is unknown to a vocabulary without unknown token
+        """Returns the token ids of `text` after `normalize_text`, without sos and eos.
+
+        A piece that the vocabulary lacks becomes unk_id, or nothing where unk_id is blank_id, as in
+        a vocabulary without an unknown token.
+        """
+        return [i for _, i in self.spell(text) if i != self.blank_id]
 
     def unknown(self, text: str) -> list[str]:
-        """The pieces of `text`, mostly characters, that the vocabulary lacks."""
+        """Returns the pieces of `text`, mostly characters, that the vocabulary lacks."""
         return [piece for piece, i in self.spell(text) if i == self.unk_id]
 
     def spell(self, text: str) -> list[tuple[str, int]]:
-        """The pieces of `text` after `normalize_text`, and their ids."""
+        """Returns the pieces of `text` after `normalize_text`, and their ids."""
         text = normalize_text(text)
         if self._bpe is not None:
             found = self._bpe.encode(text, add_special_tokens=False)
@@ -235,7 +243,10 @@ class Tokenizer:
         return [(piece, self._ids.get(piece, self.unk_id)) for piece in pieces]
 
     def _as_written(self, character: str) -> str:
-        """The character, decomposed as far as it must be where the vocabulary is, or has only its parts."""
+        """Returns the character, decomposed as far as the vocabulary needs.
+
+        It is where the vocabulary is decomposed, or has only the parts of the character.
+        """
         if character in self._characters:
             return character
         parts = []
@@ -246,11 +257,14 @@ class Tokenizer:
         return "".join(parts) if known else character
 
     def _wav2vec2_pieces(self, text: str) -> list[str]:
-        """The pieces that transformers makes of a text: first the tokens of several characters and those
-        that were added, then the characters between them. A token of several characters takes the spaces
-        beside it, unless it was added. The name of a special token is one piece, but never that token:
-        no label may hold a blank."""
-        parts, pieces = split_off(text, self._whole, self._ordered), []
+        """Returns the pieces that transformers makes of a text.
+
+        Tokens of several characters and added ones are cut out first; the characters between them
+        follow. A token of several characters takes the spaces beside it, unless it was added. The
+        name of a special token is one piece, but never that token: no label may hold a blank.
+        """
+        pieces = []
+        parts = split_off(text, self._whole, self._ordered)
         for i, part in enumerate(parts):
             if part in self._whole and len(part) > 1 and part not in self._added:
                 if i > 0:
@@ -267,17 +281,16 @@ class Tokenizer:
     def _sentencepieces(self, text: str) -> list[str]:
         if not self.sentencepiece["han"]:
             return self._processor.encode(text, out_type=str)
-        parts = [part for part in HAN.split(text.upper()) if part.strip()]
-        return [
-            piece
-            for part in parts
-            for piece in (
-                [part] if HAN.fullmatch(part) else self._processor.encode(part, out_type=str)
-            )
-        ]
+        pieces = []
+        for part in filter(str.strip, HAN.split(text.upper())):
+            if HAN.fullmatch(part):
+                pieces.append(part)
+            else:
+                pieces += self._processor.encode(part, out_type=str)
+        return pieces
 
     def texts(self, ids) -> list[str]:
-        """What each token id adds to what `written` makes a text of: blank, sos and eos nothing."""
+        """Returns the text of each token id, to be joined. That of blank, sos and eos is empty."""
         pieces = [
             "" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i]
             for i in ids
@@ -287,15 +300,19 @@ class Tokenizer:
         return [" " if piece == self.space else piece for piece in pieces]
 
     def written(self, text: str) -> str:
+        """Returns the joined `texts` as a transcript: with single spaces and in the texts' case."""
         lower = self.wav2vec2 is not None and self.wav2vec2["do_lower_case"]
         return normalize_text(text.lower() if lower else text)
 
     def decode(self, ids) -> str:
-        """The text of token ids. Blank, sos and eos are left out; repeats stay (undoing CTC is decode.py's work)."""
+        """Returns the text of token ids. Blank, sos and eos are left out.
+
+        Repeated ids stay: decode.py undoes CTC.
+        """
         return self.written("".join(self.texts(map(int, ids))))
 
     def shared_ids(self, other: "Tokenizer") -> list[tuple[int, int]]:
-        """(own id, other's id) of the special tokens, by role, and of every token that both know."""
+        """Returns (own id, other's id) of the special tokens, by role, and of each common token."""
         roles = [
             (getattr(self, role), getattr(other, role))
             for role in ("blank_id", "unk_id", "sos_id", "eos_id")
@@ -305,7 +322,7 @@ class Tokenizer:
         ]
 
     def to_dict(self) -> dict:
-        """Plain data (str, int, list, dict), for JSON and for checkpoints; `from_dict` takes it."""
+        """Returns plain data (str, int, list, dict), for JSON and checkpoints and `from_dict`."""
         names = (
             "tokens",
             "blank_id",
@@ -321,7 +338,7 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Tokenizer":
-        """Raises UserError when `data` is not what `to_dict` gave."""
+        """Makes a tokenizer of what `to_dict` gave. Raises UserError where `data` is not that."""
         try:
             return cls(**data)
         except Exception as error:  # tokenizers raises bare Exceptions for bad merges
@@ -331,32 +348,33 @@ class Tokenizer:
 
 
 def split_off(text: str, tokens: set[str], ordered: list[str] = []) -> list[str]:
-    """The text cut at the tokens in it, the leftmost first and of those the longest: transformers' Trie.
-    `ordered` holds the tokens sorted; sorting many for every text would take most of the time.
+    """Cuts the text at the tokens in it, the leftmost first and of those the longest.
 
-    With its flaw: where a token ends while a longer one to the left of it breaks off, the search for the
-    rest of the longer one skips that character, and what it cuts out then is no token.
+    `ordered` holds the tokens sorted; to sort many for every text would take most of the time.
+
+    This is transformers' Trie, with its flaw: where a token ends while a longer one to the left of
+    it breaks off, the search for the rest of the longer one skips that character, and the piece
+    that is cut out then is no token.
     """
     ordered = ordered or sorted(tokens)
 
     def begins(seen: str) -> bool:
-        """Whether a token does so."""
+        """Whether a token begins so."""
         place = bisect.bisect_left(ordered, seen)
         return seen != "" and place < len(ordered) and ordered[place].startswith(seen)
 
     def longest(seen: str, at: int) -> int | None:
-        """Where the longest token ends that goes on with text[at:]."""
+        """Returns where the longest token that begins with `seen` and goes on at text[at] ends."""
         end = at if seen in tokens else None
         while at < len(text) and begins(seen + text[at]):
-            seen, at = seen + text[at], at + 1
+            seen += text[at]
+            at += 1
             end = at if seen in tokens else end
         return end
 
-    cuts, begun, behind = (
-        [0],
-        {},
-        0,
-    )  # begun: of each place where a token may have begun, its characters
+    cuts = [0]
+    begun = {}  # {a place where a token may have begun: its characters so far}
+    behind = 0  # where the last token ends
     for here in range(len(text) + 1):
         if here < behind:
             continue
@@ -373,17 +391,22 @@ def split_off(text: str, tokens: set[str], ordered: list[str] = []) -> list[str]
                 )
                 if end is not None:
                     break
-            cuts, begun, behind = [*cuts, start, end], {}, end
+            cuts += [start, end]
+            begun = {}
+            behind = end
         if behind <= here and begins(text[here : here + 1]):
             begun[here] = text[here]
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
 
 
 def train_char(texts) -> Tokenizer:
-    """A tokenizer of the characters that occur in `texts`, in code point order. Raises UserError if there are none."""
+    """Makes a tokenizer of the characters in `texts`, in code point order, but for controls.
+
+    Raises UserError where there are none.
+    """
     characters = set()
     for text in texts:
-        characters.update(CONTROLS.sub("", normalize_text(text)))  # which are unknown to it
+        characters.update(CONTROLS.sub("", normalize_text(text)))
     if not characters:
         raise UserError(
             "no text to train a tokenizer on: the transcripts of the train split are empty"
@@ -392,20 +415,26 @@ def train_char(texts) -> Tokenizer:
 
 
 def train_bpe(texts, vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) of at most vocab_size tokens, the four special ones included.
+    """Trains byte-pair encoding (Sennrich et al. 2016) of at most vocab_size tokens.
 
-    Every character of `texts` is a token. Raises UserError when vocab_size has no room for them.
+    The four special tokens are among them, and every character of `texts`. Raises UserError when
+    vocab_size has no room for them.
     """
-    minimum = (
-        train_char(texts := list(texts)).vocab_size + 1
-    )  # a space is spelled by its own symbol
+    texts = list(texts)
+    minimum = train_char(texts).vocab_size + 1  # BPE_SPACE is one more
     if vocab_size < minimum:
         raise UserError(
-            f"--vocab_size {vocab_size} has no room for this text's characters; give {minimum} or more"
+            f"--vocab_size {vocab_size} has no room for this text's characters; give {minimum} or "
+            "more"
         )
     bpe = tokenizers.Tokenizer(BPE(unk_token=SPECIALS[1]))
     bpe.pre_tokenizer = Metaspace(BPE_SPACE)
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        show_progress=False,
+        max_token_length=LONGEST_TOKEN + 1,  # Tokens stay below this length.
+    )
     bpe.train_from_iterator((CONTROLS.sub("", normalize_text(text)) for text in texts), trainer)
     model = json.loads(bpe.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
@@ -421,9 +450,11 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
 
 
 def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokenizer:
-    """The tokenizer of a Wav2Vec2 vocab.json {token: id}: ids stay, sos, eos and unk are appended where absent.
+    """Makes the tokenizer of a Wav2Vec2 vocab.json {token: id}.
 
-    added: {token: id} of what was added to the vocabulary. config: what tokenizer_config.json says.
+    The ids stay; sos, eos and unk are appended where absent. added: {token: id} of the tokens that
+    were added to the vocabulary. config: the options in tokenizer_config.json. Raises UserError
+    where the ids are not 0, 1, 2, ... or contradict each other, and where there is no pad token.
     """
     if vocabulary and all(isinstance(i, dict) for i in vocabulary.values()):
         languages = shown(", ".join(list(vocabulary)[:5]), 100)
@@ -443,14 +474,16 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
             )
     if not all(isinstance(i, int) for i in tokens) or sorted(tokens) != list(range(len(tokens))):
         raise UserError("not a vocab.json: it must map tokens to the ids 0, 1, 2, ... without gaps")
-    tokens, special = [tokens[i] for i in range(len(tokens))], {}
+    tokens = [tokens[i] for i in range(len(tokens))]
+    special = {}
     later = [token for token in added if token not in vocabulary or len(token) == 1]
     for role, (option, *names) in VOCAB_NAMES.items():
         names = [config[option]] if config.get(option) else names
         found = [tokens.index(name) for name in names if name in tokens]
         if not found and role == "blank":
             raise UserError(
-                f"the vocabulary has no pad token ({shown(', '.join(names), 100)}), which CTC needs as its blank"
+                f"the vocabulary has no pad token ({shown(', '.join(names), 100)}), which CTC "
+                "needs as its blank"
             )
         special[f"{role}_id"] = found[0] if found else len(tokens)
         if not found:
@@ -462,9 +495,9 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
 
 
 def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tokenizer:
-    """The tokenizer that Wav2Vec2CTCTokenizer.save_pretrained wrote, of what is in WAV2VEC2_FILES.
+    """Makes the tokenizer that Wav2Vec2CTCTokenizer.save_pretrained wrote, of its WAV2VEC2_FILES.
 
-    Raises UserError where they contradict each other or ask for what is not supported.
+    Raises UserError where the files contradict each other or have options that are not supported.
     """
     for option, supported in WAV2VEC2_OPTIONS.items():
         if config.get(option) not in supported:
@@ -498,9 +531,8 @@ def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tok
                 "added_tokens.json and tokenizer_config.json differ on the id of "
                 f"{brief(content)}: {brief(added[content])} or {shown(i, 20)}"
             )
-        whole = (
-            content in vocabulary and len(content) > 1
-        )  # which takes the spaces beside it anyway
+        # A token of several characters that was not added takes the spaces beside it anyway.
+        whole = content in vocabulary and len(content) > 1
         for flag in ("single_word", *(() if whole else ("lstrip", "rstrip"))):
             if token.get(flag):
                 raise UserError(f"{flag} of the added token {brief(content)} is not supported")
@@ -508,13 +540,16 @@ def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tok
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a tokenizer.json, a vocab.json, the tokenizer inside a .ckpt, or the one in a folder for the
-    hub, in a hub repository org/name or in a folder of Wav2Vec2CTCTokenizer.save_pretrained. Raises
-    UserError if it is none of these."""
+    """Reads the tokenizer of a tokenizer.json, a vocab.json, a .ckpt or a folder.
+
+    The folder is one for the hub, a hub repository org/name, or one that
+    Wav2Vec2CTCTokenizer.save_pretrained wrote. Raises UserError where `path` is none of these.
+    """
     path = locate(str(path))
     if os.path.exists(os.path.join(path, TOKENIZER)):
         path = os.path.join(path, TOKENIZER)
-    folder, unreadable = os.path.isdir(path), "not a tokenizer.json, vocab.json or checkpoint"
+    folder = os.path.isdir(path)
+    unreadable = "not a tokenizer.json, vocab.json or checkpoint"
     try:
         if folder:
             unreadable = f"one of {', '.join(WAV2VEC2_FILES)} is no JSON object"
@@ -540,30 +575,28 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise UserError(unreadable)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ):  # of JSON of another shape
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        # The JSON has another shape.
         raise UserError(
             f"{path}: not what Wav2Vec2CTCTokenizer.save_pretrained writes; save it anew"
         ) from None
 
 
 def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:
-    """Raises UserError when DATA_ROOT/tokenizer.json, which made the labels there, is another tokenizer."""
+    """Raises UserError where DATA_ROOT/tokenizer.json, which made the labels, is another one."""
     path = os.path.join(data_root, "tokenizer.json")
     if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
         raise UserError(
-            f"{name} differs from {path}, which made the labels; use that one, or prepare the data again with "
-            "prepare.py --tokenizer"
+            f"{name} differs from {path}, which made the labels; use that one, or prepare the data "
+            "again with prepare.py --tokenizer"
         )
 
 
 def unit_lines(tokens: list[str], file: str) -> str:
-    """Lines `token id` of WeNet's units.txt and sherpa-onnx's tokens.txt; UserError where they could not be read back."""
+    """Returns the lines `token id` of WeNet's units.txt and sherpa-onnx's tokens.txt.
+
+    Raises UserError where the lines could not be read back.
+    """
     if len(set(tokens)) < len(tokens) or any(len(token.split()) != 1 for token in tokens):
         raise UserError(
             f"its tokens cannot be lines of a {file}: they hold spaces or are not distinct"

@@ -1,7 +1,8 @@
 """Trains a U2++ model: python train.py --data_root data/demo --output_dir runs/demo --preset tiny
 
-Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was run, and its metrics), steps.jsonl (loss and
-rows of every update), skipped.jsonl (updates that the guard skipped) and TensorBoard logs.
+Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was run, and its
+metrics), steps.jsonl (loss and rows of every update), skipped.jsonl (updates that the guard
+skipped) and TensorBoard logs.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 
 from cli import (
     SPARING,
@@ -50,24 +52,17 @@ from recovery import (
     one_line_endings,
 )
 from sampler import check_share
-from tokenizer import check_maker, load_tokenizer
+from tokenizer import Tokenizer, check_maker, load_tokenizer
 from transforms import Augment, Frontend, read_cmvn
 
 LOCK = ".lock"
-OUTPUTS = (
-    "best.ckpt",
-    "last.ckpt",
-    "run.json",
-    "scores.jsonl",
-    "skipped.jsonl",
-    "steps.jsonl",
-    "logs",
-)  # --overwrite removes
+WHOLE = ("best.ckpt", "last.ckpt", "run.json")  # written whole or not at all
+OUTPUTS = (*WHOLE, "scores.jsonl", "skipped.jsonl", "steps.jsonl", "logs")  # --overwrite removes
 
 
 @options_class
 class RunOptions:
-    """The run: where, how long, on what."""
+    """Says what a run trains on, where, and for how long."""
 
     data_root: tuple[str, ...] = option(("data/demo",), "data roots that prepare.py made")
     output_dir: str = option("runs/demo", "where checkpoints, logs and run.json go")
@@ -82,7 +77,8 @@ class RunOptions:
     )
     tokenizer: str | None = option(
         None,
-        "tokenizer.json, vocab.json, transformers folder or .ckpt; default DATA_ROOT/tokenizer.json",
+        "tokenizer.json, vocab.json, transformers folder or .ckpt; "
+        "default DATA_ROOT/tokenizer.json",
     )
     max_epochs: int = option(
         20, "epochs, unless --max_steps comes first", at_least=-1, at_most=10**6
@@ -119,18 +115,49 @@ class RunOptions:
     def __post_init__(self):
         if 0 in (self.max_epochs, self.max_steps) or self.max_epochs == self.max_steps == -1:
             raise UserError(
-                f"--max_epochs {self.max_epochs} --max_steps {self.max_steps}: a run needs an end, and a step"
+                f"--max_epochs {self.max_epochs} --max_steps {self.max_steps}: a run needs an end, "
+                "and a step"
             )
         if not self.data_root:
             raise UserError("--data_root: give at least one")
 
 
 OPTIONS = RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend
-# What a run that goes on elsewhere does not take over.
+# Fine-tuning may change these options of a model: none of them shapes a weight, and the model can
+# learn its way from one value to another.
+MAY_CHANGE = (
+    "dropout_rate",
+    "attention_dropout_rate",
+    "ctc_weight",
+    "lsm_weight",
+    "length_normalized_loss",
+    "use_dynamic_chunk",
+    "use_dynamic_left_chunk",
+    "high_freq",
+)
+# Checkpoints leave these options out: a run that goes on elsewhere has its own.
 OF_THE_MACHINE = "output_dir", "accelerator", "devices", "num_nodes", "strategy", "num_workers"
 
 
-def parse(argv):
+class Settings(NamedTuple):
+    """Holds all options of a run."""
+
+    run: RunOptions
+    data: DataOptions
+    model: ModelOptions
+    optim: OptimOptions
+    augment: Augment
+    frontend: Frontend
+
+    def by_name(self) -> dict:
+        """Return all options by the names of their flags."""
+        return {
+            name: value for options in self for name, value in dataclasses.asdict(options).items()
+        }
+
+
+def read_flags(argv) -> dict:
+    """Return the flags that were given, and `overwrite`."""
     parser = make_parser(__doc__, *OPTIONS)
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
@@ -148,98 +175,106 @@ def parse(argv):
 
 
 def main(argv):
-    given = parse(argv)
+    given = read_flags(argv)
     folder, resume = find_run(given)
     checkpoint = read_resumable(resume) if resume else {}
-    before = options_of(checkpoint)
-    options = build(RunOptions, given, **{**before, "output_dir": folder})
-    source = read_checked(options.init_from) if options.init_from and not resume else None
-    check_options(options.init_from, source or {})
-    sizes = (
-        before
-        if resume and "preset" not in given
-        else source["model_options"]
-        if source
-        else PRESETS[options.preset]
-    )
-    model_options, optim = build(ModelOptions, given, **sizes), build(OptimOptions, given, **before)
-    heard = (
-        source["frontend"] if source else before or {"sample_rate": rows_rate(options.data_root)}
-    )
-    frontend = build(Frontend, given, **heard)
-    augment, data_options = (
-        build(Augment, given, **before),
-        build(DataOptions, without_rivals(given, before)),
-    )
-    check(options)
-    check_unused(given, options, frontend)
-    check_source(options.init_from, source, model_options, frontend)
-    check_sources_stay(options, given["overwrite"])
-    tokenizer = read_tokenizer(options.tokenizer, options.data_root[0])
-    place = (
-        check_resume(resume, checkpoint, given, before, options, model_options, frontend, tokenizer)
-        if resume
-        else Place()
-    )
+    settings, source = choose_settings(given, folder, checkpoint)
+    check_run(settings.run)
+    check_unused(given, settings)
+    check_source(source, settings)
+    check_sources_stay(settings.run, given["overwrite"])
+    tokenizer = label_tokenizer(settings.run.tokenizer, settings.run.data_root[0])
+    place = check_resume(resume, checkpoint, given, settings, tokenizer) if resume else Place()
 
-    if optim.gradient_checkpointing:
+    if settings.optim.gradient_checkpointing:
         keep_freed_memory(SPARING)
-    L.seed_everything(options.seed, workers=False, verbose=False)
-    data = SpeechDataModule(
-        data_roots=options.data_root,
-        tokenizer=tokenizer,
-        frontend=frontend,
-        augment=augment,
-        options=data_options,
-        input_layer=model_options.input_layer,
-        seed=options.seed,
-    )
-    data.start_batch = place.batches
-    data.setup("fit")  # before Lightning says anything: what is wrong with the data is one line
-    everything = {
-        name: value
-        for some in (options, data_options, model_options, optim, augment, frontend)
-        for name, value in dataclasses.asdict(some).items()
-    }
-    start = Start(folder, given["overwrite"], place, {**everything, **given})
-    trainer = make_trainer(
-        options,
-        start,
-        {name: value for name, value in everything.items() if name not in OF_THE_MACHINE},
-    )
+    L.seed_everything(settings.run.seed, workers=False, verbose=False)
+    # The data come before Lightning prints anything, so an error in them is a single line.
+    data = open_data(settings, tokenizer, place)
+    start = Start(folder, given["overwrite"], place, {**settings.by_name(), **given})
+    trainer = make_trainer(settings, start)
     check_processes(trainer, data)
-    check_plan(place, make_plan(data, trainer.world_size, options.accumulate_grad_batches), data)
-    if place.batches > data.train_batches(trainer.world_size):
-        raise UserError(
-            f"{resume}: it was saved behind {place.batches} batches of an epoch, which has not as many; resume on the "
-            "data that it was made with"
-        )
-    model = U2(
-        options=model_options,
-        optim=optim,
-        frontend=frontend,
-        tokenizer=tokenizer,
-        seed=options.seed,
-        total_steps=count_steps(options, data, trainer.world_size, place),
-        skip_log=os.path.join(folder, "skipped.jsonl"),
-        step_log=os.path.join(folder, "steps.jsonl"),
-    )
+    check_epoch(trainer, data, place)
+    model = new_model(settings, data, trainer.world_size, place)
     if resume:
         say_schedule(checkpoint, model, place)
     else:
-        prepare_weights(model, source, options.cmvn, data)
+        prepare_weights(model, source, settings.run.cmvn, data)
     alone_there = only_writer(folder) if trainer.is_global_zero else contextlib.nullcontext()
     with alone_there, one_line_endings(trainer, folder, lambda: start.begun):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-        start.record or start.begin(trainer, model)  # where a resumed run had nothing left to train
+        if not start.record:  # a resumed run had nothing left to train
+            start.begin(trainer, model)
         best = save_best(trainer, model, data)
         if trainer.is_global_zero:
             finish(trainer, model, best, folder, start.record)
 
 
+def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Settings, dict | None]:
+    """Return the options of the run, and the checkpoint of --init_from in a new run.
+
+    A flag that is given counts most. What is not given is as in the checkpoint that the run goes on
+    from or, for model and frontend, in that of --init_from; else it is the default.
+    """
+    before = options_of(checkpoint)
+    run_options = build(RunOptions, given, **{**before, "output_dir": folder})
+    source = None
+    if run_options.init_from and not checkpoint:
+        source = read_checked(run_options.init_from)
+        check_options(run_options.init_from, source)
+    if checkpoint and "preset" not in given:
+        sizes = before
+    else:
+        sizes = source["model_options"] if source else PRESETS[run_options.preset]
+    model = build(ModelOptions, given, **sizes)
+    optim = build(OptimOptions, given, **before)
+    if source:
+        frontend_options = source["frontend"]
+    else:
+        frontend_options = before or {"sample_rate": rows_rate(run_options.data_root)}
+    frontend = build(Frontend, given, **frontend_options)
+    augment = build(Augment, given, **before)
+    data = build(DataOptions, without_rivals(given, before))
+    return Settings(run_options, data, model, optim, augment, frontend), source
+
+
+def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
+    """Open, check and filter the data. Raises UserError for data that cannot be used."""
+    data = SpeechDataModule(
+        data_roots=settings.run.data_root,
+        tokenizer=tokenizer,
+        frontend=settings.frontend,
+        augment=settings.augment,
+        options=settings.data,
+        input_layer=settings.model.input_layer,
+        seed=settings.run.seed,
+    )
+    data.start_batch = place.batches
+    data.setup("fit")
+    return data
+
+
+def new_model(settings: Settings, data: SpeechDataModule, world_size: int, place: Place) -> U2:
+    """Make the model with random weights, and the logs that it writes."""
+    folder = settings.run.output_dir
+    return U2(
+        options=settings.model,
+        optim=settings.optim,
+        frontend=settings.frontend,
+        tokenizer=data.tokenizer,
+        seed=settings.run.seed,
+        total_steps=count_steps(settings.run, data, world_size, place),
+        skip_log=os.path.join(folder, "skipped.jsonl"),
+        step_log=os.path.join(folder, "steps.jsonl"),
+    )
+
+
 def find_run(given: dict) -> tuple[str, str | None]:
-    """OUTPUT_DIR and the checkpoint to resume from, or None. Raises UserError where another run lies there: a run is touched
-    by its own continuation or by --overwrite alone."""
+    """Return OUTPUT_DIR, and the checkpoint to resume from or None.
+
+    Raises UserError where another run lies in OUTPUT_DIR: only its own continuation or --overwrite
+    may change a run.
+    """
     named = given.get("resume")
     if named and os.path.isdir(named):
         named = os.path.join(named, "last.ckpt")
@@ -247,12 +282,10 @@ def find_run(given: dict) -> tuple[str, str | None]:
         os.path.dirname(named) or "." if named else RunOptions.output_dir
     )
     resume = None if named is None else named or os.path.join(folder, "last.ckpt")
-    if any(
-        os.environ.get(name, "0") != "0"
-        for name in ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    ):
-        return folder, resume  # the process of rank 0 has checked, and may have begun to write
-    check_place(folder)
+    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    if any(os.environ.get(name, "0") != "0" for name in ranks):
+        return folder, resume  # rank 0 checks the folder, and may have begun to write there
+    check_folder(folder)
     there = os.listdir(folder) if os.path.isdir(folder) else ()
     # What is left of a run that was killed before it began does not count.
     there = [
@@ -264,19 +297,19 @@ def find_run(given: dict) -> tuple[str, str | None]:
         return folder, resume
     if resume is None:
         raise UserError(
-            f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or choose "
-            "another --output_dir"
+            f"{folder} holds a run already; --resume goes on with it, --overwrite replaces it, or "
+            "choose another --output_dir"
         )
     if os.path.exists(resume) and not os.path.samefile(os.path.dirname(resume) or ".", folder):
         raise UserError(
-            f"{folder} holds another run than {resume}; leave out --output_dir to go on where that is, or choose "
-            "an empty one"
+            f"{folder} holds another run than {resume}; leave out --output_dir to go on where that "
+            "is, or choose an empty one"
         )
     return folder, resume
 
 
-def check_place(folder: str) -> None:
-    """UserError where the run could not write all of its files. Looks only: nothing is written or removed yet."""
+def check_folder(folder: str) -> None:
+    """Raise UserError where the run could not write all of its files; write and remove nothing."""
     check_utf8(folder, "--output_dir", "TensorBoard")
     there = folder
     while True:
@@ -285,31 +318,39 @@ def check_place(folder: str) -> None:
             break
         except FileNotFoundError:
             there = os.path.dirname(there) or "."
-        except (OSError, ValueError) as error:  # too long a name, or none at all
+        except (OSError, ValueError) as error:  # the name is too long, or has a NUL
             raise UserError(
                 f"--output_dir {folder}: cannot be made ({error}); choose another"
             ) from error
-    refuse(there, "folder", folder)
-    halves = [aside(name) for name in ("best.ckpt", "last.ckpt", "run.json")]
+    check_writable(there, "folder", folder)
+    if there == folder:
+        check_outputs(folder)
+
+
+def check_outputs(folder: str) -> None:
+    """Raise UserError where the run could not replace a file of its own in `folder`."""
+    halves = [aside(name) for name in WHOLE]
     locks = [LOCK, *(f"{name}.lock" for name in halves)]
-    for name in (*OUTPUTS, *halves, *locks) if there == folder else ():
-        if os.path.lexists(path := os.path.join(folder, name)):
-            if os.path.islink(path):
-                raise UserError(
-                    f"--output_dir {folder}: {path} is a link; move it away, or choose another"
-                )
-            refuse(path, "folder" if name == "logs" else "file", folder)
-            if name in locks and os.path.getsize(path):
-                raise UserError(
-                    f"--output_dir {folder}: {path} is no lock, which would be empty; "
-                    "move it away, or choose another"
-                )
-            for log in files_of(path) if name == "logs" else ():
-                refuse(os.path.dirname(log), "folder", folder)
+    for name in (*OUTPUTS, *halves, *locks):
+        path = os.path.join(folder, name)
+        if not os.path.lexists(path):
+            continue
+        if os.path.islink(path):
+            raise UserError(
+                f"--output_dir {folder}: {path} is a link; move it away, or choose another"
+            )
+        check_writable(path, "folder" if name == "logs" else "file", folder)
+        if name in locks and os.path.getsize(path):
+            raise UserError(
+                f"--output_dir {folder}: {path} is no lock, which would be empty; "
+                "move it away, or choose another"
+            )
+        for log in files_of(path) if name == "logs" else ():
+            check_writable(os.path.dirname(log), "folder", folder)
 
 
-def refuse(path: str, kind: str, folder: str) -> None:
-    """UserError where `path` is no such kind of thing, or may not be changed."""
+def check_writable(path: str, kind: str, folder: str) -> None:
+    """Raise UserError where `path` is no file or folder, as `kind` says, or may not be changed."""
     if not (os.path.isdir if kind == "folder" else os.path.isfile)(path):
         raise UserError(
             f"--output_dir {folder}: {path} is no {kind}; move it away, or choose another"
@@ -321,7 +362,7 @@ def refuse(path: str, kind: str, folder: str) -> None:
 
 
 def options_of(checkpoint: dict) -> dict:
-    """All options of the run that a checkpoint is from; those of an older version's checkpoint are not all in it."""
+    """Return the options of a checkpoint's run by name; older checkpoints lack some."""
     parts = ("model_options", "optim_options", "frontend", "run_options")
     options = {}
     for part in parts:
@@ -332,16 +373,17 @@ def options_of(checkpoint: dict) -> dict:
 
 
 def without_rivals(given: dict, before: dict) -> dict:
-    """What was given over what the run had, without what it had instead: one of --batch_size and --max_batch_seconds."""
+    """Return what was given, over what the run had.
+
+    One of --batch_size and --max_batch_seconds takes the place of the other.
+    """
     rivals = {"batch_size": "max_batch_seconds", "max_batch_seconds": "batch_size"}
-    return {
-        **{name: value for name, value in before.items() if rivals.get(name) not in given},
-        **given,
-    }
+    kept = {name: value for name, value in before.items() if rivals.get(name) not in given}
+    return {**kept, **given}
 
 
-def check(options: RunOptions) -> None:
-    """Refuses in one line what would fail late or not at all as asked."""
+def check_run(options: RunOptions) -> None:
+    """Raise UserError for a run that would fail late, or not do what was asked."""
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
@@ -354,68 +396,51 @@ def check(options: RunOptions) -> None:
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
 
 
-def check_unused(given: dict, options: RunOptions, frontend: Frontend) -> None:
-    """Refuses flags that would have no effect beside the others."""
-    without = {"freeze_encoder_epochs"} if options.init_from is None else {"preset"}
-    for names, reason in (
-        (
-            ("window", "mean_var_norm")
-            if frontend.frontend == "fbank"
-            else ("dither", "cmvn", "high_freq"),
-            f"with --frontend {frontend.frontend}",
-        ),
-        (without, "without --init_from" if options.init_from is None else "with --init_from"),
-    ):
-        for name in names:
-            if name in given:
-                raise UserError(f"--{name} has no effect {reason}; leave it out")
+def check_unused(given: dict, settings: Settings) -> None:
+    """Raise UserError for a flag that has no effect beside the others."""
+    frontend = settings.frontend.frontend
+    others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
+    unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
+    if settings.run.init_from is None:
+        unused["freeze_encoder_epochs"] = "without --init_from"
+    else:
+        unused["preset"] = "with --init_from"
+    for name, reason in unused.items():
+        if name in given:
+            raise UserError(f"--{name} has no effect {reason}; leave it out")
 
 
 def check_sources_stay(options: RunOptions, overwrite: bool) -> None:
-    """UserError where --overwrite would delete what the run is made from."""
-    doomed = [
-        os.path.realpath(os.path.join(options.output_dir, name)) for name in OUTPUTS if overwrite
-    ]
+    """Raise UserError where --overwrite would delete a file that the run is made from."""
+    if not overwrite:
+        return
+    doomed = [os.path.realpath(os.path.join(options.output_dir, name)) for name in OUTPUTS]
     for name in ("init_from", "tokenizer", "cmvn"):
         path = getattr(options, name)
-        if path and any(
-            os.path.realpath(path) == one or os.path.realpath(path).startswith(one + os.sep)
-            for one in doomed
-        ):
+        real = os.path.realpath(path) if path else ""
+        if any(real == one or real.startswith(one + os.sep) for one in doomed):
             raise UserError(
-                f"--{name} {path} is part of the run that --overwrite replaces; choose another --output_dir"
+                f"--{name} {path} is part of the run that --overwrite replaces; choose another "
+                "--output_dir"
             )
 
 
-def check_source(
-    path: str | None, source: dict | None, model_options: ModelOptions, frontend: Frontend
-) -> None:
-    """UserError where the weights of --init_from would not fit, or would meet features that are all others."""
-    free = {
-        "dropout_rate",
-        "attention_dropout_rate",
-        "ctc_weight",
-        "lsm_weight",
-        "length_normalized_loss",
-        "use_dynamic_chunk",
-        "use_dynamic_left_chunk",
-        "high_freq",
-    }  # what shapes no weight, or can be learnt anew
-    for name, (saved, asked) in (
-        differences(source, model_options, frontend).items() if source else ()
-    ):
-        if name not in free:
-            raise UserError(f"--{name} {asked}: {path} was made with {saved}; leave it out")
+def check_source(source: dict | None, settings: Settings) -> None:
+    """Raise UserError where the weights of --init_from do not fit the model or its features."""
+    if not source:
+        return
+    for name, (saved, asked) in differences(source, settings).items():
+        if name not in MAY_CHANGE:
+            raise UserError(
+                f"--{name} {asked}: {settings.run.init_from} was made with {saved}; leave it out"
+            )
 
 
-def differences(
-    checkpoint: dict, model_options: ModelOptions, frontend: Frontend
-) -> dict[str, tuple]:
-    """{name: (the checkpoint's value, the one asked for)} of the model options and the frontend's that are not the same."""
-    asked = dataclasses.asdict(model_options) | dataclasses.asdict(frontend)
-    saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(
-        Frontend()
-    )  # of options that are newer than it
+def differences(checkpoint: dict, settings: Settings) -> dict[str, tuple]:
+    """Return {name: (saved, asked)} of the model's and frontend's options that differ."""
+    asked = dataclasses.asdict(settings.model) | dataclasses.asdict(settings.frontend)
+    # An option that is newer than the checkpoint counts as its default.
+    saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(Frontend())
     saved |= checkpoint["model_options"] | checkpoint["frontend"]
     return {name: (saved[name], value) for name, value in asked.items() if saved[name] != value}
 
@@ -423,11 +448,12 @@ def differences(
 def prepare_weights(
     model: U2, source: dict | None, cmvn: str | None, data: SpeechDataModule
 ) -> None:
-    """Before the first step: weights of --init_from, global CMVN of fbank."""
+    """Give a new model the weights of --init_from and the global CMVN of fbank."""
     if source:
         known = model.init_from(source)
         rank_zero_info(
-            f"fine-tuning: {known} of {model.tokenizer.vocab_size} tokens known, the others initialised"
+            f"fine-tuning: {known} of {model.tokenizer.vocab_size} tokens known, the others "
+            "initialised"
         )
     if cmvn:
         mean, istd = read_cmvn(cmvn)
@@ -440,8 +466,11 @@ def prepare_weights(
         model.set_cmvn(*data.cmvn())
 
 
-def read_tokenizer(path: str | None, data_root: str):
-    """The tokenizer that made the labels: the one named, or DATA_ROOT's own; UserError where both are there and differ."""
+def label_tokenizer(path: str | None, data_root: str) -> Tokenizer:
+    """Load the tokenizer that made the labels: the one at `path`, or that of the data root.
+
+    Raises UserError where there is none, or where both are there and differ.
+    """
     if not os.path.isdir(data_root):
         raise UserError(f"{data_root}: no such data root; prepare.py makes one")
     own = os.path.join(data_root, "tokenizer.json")
@@ -456,10 +485,12 @@ def read_tokenizer(path: str | None, data_root: str):
 
 
 def read_resumable(path: str) -> dict:
+    """Read a checkpoint to resume from. Raises UserError where a run cannot go on from it."""
     checkpoint = read_checked(path)
     if "loops" not in checkpoint:
         raise UserError(
-            f"{path} has no state of training to go on from; --init_from starts a new run from its weights"
+            f"{path} has no state of training to go on from; --init_from starts a new run from its "
+            "weights"
         )
     check_options(path, checkpoint)
     check_state(path, checkpoint)
@@ -467,7 +498,7 @@ def read_resumable(path: str) -> dict:
 
 
 def check_options(path: str, checkpoint: dict) -> None:
-    """UserError, naming `path`, where the options in a checkpoint are none."""
+    """Raise UserError, naming `path`, where the options in a checkpoint are not valid."""
     try:
         for kind in OPTIONS:
             build(kind, {}, **options_of(checkpoint))
@@ -475,40 +506,25 @@ def check_options(path: str, checkpoint: dict) -> None:
         raise UserError(f"{path}: {error}") from error
 
 
-def check_resume(
-    path: str,
-    checkpoint: dict,
-    given: dict,
-    before: dict,
-    options: RunOptions,
-    model_options: ModelOptions,
-    frontend: Frontend,
-    tokenizer,
-) -> Place:
-    """Where the checkpoint left its run, and a note of the options that change from there on; UserError where it belongs to
-    another model, frontend or tokenizer, or where an option would change nothing any more."""
-    differ = [
-        f"{name} {saved}, not {asked}"
-        for name, (saved, asked) in differences(checkpoint, model_options, frontend).items()
-    ]
-    if differ:
-        raise UserError(
-            f"{path} was made with {'; '.join(differ)}; give the options that it was made with"
-        )
-    if checkpoint["tokenizer"] != tokenizer.to_dict():
-        raise UserError(
-            f"{path} was made with another tokenizer than this data; resume on the data that it was made with"
-        )
+def check_resume(path: str, checkpoint: dict, given: dict, settings: Settings, tokenizer) -> Place:
+    """Return where the checkpoint left its run, and print which options change from there on.
+
+    Raises UserError where it belongs to another model, frontend or tokenizer, or where an option
+    would not change anything any more.
+    """
+    before = options_of(checkpoint)
+    check_same_model(path, checkpoint, settings, tokenizer)
     for name in ("init_from", "cmvn"):
         if name in given and given[name] != before.get(name):
             raise UserError(
-                f"--{name} has no effect with --resume: {path} has its weights already; leave it out"
+                f"--{name} has no effect with --resume: {path} has its weights already; leave it "
+                "out"
             )
-    if (
-        "averaging_state" in checkpoint and not options.ema_decay
-    ):  # (an older checkpoint does not say its decay)
+    # An older checkpoint does not hold its decay.
+    if "averaging_state" in checkpoint and not settings.run.ema_decay:
         raise UserError(
-            f"--ema_decay 0: {path} averages its weights; give its decay, or start anew with --init_from {path}"
+            f"--ema_decay 0: {path} averages its weights; give its decay, or start anew with "
+            f"--init_from {path}"
         )
     changed = [
         f"--{name} {given[name]} (before: {value})"
@@ -516,6 +532,31 @@ def check_resume(
         if name in given and as_list(given[name]) != as_list(value)
     ]
     place = find_place(path, checkpoint)
+    check_goes_on(place, settings.run, bool(changed))
+    if changed:
+        rank_zero_info(f"note: {path} goes on with {', '.join(changed)}")
+    return place
+
+
+def check_same_model(path: str, checkpoint: dict, settings: Settings, tokenizer) -> None:
+    """Raise UserError where the checkpoint has another model, frontend or tokenizer."""
+    differ = [
+        f"{name} {saved}, not {asked}"
+        for name, (saved, asked) in differences(checkpoint, settings).items()
+    ]
+    if differ:
+        raise UserError(
+            f"{path} was made with {'; '.join(differ)}; give the options that it was made with"
+        )
+    if checkpoint["tokenizer"] != tokenizer.to_dict():
+        raise UserError(
+            f"{path} was made with another tokenizer than this data; resume on the data that it "
+            "was made with"
+        )
+
+
+def check_goes_on(place: Place, options: RunOptions, changed: bool) -> None:
+    """Raise UserError where nothing is left to train, though options were changed or lowered."""
     reached = [
         f"--{name} {most}"
         for name, most, done in (
@@ -526,38 +567,35 @@ def check_resume(
     ]
     if reached and (changed or place.epochs > options.max_epochs > -1):
         raise UserError(
-            f"{path} has done {place.epochs} epochs and {place.updates} updates: {' '.join(reached)} leaves nothing to "
-            "train, and no other option would have an effect; give more"
+            f"{place.path} has done {place.epochs} epochs and {place.updates} updates: "
+            f"{' '.join(reached)} leaves nothing to train, and no other option would have an "
+            "effect; give more"
         )
-    if changed:
-        rank_zero_info(f"note: {path} goes on with {', '.join(changed)}")
-    return place
 
 
 def as_list(value):
+    """Return a tuple as a list: flags give lists, checkpoints hold tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def say_schedule(checkpoint: dict, model: U2, place: Place) -> None:
-    """A note where a onecycle run's length has changed, and with it the learning rate."""
-    planned = (
-        checkpoint["lr_schedulers"][0].get("total_steps", 0) - 1
-    )  # (+ 1: see configure_optimizers)
-    if (
-        model.optim.scheduler == "onecycle"
-        and planned not in (-1, model.total_steps)
-        and model.total_steps > place.updates
-    ):
+    """Print that the length of a onecycle run has changed, and with it the learning rate."""
+    # configure_optimizers plans one step more than there are.
+    planned = checkpoint["lr_schedulers"][0].get("total_steps", 0) - 1
+    if model.optim.scheduler != "onecycle" or planned in (-1, model.total_steps):
+        return
+    if model.total_steps > place.updates:
         rank_zero_info(
-            f"note: the learning rate was planned for {planned} updates and is now for {model.total_steps}: from "
-            f"update {place.updates} on it goes on as if it had always been. For a new cycle from these weights: "
-            f"--init_from {place.path} --output_dir ANOTHER"
+            f"note: the learning rate was planned for {planned} updates and is now for "
+            f"{model.total_steps}: from update {place.updates} on it goes on as if it had always "
+            f"been. For a new cycle from these weights: --init_from {place.path} --output_dir "
+            "ANOTHER"
         )
 
 
 @contextlib.contextmanager
 def only_writer(folder: str):
-    """Keeps other trainings out of `folder`. Raises UserError where one is there."""
+    """Keep other trainings out of `folder`. Raises UserError where one is there."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -574,9 +612,8 @@ def only_writer(folder: str):
             os.remove(probe)
             yield
     finally:
-        if not os.path.exists(
-            os.path.join(folder, "run.json")
-        ):  # the run failed before it began: its log is empty
+        # A run that failed before it began has an empty log.
+        if not os.path.exists(os.path.join(folder, "run.json")):
             for path in set(files_of(logs)) - set(before):
                 os.remove(path)
         for path in (logs, folder):
@@ -585,11 +622,16 @@ def only_writer(folder: str):
 
 
 class Start(L.Callback):
-    """What is written and deleted before the first update, when nothing can be refused any more: an attempt that fails before
-    leaves everything as it was."""
+    """Writes run.json and deletes old files just before the first update.
+
+    Nothing is refused any more by then. An attempt that fails before leaves everything as it was.
+    """
 
     def __init__(self, folder: str, overwrite: bool, place: Place, options: dict):
-        self.folder, self.place, self.options, self.record = folder, place, options, None
+        self.folder = folder
+        self.place = place
+        self.options = options
+        self.record = None  # what run.json holds, on rank 0, once it is written
         self.begun = False
         # Listed now, because Lightning begins the new log before it says that training starts.
         self.old = [
@@ -606,14 +648,15 @@ class Start(L.Callback):
         clear_output(self.folder, self.old, self.place.updates)
         metrics = read_metrics(self.folder) if self.place.path else {}
         self.record = write_run(self.folder, {"options": self.options, "metrics": metrics})
+        size = sum(p.numel() for p in module.parameters()) / 1e6
         print(
-            f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters, vocabulary {module.tokenizer.vocab_size}, "
+            f"{size:.2f} M parameters, vocabulary {module.tokenizer.vocab_size}, "
             f"{module.total_steps} updates planned"
         )
 
 
 def read_metrics(folder: str) -> dict:
-    """Those of run.json, which stay until there are others."""
+    """Return the metrics in run.json, which a resumed run keeps until it has its own."""
     try:
         metrics = read_json(os.path.join(folder, "run.json")).get("metrics")
     except (OSError, ValueError):
@@ -622,7 +665,7 @@ def read_metrics(folder: str) -> dict:
 
 
 def files_of(path: str) -> list[str]:
-    """The file `path`, or TensorBoard's within the folder `path`, where others may put their own logs."""
+    """List the file `path`, or TensorBoard's files in the folder `path`, and no logs of others."""
     within = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
@@ -633,8 +676,11 @@ def files_of(path: str) -> list[str]:
 
 
 def clear_output(folder: str, old: list[str], step: int) -> None:
-    """Removes what the run will not go on with: the files `old`, half-written ones, log lines from `step` on (a killed run
-    wrote them after its last checkpoint, and they will come again)."""
+    """Remove what the run will not go on with.
+
+    These are the files `old`, half-written files, and log lines from `step` on: a killed run wrote
+    such lines after its last checkpoint, and the resumed run writes them again.
+    """
     half = (aside(os.path.join(folder, name)) for name in OUTPUTS)
     for path in (*old, *half):
         with contextlib.suppress(FileNotFoundError):
@@ -644,29 +690,33 @@ def clear_output(folder: str, old: list[str], step: int) -> None:
             cut_log(os.path.join(folder, name), step)
 
 
-def make_trainer(options: RunOptions, start: Start, to_keep: dict) -> L.Trainer:
-    """`to_keep`: the options that go into the checkpoints."""
-    folder = options.output_dir
+def make_callbacks(settings: Settings, start: Start) -> list[L.Callback]:
+    """List the callbacks in the order in which Lightning calls them."""
+    options = settings.run
+    of_the_run = {
+        name: value for name, value in settings.by_name().items() if name not in OF_THE_MACHINE
+    }
+    average = [Average(options.ema_decay)] if options.ema_decay else []
+    best = BestCheckpoint(os.path.join(options.output_dir, "best.ckpt"))
+    last = LastCheckpoint(
+        os.path.join(options.output_dir, "last.ckpt"),
+        options.checkpoint_every_n_steps,
+        options.checkpoint_every_n_minutes,
+        of_the_run,
+    )
+    bar = TQDMProgressBar(refresh_rate=10)
+    return [MemoryCheck(), start, bar, LearningRateMonitor("step"), *average, best, last]
+
+
+def make_trainer(settings: Settings, start: Start) -> L.Trainer:
+    """Make Lightning's trainer. Raises UserError for options that Lightning refuses."""
+    options = settings.run
+    # (The sampler makes our DataLoader resumable, though Lightning does not see that.)
     warnings.filterwarnings(
         "ignore",
         message=".*(does not have many workers|exists and is not empty|smaller than the logging "
         "interval|LeafSpec|dataloader is not resumable).*",
-    )  # ours is resumable, in its own way
-    best = BestCheckpoint(os.path.join(folder, "best.ckpt"))
-    last = LastCheckpoint(
-        os.path.join(folder, "last.ckpt"),
-        options.checkpoint_every_n_steps,
-        options.checkpoint_every_n_minutes,
-        to_keep,
     )
-    callbacks = [
-        MemoryCheck(),
-        start,
-        TQDMProgressBar(refresh_rate=10),
-        LearningRateMonitor("step"),
-    ]
-    if options.ema_decay:
-        callbacks.append(Average(options.ema_decay))
     try:
         return L.Trainer(
             max_epochs=options.max_epochs,
@@ -679,56 +729,72 @@ def make_trainer(options: RunOptions, start: Start, to_keep: dict) -> L.Trainer:
             accumulate_grad_batches=options.accumulate_grad_batches,
             gradient_clip_val=options.gradient_clip_val or None,
             check_val_every_n_epoch=options.check_val_every_n_epoch,
-            callbacks=callbacks + [best, last],
+            callbacks=make_callbacks(settings, start),
             plugins=[WholeFiles()],
-            logger=TensorBoardLogger(folder, name="logs", version=""),
+            logger=TensorBoardLogger(options.output_dir, name="logs", version=""),
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             log_every_n_steps=10,
             enable_model_summary=False,
         )
-    except Exception as error:  # it has a dozen kinds for values of --accelerator, --devices, --strategy that are none
+    # Wrong values of --accelerator, --devices and --strategy raise a dozen kinds of errors.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Lightning refuses these options: {reason}") from error
 
 
 def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
-    """UserError where torchrun has started other processes than Lightning is told of, or where one would have no rows."""
-    told, there = trainer.num_devices * trainer.num_nodes, os.environ.get("WORLD_SIZE")
-    if "TORCHELASTIC_RUN_ID" in os.environ and there != str(
-        told
-    ):  # each would be a run of its own, or wait for others
+    """Raise UserError where torchrun and --devices disagree, or where a process would have no row.
+
+    Each process of torchrun would be a run of its own, or wait for others.
+    """
+    told = trainer.num_devices * trainer.num_nodes
+    there = os.environ.get("WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ and there != str(told):
         raise UserError(
-            f"torchrun has started {there} processes, but --devices {trainer.num_devices} times --num_nodes "
-            f"{trainer.num_nodes} is {told}; give --devices NPROC_PER_NODE --num_nodes NNODES"
+            f"torchrun has started {there} processes, but --devices {trainer.num_devices} times "
+            f"--num_nodes {trainer.num_nodes} is {told}; give --devices NPROC_PER_NODE --num_nodes "
+            "NNODES"
         )
     for split, rows in (("train", data.kept), ("dev", data.splits["dev"])):
         check_share(len(rows), trainer.world_size, split)
 
 
-def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int, place: Place) -> int:
-    """Updates of the whole run, from the data and, of a resumed run, those that were: OneCycleLR must know its length
-    beforehand.
-
-    (Lightning's own estimate, trainer.estimated_stepping_batches, loads the data loaders early and drops their state.)
-    """
-    batches, rest = data.train_batches(world_size), 0
-    epochs = options.max_epochs - place.epochs
-    if place.batches:
-        epochs, rest = (
-            epochs - 1,
-            math.ceil((batches - place.batches) / options.accumulate_grad_batches),
+def check_epoch(trainer: L.Trainer, data: SpeechDataModule, place: Place) -> None:
+    """Raise UserError where a resumed run cannot go on within its epoch."""
+    check_plan(place, make_plan(data, trainer.world_size, trainer.accumulate_grad_batches), data)
+    if place.batches > data.train_batches(trainer.world_size):
+        raise UserError(
+            f"{place.path}: it was saved behind {place.batches} batches of an epoch, which has not "
+            "as many; resume on the data that it was made with"
         )
-    limits = [
-        place.updates + rest + epochs * math.ceil(batches / options.accumulate_grad_batches)
-        if options.max_epochs != -1
-        else math.inf,
-        options.max_steps if options.max_steps != -1 else math.inf,
-    ]
-    return max(1, min(limits))
+
+
+def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int, place: Place) -> int:
+    """Return the updates of the whole run, those before a resume included.
+
+    OneCycleLR must know them beforehand. (Lightning's own estimate, estimated_stepping_batches,
+    loads the data loaders early and drops their state.)
+    """
+    batches = data.train_batches(world_size)
+
+    def updates(batches: int) -> int:
+        return math.ceil(batches / options.accumulate_grad_batches)
+
+    by_epochs = math.inf
+    by_steps = math.inf
+    if options.max_steps != -1:
+        by_steps = options.max_steps
+    if options.max_epochs != -1:
+        epochs = options.max_epochs - place.epochs
+        by_epochs = place.updates + epochs * updates(batches)
+        if place.batches:  # the first of these epochs has begun already
+            by_epochs += updates(batches - place.batches) - updates(batches)
+    return max(1, min(by_epochs, by_steps))
 
 
 def commit() -> str:
+    """Return the git commit of this code, or "unknown"."""
     here = os.path.dirname(os.path.abspath(__file__))
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
@@ -737,7 +803,7 @@ def commit() -> str:
 
 
 def write_run(folder: str, record: dict) -> dict:
-    """OUTPUT_DIR/run.json, whole or not at all."""
+    """Write OUTPUT_DIR/run.json, whole or not at all, and return what it holds."""
     record = {
         "command": " ".join(sys.argv),
         "commit": commit(),
@@ -749,7 +815,10 @@ def write_run(folder: str, record: dict) -> dict:
 
 
 def save_best(trainer, model, data) -> float:
-    """The best mean CER. A run that ended between two validations is validated once more, so best.ckpt is always there."""
+    """Return the best mean CER.
+
+    A run that ended between two validations is validated once more, so best.ckpt is always there.
+    """
     if model.validated_step != trainer.global_step:
         trainer.validate(model, datamodule=data, verbose=False)
     return next(
@@ -760,6 +829,7 @@ def save_best(trainer, model, data) -> float:
 
 
 def finish(trainer, model, best, folder, record) -> None:
+    """Write the metrics to run.json and print the result."""
     metrics = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()

@@ -1,16 +1,19 @@
 """Transcribes recordings: python transcribe.py --checkpoint runs/demo/best.ckpt PATH ...
 
-A PATH is an audio file, a folder (every audio file in it, however deep), a pattern such as 'talks/**/*.flac' (quote it), or
-- for standard input. Files may have any format that soundfile decodes, any rate, any number of channels and any length: a
-long one is cut where it is quietest. Prints a line per file, its path and what was heard, with a tab between; --format
-gives the times of the words, --output_dir a file for each. A file that cannot be read gets a line on stderr, the others
-are transcribed all the same, and the exit status is 2.
+A PATH is an audio file, a folder (every audio file in it, however deep), a pattern such as
+'talks/**/*.flac' (quote it), or - for standard input. Files may have any format that soundfile
+decodes, any rate, any number of channels and any length: a long one is cut where it is quietest.
+Prints a line per file, its path and what was heard, with a tab between; --format gives the times of
+the words, --output_dir a file for each. A file that cannot be read gets a line on stderr, the
+others are transcribed all the same, and the exit status is 2.
 
-With --stream a recording is heard as if it were being spoken: what was heard so far appears on stderr as it grows, after
-the seconds of audio that it took; a pause ends an utterance, which is then rescored. Ctrl-C ends standard input, and what
-came is heard to its end. From a microphone or anything else that ffmpeg reads:
+With --stream a recording is heard as if it were being spoken: what was heard so far appears on
+stderr as it grows, after the seconds of audio that it took; a pause ends an utterance, which is
+then rescored. Ctrl-C ends standard input, and what came is heard to its end. From a microphone or
+anything else that ffmpeg reads:
 
-  ffmpeg -loglevel error -i INPUT -f wav - | python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
+  ffmpeg -loglevel error -i INPUT -f wav - |
+    python transcribe.py --checkpoint runs/demo/best.ckpt --stream -
 """
 
 import contextlib
@@ -37,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
-from context import ContextGraph, HotwordOptions, load_hotwords
+from context import ContextGraph, HotwordOptions, make_context
 from decode import MODES, SearchOptions
 from files import FULL, identity, write_whole
 from model import load_checkpoint
@@ -58,8 +61,9 @@ from words import (
     join_words,
 )
 
-LINGER = 1.0  # seconds for which standard input is heard after Ctrl-C, which its writer gets, too
-POOL = 8  # batches that are read ahead, so that each can be of pieces alike in length
+LINGER = 1.0  # seconds for which a pipe is heard after Ctrl-C, which its writer gets, too
+POOL = 8  # batches that are read ahead, so that the pieces of each can be of like lengths
+FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
 
 @options_class
@@ -69,11 +73,7 @@ class TranscribeOptions:
         "attention_rescoring", "search; --stream is always attention_rescoring", choices=MODES
     )
     stream: bool = option(False, "hear piece by piece, in chunks of --chunk_size, 16 unless given")
-    format: str = option(
-        "txt",
-        "text alone, or with the times of words",
-        choices=("txt", "json", "srt", "vtt", "ctm"),
-    )
+    format: str = option("txt", "text alone, or with the times of words", choices=tuple(FORMATS))
     output_dir: str | None = option(
         None, "folder for a file per recording, named as it is below the PATH; else stdout"
     )
@@ -92,7 +92,7 @@ class TranscribeOptions:
     )
     delay: float = option(
         0.0,
-        "seconds to take off all times; align.py measures how late a checkpoint is",
+        "seconds to take off all times; python -m tools.align measures how late a checkpoint is",
         at_least=-60.0,
         at_most=60.0,
     )
@@ -107,26 +107,35 @@ class TranscribeOptions:
 
 
 class Recording(NamedTuple):
+    """A file to transcribe, or standard input, whose path is -."""
+
     path: str
-    name: str  # of what is written about it, without extension: the path below the folder or the pattern's fixed part
+    name: str  # of its output, without extension: the path below the PATH that was given
 
 
 class Piece(NamedTuple):
-    recording: int  # its number
-    offset: float  # seconds into it
+    """A part of a recording, short enough to be heard at once."""
+
+    recording: int  # the recording's number
+    offset: float  # seconds into the recording
     samples: np.ndarray  # (n,)
 
 
-class Search(NamedTuple):
-    mode: str
-    options: SearchOptions
-    context: ContextGraph | None  # hotwords
+class HeardPiece(NamedTuple):
+    """What was heard in a piece."""
 
-
-class Heard(NamedTuple):
     text: str
     words: list[Word]
     seconds: float  # how long the piece is
+
+
+class Job(NamedTuple):
+    """What all recordings are heard with."""
+
+    model: object  # a model.U2
+    options: TranscribeOptions
+    search: SearchOptions
+    context: ContextGraph | None  # of hotwords
 
 
 def main(argv: list[str]) -> None:
@@ -140,39 +149,46 @@ def main(argv: list[str]) -> None:
     given = vars(parser.parse_args(argv))
     options = build(TranscribeOptions, given)
     check_given(given, options)
-    searching = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
+    search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     hotwords = build(HotwordOptions, given)
-    recordings = [recording for path in given["paths"] for recording in find(path)]
-    outputs = place(recordings, options, (options.checkpoint, hotwords.hotwords or ""))
-    model, tokenizer, _ = load_checkpoint(
-        options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    context = (
-        load_hotwords(hotwords.hotwords, tokenizer, hotwords.context_score)
-        if hotwords.hotwords
-        else None
-    )
-    search = Search(options.mode, searching, context)
-    failed = {}
-    with tqdm(
-        total=total_seconds(recordings),
-        disable=options.stream or None,
-        bar_format=("{percentage:3.0f} %|{bar}| {n:.0f} of {total_fmt} s{postfix}"),
-    ) as bar:
-        transcribe = streamed if options.stream else whole
-        for number, transcript in transcribe(model, recordings, options, search, failed, bar):
-            try:
-                deliver(transcript, outputs[number], options.format)
-            except UserError as error:
-                if getattr(error.__cause__, "errno", None) in FULL:  # as for all that come after
-                    raise
-                failed[number] = 2
-                tell("error", recordings[number], str(error))
+    recordings = [recording for path in given["paths"] for recording in recordings_at(path)]
+    outputs = output_paths(recordings, options, (options.checkpoint, hotwords.hotwords or ""))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, _ = load_checkpoint(options.checkpoint, device)
+    job = Job(model, options, search, make_context(hotwords, tokenizer))
+    failed = transcribe_all(job, recordings, outputs)
     if failed:
         sys.exit(max(failed.values()))
 
 
+def transcribe_all(
+    job: Job, recordings: list[Recording], outputs: list[str | None]
+) -> dict[int, int]:
+    """Transcribes each recording to its output -> {number: exit status} of those that failed."""
+    failed = {}
+    with tqdm(
+        total=total_seconds(recordings),
+        disable=job.options.stream or None,
+        bar_format="{percentage:3.0f} %|{bar}| {n:.0f} of {total_fmt} s{postfix}",
+    ) as bar:
+        if job.options.stream:
+            transcripts = transcribe_streams(job, recordings, failed)
+        else:
+            transcripts = transcribe_pieces(job, recordings, failed, bar)
+        for number, transcript in transcripts:
+            try:
+                deliver(transcript, outputs[number], job.options.format)
+            except UserError as error:
+                # A full disk is full for all recordings that come after, too.
+                if getattr(error.__cause__, "errno", None) in FULL:
+                    raise
+                failed[number] = 2
+                tell("error", recordings[number], str(error))
+    return failed
+
+
 def check_given(given: dict, options: TranscribeOptions) -> None:
+    """Raises UserError for flags that have no effect beside the others."""
     for name in ("mode", "max_seconds", "batch_seconds"):
         if options.stream and name in given:
             why = ", which is always attention_rescoring" if name == "mode" else ""
@@ -185,13 +201,17 @@ def check_given(given: dict, options: TranscribeOptions) -> None:
         raise UserError("--raw is for standard input; give - as the only PATH, or leave it out")
 
 
-# ------------------------------------------------------------------------------------------------- what comes and goes
+# ---------------------------------------------------------------------- what comes and goes
 
 
-def find(path: str) -> list[Recording]:
-    """The audio files that a PATH of the command line means, in order; what means none, as it is: reading it will say why."""
+def recordings_at(path: str) -> list[Recording]:
+    """The audio files that a PATH of the command line means, in order.
+
+    A PATH that means no file is given back as it is, and so is a folder that cannot be opened:
+    reading them will say why.
+    """
     if os.path.isdir(path):
-        closed = []  # folders, which are named, too: reading them will say why
+        closed = []
         walk = os.walk(path, onerror=lambda error: closed.append(error.filename))
         inside = [
             os.path.join(folder, name)
@@ -202,7 +222,7 @@ def find(path: str) -> list[Recording]:
         return named(sorted(inside + closed), path) or [Recording(path, path)]
     if os.path.exists(path) or not any(sign in path for sign in "*?["):
         return named([path], os.path.dirname(path))
-    fixed = path
+    fixed = path  # the folder above all signs of the pattern
     while any(sign in fixed for sign in "*?["):
         fixed = os.path.dirname(fixed)
     matches = filter(os.path.isfile, sorted(glob.glob(path, recursive=True)))
@@ -210,38 +230,44 @@ def find(path: str) -> list[Recording]:
 
 
 def named(paths: Iterable[str], folder: str) -> list[Recording]:
-    return [
-        Recording(
-            path,
-            "stdin" if path == "-" else os.path.splitext(os.path.relpath(path, folder or "."))[0],
-        )
-        for path in paths
-    ]
+    """The recordings at these paths, each named by its path from the folder."""
+    recordings = []
+    for path in paths:
+        name = os.path.splitext(os.path.relpath(path, folder or "."))[0]
+        recordings.append(Recording(path, "stdin" if path == "-" else name))
+    return recordings
 
 
-def place(
+def output_paths(
     recordings: list[Recording], options: TranscribeOptions, inputs: tuple[str, ...]
 ) -> list[str | None]:
-    """Where the transcript of each goes; None: stdout. Raises UserError where one would end up on
-    top of another or of what is read, which `inputs` and the recordings are, or outside of
-    --output_dir."""
+    """The file for the transcript of each recording, None for stdout.
+
+    Raises UserError where a transcript would replace another one or a file that is read (`inputs`
+    and the recordings), or would leave --output_dir.
+    """
     if not options.output_dir:
         if options.format in ("srt", "vtt") and len(recordings) > 1:
             raise UserError(
-                f"--format {options.format} makes one file per recording; give --output_dir for them"
+                f"--format {options.format} makes one file per recording; give --output_dir for "
+                "them"
             )
         return [None] * len(recordings)
-    owners, outputs, top = {}, [], os.path.realpath(options.output_dir)
+    owners = {}  # file -> the recording whose transcript it gets
+    outputs = []
+    top = os.path.realpath(options.output_dir)
     read = (*inputs, *(recording.path for recording in recordings))
     taken = {identity(path) for path in (*read, 1, 2)} - {None}
     for recording in recordings:
-        name = os.path.normpath(f"/{recording.name}").lstrip("/")  # which leads nowhere up
-        outputs.append(output := os.path.join(options.output_dir, f"{name}.{options.format}"))
+        name = os.path.normpath(f"/{recording.name}").lstrip("/")  # .. does not lead up from /
+        output = os.path.join(options.output_dir, f"{name}.{options.format}")
+        outputs.append(output)
         target = os.path.realpath(output)
         other = owners.setdefault(target, recording)
         if other is not recording:
             raise UserError(
-                f"{other.path} and {recording.path} would both be written to {output}; transcribe them apart"
+                f"{other.path} and {recording.path} would both be written to {output}; transcribe "
+                "them apart"
             )
         if os.path.commonpath([top, target]) != top:
             raise UserError(f"{output} leads to {target}, outside of --output_dir; choose another")
@@ -254,21 +280,26 @@ def place(
                 f"{output} is what this command reads, or where it prints; choose "
                 "another --output_dir"
             )
-    try:
-        os.makedirs(options.output_dir, exist_ok=True)  # now: what is heard is worth hours
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {options.output_dir} cannot be made ({error.strerror}); choose another"
-        ) from None
-    if not os.access(options.output_dir, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {options.output_dir} cannot be written; choose another")
+    make_output_dir(options.output_dir)
     return outputs
 
 
+def make_output_dir(folder: str) -> None:
+    """Makes the folder before hours of hearing. Raises UserError where it cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} cannot be made ({error.strerror}); choose another"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder} cannot be written; choose another")
+
+
 def deliver(transcript: Transcript, output: str | None, format: str) -> None:
-    spell = {"txt": as_txt, "json": as_json, "ctm": as_ctm, "srt": as_srt, "vtt": as_vtt}[format]
-    text = spell(transcript)
-    if format == "txt" and output:  # the name of which says what it is of
+    """Writes a transcript to its file, or to stdout. Raises UserError where writing fails."""
+    text = FORMATS[format](transcript)
+    if format == "txt" and output:  # The file's name says of which recording it is.
         text = text.split("\t")[1]
     if output is None:
         with tqdm.external_write_mode(file=sys.stdout):
@@ -284,80 +315,69 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
 
 
 def total_seconds(recordings: list[Recording]) -> float | None:
-    """For the progress bar; None where it is not known or where nobody looks."""
+    """How long all recordings are, for the progress bar; None if unknown or without a terminal."""
     if not sys.stderr.isatty() or any(recording.path == "-" for recording in recordings):
         return None
     total = 0.0
     for recording in recordings:
-        if not os.path.isfile(recording.path):  # a pipe would be waited for
+        if not os.path.isfile(recording.path):  # A named pipe would block.
             continue
-        try:
+        with contextlib.suppress(OSError, RuntimeError):  # Reading the file will say what is wrong.
             info = soundfile.info(recording.path)
-            total += info.duration if info.frames < 2**62 else 0  # a FLAC file that does not know
-        except (OSError, RuntimeError):  # reading it will say what is wrong
-            continue
+            # Some FLAC files do not know their length: such a number is no length.
+            total += info.duration if info.frames < 2**62 else 0
     return round(total)
 
 
-# ------------------------------------------------------------------------------------------------------ piece by piece
+# --------------------------------------------------------------------------- piece by piece
 
 
-def whole(
-    model,
-    recordings: list[Recording],
-    options: TranscribeOptions,
-    search: Search,
-    failed: dict[int, int],
-    bar: tqdm,
+def transcribe_pieces(
+    job: Job, recordings: list[Recording], failed: dict[int, int], bar: tqdm
 ) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of each recording that can be read, in order; `failed` gets the numbers
-    of the others, each with the exit status."""
-    heard = defaultdict(list)  # number -> what was heard in its pieces, as far as they are known
-    rate = model.frontend.sample_rate
-    for pool in pools(
-        read_pieces(recordings, options, rate, failed), POOL * options.batch_seconds * rate
-    ):
-        for piece, result in zip(pool, recognize(model, pool, options, search, bar)):
+    """(number, transcript) of each recording that can be read, in order.
+
+    `failed` gets the number of each of the others, with its exit status.
+    """
+    heard = defaultdict(list)  # number -> what was heard in the recording's pieces so far
+    pool_size = POOL * job.options.batch_seconds * job.model.frontend.sample_rate
+    for pool in pools(read_pieces(job, recordings, failed), pool_size):
+        for piece, result in zip(pool, recognize_pool(job, pool, bar)):
             heard[piece.recording].append(result)
-        for number in [
-            number for number in heard if number < pool[-1].recording
-        ]:  # of the last one, more may come
-            yield from assemble(number, recordings, heard.pop(number), failed)
+        # More of the pool's last recording may come; those before it are complete.
+        for number in [number for number in heard if number < pool[-1].recording]:
+            yield from assemble(number, recordings[number], heard.pop(number), failed)
     for number in list(heard):
-        yield from assemble(number, recordings, heard.pop(number), failed)
+        yield from assemble(number, recordings[number], heard.pop(number), failed)
 
 
 def assemble(
-    number: int, recordings: list[Recording], heard: list[Heard], failed: dict[int, int]
+    number: int, recording: Recording, heard: list[HeardPiece], failed: dict[int, int]
 ) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of the recording, or nothing where a file failed, which can be mended
-    and heard again, as a pipe cannot."""
-    if number not in failed or recordings[number].path == "-":
-        yield (
-            number,
-            Transcript(
-                recordings[number].path,
-                join(part.text for part in heard),
-                sum(part.seconds for part in heard),
-                join_words(part.words for part in heard),
-            ),
-        )
+    """(number, transcript) of the recording; nothing where reading a file has failed.
+
+    A file can be mended and heard again; what came from a pipe cannot.
+    """
+    if number in failed and recording.path != "-":
+        return
+    text = join(part.text for part in heard)
+    words = join_words(part.words for part in heard)
+    yield number, Transcript(recording.path, text, sum(part.seconds for part in heard), words)
 
 
-def read_pieces(
-    recordings: list[Recording], options: TranscribeOptions, rate: int, failed: dict[int, int]
-) -> Iterator[Piece]:
-    """What can be read of all recordings, one after the other."""
+def read_pieces(job: Job, recordings: list[Recording], failed: dict[int, int]) -> Iterator[Piece]:
+    """The pieces of all recordings, as far as they can be read, one recording after the other."""
+    rate = job.model.frontend.sample_rate
     for number, recording in enumerate(recordings):
         offset = 0
-        blocks = readable(blocks_of(recording, options, rate), number, recording, failed)
-        for samples in cut_at_pauses(blocks, rate, options.max_seconds):
+        blocks = readable(recorded(job, recording), number, recording, failed)
+        for samples in cut_at_pauses(blocks, rate, job.options.max_seconds):
             yield Piece(number, offset / rate, samples)
             offset += len(samples)
 
 
-def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> Iterator[np.ndarray]:
-    """The recording's samples; where some are lost, those that are there, and a line on stderr."""
+def recorded(job: Job, recording: Recording) -> Iterator[np.ndarray]:
+    """The recording's samples, block by block; where some are lost, a line on stderr says so."""
     if os.path.isdir(recording.path):
         try:
             os.listdir(recording.path)
@@ -365,10 +385,12 @@ def blocks_of(recording: Recording, options: TranscribeOptions, rate: int) -> It
             raise UserError(f"cannot be read ({error.strerror})") from error
         raise UserError("a folder without audio files")
     told = functools.partial(tell, "note", recording)
-    yield from read_blocks(recording.path, rate, options.raw, told)
+    rate = job.model.frontend.sample_rate
+    yield from read_blocks(recording.path, rate, job.options.raw, told)
 
 
 def tell(kind: str, recording: Recording, what: str) -> None:
+    """Prints a line about a recording to stderr, above the progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
         print(shown(f"transcribe.py: {kind}: {recording.path}: {one_line(what)}"), file=sys.stderr)
 
@@ -376,8 +398,10 @@ def tell(kind: str, recording: Recording, what: str) -> None:
 def readable(
     blocks: Iterator[np.ndarray], number: int, recording: Recording, failed: dict[int, int]
 ) -> Iterator[np.ndarray]:
-    """The blocks up to an error, which is told, or, of standard input, up to a signal: a pipe may
-    have no other end."""
+    """The blocks up to an error, which is told and noted in `failed`.
+
+    Standard input also ends at a signal: a pipe from a microphone has no other end.
+    """
     try:
         with ended_by_signals() if recording.path == "-" else contextlib.nullcontext([]) as signals:
             yield from blocks
@@ -394,9 +418,11 @@ def readable(
 
 @contextlib.contextmanager
 def ended_by_signals():
-    """Within it the first signal that asks the command to end ends standard input instead, so that
-    all that came is heard. Gives a list that will hold the signal's number. A second one ends the
-    command."""
+    """Makes the first signal that would end the command end standard input instead.
+
+    So all that came is heard. Gives a list that will hold the signal's number. A second signal ends
+    the command.
+    """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     signals = []
@@ -406,8 +432,9 @@ def ended_by_signals():
         restore()
         if number == signal.SIGHUP:
             leave_terminal()
-        rest, (out, into) = os.dup(0), os.pipe()
-        os.dup2(out, 0)  # a read that waits goes on there, too, and finds the end
+        rest = os.dup(0)
+        out, into = os.pipe()
+        os.dup2(out, 0)  # A read that waits goes on in the new pipe, and finds its end.
         os.close(out)
         threading.Thread(target=pour, args=(rest, into), daemon=True).start()
 
@@ -424,7 +451,7 @@ def ended_by_signals():
 
 
 def pour(source: int, into: int) -> None:
-    """Copies what is in a pipe and comes within LINGER seconds to another, and closes that one."""
+    """Copies what comes from `source` within LINGER seconds to the pipe `into`, and closes it."""
     ends = time.monotonic() + LINGER
     while (left := ends - time.monotonic()) > 0 and select.select([source], [], [], left)[0]:
         if not (content := os.read(source, 2**16)):
@@ -434,7 +461,7 @@ def pour(source: int, into: int) -> None:
 
 
 def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
-    """The pieces in lists of `size` samples or a little more."""
+    """Collects the pieces in lists of `size` samples or a little more."""
     pool = []
     for piece in pieces:
         pool.append(piece)
@@ -446,7 +473,10 @@ def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
 
 
 def batches(lengths: list[int], max_batch: float) -> Iterator[list[int]]:
-    """Row numbers, longest rows first; rows * longest is at most max_batch, or the row is alone."""
+    """Batches of row numbers, longest rows first.
+
+    The rows times the longest of them are at most max_batch, or the row is alone.
+    """
     batch = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if batch and (len(batch) + 1) * lengths[batch[0]] > max_batch:
@@ -456,100 +486,103 @@ def batches(lengths: list[int], max_batch: float) -> Iterator[list[int]]:
     yield batch
 
 
-def recognize(
-    model, pool: list[Piece], options: TranscribeOptions, search: Search, bar: tqdm
-) -> list[Heard]:
-    features_of, results, rate = (
-        extract(model.frontend),
-        [None] * len(pool),
-        model.frontend.sample_rate,
-    )
-    for rows in batches([len(piece.samples) for piece in pool], options.batch_seconds * rate):
+def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
+    """What is heard in each piece of the pool, in batches of pieces alike in length."""
+    model = job.model
+    rate = model.frontend.sample_rate
+    features_of = extract(model.frontend)
+    results = [None] * len(pool)
+    lengths = [len(piece.samples) for piece in pool]
+    for rows in batches(lengths, job.options.batch_seconds * rate):
         features = [features_of(torch.from_numpy(pool[row].samples)) for row in rows]
-        lengths = torch.tensor([len(frames) for frames in features], device=model.device)
-        try:
-            found = hear(
-                model, pad_sequence(features, batch_first=True).to(model.device), lengths, search
-            )
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"--batch_seconds {options.batch_seconds:g} does not fit the memory; give fewer"
-            ) from None
-        for row, (hypothesis, log_probs, length) in zip(rows, found):
-            words = timed(model, hypothesis.tokens, log_probs[:length], pool[row].offset, options)
-            results[row] = Heard(
-                model.tokenizer.decode(hypothesis.tokens), words, len(pool[row].samples) / rate
-            )
+        for row, (tokens, log_probs) in zip(rows, recognize_batch(job, features)):
+            words = timed(job, tokens, log_probs, pool[row].offset)
+            results[row] = HeardPiece(model.tokenizer.decode(tokens), words, lengths[row] / rate)
         bar.update(sum(results[row].seconds for row in rows))
-        bar.set_postfix_str(
-            f"{bar.n / max(bar.format_dict['elapsed'], 0.001):.0f} x real time", refresh=False
-        )
+        speed = bar.n / max(bar.format_dict["elapsed"], 0.001)
+        bar.set_postfix_str(f"{speed:.0f} x real time", refresh=False)
     return results
 
 
 @torch.no_grad()
-def hear(model, features: torch.Tensor, lengths: torch.Tensor, search: Search):
-    """features (B,T,F), lengths (B,) -> per piece its hypothesis, CTC's log-probabilities (T,V) and how many of them count."""
-    o = search.options
-    memory, lengths = model.encode(features, lengths, o.chunk_size, o.left_chunks)
-    found = model.search(memory, lengths, search.mode, o, search.context)
-    return zip(found, model.ctc_log_probs(memory).cpu(), lengths.tolist())
+def recognize_batch(job: Job, features: list[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
+    """Features (T,F) of each piece -> its tokens and CTC's log-probabilities (T',V), on the CPU.
+
+    Raises UserError where the batch does not fit the memory.
+    """
+    model = job.model
+    lengths = torch.tensor([len(frames) for frames in features], device=model.device)
+    try:
+        padded = pad_sequence(features, batch_first=True).to(model.device)  # (B,T,F)
+        encoded, lengths = model.encode(
+            padded, lengths, job.search.chunk_size, job.search.left_chunks
+        )
+        found = model.search(encoded, lengths, job.options.mode, job.search, job.context)
+        log_probs = model.ctc_log_probs(encoded).cpu()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch_seconds {job.options.batch_seconds:g} does not fit the memory; give fewer"
+        ) from None
+    rows = zip(found, log_probs, lengths.tolist())
+    return [(hypothesis.tokens, row[:length]) for hypothesis, row, length in rows]
 
 
-def timed(
-    model, tokens: list[int], log_probs: torch.Tensor, offset: float, options: TranscribeOptions
-) -> list[Word]:
-    """The words of what was heard in log_probs (T,V), where the format has any."""
-    if options.format == "txt":
+def timed(job: Job, tokens: list[int], log_probs: torch.Tensor, offset: float) -> list[Word]:
+    """The words of tokens that were heard in log_probs (T',V); none for a format without words."""
+    if job.options.format == "txt":
         return []
+    model = job.model
     times = frame_times(model.options.input_layer, model.frontend)
-    return align_words(tokens, log_probs, model.tokenizer, times, offset, options.delay)
+    return align_words(tokens, log_probs, model.tokenizer, times, offset, job.options.delay)
 
 
-# --------------------------------------------------------------------------------------------------------- as a stream
+# ------------------------------------------------------------------------------- as a stream
 
 
-def streamed(
-    model,
-    recordings: list[Recording],
-    options: TranscribeOptions,
-    search: Search,
-    failed: dict[int, int],
-    bar: tqdm,
+def transcribe_streams(
+    job: Job, recordings: list[Recording], failed: dict[int, int]
 ) -> Iterator[tuple[int, Transcript]]:
-    """The same, heard as it comes; of each utterance, what is heard so far goes to stderr whenever it changes."""
-    rate = model.frontend.sample_rate
-    size = max(search.options.chunk_size, 0) * frame_ms(model) * rate // 1000
+    """As transcribe_pieces, but each recording is heard as it comes, as a stream."""
     for number, recording in enumerate(recordings):
-        texts, words, shown, seconds = [], [], "", 0.0
-        blocks = readable(blocks_of(recording, options, rate), number, recording, failed)
-        blocks = regroup(blocks, size)
-        for heard in listen(
-            model, map(torch.from_numpy, blocks), search.options, context=search.context
-        ):
-            text, seconds = model.tokenizer.decode(heard.hypothesis.tokens), heard.seconds
-            if heard.final:
-                texts.append(text)
-                log_probs = model.ctc_log_probs(heard.memory)[0].cpu()  # (T,V)
-                offset = heard.first_frame * frame_ms(model) / 1000
-                words.append(timed(model, heard.hypothesis.tokens, log_probs, offset, options))
-            if text and (heard.final or text != shown):
-                show(text, heard.seconds, heard.final)
-            shown = text
-        if number not in failed or seconds:  # what was shown is not lost
-            yield number, Transcript(recording.path, join(texts), seconds, join_words(words))
+        blocks = readable(recorded(job, recording), number, recording, failed)
+        transcript = transcribe_stream(job, recording.path, blocks)
+        if number not in failed or transcript.duration:  # What was shown is not lost.
+            yield number, transcript
 
 
-def show(text: str, seconds: float, final: bool) -> None:
-    """A line on stderr; on a terminal, one that what is heard next replaces until it is final."""
+def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Transcript:
+    """The transcript of a stream; its text so far goes to stderr whenever it changes."""
+    model = job.model
+    frame = frame_ms(model)
+    size = max(job.search.chunk_size, 0) * frame * model.frontend.sample_rate // 1000
+    pieces = map(torch.from_numpy, regroup(blocks, size))
+    texts = []
+    words = []
+    before = ""
+    seconds = 0.0
+    for heard in listen(model, pieces, job.search, context=job.context):
+        tokens = heard.hypothesis.tokens
+        text = model.tokenizer.decode(tokens)
+        seconds = heard.seconds
+        if heard.final:
+            texts.append(text)
+            log_probs = model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
+            words.append(timed(job, tokens, log_probs, heard.first_frame * frame / 1000))
+        if text and (heard.final or text != before):
+            show_heard(text, seconds, heard.final)
+        before = text
+    return Transcript(path, join(texts), seconds, join_words(words))
+
+
+def show_heard(text: str, seconds: float, final: bool) -> None:
+    """Prints a line to stderr; on a terminal the next call replaces it, unless it is final."""
     line = f"{seconds:8.2f} s {'=' if final else ' '} {shown(text, math.inf)}"
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
         return
     room = shutil.get_terminal_size().columns - 1
-    if (
-        not final and len(line) > room
-    ):  # a line that wraps could not be replaced; the newest words matter
+    # A line that wraps could not be replaced. Its newest words matter most.
+    if not final and len(line) > room:
         line = f"{line[:13]}...{line[13 + 3 + len(line) - room :]}"
     print(f"\r\033[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
 

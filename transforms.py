@@ -1,8 +1,9 @@
-"""From a waveform to features: one frontend for training, scoring and transcribing, and the augmentations of training.
+"""Turns waveforms into features, the same way in training and hearing, and augments training rows.
 
-A transform is a pure function (example, generator) -> new example. It never changes the tensors it is given, and all of
-its randomness comes from `generator`, which `make_generator` derives from (seed, epoch, row): never from worker or rank.
-An example is a dict: "input_values" (N,) samples, from log_mel or fbank on "features" (F,T), after transpose (T,F).
+A transform is a pure function (example, generator) -> new example. It never changes the tensors it
+is given. All of its randomness comes from `generator`, which make_generator derives from (seed,
+epoch, row), never from a loader process or a rank. An example is a dict: "input_values" (N,) holds
+samples, "features" is (F,T) from log_mel or fbank on, and (T,F) after transpose.
 Axes: N samples, T frames, F mel bins.
 """
 
@@ -21,14 +22,18 @@ import torchaudio.compliance.kaldi as kaldi
 
 from files import parse_json, read_text
 
-RATES = (4000, 384_000)  # samples per second of recordings; the filter of others may take gigabytes
+RATES = (4000, 384_000)  # samples per second; a resampling filter of others may take gigabytes
+WINDOWS = {"hamming": torch.hamming_window, "hann": torch.hann_window}
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
 LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of larger ones overflow
 
 
 @options_class
 class Frontend:
-    """How samples become features; travels in the checkpoint. Raises UserError for values that make no frame."""
+    """Says how samples become features; every checkpoint holds one.
+
+    Raises UserError for values that make no frame.
+    """
 
     frontend: str = option(
         "log_mel",
@@ -49,7 +54,7 @@ class Frontend:
     )
     frame_shift: int = option(10, "distance between frames in ms", at_least=1, at_most=200)
     window: str = option(
-        "hamming", "window function of log_mel (fbank's is povey)", choices=("hamming", "hann")
+        "hamming", "window function of log_mel (fbank's is povey)", choices=tuple(WINDOWS)
     )
     mean_var_norm: bool = option(
         True, "give every waveform zero mean and unit variance; log_mel only"
@@ -70,13 +75,13 @@ class Frontend:
         half = self.sample_rate / 2
         if not LOW_FREQ < self.high_freq + (self.high_freq <= 0) * half <= half:
             raise UserError(
-                f"--high_freq {self.high_freq:g}: it must be within {LOW_FREQ:g} and {half:g} Hz, or at most "
-                "0 to count from there"
+                f"--high_freq {self.high_freq:g}: it must be within {LOW_FREQ:g} and {half:g} Hz, "
+                "or at most 0 to count from there"
             )
 
     @property
     def is_wenets(self) -> bool:
-        """Whether WeNet and its runtime compute these features too."""
+        """True where WeNet and its runtime compute the same features."""
         return self.frontend == "fbank" and self.high_freq == 0
 
     @property
@@ -131,14 +136,13 @@ class Augment:
                 raise UserError(f"--{size} 0: it must be at least 1, unless --{count} is 0")
 
 
-# Lengths, known before any audio is read. They take Python ints and NumPy arrays alike.
-
-
 def check_samples(samples: np.ndarray) -> tuple[int, str]:
-    """How many of the samples (N,) or (N, channels) come before the first that no microphone gives,
-    and what is wrong with that one; (N, "") where all are sound.
+    """Find the first of the samples (N,) or (N, channels) that no microphone gives.
+
+    Returns how many samples come before it, and what is wrong with it; (N, "") where all are sound.
     """
-    if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:  # nan is not
+    # A nan fails this comparison, too.
+    if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:
         return len(samples), ""
     first = int((~(np.abs(samples) <= LOUDEST)).reshape(len(samples), -1).any(axis=1).argmax())
     loudest = np.abs(samples[first]).max()
@@ -147,30 +151,36 @@ def check_samples(samples: np.ndarray) -> tuple[int, str]:
     return first, f"samples as large as {loudest:.0e}; full scale is 1"
 
 
+# Lengths are known before any audio is read. These functions take Python ints and NumPy arrays.
+
+
 def num_frames(num_samples, frontend: Frontend):
-    """Frames of `num_samples` samples, no padding: 0 where they do not fill one window (log_mel pads those to 1)."""
+    """Return the frames of `num_samples` samples without padding: 0 for less than a window.
+
+    (The transforms pad such a waveform to one frame.)
+    """
     window, shift = frontend.window_samples, frontend.shift_samples
     return (num_samples >= window) * (1 + (num_samples - window) // shift)
 
 
 def _speed_ratio(speed: float) -> tuple[int, int]:
-    """Resampling from, to: 0.9 -> (9, 10), so that 9 samples become 10."""
+    """Return (from, to) of the resampling: (9, 10) at speed 0.9, where 9 samples become 10."""
     ratio = Fraction(speed).limit_denominator(100)
     return ratio.numerator, ratio.denominator
 
 
 def speed_length(num_samples, speed: float):
-    """Samples left of `num_samples` at `speed`: exactly ceil(num_samples / speed)."""
+    """Return how many samples speed_perturb makes: exactly ceil(num_samples / speed)."""
     orig, new = _speed_ratio(speed)
     return -(-num_samples * new // orig)
 
 
 def shortest_frames(num_samples, frontend: Frontend, augment: Augment):
-    """Fewest frames that the augmentations can leave of `num_samples`: fastest speed, largest trim."""
+    """Return the fewest frames that augmentation can leave: fastest speed, largest trim."""
     if augment.speeds:
         num_samples = speed_length(num_samples, max(augment.speeds))
     frames = num_frames(num_samples, frontend)
-    # spec_trim leaves an example alone when it would lose half or more, so it takes at most (T-1)//2 frames
+    # spec_trim leaves an example alone where half or more would go: it takes at most (T-1) // 2.
     return frames - np.clip((frames - 1) // 2, 0, augment.max_trim)
 
 
@@ -178,13 +188,16 @@ def shortest_frames(num_samples, frontend: Frontend, augment: Augment):
 
 
 def make_generator(seed: int, epoch: int, row: int) -> torch.Generator:
-    """The generator of one example in one epoch. SeedSequence mixes the three, so that neighbours share nothing."""
+    """Make the generator of one example in one epoch.
+
+    SeedSequence mixes the three numbers, so neighbouring rows and epochs share no draws.
+    """
     state = np.random.SeedSequence((seed, epoch, row)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:
-    """A uniform integer, both ends included."""
+    """Draw a uniform integer, both ends included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
@@ -192,7 +205,7 @@ def _draw(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def speed_perturb(speeds: tuple[float, ...]):
-    """Plays the example at a speed drawn from `speeds`, pitch included. Kernels are built once per speed."""
+    """Play the example at a speed drawn from `speeds`, which changes its pitch, too."""
     ratios = [_speed_ratio(speed) for speed in speeds]
     resamplers = [None if orig == new else _resampler(orig, new) for orig, new in ratios]
 
@@ -208,29 +221,29 @@ def speed_perturb(speeds: tuple[float, ...]):
 
 
 def _resampler(orig: int, new: int):
-    """torchaudio's Resample(orig, new), orig != new, as a function (N,) -> (n,) with n at least N * new / orig.
+    """Make torchaudio's Resample(orig, new), orig != new: (N,) -> (n,), n at least N * new / orig.
 
-    As a matrix product it takes two thirds of the time of torchaudio's convolution, if no matrix has less than 16 columns:
-    a row makes as many periods of `new` samples at once.
+    A matrix product takes two thirds of the time of torchaudio's convolution, if the matrix has at
+    least 16 columns. So a row of it makes several periods of `new` samples at once.
     """
     original = torchaudio.transforms.Resample(orig, new)
-    kernel, width = original.kernel[:, 0], original.width  # (new, taps)
-    periods, taps = -(-16 // new), kernel.shape[1]
+    kernel = original.kernel[:, 0]  # (new, taps)
+    width = original.width
+    taps = kernel.shape[1]
+    periods = -(-16 // new)
     matrix = torch.zeros((periods - 1) * orig + taps, periods * new)
     for period in range(periods):
         matrix[period * orig : period * orig + taps, period * new : (period + 1) * new] = kernel.T
 
     def resampler(waveform: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(waveform, (width, width + periods * orig))
-        return (
-            padded.unfold(0, len(matrix), periods * orig) @ matrix.to(waveform.device)
-        ).flatten()
+        return (padded.unfold(0, len(matrix), periods * orig) @ matrix).flatten()
 
     return resampler
 
 
 def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
-    """Zero mean and unit variance over the waveform, as transformers' Wav2Vec2FeatureExtractor does it."""
+    """Give the waveform zero mean and unit variance, as transformers' Wav2Vec2FeatureExtractor."""
     waveform = example["input_values"]
     if not len(waveform):
         return example
@@ -243,7 +256,10 @@ def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
 
 
 def frames_of(waveform: torch.Tensor, frontend: Frontend) -> torch.Tensor:
-    """Windows (T, window) of a waveform (N,), a view; less than one window is padded with zeros to one, so that T >= 1."""
+    """Cut a waveform (N,) into windows (T, window), a view.
+
+    Less than one window is padded with zeros to one, so T >= 1.
+    """
     short = frontend.window_samples - len(waveform)
     if short > 0:
         waveform = torch.nn.functional.pad(waveform, (0, short))
@@ -251,45 +267,52 @@ def frames_of(waveform: torch.Tensor, frontend: Frontend) -> torch.Tensor:
 
 
 def power_of(spectrum: torch.Tensor) -> torch.Tensor:
+    """Return |spectrum|^2, of the same shape."""
     squares = torch.view_as_real(spectrum).square()  # eight times as fast as abs().square()
     return squares[..., 0] + squares[..., 1]
 
 
-BLOCK = 512  # frames to work on at a time: what they need stays in the processor's cache
-BAND = 16  # mel filters to multiply with at a time: most weights are zeros, and so most of them are left out
+FRAMES_AT_ONCE = 512  # frames a step of mel_power: their spectra stay in the processor's cache
+BAND = 16  # mel filters a product: most weights are zeros, and narrow bands leave most zeros out
 
 
 def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> torch.Tensor:
-    """(T,F) mel power of a waveform (N,): `filters` is log_mel_filters or fbank_filters, `spectrum` a function of frames and
-    window. Works on the waveform's device."""
-    window, bands = filters_on(waveform.device, filters, frontend)
+    """Return the mel power (T,F) of a waveform (N,).
+
+    `filters` is log_mel_filters or fbank_filters. `spectrum` is a function of frames (T, window)
+    and window (window,), and gives (T, bins).
+    """
+    window, bands = mel_bands(filters, frontend)
     frames = frames_of(waveform, frontend)  # (T, window)
     made = frames.new_empty(len(frames), frontend.num_mel_bins)
-    for some, out in zip(frames.split(BLOCK), made.split(BLOCK)):
-        power = power_of(spectrum(some, window))  # (BLOCK, bins)
+    for block, out in zip(frames.split(FRAMES_AT_ONCE), made.split(FRAMES_AT_ONCE)):
+        power = power_of(spectrum(block, window))  # (FRAMES_AT_ONCE, bins)
         for bins, columns, weights in bands:
             torch.mm(power[:, bins], weights, out=out[:, columns])
     return made
 
 
 @cache
-def filters_on(device: torch.device, make, frontend: Frontend):
-    """What make(frontend) gives, on `device`: window (window,), and the mel filters in bands: their bins, columns, weights."""
-    window, mel = make(frontend)
+def mel_bands(filters, frontend: Frontend):
+    """Return the window (window,) of filters(frontend), and its mel filters in bands of BAND.
+
+    A band is (bins, columns, weights): these bins of the power spectrum times the weights are
+    these columns of the features.
+    """
+    window, mel = filters(frontend)
     bands = []
     for first in range(0, mel.shape[1], BAND):
         columns = slice(first, first + BAND)
-        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [
-            0
-        ]  # narrow filters may meet no bin at all
+        # Narrow filters may meet no bin at all; then bin 0 stands in, with a weight of 0.
+        used = mel[:, columns].any(dim=1).nonzero().flatten().tolist() or [0]
         bins = slice(used[0], used[-1] + 1)
-        bands.append((bins, columns, mel[bins, columns].contiguous().to(device)))
-    return window.to(device), bands
+        bands.append((bins, columns, mel[bins, columns].contiguous()))
+    return window, bands
 
 
 def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
-    """Window (window,) and mel filters (bins, F) of log_mel."""
-    window = {"hamming": torch.hamming_window, "hann": torch.hann_window}[frontend.window]
+    """Return the window (window,) and the mel filters (bins, F) of log_mel."""
+    window = WINDOWS[frontend.window](frontend.window_samples, periodic=False)
     mel = torchaudio.functional.melscale_fbanks(
         frontend.window_samples // 2 + 1,
         0.0,
@@ -297,14 +320,15 @@ def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
         frontend.num_mel_bins,
         frontend.sample_rate,
     )
-    return window(frontend.window_samples, periodic=False), mel
+    return window, mel
 
 
 def log_mel(frontend: Frontend):
-    """log(1 + mel power spectrum): "input_values" (N,) to "features" (F,T). Window and filters are built once per device.
+    """Make "features" (F,T), log(1 + mel power spectrum), of "input_values" (N,).
 
-    No centring: frame t covers samples [t * shift, t * shift + window). Audio shorter than a window is padded with
-    zeros to one frame, so that T >= 1. log1p keeps silence at 0, which is also what masks write.
+    Frame t covers samples [t * shift, t * shift + window), without centring. Audio shorter than a
+    window is padded with zeros to one frame, so T >= 1. log1p keeps silence at 0, the value that
+    spec_aug's masks write.
     """
 
     def transform(example: dict, generator: torch.Generator | None) -> dict:
@@ -318,11 +342,12 @@ def log_mel(frontend: Frontend):
 
 
 def fbank_fft(frontend: Frontend) -> int:
-    return 1 << (frontend.window_samples - 1).bit_length()  # Kaldi's FFT takes powers of two
+    """Return the length of fbank's FFT: Kaldi's takes powers of two."""
+    return 1 << (frontend.window_samples - 1).bit_length()
 
 
 def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
-    """Window (window,) and mel filters (bins, F) of fbank."""
+    """Return the window (window,), povey, and the mel filters (bins, F) of fbank."""
     size = fbank_fft(frontend)
     mel, _ = kaldi.get_mel_banks(
         frontend.num_mel_bins,
@@ -335,84 +360,75 @@ def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
         vtln_warp_factor=1.0,
     )
     mel = torch.nn.functional.pad(mel, (0, 1)).T.contiguous()  # the Nyquist bin has no weight
-    return torch.hann_window(frontend.window_samples, periodic=False).pow(0.85), mel  # povey
+    return torch.hann_window(frontend.window_samples, periodic=False).pow(0.85), mel
 
 
 def fbank(frontend: Frontend, dither: float = 0.0):
-    """Kaldi's log mel filter bank (povey window, snip_edges): "input_values" (N,) to "features" (F,T), natural log.
+    """Make "features" (F,T), Kaldi's log mel filter bank, natural log, of "input_values" (N,).
 
-    Equal to torchaudio.compliance.kaldi.fbank of samples x 32768, with window, filters and FFT plan made once. Where Kaldi
-    has no frame, for less than a window of samples, zeros are appended to make one. Dither, here on the samples rather
-    than on each frame (2.5 times fewer draws), needs the generator and is left out without one.
+    They are those of torchaudio.compliance.kaldi.fbank (povey window, snip_edges) of samples x
+    32768. Where Kaldi has no frame, for less than a window of samples, zeros are appended to make
+    one. Dither goes on the samples and not on each frame (2.5 times fewer draws); it needs the
+    generator and is left out without one.
     """
     floor = torch.finfo(torch.float32).eps
 
     def transform(example: dict, generator: torch.Generator | None) -> dict:
         waveform = example["input_values"] * 32768
         if dither and generator is not None:
-            noise = torch.randn(
-                len(waveform), generator=generator
-            )  # on the CPU wherever the waveform is: the same noise
-            waveform = waveform.add_(noise.to(waveform.device), alpha=dither)
+            noise = torch.randn(len(waveform), generator=generator)
+            waveform = waveform.add_(noise, alpha=dither)
         power = mel_power(waveform, frontend, fbank_filters, spectrum)
         return {**example, "features": power.clamp_(min=floor).log_().T}
 
     def spectrum(frames, window):  # (T, window) -> (T, bins)
         frames = frames - frames.mean(dim=1, keepdim=True)
-        before = 0.97 * torch.cat(
-            (frames[:, :1], frames[:, :-1]), dim=1
-        )  # the first sample has itself before it
-        frames = (
-            frames - before
-        ) * window  # rounded as Kaldi rounds: a fused step moves quiet bands by 0.03
+        # Kaldi's preemphasis: the first sample has itself before it.
+        before = 0.97 * torch.cat((frames[:, :1], frames[:, :-1]), dim=1)
+        # Kaldi rounds after each of these steps. One fused step would move quiet bands by 0.03.
+        frames = (frames - before) * window
         return torch.fft.rfft(frames, n=fbank_fft(frontend))
 
     return transform
 
 
-def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, 1 / standard deviation), each (F,) float32, of a global_cmvn file: WeNet's JSON or Kaldi's text matrix.
+def parse_cmvn(text: str):
+    """Return (sums (F,), sums of squares (F,), frames) of WeNet's JSON or Kaldi's text matrix.
 
-    Both hold sums over frames. Raises UserError for anything else.
+    Kaldi's is [ sums .. frames, new line, sums of squares .. 0 ].
+    """
+    if text.lstrip().startswith("{"):
+        sums = parse_json(text)
+        return np.array(sums["mean_stat"]), np.array(sums["var_stat"]), sums["frame_num"]
+    numbers = np.array(text.replace("[", " ").replace("]", " ").split(), np.float64)
+    total, squares = numbers.reshape(2, -1)
+    return total[:-1], squares[:-1], total[-1]
+
+
+def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (mean, 1 / standard deviation), each (F,) float32, of a global_cmvn file.
+
+    Raises UserError where the file is neither WeNet's JSON nor Kaldi's text, or has no frames.
     """
     try:
-        text = read_text(path)
         with np.errstate(all="ignore"):
-            if text.lstrip().startswith("{"):
-                sums = parse_json(text)
-                total, squares, count = (
-                    np.array(sums["mean_stat"]),
-                    np.array(sums["var_stat"]),
-                    sums["frame_num"],
-                )
-            else:  # [ sums .. count newline sums of squares .. 0 ]
-                total, squares = np.array(
-                    text.replace("[", " ").replace("]", " ").split(), np.float64
-                ).reshape(2, -1)
-                total, squares, count = total[:-1], squares[:-1], total[-1]
+            total, squares, count = parse_cmvn(read_text(path))
             mean = total / count
             istd = 1 / np.sqrt(np.maximum(squares / count - mean**2, 1e-20))
             mean, istd = mean.astype(np.float32), istd.astype(np.float32)
-        if not (
-            count > 0
-            and mean.ndim == 1
-            and mean.shape == istd.shape
-            and np.isfinite([mean, istd]).all()
-        ):
+        if not count > 0 or mean.ndim != 1 or mean.shape != istd.shape:
+            raise ValueError
+        if not np.isfinite([mean, istd]).all():
             raise ValueError
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; name a global_cmvn file, or leave it out"
         ) from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        ArithmeticError,
-    ):  # which quote what is there, be it another's secret
+    # Their texts are left out: they quote the file, which may hold another's secret.
+    except (ValueError, LookupError, TypeError, ArithmeticError):
         raise UserError(
-            f"{path}: no global CMVN, sums over at least one frame in JSON or Kaldi's text; name a global_cmvn file, or "
-            "leave it out"
+            f"{path}: no global CMVN, sums over at least one frame in JSON or Kaldi's text; name a "
+            "global_cmvn file, or leave it out"
         ) from None
     return torch.from_numpy(mean), torch.from_numpy(istd)
 
@@ -421,7 +437,7 @@ def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spec_aug(augment: Augment):
-    """Zeroes stretches of time and bands of frequency (SpecAugment without warping; arXiv:1904.08779)."""
+    """Zero stretches of time and bands of frequency (SpecAugment, arXiv:1904.08779, no warping)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"].clone()  # (F, T)
@@ -439,12 +455,11 @@ def spec_aug(augment: Augment):
 
 
 def spec_sub(augment: Augment):
-    """Replaces stretches of time by the frames some way before them (U2++, arXiv:2106.05642, section 3.2.3)."""
+    """Replace stretches of time by earlier frames (U2++, arXiv:2106.05642, section 3.2.3)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
-        before = example[
-            "features"
-        ]  # (F, T); every stretch copies from here, never from an earlier replacement
+        # (F, T). Every stretch is copied from here, never from an earlier replacement.
+        before = example["features"]
         features = before.clone()
         for _ in range(augment.num_subs):
             start = _draw(0, before.shape[1] - 1, generator)
@@ -457,7 +472,7 @@ def spec_sub(augment: Augment):
 
 
 def spec_trim(augment: Augment):
-    """Cuts up to max_trim frames off the end, unless that is half of them (TrimTail, arXiv:2211.00522)."""
+    """Cut up to max_trim frames off the end, but not half of them (TrimTail, arXiv:2211.00522)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"]  # (F, T)
@@ -470,7 +485,7 @@ def spec_trim(augment: Augment):
 
 
 def transpose(example: dict, generator: torch.Generator | None) -> dict:
-    """Features (F,T) to (T,F), the order in which batches are padded."""
+    """Turn features (F,T) into (T,F), the order in which batches are padded."""
     return {**example, "features": example["features"].T.contiguous()}
 
 
@@ -478,7 +493,7 @@ def transpose(example: dict, generator: torch.Generator | None) -> dict:
 
 
 class Compose:
-    """Calls `transforms` in order. State: the list."""
+    """Calls `transforms` in order, a list that tests look at."""
 
     def __init__(self, transforms: list):
         self.transforms = transforms
@@ -489,20 +504,18 @@ class Compose:
         return example
 
 
-def as_it_is(example: dict, generator: torch.Generator | None) -> dict:
-    """The waveform (N,) as "features" (N,1), which a batch can hold."""
-    return {**example, "features": example["input_values"][:, None]}
-
-
 def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
-    """Waveform to features, as the frontend says."""
+    """List the transforms from waveform to features that the frontend asks for."""
     if frontend.frontend == "fbank":
         return [fbank(frontend, dither)]
     return ([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend)]
 
 
 def train_transform(frontend: Frontend, augment: Augment) -> Compose:
-    """What training hears: speed before the frontend, masks after it; parts that are switched off are left out."""
+    """Make the chain of training: speed before the frontend, masks after it.
+
+    A part that is switched off is left out.
+    """
     chain = [speed_perturb(augment.speeds)] if augment.speeds else []
     chain += features_chain(frontend, augment.dither)
     chain += [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
@@ -512,49 +525,50 @@ def train_transform(frontend: Frontend, augment: Augment) -> Compose:
 
 
 def eval_transform(frontend: Frontend) -> Compose:
-    """Normalisation and features only; needs no generator."""
+    """Make the chain of evaluation: normalisation and features only. It needs no generator."""
     return Compose([*features_chain(frontend), transpose])
 
 
 def extract(frontend: Frontend):
-    """A function from a waveform (N,) float32 in [-1, 1] to features (T,F) float32, T >= 1: eval_transform's chain."""
+    """Make eval_transform a function: waveform (N,) float32 in [-1, 1] -> (T,F) float32, T >= 1."""
     transform = eval_transform(frontend)
     return lambda waveform: transform({"input_values": waveform}, None)["features"]
 
 
-# A stream's mean and variance tell of so many seconds; README has what was measured. A checkpoint
-# does not hold the number, so every model streams with it.
+# Seconds that the mean and variance of a stream are taken over; the documentation has what was
+# measured. Checkpoints do not hold this number, so every model streams with it.
 STREAM_WINDOW = 5.0
-PEAK = 2.0  # what any sample may count there: full scale is 1, and lossy formats overshoot a little
+# Every sample of a stream counts up to PEAK: full scale is 1, and lossy formats overshoot a little.
+PEAK = 2.0
 
 
-def finite(samples: torch.Tensor) -> torch.Tensor:
-    """Samples (n,) of a finite power, 0 for nan: no sample can spoil what comes after it in a stream."""
+def bounded(samples: torch.Tensor) -> torch.Tensor:
+    """Return the samples (n,) within +-1e9, 0 for nan: none can spoil the rest of its stream."""
     return samples.nan_to_num(0.0).clamp(-1e9, 1e9)
 
 
 def peak_of(samples: torch.Tensor) -> torch.Tensor:
-    """The most, () float64, that one of the samples (n,) counts in a stream's statistics.
+    """Return the most, () float64, that one of the samples (n,) counts in a stream's statistics.
 
-    A click does not count as what it is, wherever it is louder than PEAK and than 100 times the median
-    around it, which lets pass the steps of 16-bit integers. Every 16th sample tells the median.
+    It is PEAK, or 100 times the median of the levels where that is more: a louder click is clipped,
+    while samples in steps of 16-bit integers pass. Every 16th sample makes the median.
     """
     levels = torch.cat((samples.new_zeros(1), samples[::16].abs())).sort().values
     return (100 * levels[levels.size(0) // 2]).double().clamp(min=PEAK)
 
 
 def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak) -> torch.Tensor:
-    """Statistics (3,) float64 of a waveform: how many samples count, their sum, their sum of squares.
+    """Return the statistics (3,) float64 of a waveform: number, sum and sum of squares of samples.
 
-    `samples` (n,), clipped to [-peak, peak], come behind those of which `past` (3,) tells. All weigh the
-    same until there are `window` of them. From then on each new sample scales what was there, itself
-    included, by window / (window + 1), which keeps the count. Pieces of any length give the same.
+    `past` (3,) has the statistics of the samples before `samples` (n,), which are clipped to
+    [-peak, peak]. All samples weigh the same until there are `window` of them. From then on each
+    new sample scales all until then, itself included, by window / (window + 1), which keeps their
+    number. A waveform cut into pieces of any length gives the same statistics.
     """
     wide = samples.double().clamp(-peak, peak)
-    count = past[0] + torch.arange(
-        samples.size(0) + 1
-    )  # (n+1,) before each sample and behind the last
-    over = (count - window).clamp(min=0)  # how often the past was scaled until then
+    # (n+1,), before each sample and behind the last: samples, and how often the past was scaled.
+    count = past[0] + torch.arange(samples.size(0) + 1)
+    over = (count - window).clamp(min=0)
     weights = ((over - over[-1]) * math.log1p(1 / window)).exp()
     weighted = weights[:-1] * wide
     sums = torch.stack((weighted.sum(), (weighted * wide).sum()))
@@ -562,39 +576,38 @@ def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak) -> t
 
 
 def normalize(samples: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-    """Samples (n,) at zero mean and unit variance by `statistics` (3,), as mean_var_norm has them."""
+    """Scale samples (n,) by `statistics` (3,) to zero mean and unit variance, as mean_var_norm."""
     mean = statistics[1] / statistics[0]
     variance = (statistics[2] / statistics[0] - mean * mean).clamp(min=0)
     return (samples - mean.float()) * (variance + 1e-7).rsqrt().float()
 
 
 class FeatureState(NamedTuple):
-    """What a stream of samples leaves behind for the frames to come."""
+    """Holds what later frames of a stream need of its samples so far."""
 
     samples: torch.Tensor  # (n,) float32, less than a window and a shift
     statistics: torch.Tensor  # (3,) float64, of `moments`
 
 
 def feature_state() -> FeatureState:
-    """The state before the first sample."""
+    """Return the state before the first sample."""
     return FeatureState(torch.zeros(0), torch.zeros(3, dtype=torch.float64))
 
 
 def stream_features(frontend: Frontend):
-    """A function (samples (n,), state) -> (features (T,F) of the frames now complete, new state), n >= 0.
+    """Make a function (samples (n,), state) -> (features (T,F), new state), n >= 0.
 
-    fbank gives the frames of `extract`, to rounding. mean_var_norm wants the whole utterance; here it
-    takes the last STREAM_WINDOW seconds up to the end of `samples`. So the first frames of a log_mel
-    stream are scaled by less knowledge than later ones, above all where the first piece is short.
+    The features are those of the frames that are now complete. fbank gives the frames of `extract`,
+    to rounding. mean_var_norm wants the whole utterance; here it takes the last STREAM_WINDOW
+    seconds up to the end of `samples`. So the first frames of a log_mel stream are scaled by fewer
+    samples than later ones, above all where the first piece is short.
     """
     normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
     window = STREAM_WINDOW * frontend.sample_rate
-    chain = Compose(
-        [*features_chain(dataclasses.replace(frontend, mean_var_norm=False)), transpose]
-    )
+    chain = eval_transform(dataclasses.replace(frontend, mean_var_norm=False))
 
     def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:
-        samples = finite(samples)
+        samples = bounded(samples)
         waiting = torch.cat((state.samples, samples))
         statistics = moments(samples, state.statistics, window, peak_of(samples))
         frames = int(num_frames(len(waiting), frontend))

@@ -1,7 +1,8 @@
 """When each word was said, how sure the model is of it, and the formats: text, JSON, ctm, srt, vtt.
 
-Times come from CTC: the tokens are aligned to the encoder's frames (decode.align), and a frame is a place in the recording
-through what it sees of it. Axes: T encoder frames, V vocabulary. All times are in seconds.
+Times come from CTC: the tokens are aligned to the encoder's frames (decode.align), and each frame
+sees a known part of the recording (FrameTimes). Axes: T encoder frames, V vocabulary. All times are
+in seconds.
 """
 
 import math
@@ -21,39 +22,47 @@ from files import json_text
 from tokenizer import Tokenizer
 from transforms import Frontend
 
-# Chinese and Japanese characters, which no space parts: radicals, 々 〆 〇 and other signs, kana,
-# bopomofo, ideographs.
+# Chinese and Japanese characters, between which no space stands: radicals, signs such as 々 〆 〇,
+# kana, bopomofo, ideographs.
 ALONE = re.compile(
     "[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303c\u3041-\u30ff\u3105-\u312f\u31a0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f"
     "\U00020000-\U0003ffff]"
 )
-GOES_ON = (
-    "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"  # long vowels, voicing, joiners: as marks
-)
-OPENING, CLOSING = ("Ps", "Pi"), ("Pe", "Pf", "Po", "Pd", "Pc")  # categories of punctuation
-LINE, LINES = 42, 2  # a cue of subtitles: so many columns in so many lines,
-LONGEST_CUE, SHORTEST_CUE = 7.0, 1.0  # so many seconds, and no less where the next leaves room;
-PAUSE = 0.7  # a longer one ends it
-# What a column of ctm cannot hold, what would make its line a comment, and the sign of escapes.
+# Signs that go on with a word as marks do: of long vowels and of voicing, and joiners.
+GOES_ON = "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"
+# Unicode's categories of punctuation that opens, and of punctuation that closes or ends.
+OPENING = ("Ps", "Pi")
+CLOSING = ("Pe", "Pf", "Po", "Pd", "Pc")
+# A cue of subtitles has at most so many columns in a line, lines, and seconds. It lasts at least
+# SHORTEST_CUE where the next cue leaves room, and a longer pause than PAUSE ends it.
+LINE = 42
+LINES = 2
+LONGEST_CUE = 7.0
+SHORTEST_CUE = 1.0
+PAUSE = 0.7
+# A name in ctm must not have white space, the sign of escapes, or what makes its line a comment.
 NO_COLUMN = re.compile(rf"[%\s]|^;|{UNSHOWN.pattern}")
 
 
 class Word(NamedTuple):
     """A word of what was heard.
 
-    confidence: the probability that CTC gives to the word's least likely token, at the frame where the alignment has it; in
-    0 .. 1. Of 533 words heard in AN4's dev it tells right from wrong better than the tokens' mean does.
+    confidence: the probability, 0 .. 1, that CTC gives to the word's least likely token, at the
+    frame where the alignment has this token. On 533 words heard in AN4's dev, the least likely
+    token tells right words from wrong ones better than the mean of the tokens does.
     """
 
     text: str
     start: float
     end: float
     confidence: float
-    spaced: bool = True  # whether a space parts it from the word before
+    spaced: bool = True  # True where a space stands between the word before and this one
 
 
 class Transcript(NamedTuple):
+    """What was heard in a recording."""
+
     file: str
     text: str
     duration: float
@@ -61,38 +70,45 @@ class Transcript(NamedTuple):
 
 
 class FrameTimes(NamedTuple):
-    """Encoder frame k sees the recording from k * shift to k * shift + field."""
+    """Encoder frame k sees the recording from k * shift to k * shift + field seconds."""
 
     shift: float
     field: float
 
 
 def frame_times(input_layer: str, frontend: Frontend) -> FrameTimes:
+    """The times of a model's encoder frames."""
     field, rate = receptive_field(input_layer)
-    return FrameTimes(
-        rate * frontend.frame_shift / 1000,
-        ((field - 1) * frontend.frame_shift + frontend.frame_length) / 1000,
-    )
+    shift = rate * frontend.frame_shift
+    seen = (field - 1) * frontend.frame_shift + frontend.frame_length
+    return FrameTimes(shift / 1000, seen / 1000)
 
 
 class Spelled(NamedTuple):
+    """A word of a token sequence."""
+
     text: str
-    places: list[int]  # of its tokens, in the sequence
+    places: list[int]  # where its tokens stand in the sequence
     spaced: bool  # as in Word
 
 
 def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
     """The words of a token sequence; `text_of` puts them together as `tokenizer.decode` does.
 
-    Spaces part words, whichever way the tokenizer has them; in scripts that have none, a Chinese or
-    Japanese character is a word of its own, with the punctuation and the combining marks that belong to
-    it. Other scripts without spaces (Thai) come as long words.
+    Words end at spaces, whichever way the tokenizer has them. A Chinese or Japanese character is a
+    word of its own, with the punctuation and the combining marks that belong to it. Other scripts
+    without spaces (Thai) come as long words.
     """
-    words, spaced, inside, opened = [], True, False, False
+    words = []
+    spaced = True  # a space stands before the next character
+    inside = False  # the last word may go on with letters
+    opened = False  # the last character opened a bracket or a quotation
     for place, text in enumerate(tokenizer.texts(tokens)):
         for character in text:
             if character.isspace():
-                spaced, inside, opened = True, False, False
+                spaced = True
+                inside = False
+                opened = False
                 continue
             category = unicodedata.category(character)
             goes_on = character in GOES_ON or category[0] == "M" or category in CLOSING
@@ -103,23 +119,27 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
                 inside = True
             word = words[-1]
             words[-1] = word._replace(text=word.text + character, places=[*word.places, place])
-            spaced, opened = False, category in OPENING
+            spaced = False
+            opened = category in OPENING
             inside = not alone and (inside or not goes_on)
     return [word._replace(text=tokenizer.written(word.text)) for word in words]
 
 
 def text_of(words: Iterable[Spelled | Word]) -> str:
+    """The words as one text."""
     return "".join(f" {word.text}" if word.spaced else word.text for word in words).strip()
 
 
 def parted(before: Iterable[str], after: Iterable[str]) -> bool:
-    """Whether a space parts two texts that were heard apart, given their characters from there on: not
-    where, but for punctuation, Chinese or Japanese characters meet."""
+    """False where Chinese or Japanese characters meet, punctuation aside: no space belongs there.
+
+    The two texts were heard apart; their characters come from the meeting point on.
+    """
     return not all(ALONE.match(next(filter(str.isalnum, side), "")) for side in (before, after))
 
 
 def join(texts: Iterable[str]) -> str:
-    """Texts that were heard apart, in a row."""
+    """Joins texts that were heard apart, with a space where one belongs."""
     joined = ""
     for text in filter(None, texts):
         joined += f" {text}" if joined and parted(reversed(joined), text) else text
@@ -127,13 +147,15 @@ def join(texts: Iterable[str]) -> str:
 
 
 def join_words(parts: Iterable[list[Word]]) -> list[Word]:
-    """The words of texts that were heard apart, as `join` joins these. None ends behind the start of the
-    next."""
+    """Joins the words of texts that were heard apart, as `join` does their texts.
+
+    No word ends behind the start of the next.
+    """
     words = []
     for part in filter(None, parts):
         before = (character for word in reversed(words) for character in reversed(word.text))
         words += [part[0]._replace(spaced=parted(before, text_of(part))), *part[1:]]
-    limits = [word.start for word in words[1:]] + [float("inf")]
+    limits = [word.start for word in words[1:]] + [math.inf]
     return [
         word._replace(end=max(min(word.end, limit), word.start))
         for word, limit in zip(words, limits)
@@ -148,12 +170,14 @@ def align_words(
     offset: float = 0.0,
     delay: float = 0.0,
 ) -> list[Word]:
-    """The words of `tokens`, which were heard in log_probs (T,V), of a piece that begins at `offset`.
+    """The words of `tokens`, as heard in log_probs (T,V) of a piece that begins at `offset`.
 
-    A word starts where the frame of its first token begins to see, and ends half a shift behind the middle of its last
-    token's, but not after the next word's start: what align.py measures to be least wrong. `delay` is taken off both: a CTC
-    that trains for long, above all a causal one, may wait for more of the word before it says so. Where the tokens have no
-    CTC path (more of them than frames), the words share the piece and have confidence 0.
+    A word starts where the frame of its first token begins to see. It ends half a shift behind the
+    middle of the frame of its last token, but not after the next word's start. Both rules are those
+    with the least error in `python -m tools.align`. `delay` is taken off both times: a CTC branch
+    that trains for long, above all a causal one, may wait for more of a word before it
+    writes the word. Where the tokens have no CTC path (too many for the frames), the words share
+    the piece in equal parts and have confidence 0.
     """
     spelled = spell(tokens, tokenizer)
     alone = decode.Hypothesis(tokens, 0.0, [], [tokens], [0.0], [[]])
@@ -161,8 +185,8 @@ def align_words(
     if not frames:
         share = len(log_probs) * times.shift / max(len(spelled), 1)
         return [
-            Word(text, offset + i * share, offset + (i + 1) * share, 0.0, spaced)
-            for i, (text, _, spaced) in enumerate(spelled)
+            Word(word.text, offset + i * share, offset + (i + 1) * share, 0.0, word.spaced)
+            for i, word in enumerate(spelled)
         ]
     probabilities = log_probs[frames, tokens].exp().tolist()
     behind = (times.field + times.shift) / 2 - delay
@@ -179,12 +203,14 @@ def align_words(
     return join_words([words])
 
 
-# ------------------------------------------------------------------------------------------------------------ formats
+# ----------------------------------------------------------------------------------- formats
 
 
 def as_txt(transcript: Transcript) -> str:
-    """One line: file and text, with a tab between. Tabs, line breaks and what a terminal would not
-    just show are escaped in both, as Python does."""
+    """One line: file and text, with a tab between.
+
+    In both, tabs, line breaks and characters that a terminal obeys are escaped as in Python.
+    """
     return f"{shown(transcript.file, math.inf)}\t{shown(transcript.text, math.inf)}\n"
 
 
@@ -206,28 +232,27 @@ def as_json(transcript: Transcript) -> str:
 def as_ctm(transcript: Transcript) -> str:
     """A line per word: file, channel, start, duration, word, confidence (NIST's ctm).
 
-    White space in `file` is escaped as in an address on the web, %20 for a space, and so are %,
-    controls and a semicolon that would begin a comment: two recordings never have one name.
+    White space in `file` is escaped as in an address on the web, %20 for a space. So are %, control
+    characters, and a semicolon that would begin a comment. Two recordings never have one name.
     """
     name = NO_COLUMN.sub(lambda found: percent(found[0]), transcript.file)
     lines = []
     for word in printable(transcript.words):
-        duration = round(word.end, 3) - round(
-            word.start, 3
-        )  # so that sums, too, end before the next
+        # Start and duration as printed must not add up to more than the next word's start.
+        duration = round(word.end, 3) - round(word.start, 3)
         text = "_".join(word.text.split())
         lines.append(f"{name} 1 {word.start:.3f} {duration:.3f} {text} {word.confidence:.4f}\n")
     return "".join(lines)
 
 
 def percent(character: str) -> str:
-    """%XX for each byte; of a name that is not in UTF-8, for the byte that is on disk."""
+    """%XX for each byte of the character; for a name that is not UTF-8, of the byte on disk."""
     errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return quote(character.encode(errors=errors), safe="")
 
 
 def as_srt(transcript: Transcript) -> str:
-    """SubRip, which has no escapes: an arrow as between its times is another one in a text."""
+    """SubRip. It has no escapes for the arrow between its times, which becomes \u2192 in a text."""
     parts = []
     for number, (start, end, text) in enumerate(cues(transcript.words), 1):
         text = text.replace("-->", "\u2192")
@@ -245,18 +270,18 @@ def as_vtt(transcript: Transcript) -> str:
 
 
 def printable(words: list[Word]) -> list[Word]:
-    """The words that show anything, as `shown`: none ends a line or a cue."""
+    """The words that are not blank, escaped by cli.shown: no word ends a line or a cue."""
     return [word._replace(text=shown(word.text, math.inf)) for word in words if word.text.strip()]
 
 
 def clock(seconds: float, point: str) -> str:
-    """hh:mm:ss, the decimal point that the format wants, milliseconds."""
+    """hh:mm:ss, then the format's decimal point, then milliseconds."""
     rest, ms = divmod(round(seconds * 1000), 1000)
     return f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}{point}{ms:03}"
 
 
 def cues(words: list[Word]) -> list[tuple[float, float, str]]:
-    """(start, end, text of at most LINES lines) of subtitles: as many words as there is room and time for, up to a pause."""
+    """(start, end, text) of subtitles; each takes all words that fit, up to a pause."""
     groups = []
     for word in printable(words):
         group = groups[-1] if groups else []
@@ -269,19 +294,17 @@ def cues(words: list[Word]) -> list[tuple[float, float, str]]:
             group.append(word)
         else:
             groups.append([word])
-    limits = [group[0].start for group in groups[1:]] + [float("inf")]
-    return [
-        (
-            group[0].start,
-            min(max(group[-1].end, group[0].start + SHORTEST_CUE), limit),
-            "\n".join(lines_of(group)),
-        )
-        for group, limit in zip(groups, limits)
-    ]
+    limits = [group[0].start for group in groups[1:]] + [math.inf]
+    subtitles = []
+    for group, limit in zip(groups, limits):
+        start = group[0].start
+        end = min(max(group[-1].end, start + SHORTEST_CUE), limit)
+        subtitles.append((start, end, "\n".join(lines_of(group))))
+    return subtitles
 
 
 def lines_of(words: list[Word]) -> list[str]:
-    """Lines of at most LINE columns, where no single word is longer."""
+    """Breaks words into lines of at most LINE columns; a longer word has a line of its own."""
     lines = [[]]
     for word in words:
         if lines[-1] and columns(text_of([*lines[-1], word])) > LINE:
@@ -291,6 +314,6 @@ def lines_of(words: list[Word]) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """A wide character (Chinese, Japanese, Korean, emoji) takes two, a combining mark none."""
+    """The width of a text: a wide character (Chinese, Korean, emoji) is 2 columns, a mark 0."""
     seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)

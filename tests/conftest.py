@@ -75,11 +75,40 @@ def golden():
     return tuple(torch.load(folder / name, weights_only=True) for name in ("final.pt", "expect.pt"))
 
 
-def distance(a, b):
-    """Levenshtein, by its definition."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
+# Fixtures of several files import within. Most runs of one file need none of them, and Lightning
+# takes seconds to import; test_conftest.py takes this file elsewhere, without its neighbours.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight training rows (four batches) and two dev rows of noise."""
+    from helpers_train import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of data and of a checkpoint, as helpers_model.write_world says."""
+    from helpers_model import write_world
+
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe():
+    """A function that makes bytes the standard input, as a pipe or as a file."""
+    saved = os.dup(0)
+
+    def feed(content):
+        out, into = os.pipe()
+        assert os.write(into, content) == len(content) < 65536  # fits the pipe's buffer
+        os.close(into)
+        os.dup2(out, 0)
+        os.close(out)
+
+    yield feed
+    os.dup2(saved, 0)
+    os.close(saved)

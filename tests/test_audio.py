@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import audio
 from audio import read_audio, read_blocks, resample
 from containers import frame_of, parts
-from test_prepare_properties import cases
+from helpers import cases, encoded
 
 RATE = 16000
 
@@ -31,12 +31,6 @@ def speech(seconds=2.0, rate=RATE, seed=0):
     noise = np.random.default_rng(seed).normal(0, 0.003, len(time))
     tone = np.sin(2 * np.pi * 3 * time) * np.sin(2 * np.pi * 300 * time)
     return (noise + 0.4 * tone).astype(np.float32)
-
-
-def encoded(samples, format="WAV", subtype=None, rate=RATE, **how):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format=format, subtype=subtype, **how)
-    return file.getvalue()
 
 
 def without_xing(mp3):
@@ -453,23 +447,6 @@ def test_other_channels_are_heard_as_their_mean():
 
 
 # Pipes
-
-
-@pytest.fixture
-def pipe():
-    """A function that makes bytes the standard input, as a pipe or as a file."""
-    saved = os.dup(0)
-
-    def feed(content):
-        out, into = os.pipe()
-        assert os.write(into, content) == len(content) < 65536  # fits the pipe's buffer
-        os.close(into)
-        os.dup2(out, 0)
-        os.close(out)
-
-    yield feed
-    os.dup2(saved, 0)
-    os.close(saved)
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])

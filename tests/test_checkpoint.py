@@ -18,20 +18,23 @@ import train
 import transcribe
 from checkpoint import FILES
 from files import MARK
+from helpers import one_line
+from helpers_model import exportable_model, save_model
 from model import load_checkpoint, read_checked
-from test_export import SOUND, network, save
 from tokenizer import load_tokenizer
 from tools import export
 from tools.compare import read_scores
+from tools.onnx_checks import synthetic_sound
 
 PARTS = ("model_options", "optim_options", "frontend", "tokenizer")
+SOUND = synthetic_sound(16000, 2.13)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(best.ckpt, the folder that export.py --hub_dir makes of it)."""
     folder = tmp_path_factory.mktemp("run")
-    save(network(), folder / "best.ckpt")
+    save_model(exportable_model(), folder / "best.ckpt")
     write(folder / "best.ckpt", folder / "hub")
     return folder / "best.ckpt", folder / "hub"
 
@@ -57,7 +60,7 @@ def write(checkpoint, folder, *more):
 def refused(argv, main=export.main):
     with pytest.raises(UserError) as error:
         main(list(map(str, argv)))
-    return str(error.value)
+    return one_line(error)
 
 
 def test_the_folder_is_the_checkpoint_to_the_bit(made):
@@ -275,7 +278,7 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
         card.replace("# language: en", "language: en")
     ).data.to_dict()
     assert filled["language"] == "en"
-    save(network(), tmp_path / "best.ckpt")
+    save_model(exportable_model(), tmp_path / "best.ckpt")
     score = {
         "split": "dev",
         "mode": "attention",
@@ -290,10 +293,10 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
     (tmp_path / "scores.jsonl").write_text(f"said   the fox\n{json.dumps(score)}\n")
     assert len(read_scores(str(tmp_path))) == 1
     row = "| dev | attention | no | 16 | -1 | 98 | 0.5000 | 0.2500 | 0.1000 |"
-    assert row in export.numbers(str(tmp_path / "best.ckpt"))
-    assert "None yet" in export.numbers(str(tmp_path / "last.ckpt"))  # they are not its scores
+    assert row in export.score_table(str(tmp_path / "best.ckpt"))
+    assert "None yet" in export.score_table(str(tmp_path / "last.ckpt"))  # they are not its scores
     os.utime(tmp_path / "scores.jsonl", (1, 1))
-    assert "None yet" in export.numbers(
+    assert "None yet" in export.score_table(
         str(tmp_path / "best.ckpt")
     )  # nor those of what was trained since
 
@@ -309,7 +312,8 @@ def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
     assert "more than an export (.git)" in refused(
         ["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"]
     )
-    monkeypatch.setattr(export, "check", lambda *args: (_ for _ in ()).throw(UserError("unlike")))
+    unlike = UserError("unlike")
+    monkeypatch.setattr(export, "check_files", lambda *args: (_ for _ in ()).throw(unlike))
     assert "unlike" in refused(["--checkpoint", made[0], "--hub_dir", tmp_path / "new"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
     assert "leave one of them out" in refused(
@@ -318,7 +322,7 @@ def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
 
 
 def test_a_model_that_onnx_has_no_place_for_goes_without(tmp_path, capsys):
-    save(network(causal=False), tmp_path / "best.ckpt")
+    save_model(exportable_model(causal=False), tmp_path / "best.ckpt")
     write(tmp_path / "best.ckpt", tmp_path / "hub")
     assert (
         "without ONNX files: its encoder is a conformer that is not causal"

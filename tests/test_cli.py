@@ -16,8 +16,7 @@ import cli
 import pytest
 
 import files
-from helpers import FILES, module
-from test_house import FILES, imported
+from helpers import FILES, imported, module
 
 
 @cli.options_class

@@ -1,6 +1,5 @@
 """The network: masks, losses, variants, and what may not depend on padding."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -20,22 +19,7 @@ from conformer import (
     subsampled_length,
     valid_mask,
 )
-
-TINY = ModelOptions(
-    output_size=16,
-    attention_heads=2,
-    linear_units=32,
-    num_blocks=2,
-    cnn_module_kernel=5,
-    decoder_num_blocks=1,
-    r_num_blocks=1,
-    decoder_linear_units=32,
-)
-
-
-def network(seed=0, **changes):
-    torch.manual_seed(seed)
-    return U2Conformer(dataclasses.replace(TINY, **changes), 80, 12, 0, 2, 3).eval()
+from helpers import VARIANTS, network
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
@@ -221,19 +205,6 @@ def test_decoder_step_by_step_equals_the_full_pass():
     for step in range(tokens.size(1)):
         logits, state = model.decoder.step(tokens[:, : step + 1], state, encoded, lengths)
         torch.testing.assert_close(logits, whole[:, step], rtol=1e-5, atol=1e-5)
-
-
-VARIANTS = {
-    "transformer": dict(
-        encoder="transformer", selfattention_layer_type="selfattn", pos_enc_layer_type="abs_pos"
-    ),
-    "transformer_rel": dict(encoder="transformer"),
-    "batch_norm": dict(cnn_module_norm="batch_norm", causal=False),
-    "abs_pos": dict(
-        pos_enc_layer_type="abs_pos", selfattention_layer_type="selfattn", activation_type="relu"
-    ),
-    "heads": dict(decoder_attention_heads=4),
-}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

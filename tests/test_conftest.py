@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from conftest import ROOT
+from helpers import ROOT
 
 TESTS = """
 import collections, itertools, multiprocessing, os, signal, threading

@@ -1,4 +1,4 @@
-"""context.py against its definition, and hotwords in the search and in the commands."""
+"""context.py equals its definition; hotwords act in the search and in the commands."""
 
 import json
 import math
@@ -13,15 +13,16 @@ import torch
 import score
 from context import HotwordOptions, load_hotwords, make_graph
 from decode import ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
+from helpers import all_sequences, beams, random_log_probs
+from helpers_model import score_json
 from model import U2
-from test_decode import all_sequences, random_log_probs
-from test_score import score_json, world  # noqa: F401 (a fixture)
 from tokenizer import Tokenizer, train_bpe, train_char
 
 
 def walk(graph, tokens):
-    """(bonus so far, what of it is pending) behind the tokens."""
-    state, total = np.zeros((), np.int64), 0.0
+    """The bonus that the tokens have earned so far, and how much of it is pending."""
+    state = np.zeros((), np.int64)
+    total = 0.0
     for token in tokens:
         state, bonus = graph.step(state, np.array(token))
         total += float(bonus)
@@ -33,7 +34,7 @@ def ends_with(tokens, phrase):
 
 
 def bonus_by_definition(phrases, score, tokens):
-    """(of all phrases in the tokens, however they overlap; of the longest beginning of a phrase at the end)"""
+    """The bonus of all phrases in the tokens, and of the longest beginning at their end."""
     kept = sum(
         score * len(phrase)
         for end in range(len(tokens) + 1)
@@ -75,11 +76,12 @@ def test_a_token_of_two_phrases_has_the_larger_bonus():
 def test_scores_are_log_probability_and_bonus_of_whole_phrases_when_the_beam_holds_every_prefix(
     seed,
 ):
-    log_probs, phrases = random_log_probs(2, 4, 4, seed=seed), [(1, 2), (2, 3, 1), (3,)]
-    graph, lengths = make_graph([(list(phrase), 0.8) for phrase in phrases]), torch.tensor([4, 3])
-    for row, length, found in zip(
-        log_probs, lengths, ctc_prefix_beam_search(log_probs, lengths, 1000, 0, graph)
-    ):
+    log_probs = random_log_probs(2, 4, 4, seed=seed)
+    lengths = torch.tensor([4, 3])
+    phrases = [(1, 2), (2, 3, 1), (3,)]
+    graph = make_graph([(list(phrase), 0.8) for phrase in phrases])
+    hypotheses = ctc_prefix_beam_search(log_probs, lengths, beams(1000), 0, graph)
+    for row, length, found in zip(log_probs, lengths, hypotheses):
         expected = {
             tokens: math.log(probability) + bonus_by_definition(phrases, 0.8, tokens)[0]
             for tokens, probability in all_sequences(row[:length], 0).items()
@@ -95,55 +97,55 @@ def test_a_phrase_wins_over_a_likelier_neighbour_and_a_broken_one_does_not():
     probabilities = torch.full((1, 5, 5), 0.001)
     for frame, token in enumerate((1, 0, 2, 0, 3)):
         probabilities[0, frame, token] = 0.6
-    probabilities[0, 2, 4] = 0.3  # 1 4 3 is half as likely as 1 2 3
-    log_probs, lengths = (
-        (probabilities / probabilities.sum(-1, keepdim=True)).log(),
-        torch.tensor([5]),
-    )
+    probabilities[0, 2, 4] = 0.3  # so that 1 4 3 is half as likely as 1 2 3
+    log_probs = (probabilities / probabilities.sum(-1, keepdim=True)).log()
 
     def heard(*phrases, score=1.0):
-        graph = make_graph([(list(phrase), score) for phrase in phrases])
-        return ctc_prefix_beam_search(log_probs, lengths, 5, 0, graph)[0].tokens
+        graph = make_graph([(list(phrase), score) for phrase in phrases]) if phrases else None
+        return ctc_prefix_beam_search(log_probs, torch.tensor([5]), beams(5), 0, graph)[0].tokens
 
-    assert ctc_prefix_beam_search(log_probs, lengths, 5)[0].tokens == heard((1, 4, 4)) == [1, 2, 3]
+    assert heard() == heard((1, 4, 4)) == [1, 2, 3]
     assert heard((1, 4, 3)) == heard((4,)) == [1, 4, 3]
     assert heard((4,), score=0.5) == [1, 2, 3]  # less than log 2
 
 
 def test_phrases_that_never_occur_change_nothing_in_one_piece_or_many():
-    log_probs, lengths = random_log_probs(2, 40, 8, seed=1, sharpness=4.0), torch.tensor([40, 31])
+    log_probs = random_log_probs(2, 40, 8, seed=1, sharpness=4.0)
+    lengths = torch.tensor([40, 31])
+    search = beams(5)
     graph = make_graph([([100, 101], 3.0)])
-    assert ctc_prefix_beam_search(log_probs, lengths, 5, 0, graph) == ctc_prefix_beam_search(
-        log_probs, lengths, 5, 0
-    )
-    graph, beam = make_graph([([1, 2], 1.0), ([2, 1, 3], 2.0)]), None
+    found = ctc_prefix_beam_search(log_probs, lengths, search, 0, graph)
+    assert found == ctc_prefix_beam_search(log_probs, lengths, search, 0)
+    graph = make_graph([([1, 2], 1.0), ([2, 1, 3], 2.0)])
     beam = prefix_start(1, graph)
     for piece in log_probs[:1].split(7, dim=1):
-        beam = prefix_advance(beam, piece, 5)
-        prefix_result(beam)  # what is given back here is not missing later
-    assert prefix_result(beam) == ctc_prefix_beam_search(log_probs[:1], lengths[:1], 5, 0, graph)
+        beam = prefix_advance(beam, piece, search)
+        prefix_result(beam)  # the bonus that is given back here is not missing later
+    whole = ctc_prefix_beam_search(log_probs[:1], lengths[:1], search, 0, graph)
+    assert prefix_result(beam) == whole
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
 def test_score_hears_hotwords_and_says_that_it_was_given_them(world, capsys, tmp_path, stream):
-    words, details = tmp_path / "words.txt", tmp_path / "details"
+    words = tmp_path / "words.txt"
+    details = tmp_path / "details"
     words.write_text("fox\n")
-    argv = [*stream, "--beam_size", 20, "--details", details]  # every token is offered
+    # A beam of 20 is offered every token.
+    argv = [*stream, "--beam_size", 20, "--details", details]
     (plain,) = score_json(capsys, world, *argv)
     assert "fox" not in details.read_text() and "hotwords" not in plain
     (found,) = score_json(capsys, world, *argv, "--hotwords", words, "--context_score", 20)
     heard = [json.loads(line)["hypothesis"] for line in details.read_text().splitlines()]
-    assert sum("fox" in text for text in heard) > 3 and (
-        found["hotwords"],
-        found["context_score"],
-    ) == (str(words), 20.0)
+    assert sum("fox" in text for text in heard) > 3
+    assert (found["hotwords"], found["context_score"]) == (str(words), 20.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- the file
+# The file
 
 
 def test_a_line_is_a_phrase_with_its_own_score_or_the_common_one(tmp_path):
-    path, tokenizer = tmp_path / "words.txt", train_char(["new york"])
+    path = tmp_path / "words.txt"
+    tokenizer = train_char(["new york"])
     path.write_text("new york\n\n   \n  york   :2.5 \n")
     graph = load_hotwords(str(path), tokenizer, 1.0)
     assert walk(graph, tokenizer.encode("new york")) == (8 + 4 * 2.5 + 8, 8.0)
@@ -151,14 +153,11 @@ def test_a_line_is_a_phrase_with_its_own_score_or_the_common_one(tmp_path):
 
 
 def test_pieces_of_words_are_phrases_too(tmp_path):
-    path, tokenizer = tmp_path / "words.txt", train_bpe(["new york new york newer"], 20)
+    path = tmp_path / "words.txt"
+    tokenizer = train_bpe(["new york new york newer"], 20)
     path.write_text("york\n")
-    tokens = tokenizer.encode("new york")
-    assert (
-        walk(load_hotwords(str(path), tokenizer, 1.0), tokens)[1]
-        == len(tokenizer.encode("york"))
-        < len("york")
-    )
+    _, pending = walk(load_hotwords(str(path), tokenizer, 1.0), tokenizer.encode("new york"))
+    assert pending == len(tokenizer.encode("york")) < len("york")
 
 
 @pytest.mark.parametrize(
@@ -193,12 +192,11 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, text, complaint):
     "text", ["caf\u00e9", "cafe\u0301", "\ufeffcafe\u0301\r\n", "\ufeff\n caf\u00e9 "]
 )
 def test_a_phrase_may_be_decomposed_and_behind_a_byte_order_mark(tmp_path, text):
-    path, tokenizer = tmp_path / "words.txt", train_char(["un caf\u00e9"])
+    path = tmp_path / "words.txt"
+    tokenizer = train_char(["un caf\u00e9"])
     path.write_bytes(text.encode())
-    assert walk(load_hotwords(str(path), tokenizer, 1.0), tokenizer.encode("caf\u00e9")) == (
-        2 * 4.0,
-        4.0,
-    )
+    graph = load_hotwords(str(path), tokenizer, 1.0)
+    assert walk(graph, tokenizer.encode("caf\u00e9")) == (2 * 4.0, 4.0)
 
 
 def test_a_vocabulary_without_an_unknown_token_leaves_nothing_out(tmp_path):
@@ -221,4 +219,4 @@ def test_flags_that_mean_nothing_are_refused():
         with pytest.raises(UserError, match=f"--mode {mode} cannot favour --hotwords"):
             score.main(["--mode", mode, "--hotwords", "words.txt"])
         with pytest.raises(UserError, match=f"mode {mode} cannot favour hotwords"):
-            U2.search(None, None, None, mode, context=make_graph([([1], 1.0)]))
+            U2.search(None, None, None, mode, beams(5), context=make_graph([([1], 1.0)]))

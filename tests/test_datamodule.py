@@ -1,6 +1,10 @@
-"""From shards to batches: order, schema, lengths, filter, and examples that depend on (seed, epoch, row) alone."""
+"""From shards to batches: order, schema, lengths, filter.
+
+An example depends on (seed, epoch, row) alone.
+"""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -13,10 +17,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import pytorch_lightning as L
 import torch
 
-from conformer import SUBSAMPLING, ModelOptions, Subsampling, U2Conformer, subsampled_length
+from conformer import SUBSAMPLING, Subsampling, U2Conformer, subsampled_length
 from datamodule import (
     DataOptions,
     SpeechDataModule,
@@ -30,11 +33,13 @@ from datamodule import (
     load_split,
     row_values,
 )
+from helpers import TINY, one_line
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform
 
 TOKENIZER = train_char(["abcdef"])
-FRONTEND, AUGMENT = Frontend(), Augment()
+FRONTEND = Frontend()
+AUGMENT = Augment()
 SAMPLES = [9000, 12000, 7000, 20000, 16000, 8000, 11000, 15000]
 datasets.disable_progress_bars()
 
@@ -44,7 +49,7 @@ def audio(samples, row=0):
 
 
 def columns(samples, labels=None, struct=True, length=True):
-    """Columns of a shard; row i has audio of its own, seeded by its number of samples."""
+    """Make the columns of a shard; a row's audio is seeded by its number of samples."""
     labels = labels or [[4, 5, 5]] * len(samples)
     made = {
         "input_values": [audio(n, n) for n in samples],
@@ -74,11 +79,6 @@ def module(*roots, augment=AUGMENT, **options):
         augment=augment,
         options=DataOptions(**{"num_workers": 0, "batch_size": 3} | options),
     )
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # Shards
@@ -197,9 +197,8 @@ def test_a_truncated_shard_is_named(root, kept):
 def test_a_shard_cut_between_two_record_batches_is_not_taken_for_whole(tmp_path):
     save(tmp_path / "train/0", [3000] * 2500)
     file = next((tmp_path / "train/0").glob("*.arrow"))
-    os.truncate(
-        file, file.stat().st_size - 8
-    )  # all rows, no end mark: what a cut at a batch's border looks like
+    # All rows are there, but no end mark, as after a cut at the border of a record batch.
+    os.truncate(file, file.stat().st_size - 8)
     with pytest.raises(UserError, match="truncated"):
         get_concat_dataset([tmp_path], "train")
 
@@ -246,9 +245,8 @@ def test_an_absent_length_comes_from_the_offsets_in_any_list_type_and_number_of_
         pa.table({"input_values": pa.array([np.zeros(n) for n in part], kind)})
         for part in ([5, 0, 7], [2], [9, 1])
     ]
-    dataset = datasets.Dataset(
-        pa.concat_tables([parts[0].slice(1), *parts[1:]])
-    )  # a slice: offsets do not start at 0
+    # The offsets of a slice do not start at 0.
+    dataset = datasets.Dataset(pa.concat_tables([parts[0].slice(1), *parts[1:]]))
     assert dataset.data.column("input_values").num_chunks == 3
     assert audio_lengths(dataset).tolist() == [0, 7, 2, 9, 1]
 
@@ -257,11 +255,11 @@ def test_a_shard_saved_from_a_selection_keeps_its_rows(tmp_path):
     whole = datasets.Dataset.from_dict(
         columns(SAMPLES, [[4, 4, i + 4] for i in range(8)], struct=False, length=False)
     )
-    for shard, rows in enumerate(
-        ([5, 0, 2], range(3, 6))
-    ):  # picked, and a slice of the same Arrow table
+    # One shard has picked rows, the other a slice of the same Arrow table.
+    for shard, rows in enumerate(([5, 0, 2], range(3, 6))):
         whole.select(rows).save_to_disk(str(tmp_path / f"train/{shard}"))
-    made, order = get_concat_dataset([tmp_path], "train"), [5, 0, 2, 3, 4, 5]
+    made = get_concat_dataset([tmp_path], "train")
+    order = [5, 0, 2, 3, 4, 5]
     assert audio_lengths(made).tolist() == [SAMPLES[row] for row in order]
     assert label_statistics(made)[1].tolist() == [1 + (row == 0) for row in order]
     for position, row in enumerate(order):
@@ -321,7 +319,8 @@ def test_picked_rows_have_their_own_lengths():
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
 def test_the_predicted_encoder_length_is_the_real_one(input_layer):
-    subsampling, extractor = Subsampling(input_layer, 80, 8).eval(), extract(FRONTEND)
+    subsampling = Subsampling(input_layer, 80, 8).eval()
+    extractor = extract(FRONTEND)
     for samples in [*range(3000, 5400, 79), 16000, 16159, 16160, 40001]:
         for speed in (0.9, 1.0, 1.1):
             augment = Augment(speeds=(speed,), num_freq_masks=0, num_time_masks=0, num_subs=0)
@@ -355,7 +354,8 @@ def kept(samples, labels, repeats, **options):
     "augment", [AUGMENT, Augment(max_trim=50), Augment(speeds=())], ids=["speeds", "trim", "plain"]
 )
 def test_a_kept_row_has_finite_ctc_loss_and_one_dropped_for_ctc_has_none(input_layer, augment):
-    rng, decisions = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    decisions = []
     for samples in rng.integers(6000, 24000, 24).tolist():
         frames = int(subsampled_length(shortest_frames(samples, FRONTEND, augment), input_layer))
         if not frames:
@@ -363,9 +363,8 @@ def test_a_kept_row_has_finite_ctc_loss_and_one_dropped_for_ctc_has_none(input_l
         log_probs = torch.from_numpy(rng.standard_normal((frames, 1, 6), np.float32)).log_softmax(
             -1
         )
-        for count in range(
-            max(1, frames // 2), frames + 2
-        ):  # labels of 3 kinds: repeats are many; the boundary is inside
+        # Labels are of 3 kinds, so repeats are many. The boundary lies within this range.
+        for count in range(max(1, frames // 2), frames + 2):
             labels = rng.integers(1, 4, count)
             [[length], [repeats]] = label_statistics(
                 datasets.Dataset.from_dict({"labels": [labels]})
@@ -431,23 +430,12 @@ def test_rows_are_dropped_from_train_only_and_numbered_as_before_the_filter(root
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)
 def test_a_dev_row_too_short_for_its_labels_is_scored_with_a_finite_loss(tmp_path, input_layer):
     save(tmp_path / "dev/0", [1, 300, 1500, 9000], [[4, 5], [4] * 9, [4] * 40, []])
-    options = DataOptions(
-        num_workers=0, batch_size=2, min_frame=50
-    )  # what the filter would drop from train
+    # The filter would drop these rows from train.
+    options = DataOptions(num_workers=0, batch_size=2, min_frame=50)
     loader = eval_loader(load_split([tmp_path], "dev", TOKENIZER), FRONTEND, options)
     torch.manual_seed(0)
     net = U2Conformer(
-        ModelOptions(
-            output_size=16,
-            attention_heads=2,
-            linear_units=32,
-            num_blocks=1,
-            cnn_module_kernel=3,
-            decoder_num_blocks=1,
-            r_num_blocks=1,
-            decoder_linear_units=32,
-            input_layer=input_layer,
-        ),
+        dataclasses.replace(TINY, input_layer=input_layer),
         80,
         TOKENIZER.vocab_size,
         0,
@@ -505,7 +493,7 @@ def test_every_form_of_the_data_gives_the_same_batches(root, tmp_path, options):
 
 
 def test_what_transformers_feature_extractor_gives_is_accepted(tmp_path):
-    """Lists of float64, labels from Wav2Vec2CTCTokenizer as a plain list, no length."""
+    """It gives lists of float64, and its tokenizer plain lists of labels; a length is absent."""
     waveform = audio(9000).astype(np.float64)
     dataset = datasets.Dataset.from_dict({"input_values": [waveform.tolist()], "labels": [[4, 5]]})
     assert dataset.features["input_values"].feature.dtype == "float64"
@@ -520,7 +508,7 @@ def test_what_transformers_feature_extractor_gives_is_accepted(tmp_path):
 
 
 def examples(data, epoch=0, world_size=1):
-    """{row: (features, labels)} of an epoch of train, over all ranks."""
+    """Return {row: (features, labels)} of an epoch of train, over all ranks."""
     data.setup("fit")
     found = {}
     for rank in range(world_size):
@@ -573,7 +561,10 @@ def test_persistent_workers_learn_the_epoch(root):
 
 
 def test_a_loader_works_with_workers_that_are_not_forked(root):
-    """macOS spawns workers, Python 3.14 starts them from a server: both send the dataset to them by pickle."""
+    """macOS spawns workers, Python 3.14 starts them from a server.
+
+    Both send the dataset to them by pickle.
+    """
     loader = eval_loader(load_split([root], "dev", TOKENIZER), FRONTEND, DataOptions(num_workers=1))
     for dataset in (
         loader.dataset,
@@ -587,60 +578,9 @@ def test_rows_are_read_from_the_table_itself_picked_ones_too(root):
     dataset = get_concat_dataset([root], "train")
     for column in ("input_values", "labels"):
         values = row_values(dataset, column, 5)
-        assert (
-            isinstance(values, np.ndarray) and not values.flags.owndata
-        )  # no copy, no Python list
+        # The values are neither a copy nor a Python list.
+        assert isinstance(values, np.ndarray) and not values.flags.owndata
     assert np.array_equal(row_values(dataset.select([6, 5]), "input_values", 1), audio(8000, 8000))
-
-
-@pytest.mark.parametrize(
-    "frontend", [FRONTEND, Frontend(frontend="fbank")], ids=lambda frontend: frontend.frontend
-)
-def test_features_on_the_device_are_those_of_the_loader(root, frontend):
-    def seen(on_device):
-        data = SpeechDataModule(
-            data_roots=[root],
-            tokenizer=TOKENIZER,
-            frontend=frontend,
-            augment=Augment(max_trim=50),
-            seed=5,
-            options=DataOptions(num_workers=0, batch_size=3, features_on_device=on_device),
-        )
-        model = Seer()
-        L.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        ).fit(model, datamodule=data)
-        return model.seen
-
-    pairs = list(zip(seen(False), seen(True), strict=True))
-    assert len(pairs) == 2 * (3 + 1)  # epochs of batches in training, in validation
-    for one, other in pairs:
-        assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
-        torch.testing.assert_close(one.features, other.features, rtol=1e-5, atol=1e-5)
-
-
-class Seer(L.LightningModule):
-    """Learns nothing and keeps the batches it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.weight * 0
-
-    def validation_step(self, batch, batch_idx):
-        self.seen.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def test_a_batch_is_the_same_behind_a_pipe(root):
@@ -654,12 +594,48 @@ def test_a_batch_is_the_same_behind_a_pipe(root):
 
 
 def test_test_splits_are_eval_clean_and_where_present_eval_other(root):
-    data = module(root)
-    data.setup("test")
-    assert [len(loader.dataset.dataset) for loader in data.test_dataloader()] == [5]
+    """load_split and eval_loader read a split by its name."""
+
+    def rows(split):
+        loader = eval_loader(
+            load_split([root], split, TOKENIZER), FRONTEND, DataOptions(num_workers=0, batch_size=3)
+        )
+        return len(loader.dataset.dataset), sum(len(batch.rows) for batch in loader)
+
+    assert rows("eval_clean") == (5, 5)
+    with pytest.raises(UserError, match="no split eval_other"):
+        rows("eval_other")
     save(root / "eval_other/0", SAMPLES[:2])
-    data.setup("test")
-    assert [sum(len(batch.rows) for batch in loader) for loader in data.test_dataloader()] == [5, 2]
+    assert rows("eval_other") == (2, 2)
+
+
+def test_a_validation_needs_dev_alone(root):
+    shutil.rmtree(root / "train")
+    data = module(root)
+    data.setup("validate")
+    assert list(data.splits) == ["dev"] and sum(len(b.rows) for b in data.val_dataloader()) == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_largest_batches_of_an_epoch_are_known_before_it(root, world_size):
+    """recovery.MemoryCheck runs the largest by frames and by labels, and the longest of dev."""
+    save(root / "train/2", [30000, 7500, 7600, 7700], [[4], [4, 5] * 9, [4], [5]])
+    data = module(root, augment=Augment(speeds=()))
+    data.setup("fit")
+    dev = []
+    for rank in range(world_size):
+        data.ranks = lambda: (rank, world_size)
+        batches = list(data.train_dataloader())
+        largest = data.largest_batches()
+        rows = [batch.rows.tolist() for batch in batches]
+        assert all(batch.rows.tolist() in rows for batch in largest)
+        for name in ("features", "labels"):
+            most, found = (
+                max(getattr(batch, name).numel() for batch in some) for some in (batches, largest)
+            )
+            assert most == found
+        dev += data.longest_dev_batch().rows.tolist()
+    assert SAMPLES.index(max(SAMPLES[:3])) in dev
 
 
 def test_limit_rows_takes_the_first_rows_of_every_split(root):

@@ -1,4 +1,7 @@
-"""decode.py against definitions: all paths, all sequences, WeNet's results, and what must never change a result."""
+"""decode.py equals its definitions: the sum over all paths, the best of all sequences, WeNet.
+
+Padding, neighbours in the batch and the pieces of a stream change nothing.
+"""
 
 import itertools
 import json
@@ -12,35 +15,19 @@ import decode
 from conformer import PRESETS, ModelOptions, U2Conformer
 from decode import (
     Hypothesis,
+    SearchOptions,
     attention_beam_search,
     attention_rescoring,
     ctc_greedy_search,
     ctc_prefix_beam_search,
+    plain_prefix_beam_search,
 )
+from helpers import all_sequences, beams, collapse, random_log_probs
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
-SOS, EOS = 0, 1  # of the attention tests
-
-
-def random_log_probs(*shape, seed=0, sharpness=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(*shape, generator=generator)).log_softmax(dim=-1)
-
-
-def collapse(path, blank_id):
-    return tuple(token for token, _ in itertools.groupby(path) if token != blank_id)
-
-
-def all_sequences(log_probs, blank_id):
-    """Every token sequence and its exact probability: the sum over all V^T paths."""
-    frames, vocabulary = log_probs.shape
-    sums = {}
-    for path in itertools.product(range(vocabulary), repeat=frames):
-        sequence = collapse(path, blank_id)
-        sums[sequence] = sums.get(sequence, 0.0) + math.exp(
-            sum(log_probs[t, v].item() for t, v in enumerate(path))
-        )
-    return sums
+# Special tokens of the attention tests.
+SOS = 0
+EOS = 1
 
 
 @pytest.mark.parametrize(
@@ -61,12 +48,9 @@ def test_prefix_beam_search_is_the_sum_over_all_paths_when_the_beam_holds_every_
 ):
     log_probs = random_log_probs(1, frames, vocabulary, seed=seed)
     expected = all_sequences(log_probs[0], blank_id)
-    (found,) = ctc_prefix_beam_search(
-        log_probs, torch.tensor([frames]), beam_size=1000, blank_id=blank_id
-    )
-    assert sorted(map(tuple, found.nbest)) == sorted(
-        expected
-    )  # each sequence once, none impossible
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([frames]), beams(1000), blank_id)
+    # Each sequence is there once, and none that is impossible.
+    assert sorted(map(tuple, found.nbest)) == sorted(expected)
     for tokens, score in zip(found.nbest, found.nbest_scores):
         assert score == pytest.approx(math.log(expected[tuple(tokens)]), abs=1e-5)
     assert tuple(found.tokens) == max(expected, key=expected.get)
@@ -75,7 +59,7 @@ def test_prefix_beam_search_is_the_sum_over_all_paths_when_the_beam_holds_every_
 
 def test_prefix_beam_search_score_is_minus_the_ctc_loss():
     log_probs = random_log_probs(1, 12, 4, seed=8)
-    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([12]), beam_size=3000)
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([12]), beams(3000))
     for tokens, score in zip(found.nbest[:20], found.nbest_scores):
         loss = torch.nn.functional.ctc_loss(
             log_probs.transpose(0, 1).double(),
@@ -92,7 +76,7 @@ def test_a_narrow_beam_never_overestimates_and_a_wider_one_never_finds_less(seed
     log_probs = random_log_probs(1, 5, 4, seed=seed)
     exact = all_sequences(log_probs[0], 0)
     for beam_size in (1, 2, 3, 5):
-        (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([5]), beam_size)
+        (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([5]), beams(beam_size))
         assert 1 <= len(found.nbest) <= beam_size
         assert found.nbest_scores == sorted(found.nbest_scores, reverse=True)
         for tokens, score in zip(found.nbest, found.nbest_scores):
@@ -103,8 +87,9 @@ def test_prefix_beam_search_prefers_the_likelier_sequence_to_the_likelier_path()
     # Best path: blank, blank (0.36). Sequence "a": 0.4*0.4 + 2*0.6*0.4 = 0.64.
     log_probs = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log()
     assert ctc_greedy_search(log_probs, torch.tensor([2]))[0].tokens == []
-    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=2)
-    assert found.tokens == [1] and found.score == pytest.approx(math.log(0.64), abs=1e-6)
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beams(2))
+    assert found.tokens == [1]
+    assert found.score == pytest.approx(math.log(0.64), abs=1e-6)
 
 
 @pytest.mark.parametrize("blank_id", [0, 2])
@@ -125,10 +110,11 @@ def test_times_are_frames_that_hold_the_token_and_peak_in_greedy_search():
     peak = [0.9, 0.6, 0.8, 0.7, 0.9, 0.6, 0.7, 0.9, 0.9]
     probabilities = torch.tensor([[(1 - p) / 2] * 3 for p in peak])
     probabilities[range(9), path] = torch.tensor(peak)
-    log_probs, lengths = probabilities.log()[None], torch.tensor([9])
+    log_probs = probabilities.log()[None]
+    lengths = torch.tensor([9])
     (greedy,) = ctc_greedy_search(log_probs, lengths)
     assert (greedy.tokens, greedy.times) == ([1, 1, 2], [2, 5, 7])
-    (beam,) = ctc_prefix_beam_search(log_probs, lengths, beam_size=5)
+    (beam,) = ctc_prefix_beam_search(log_probs, lengths, beams(5))
     assert (beam.tokens, beam.times) == ([1, 1, 2], [3, 5, 7])  # WeNet: the last frame of the run
 
 
@@ -137,7 +123,7 @@ def test_times_rise_and_number_the_tokens(seed):
     log_probs = random_log_probs(1, 40, 6, seed=seed)
     for found in (
         ctc_greedy_search(log_probs, torch.tensor([40])),
-        ctc_prefix_beam_search(log_probs, torch.tensor([40]), beam_size=8),
+        ctc_prefix_beam_search(log_probs, torch.tensor([40]), beams(8)),
     ):
         for tokens, times in zip(found[0].nbest, found[0].nbest_times):
             assert len(tokens) == len(times) and times == sorted(set(times))
@@ -150,68 +136,17 @@ def test_times_rise_and_number_the_tokens(seed):
 
 
 @pytest.mark.parametrize(
-    "search", [ctc_greedy_search, lambda p, n: ctc_prefix_beam_search(p, n, beam_size=4)]
+    "search", [ctc_greedy_search, lambda p, n: ctc_prefix_beam_search(p, n, beams(4))]
 )
 def test_padding_and_neighbours_change_nothing(search):
-    log_probs, lengths = random_log_probs(3, 20, 5, seed=10), torch.tensor([20, 11, 0])
+    log_probs = random_log_probs(3, 20, 5, seed=10)
+    lengths = torch.tensor([20, 11, 0])
     together = search(log_probs, lengths)
     for row, length, found in zip(log_probs, lengths, together):
         assert search(row[None, :length], length[None])[0] == found
     padded = torch.cat([log_probs, torch.full((3, 7, 5), math.nan)], dim=1)
     assert search(padded, lengths) == together
     assert together[2].tokens == [] and together[2].score == 0.0
-
-
-def log_add(a, b):
-    return max(a, b) if min(a, b) == -math.inf else max(a, b) + math.log1p(math.exp(-abs(a - b)))
-
-
-def search_by_prefixes(log_probs, beam_size, blank_id):
-    """One utterance (T,V), prefix by prefix and token by token in WeNet's order, in Python's floats."""
-    new = [-math.inf] * 4 + [
-        None
-    ] * 2  # log-probability to a blank and to the last token; the same of Viterbi; its times
-    beam = [((), [0.0, -math.inf, 0.0, -math.inf, None, None])]
-    for frame, row in enumerate(log_probs):
-        reached = {}
-        for log_prob, token in zip(
-            *(offers.tolist() for offers in row.topk(min(beam_size, len(row))))
-        ):
-            for prefix, (blank, ending, v_blank, v_ending, t_blank, t_ending) in beam:
-                total = log_add(blank, ending)
-                viterbi, times = (v_blank, t_blank) if v_blank > v_ending else (v_ending, t_ending)
-                if token == blank_id:
-                    entry = reached.setdefault(prefix, new[:])
-                    entry[0], entry[2], entry[4] = (
-                        log_add(entry[0], total + log_prob),
-                        viterbi + log_prob,
-                        times,
-                    )
-                    continue
-                if prefix[-1:] == (token,):
-                    entry = reached.setdefault(prefix, new[:])
-                    entry[1] = log_add(entry[1], ending + log_prob)
-                    if entry[3] < v_ending + log_prob:
-                        entry[3] = v_ending + log_prob
-                        entry[5] = entry[5] or [
-                            *t_ending[:-1],
-                            frame,
-                        ]  # WeNet keeps the times of a path that entered just now
-                    total, viterbi, times = blank, v_blank, t_blank
-                entry = reached.setdefault((*prefix, token), new[:])
-                entry[1] = log_add(entry[1], total + log_prob)
-                if entry[3] < viterbi + log_prob:
-                    entry[3], entry[5] = viterbi + log_prob, [*(times or []), frame]
-        beam = sorted(reached.items(), key=lambda item: log_add(*item[1][:2]), reverse=True)[
-            :beam_size
-        ]
-    beam = [item for item in beam if log_add(*item[1][:2]) > -math.inf] or beam[:1]
-    times = [entry[4] if entry[2] > entry[3] else entry[5] for _, entry in beam]
-    return (
-        [list(prefix) for prefix, _ in beam],
-        [log_add(*entry[:2]) for _, entry in beam],
-        [row or [] for row in times],
-    )
 
 
 def peaky_log_probs(*shape, blank_id, seed):
@@ -236,60 +171,64 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_at_once_and_prefix_by_prefix_are_the_same_to_the_bit_ties_included(kind):
     for seed in range(60):
-        vocabulary, frames, beam_size = 2 + seed % 11, seed % 23, 1 + seed % 12
+        vocabulary = 2 + seed % 11
+        frames = seed % 23
+        beam_size = 1 + seed % 12
         blank_id = seed % 3 % vocabulary
         log_probs = KINDS[kind]((3, frames, vocabulary), blank_id, seed)
         lengths = torch.tensor([frames, frames // 2, max(frames - 1, 0)])
-        found = ctc_prefix_beam_search(log_probs, lengths, beam_size, blank_id)
+        found = ctc_prefix_beam_search(log_probs, lengths, beams(beam_size), blank_id)
         for row, length, hypothesis in zip(log_probs, lengths, found, strict=True):
-            assert search_by_prefixes(row[:length], beam_size, blank_id) == hypothesis[3:]
+            assert plain_prefix_beam_search(row[:length], beam_size, blank_id) == hypothesis
             assert hypothesis[:3] == tuple(part[0] for part in hypothesis[3:])
 
 
 def test_frames_of_blanks_take_the_short_way_to_the_same(monkeypatch):
-    log_probs, lengths = peaky_log_probs(2, 120, 60, blank_id=0, seed=5), torch.tensor([120, 90])
-    short, taken = decode._advance_by_blank, []
+    log_probs = peaky_log_probs(2, 120, 60, blank_id=0, seed=5)
+    lengths = torch.tensor([120, 90])
+    short = decode._advance_by_blank
+    taken = []
     monkeypatch.setattr(
         decode, "_advance_by_blank", lambda *args: taken.append(short(*args)) or taken[-1]
     )
-    found = ctc_prefix_beam_search(log_probs, lengths, 6)
+    found = ctc_prefix_beam_search(log_probs, lengths, beams(6))
     assert len(taken) == 120 and sum(beam is not None for beam in taken) > 30
     for row, length, hypothesis in zip(log_probs, lengths, found):
-        assert search_by_prefixes(row[:length], 6, 0) == hypothesis[3:]
+        assert plain_prefix_beam_search(row[:length], 6) == hypothesis
 
 
 def test_a_beam_is_a_value_that_goes_on_in_pieces_of_any_length():
     log_probs = random_log_probs(2, 30, 6, seed=12)
-    (whole,) = {str(ctc_prefix_beam_search(log_probs, torch.tensor([30, 30]), beam_size=4))}
+    search = beams(4)
+    whole = str(ctc_prefix_beam_search(log_probs, torch.tensor([30, 30]), search))
     beam = decode.prefix_start(2)
     for piece in log_probs.split([7, 0, 1, 22], dim=1):
-        before, beam = beam, decode.prefix_advance(beam, piece, beam_size=4)
-        decode.prefix_advance(
-            before, -piece, beam_size=4
-        )  # another future of the same past changes nothing
-        again = decode.prefix_advance(before, piece, beam_size=4)
+        before = beam
+        beam = decode.prefix_advance(before, piece, search)
+        decode.prefix_advance(before, -piece, search)  # another future changes nothing
+        again = decode.prefix_advance(before, piece, search)
         assert str(decode.prefix_result(again)) == str(decode.prefix_result(beam))
     assert str(decode.prefix_result(beam)) == whole
 
 
 def test_a_beam_wider_than_the_vocabulary_and_impossible_tokens_are_fine():
     log_probs = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]).log()
-    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beam_size=50)
+    (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([2]), beams(50))
     assert found.nbest == [[], [1]] or found.nbest == [[1], []]
     assert found.nbest_scores == pytest.approx([math.log(0.5)] * 2)
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# Attention
 
 
 def next_token_log_probs(prefix, vocabulary, salt=0):
-    """A language model without structure: every prefix has its own random distribution."""
+    """A language model in which every prefix has a random distribution of its own."""
     seed = hash((salt, *prefix)) % 2**31
     return random_log_probs(vocabulary, seed=seed, sharpness=1.5)
 
 
 def make_step(vocabulary, beam_size, salts=(0,)):
-    """A decoder for attention_beam_search whose state is what each row has been given so far: it checks `parents`."""
+    """A decoder that checks the `parents` it is told: its state is what each row was given."""
 
     def step(prefixes, state, parents):
         rows = prefixes.tolist()
@@ -309,7 +248,8 @@ def make_step(vocabulary, beam_size, salts=(0,)):
 
 def all_endings(vocabulary, max_length, salt):
     """Score of every token sequence that ends in EOS or at max_length."""
-    open_ends, endings = {(): 0.0}, {}
+    open_ends = {(): 0.0}
+    endings = {}
     for _ in range(max_length):
         longer = {}
         for prefix, score in open_ends.items():
@@ -322,9 +262,11 @@ def all_endings(vocabulary, max_length, salt):
 
 
 def test_attention_beam_search_with_a_beam_that_holds_everything_is_exhaustive_search():
-    vocabulary, max_length, beam_size = 4, 3, 64
+    vocabulary = 4
+    max_length = 3
+    beam_size = 64
     found = attention_beam_search(
-        make_step(vocabulary, beam_size, (1, 2, 3)), 3, max_length, beam_size, SOS, EOS
+        make_step(vocabulary, beam_size, (1, 2, 3)), 3, max_length, beams(beam_size), SOS, EOS
     )
     for salt, hypothesis in zip((1, 2, 3), found):
         expected = all_endings(vocabulary, max_length, salt)
@@ -336,8 +278,9 @@ def test_attention_beam_search_with_a_beam_that_holds_everything_is_exhaustive_s
 
 
 def test_attention_beam_of_one_is_greedy():
-    (found,) = attention_beam_search(make_step(6, 1), 1, 8, 1, SOS, EOS)
-    prefix, score = [], 0.0
+    (found,) = attention_beam_search(make_step(6, 1), 1, 8, beams(1), SOS, EOS)
+    prefix = []
+    score = 0.0
     while len(prefix) < 8:
         log_probs = next_token_log_probs(prefix, 6)
         score += log_probs.max().item()
@@ -348,9 +291,11 @@ def test_attention_beam_of_one_is_greedy():
 
 
 def test_attention_beam_search_batched_equals_one_by_one():
-    together = attention_beam_search(make_step(7, 4, (5, 6, 7)), 3, 6, 4, SOS, EOS)
+    search = beams(4)
+    together = attention_beam_search(make_step(7, 4, (5, 6, 7)), 3, 6, search, SOS, EOS)
     for salt, hypothesis in zip((5, 6, 7), together):
-        assert attention_beam_search(make_step(7, 4, (salt,)), 1, 6, 4, SOS, EOS) == [hypothesis]
+        alone = attention_beam_search(make_step(7, 4, (salt,)), 1, 6, search, SOS, EOS)
+        assert alone == [hypothesis]
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.5], ids=["tied", "random"])
@@ -362,34 +307,35 @@ def test_each_utterance_of_an_attention_beam_search_ends_at_its_own_length(sharp
         ),
     )
     for seed in range(25):
-        vocabulary, beam_size = 2 + seed % 6, 1 + seed % 7
-        lengths, salts = [seed % 11, 3, 0, 7, 10], range(seed, seed + 5)
-        together = attention_beam_search(
-            make_step(vocabulary, beam_size, salts), 5, torch.tensor(lengths), beam_size, SOS, EOS
-        )
+        vocabulary = 2 + seed % 6
+        beam_size = 1 + seed % 7
+        search = beams(beam_size)
+        lengths = [seed % 11, 3, 0, 7, 10]
+        salts = range(seed, seed + 5)
+        step = make_step(vocabulary, beam_size, salts)
+        together = attention_beam_search(step, 5, torch.tensor(lengths), search, SOS, EOS)
         for salt, length, hypothesis in zip(salts, lengths, together):
             assert all(len(tokens) <= length for tokens in hypothesis.nbest)
             step = make_step(vocabulary, beam_size, (salt,))
-            assert attention_beam_search(step, 1, length, beam_size, SOS, EOS) == [hypothesis]
+            assert attention_beam_search(step, 1, length, search, SOS, EOS) == [hypothesis]
 
 
 def test_attention_length_penalty_favours_longer_hypotheses():
-    def step(
-        prefixes, state, parents
-    ):  # "2 2 2 eos" is less likely than "eos" but likelier per token
+    # "2 2 2 eos" is less likely than "eos", but likelier per token.
+    def step(prefixes, state, parents):
         ends = torch.tensor([[0.0, 0.4, 0.6]] if prefixes.shape[1] < 4 else [[0.0, 0.9, 0.1]])
         return ends.log().expand(prefixes.shape[0], -1), None
 
-    assert attention_beam_search(step, 1, 10, 3, SOS, EOS)[0].tokens == []
-    assert attention_beam_search(step, 1, 10, 3, SOS, EOS, length_penalty=1.0)[0].tokens == [
-        2,
-        2,
-        2,
-    ]
+    for penalty, tokens in ((0.0, []), (1.0, [2, 2, 2])):
+        search = SearchOptions(beam_size=3, length_penalty=penalty)
+        assert attention_beam_search(step, 1, 10, search, SOS, EOS)[0].tokens == tokens
 
 
 def make_scorer(vocabulary, calls):
-    """Teacher forcing of next_token_log_probs, another one per direction and utterance, by what each node sees."""
+    """Teacher forcing with next_token_log_probs, by what each node sees.
+
+    Each direction and utterance has distributions of its own.
+    """
 
     def score(tree, reverse):
         calls.append(reverse)
@@ -401,10 +347,8 @@ def make_scorer(vocabulary, calls):
                     sees[node].nonzero()[:, 0].tolist(), key=positions.tolist().__getitem__
                 )
                 if before[0] == 0:  # else the node is padding
-                    assert (
-                        positions[before].tolist() == list(range(len(before)))
-                        and before[-1] == node
-                    )
+                    assert positions[before].tolist() == list(range(len(before)))
+                    assert before[-1] == node
                     log_probs[row, node] = next_token_log_probs(
                         tokens[before[1:]].tolist(), vocabulary, 10 * row + reverse
                     )
@@ -425,16 +369,14 @@ def sequence_log_prob(tokens, vocabulary, salt):
 
 @pytest.mark.parametrize("ctc_weight, reverse_weight", [(0.5, 0.3), (0.0, 0.0), (1.0, 1.0)])
 def test_attention_rescoring_is_the_weighted_sum_over_both_directions(ctc_weight, reverse_weight):
-    vocabulary, calls = 6, []
-    ctc = ctc_prefix_beam_search(
-        random_log_probs(3, 9, vocabulary, seed=11), torch.tensor([9, 5, 0]), beam_size=5
-    )
-    found = attention_rescoring(
-        ctc, make_scorer(vocabulary, calls), SOS, EOS, ctc_weight, reverse_weight
-    )
-    assert calls == (
-        [False, True] if reverse_weight else [False]
-    )  # the whole batch in one call per direction
+    vocabulary = 6
+    calls = []
+    search = SearchOptions(beam_size=5, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
+    log_probs = random_log_probs(3, 9, vocabulary, seed=11)
+    ctc = ctc_prefix_beam_search(log_probs, torch.tensor([9, 5, 0]), search)
+    found = attention_rescoring(ctc, make_scorer(vocabulary, calls), search, SOS, EOS)
+    # The whole batch is one call per direction.
+    assert calls == ([False, True] if reverse_weight else [False])
     for row, (before, after) in enumerate(zip(ctc, found)):
         expected = {
             tuple(tokens): ctc_weight * score
@@ -457,7 +399,8 @@ def test_attention_rescoring_is_the_weighted_sum_over_both_directions(ctc_weight
 def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
     torch.manual_seed(0)
     net = U2Conformer(ModelOptions(**PRESETS["tiny"]), 80, 12, 0, 10, 11).double().eval()
-    memory, lengths = torch.randn(3, 7, 64, dtype=torch.float64), torch.tensor([7, 4, 0])
+    encoded = torch.randn(3, 7, 64, dtype=torch.float64)
+    lengths = torch.tensor([7, 4, 0])
     nbests = [[[2, 3, 4, 5], [2, 3, 5], [3, 4, 5], [2, 3, 4, 5, 5]], [[]], [[6, 7], [7]]]
     hypotheses = [
         Hypothesis(nbest[0], 0.0, [], nbest, [0.0] * len(nbest), [[]] * len(nbest))
@@ -468,10 +411,10 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
     def score(tree, reverse):
         sizes.append(tree.tokens.shape[1])
         decoder = net.right_decoder if reverse else net.decoder
-        return decoder(tree.tokens, memory, lengths, tree.positions, tree.sees).log_softmax(-1)
+        return decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees).log_softmax(-1)
 
     with torch.no_grad():
-        found = attention_rescoring(hypotheses, score, 10, 11, reverse_weight=0.3)
+        found = attention_rescoring(hypotheses, score, SearchOptions(), 10, 11)
         for row, hypothesis in enumerate(found):
             for tokens, total in zip(hypothesis.nbest, hypothesis.nbest_scores):
                 expected = 0.0
@@ -480,31 +423,30 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
                     (net.right_decoder, 0.3, tokens[::-1]),
                 ):
                     logits = decoder(
-                        torch.tensor([[10, *said]]), memory[row : row + 1], lengths[row : row + 1]
+                        torch.tensor([[10, *said]]), encoded[row : row + 1], lengths[row : row + 1]
                     )
-                    targets = torch.tensor([*said, 11])[:, None]
-                    expected += weight * logits[0].log_softmax(-1).gather(1, targets).sum().item()
+                    labels = torch.tensor([*said, 11])[:, None]
+                    expected += weight * logits[0].log_softmax(-1).gather(1, labels).sum().item()
                 assert total == pytest.approx(expected, abs=1e-9)
-    assert sizes == [
-        1 + 9,
-        1 + 10,
-    ]  # <sos> and 15 tokens, less those that two hypotheses begin (end) with
+    # <sos> and 15 tokens, less those that two hypotheses begin (end) with.
+    assert sizes == [1 + 9, 1 + 10]
 
 
-# -------------------------------------------------------------------------------------------------------------- golden
+# WeNet's results
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="WeNet's results (../shared/golden) are not here")
 def test_ctc_searches_return_what_wenet_returns():
     golden = torch.load(GOLDEN, weights_only=True)
     expected = json.loads(golden["decode"])
-    log_probs, lengths = golden["ctc_log_probs_full"], golden["encoder_lengths"]
+    log_probs = golden["ctc_log_probs_full"]
+    lengths = golden["encoder_lengths"]
     for found, wanted in zip(
         ctc_greedy_search(log_probs, lengths), expected["ctc_greedy_search"], strict=True
     ):
         assert found.tokens == wanted["tokens"]
-    beams = ctc_prefix_beam_search(log_probs, lengths, beam_size=5)
-    for found, wanted in zip(beams, expected["ctc_prefix_beam_search"], strict=True):
+    searched = ctc_prefix_beam_search(log_probs, lengths, beams(5))
+    for found, wanted in zip(searched, expected["ctc_prefix_beam_search"], strict=True):
         assert (found.tokens, found.times, found.nbest) == (
             wanted["tokens"],
             wanted["times"],
@@ -530,7 +472,5 @@ def test_alignment_takes_the_best_ctc_path_of_the_tokens():
     expected = [max(run, key=lambda t: float(log_probs[t, best[t]])) for run in runs]
     hypothesis = Hypothesis(tokens, 0.0, [], [tokens, [3] * 5], [0.0, 0.0], [[], []])
     aligned = decode.align(hypothesis, log_probs, 7)
-    assert aligned.times == expected and aligned.nbest_times == [
-        expected,
-        [],
-    ]  # five threes have no path in 7 frames
+    # Five threes have no path in 7 frames.
+    assert aligned.times == expected and aligned.nbest_times == [expected, []]

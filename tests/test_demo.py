@@ -1,13 +1,19 @@
-"""demo.py: the same speech in every process, whatever was spoken before; voices and sentences of one split only."""
+"""tools/demo.py speaks the same in every process, whatever was spoken before. Each voice and each
+sentence belongs to one split. prepare.py reads the corpus as any other."""
 
 import hashlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
+from cli import UserError
+
+import datasets
 import numpy as np
 import pytest
 
 import prepare
+from audio import resample
 from helpers import ROOT
 from tools import demo
 
@@ -75,11 +81,74 @@ def test_the_letter_a_is_spoken_and_rate_and_pitch_matter():
     assert not np.array_equal(demo.speak(base), demo.speak(base._replace(pitch=60)))
 
 
-def test_prepare_writes_the_same_bytes_twice(tmp_path, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
     monkeypatch.setattr(demo, "UTTERANCES", {"train": 12, "dev": 2, "eval_clean": 2})
+
+
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_prepare_writes_the_same_bytes_twice(few, tmp_path):
     digests = []
     for name in "ab":
-        prepare.main(["--demo", "--data_root", str(tmp_path / name)])
+        demo.main(["--out", str(tmp_path / f"{name} source")])
+        sources = sorted(p for p in (tmp_path / f"{name} source").rglob("*") if p.is_file())
+        prepare.main(
+            ["--source", str(tmp_path / f"{name} source"), "--data_root", str(tmp_path / name)]
+        )
         files = sorted(p for p in (tmp_path / name).rglob("*.arrow"))
-        digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
-    assert digests[0] == digests[1] and len(digests[0]) == 3
+        digests.append([hash_of(path) for path in [*sources, *files]])
+    assert digests[0] == digests[1] and len(digests[0]) == 16 + 3 + 1 + 3
+
+
+def test_prepare_reads_every_utterance_as_it_was_spoken(few, tmp_path):
+    """The samples are those of the waveform that is resampled as a whole, to the bit."""
+    demo.main(["--out", str(tmp_path / "source"), "--rows", "3"])
+    prepare.main(["--source", str(tmp_path / "source"), "--data_root", str(tmp_path / "root")])
+    for split, total in demo.UTTERANCES.items():
+        rows = datasets.load_from_disk(str(tmp_path / "root" / split / "0")).with_format("numpy")
+        assert len(rows) == min(total, 3)
+        for row, utterance in zip(rows, demo.plan(split)):
+            assert (row["text"], row["speaker"]) == (utterance.text, utterance.voice)
+            expected = resample(demo.speak(utterance), demo.RATE)
+            np.testing.assert_array_equal(row["input_values"], expected)
+
+
+def test_the_corpus_is_replaced_only_when_asked(few, tmp_path):
+    words = ["--out", str(tmp_path / "source"), "--rows"]
+    demo.main([*words, "1"])
+    before = {path: hash_of(path) for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="source exists; name another folder, or add --overwrite"):
+        demo.main([*words, "2"])
+    assert {path: hash_of(path) for path in tmp_path.rglob("*") if path.is_file()} == before
+    demo.main([*words, "2", "--overwrite"])
+    assert sorted(path.name for path in (tmp_path / "source/dev").iterdir()) == [
+        "0000.wav",
+        "0001.wav",
+        "metadata.csv",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    "wheel, message",
+    [
+        (None, "cannot load espeak-ng .*; pip install espeakng-loader"),
+        (SimpleNamespace(get_library_path=lambda: "gone.so"), "cannot load espeak-ng .gone.so"),
+    ],
+)
+def test_without_the_wheel_there_is_one_line_and_no_folder(wheel, message, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", wheel)
+    with pytest.raises(UserError, match=message):
+        demo.main(["--out", str(tmp_path / "source")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_wrong_half_way_leaves_nothing(few, monkeypatch, tmp_path):
+    voices = {**demo.VOICES, "eval_clean": ["nobody"]}
+    monkeypatch.setattr(demo, "VOICES", voices)
+    with pytest.raises(UserError, match="espeak-ng has no voice nobody"):
+        demo.main(["--out", str(tmp_path / "source")])
+    assert not list(tmp_path.iterdir())

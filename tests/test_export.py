@@ -1,5 +1,6 @@
 """What export.py writes hears what the network hears: in onnxruntime, called as the runtimes call it, and in sherpa-onnx."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -12,10 +13,10 @@ import pytest
 import soundfile
 import torch
 
-from conformer import MAX_POSITION, ModelOptions, subsampled_length
-from conftest import ROOT
+from conformer import MAX_POSITION, subsampled_length
 from decode import SearchOptions
-from model import U2, OptimOptions
+from helpers import ROOT, TWO_BLOCKS, one_line
+from helpers_model import exportable_model, save_model, tiny_model
 from tokenizer import Tokenizer, train_char
 from tools import export, onnx_checks, parity
 from tools.export import BLANK, ExportOptions, main, token_lines
@@ -33,41 +34,11 @@ from tools.onnx_graphs import Chunk, ChunkOptions, cache_inputs
 from tools.wenet_import import load_wenet
 from transforms import STREAM_WINDOW, Frontend, extract
 
-TINY = dict(
-    output_size=16,
-    attention_heads=2,
-    linear_units=32,
-    num_blocks=2,
-    cnn_module_kernel=5,
-    decoder_num_blocks=1,
-    r_num_blocks=1,
-    decoder_linear_units=32,
-)
 CHUNK, LEFT = 4, 2
 CHUNKS = ChunkOptions(CHUNK, LEFT)
 CACHE = CHUNK * LEFT
 SOUND = synthetic_sound(16000, 2.13)  # 52 encoder frames and a bit; 13 chunks
 AN4 = ROOT.parent / "shared" / "speech" / "an4" / "dev"
-
-
-def network(frontend="fbank", seed=0, **changes):
-    torch.manual_seed(seed)
-    frontend = Frontend(**{"frontend": frontend, **changes.pop("features", {})})
-    model = U2(
-        options=ModelOptions(**{**TINY, **changes}),
-        optim=OptimOptions(),
-        frontend=frontend,
-        tokenizer=train_char(["the quick brown fox"]),
-    ).eval()
-    if frontend.frontend == "fbank":
-        model.set_cmvn(
-            torch.full((frontend.num_mel_bins,), 8.0), torch.full((frontend.num_mel_bins,), 0.3)
-        )
-    with torch.no_grad():
-        model.net.ctc.weight.mul_(8)  # it is sure of its nonsense
-        for block in model.net.encoder.blocks:  # and hears positions
-            block.self_attn.linear_pos.weight.mul_(4)
-    return model
 
 
 def write(model, folder, chunks=CHUNKS, **options):
@@ -79,20 +50,14 @@ def write(model, folder, chunks=CHUNKS, **options):
 
 @pytest.fixture(scope="module")
 def fbank(tmp_path_factory):
-    model = network()
+    model = exportable_model()
     return model, *write(model, tmp_path_factory.mktemp("fbank"))
 
 
 @pytest.fixture(scope="module")
 def log_mel(tmp_path_factory):
-    model = network("log_mel")
+    model = exportable_model("log_mel")
     return model, *write(model, tmp_path_factory.mktemp("log_mel"))
-
-
-def save(model, path):
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
 
 
 def session_of(folder, name):
@@ -418,7 +383,7 @@ def token_of(model, i):
 
 def test_other_sizes_and_kinds(tmp_path):
     """A U2 of every option that is allowed to differ, also as a command."""
-    model = network(
+    model = exportable_model(
         cnn_module_norm="batch_norm",
         input_layer="conv2d6",
         activation_type="relu",
@@ -440,7 +405,7 @@ def test_other_sizes_and_kinds(tmp_path):
 
 
 def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tmp_path):
-    model = network(features=dict(high_freq=-400.0))
+    model = exportable_model(features=dict(high_freq=-400.0))
     theirs, ours = (
         parity.sherpa_features(model, SOUND)[0],
         extract(model.frontend)(SOUND[40:]),
@@ -453,11 +418,9 @@ def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tm
         folder.glob("*coder.onnx")
     )
     said = (folder / "README.md").read_text()
-    assert (
-        "--high-freq=-400 " in said
-        and "snip_edges = -400, True" in said
-        and "decoder_main" not in said
-    )
+    assert "--high-freq=-400 " in said
+    assert "feat_config.high_freq = -400\n" in said and "feat_config.snip_edges = True\n" in said
+    assert "decoder_main" not in said
 
 
 def sounds():
@@ -467,7 +430,7 @@ def sounds():
 
 @pytest.fixture(scope="module")
 def rows(fbank):
-    return parity.hear(fbank[0], CHUNKS, sounds())
+    return parity.all_outcomes(fbank[0], CHUNKS, sounds())
 
 
 @pytest.mark.parametrize("features", [parity.OWN, parity.SHERPA])
@@ -507,7 +470,7 @@ def refused(model, tmp_path, **options):
     with pytest.raises(UserError) as error:
         write(model, tmp_path, **options)
     assert not list(tmp_path.glob("out*"))  # nor out.partial
-    return str(error.value)
+    return one_line(error)
 
 
 def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
@@ -517,14 +480,16 @@ def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
         "positions",
         staticmethod(lambda before, size, first, width: true(before, size, first + CACHE, width)),
     )  # as sherpa-onnx's offset has it
-    assert refused(network(), tmp_path).startswith(
+    assert refused(exportable_model(), tmp_path).startswith(
         "runs/demo/best.ckpt: model-streaming.onnx: its log-probabilities are up to"
     )
 
 
 def test_int8_that_hears_otherwise_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "check", lambda *args: onnx_checks.check(*args[:-1], -1.0))
-    assert "model.int8.onnx" in refused(network("log_mel"), tmp_path)
+    monkeypatch.setattr(
+        export, "check_files", lambda *args: onnx_checks.check_files(*args[:-1], -1.0)
+    )
+    assert "model.int8.onnx" in refused(exportable_model("log_mel"), tmp_path)
 
 
 def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows, monkeypatch):
@@ -549,7 +514,7 @@ def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows,
 
 def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
     model, path = log_mel[0], tmp_path / "model.ckpt"
-    save(model, path)
+    save_model(model, path)
     columns = {
         "input_values": [SOUND.tolist()] * 2,
         "length": [len(SOUND)] * 2,
@@ -591,20 +556,22 @@ def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
 )
 def test_what_the_runtimes_cannot_run_is_refused(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(export, "write_graph", None)  # before anything is written
-    model = U2(
-        options=ModelOptions(**{**TINY, **{k: v for k, v in changes.items() if k != "features"}}),
-        optim=OptimOptions(),
-        frontend=Frontend(frontend="fbank", **changes.get("features", {})),
-        tokenizer=train_char(["a"]),
+    options = {name: value for name, value in changes.items() if name != "features"}
+    model = tiny_model(
+        train_char(["a"]),
+        dataclasses.replace(TWO_BLOCKS, **options),
+        Frontend(frontend="fbank", **changes.get("features", {})),
     )
     assert message in refused(model, tmp_path)
 
 
 def test_sounds_that_are_missing_or_too_short_are_refused(tmp_path):
     soundfile.write(tmp_path / "short.wav", np.zeros(900), 16000)
-    assert "file missing" in refused(network(), tmp_path, audio=(str(tmp_path / "none.wav"),))
+    assert "file missing" in refused(
+        exportable_model(), tmp_path, audio=(str(tmp_path / "none.wav"),)
+    )
     assert "too short" in refused(
-        network("log_mel"), tmp_path, audio=(str(tmp_path / "short.wav"),)
+        exportable_model("log_mel"), tmp_path, audio=(str(tmp_path / "short.wav"),)
     )
 
 
@@ -627,8 +594,8 @@ def test_tokens_are_lines(fbank):
 
 
 def test_the_command_keeps_what_is_there(tmp_path):
-    model, path = network(), tmp_path / "model.ckpt"
-    save(model, path)
+    model, path = exportable_model(), tmp_path / "model.ckpt"
+    save_model(model, path)
     (tmp_path / "out").mkdir()
     command = [
         "--checkpoint",
@@ -652,8 +619,8 @@ def test_the_command_keeps_what_is_there(tmp_path):
 
 
 def test_the_command_says_who_runs_it(tmp_path, capsys):
-    model, path = network("log_mel"), tmp_path / "model.ckpt"
-    save(model, path)
+    model, path = exportable_model("log_mel"), tmp_path / "model.ckpt"
+    save_model(model, path)
     soundfile.write(tmp_path / "sound.wav", SOUND.numpy(), 16000)
     (tmp_path / "out").mkdir()
     main(

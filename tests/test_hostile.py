@@ -56,16 +56,14 @@ import sources
 import transcribe
 import words
 from checkpoint import CONFIG_PARTS, write_folder
-from conformer import ModelOptions
 from datamodule import rows_rate
-from helpers import module
-from model import U2, OptimOptions, load_checkpoint
-from test_score import world  # noqa: F401 (a fixture)
+from helpers import ROOT, TINY_FLAGS, encoded, module, noise, tree
+from helpers_model import save_model, tiny_model
+from model import U2, load_checkpoint
 from tokenizer import from_vocab, load_tokenizer, normalize_text, save_tokenizer, train_char
 from tools import compare, export, wenet_import
 from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
 
-ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 6 * 2**30  # bytes of address space; torch and datasets alone take 3 to 4
 DEADLINE = 60  # seconds
 
@@ -100,15 +98,6 @@ def refused(*command, **kwargs) -> str:
     *notes, line = done.stderr.strip().splitlines()
     assert ": error: " in line and len(line) < 2000, done.stderr[-2000:]
     return line
-
-
-def tree(folder) -> dict:
-    """Every file below a folder, with its content."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in Path(folder).rglob("*")
-        if path.is_file()
-    }
 
 
 # ------------------------------------------------------------------------------------------ writing without destroying
@@ -455,7 +444,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
         "scandir",
         lambda path, scan=os.scandir: scan(path if "closed" not in path else path + "/none"),
     )
-    found = [recording.path for recording in transcribe.find(str(tmp_path))]
+    found = [recording.path for recording in transcribe.recordings_at(str(tmp_path))]
     assert [os.path.relpath(path, tmp_path).split("/")[0] for path in found] == ["a.wav", "closed"]
 
 
@@ -468,8 +457,8 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
 
     def places(*paths, out="out", words="", overwrite=True):
         options = transcribe.TranscribeOptions(output_dir=out, overwrite=overwrite)
-        found = [recording for path in paths for recording in transcribe.find(path)]
-        return transcribe.place(found, options, ("best.ckpt", words))
+        found = [recording for path in paths for recording in transcribe.recordings_at(path)]
+        return transcribe.output_paths(found, options, ("best.ckpt", words))
 
     assert places("a/one/*/../../x.wav", out="a/one/out") == ["a/one/out/x.txt"]
     assert places("/no/such.wav", "../up.wav") == ["out/such.txt", "out/up.txt"]
@@ -943,7 +932,7 @@ OFFSETS = {"input_values": [0, 2, 3, 4], "labels": [0, 1, 3, 4], "text": [0, 1, 
 
 
 def test_a_shard_as_it_should_be_is_read(tmp_path):
-    assert len(datamodule.load_shard(saved(tmp_path / "0"))[0]) == 3
+    assert len(datamodule.load_shard(saved(tmp_path / "0"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -978,7 +967,7 @@ def test_a_shard_may_be_a_link_to_another_disk(tmp_path):
     shard = saved(tmp_path / "0")
     os.rename(shard / "data-00000-of-00001.arrow", tmp_path / "elsewhere.arrow")
     os.symlink(tmp_path / "elsewhere.arrow", shard / "data-00000-of-00001.arrow")
-    assert len(datamodule.load_shard(shard)[0]) == 3
+    assert len(datamodule.load_shard(shard)) == 3
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
@@ -1046,9 +1035,7 @@ NOISE = np.random.default_rng(0).normal(0, 0.1, (16000, 2)).astype(np.float32)
 
 
 def sound_file(samples=NOISE, rate=16000, kind="WAV", **how) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format=kind, **how)
-    return file.getvalue()
+    return encoded(samples, kind, rate=rate, **how)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -1132,7 +1119,7 @@ def prepared(source) -> list[str]:
 @pytest.mark.parametrize("name", ["train/metadata.csv", "train/metadata.jsonl", "dev/x.parquet"])
 @pytest.mark.parametrize("kind", ["pipe", "zeros", "holes"])
 def test_a_table_is_a_file_of_a_size_that_can_be_read(name, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "METADATA", 2**20)
+    monkeypatch.setattr(sources, "LARGEST_METADATA", 2**20)
     path = folder_of(tmp_path / "source") / name
     path.parent.mkdir(exist_ok=True)
     (path.parent / "metadata.csv").unlink(missing_ok=True)
@@ -1411,7 +1398,7 @@ def test_tables_and_the_model_card_show_what_a_run_says_of_itself(hostile, capsy
     compare.print_table(("run", "\x1b[2J"), [["a", hostile]])
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 2 and is_shown(out, "\n") and len(out) < 250
-    assert is_shown(export.markdown(compare.show(hostile)))
+    assert is_shown(export.markdown(compare.as_cell(hostile)))
 
 
 def test_a_cell_of_the_model_card_is_one_cell_and_no_html():
@@ -1441,7 +1428,7 @@ def test_what_libraries_log_and_warn_of_is_shown(monkeypatch, capsys):
 
 def test_what_is_told_of_a_recording_is_one_line(capsys):
     transcribe.tell("note", transcribe.Recording("a\n\x1b[2J.wav", "a"), "odd\n\x1b")
-    transcribe.show("a\x1b[2J\nb", 1.0, True)
+    transcribe.show_heard("a\x1b[2J\nb", 1.0, True)
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 2 and is_shown(err, "\n")
 
@@ -1545,10 +1532,7 @@ VALUES = (
     ".",
     "data",
 )
-SIZES = (
-    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
-    "--r_num_blocks 1 --decoder_linear_units 32 --accelerator cpu"
-)
+SIZES = " ".join([*TINY_FLAGS, "--accelerator", "cpu"])
 # Every command, with what it takes to work in the folder of `place`.
 COMMANDS = {
     "train": f"--data_root data --output_dir new {SIZES}",
@@ -1558,6 +1542,7 @@ COMMANDS = {
     "export": "--checkpoint best.ckpt --out new",
     "parity": "--checkpoint best.ckpt --data_root data",
     "prepare": "--source source --data_root new",
+    "demo": "--out new --rows 1",
     "bench": "growth",
     "torture": "--kills 1",
     "compare": ".",
@@ -1583,16 +1568,8 @@ def place(tmp_path_factory):
         (folder / "source" / split / "metadata.csv").write_text("file_name,text\n0.wav,abc\n")
     tokenizer = train_char(["abcdefgh"])
     save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
-    sizes = dict(zip(SIZES.replace("--", "").split()[:-2:2], map(int, SIZES.split()[1:-2:2])))
-    model = U2(
-        options=ModelOptions(**sizes),
-        optim=OptimOptions(),
-        frontend=Frontend(frontend="fbank"),
-        tokenizer=tokenizer,
-    )
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, folder / "best.ckpt")
+    model = tiny_model(tokenizer, frontend=Frontend(frontend="fbank"))
+    save_model(model, folder / "best.ckpt")
     return folder
 
 
@@ -1656,7 +1633,7 @@ def work_is_short(patch):
         "write_checked",
         lambda model, options, chunks, folder: export.texts(model, chunks) and [],
     )
-    patch.setattr(parity, "hear", reached)
+    patch.setattr(parity, "all_outcomes", reached)
     patch.setattr(torture, "unbroken", reached)
     patch.setattr(sources, "hub_source", reached)
     for what, (_, *takes) in bench.COMMANDS.items():
@@ -1878,12 +1855,6 @@ def test_a_mistake_of_the_program_is_still_a_traceback(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- streams
 
 
-def noise(seconds, loudness, seed=0):
-    return loudness * torch.randn(
-        int(16000 * seconds), generator=torch.Generator().manual_seed(seed)
-    )
-
-
 def click(samples, value):
     samples[100] = value
     return samples
@@ -1891,13 +1862,13 @@ def click(samples, value):
 
 DEAFENING = {
     "a click at the start": click(torch.zeros(800), 1e4),
-    "a click in sound": click(noise(1, 0.05), -1e30),
-    "20 s of loud noise": noise(20, 0.5),
+    "a click in sound": click(0.05 * noise(16000), -1e30),
+    "20 s of loud noise": 0.5 * noise(320000),
     "20 s of a constant": torch.full((320000,), 0.9),
-    "too loud": noise(5, 3),
-    "a bang": torch.cat((noise(0.6, 0.05), noise(0.1, 1e4))),
+    "too loud": 3 * noise(80000),
+    "a bang": torch.cat((0.05 * noise(9600), 1e4 * noise(1600))),
     "a row of nan": torch.full((16000,), math.nan),
-    "one infinity": click(noise(1, 0.05), -math.inf),
+    "one infinity": click(0.05 * noise(16000), -math.inf),
     "half a minute of nothing": torch.zeros(480000),
 }
 
@@ -1908,7 +1879,7 @@ DEAFENING = {
 @pytest.mark.parametrize("attack", DEAFENING)
 def test_no_sound_deafens_a_stream_for_good(attack, frontend):
     """After twelve windows a stream hears what one hears that was spared; after a click, after two."""
-    advance, quiet = stream_features(frontend), noise(1, 0.02, seed=1)
+    advance, quiet = stream_features(frontend), 0.02 * noise(16000, seed=1)
 
     def heard(state):
         for _ in range(int(STREAM_WINDOW * (2 if "click" in attack else 12))):
@@ -2018,7 +1989,8 @@ def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_i
 
 def test_a_stream_of_integer_steps_is_scaled_as_any_other():
     (fine, _), (coarse, _) = (
-        stream_features(Frontend())(scale * noise(1, 0.05), feature_state()) for scale in (1, 32768)
+        stream_features(Frontend())(scale * 0.05 * noise(16000), feature_state())
+        for scale in (1, 32768)
     )
     torch.testing.assert_close(coarse, fine, rtol=0, atol=1e-3)
 
@@ -2078,7 +2050,7 @@ def test_a_score_that_was_asked_for_otherwise_is_not_shown_as_the_plain_one(
     assert len(rows) == 1 + plain and (
         set(asked) <= set(header.split()) or not plain and "checkpoint" in asked
     )
-    card = export.numbers(str(tmp_path / "run" / "best.ckpt"))
+    card = export.score_table(str(tmp_path / "run" / "best.ckpt"))
     assert "0.1250" not in card and ("0.5000" in card) == plain and ("None yet" in card) != plain
 
 
@@ -2098,7 +2070,7 @@ def test_scores_of_several_data_roots_say_so_and_an_older_one_gives_way_to_the_s
     compare.main([str(tmp_path / "run")])
     header, *rows = capsys.readouterr().out.split("scores\n")[1].splitlines()
     assert "data_root" in header and len(rows) == 2 and "0.9" not in "".join(rows)
-    assert "data/b" in export.numbers(str(tmp_path / "run" / "best.ckpt"))
+    assert "data/b" in export.score_table(str(tmp_path / "run" / "best.ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """The house rules that a reader relies on."""
 
-import ast
-
 import pytest
 
-from helpers import FILES, ROOT
+from helpers import FILES, ROOT, imported
 
 FLOORS = (
     ("cli", "containers", "kernels"),
@@ -15,24 +13,13 @@ FLOORS = (
     ("datamodule", "model", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "onnx_graphs"),
+    ("demo", "onnx_graphs", "workloads"),
     ("onnx_checks",),
     ("align", "compare", "wenet_import", "bench"),
     ("export", "torture"),
     ("parity",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-
-
-def imported(path):
-    """The modules that a file imports, tools.NAME as NAME."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("tools.").split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "tools":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.removeprefix("tools.").split(".")[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 import pickle
 import re
 import shutil
@@ -18,26 +17,15 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 import score
-from conformer import ModelOptions
-from conftest import distance
 from decode import MODES
-from helpers import FILES
+from helpers import FILES, TINY, TWO_BLOCKS, distance, json_lines, same
+from helpers_model import quiet_trainer, tiny_model
 from kernels import for_few_rows
-from model import U2, OptimOptions, blame, draw_chunk, load_checkpoint, read_checked
+from model import OptimOptions, blame, draw_chunk, load_checkpoint, read_checked
 from tokenizer import load_tokenizer, train_char
 from tools import wenet_import
 from transforms import Frontend
 
-OPTIONS = ModelOptions(
-    output_size=16,
-    attention_heads=2,
-    linear_units=32,
-    num_blocks=1,
-    cnn_module_kernel=3,
-    decoder_num_blocks=1,
-    r_num_blocks=1,
-    decoder_linear_units=32,
-)
 TOKENIZER = train_char(["abcdefgh"])
 
 
@@ -66,13 +54,11 @@ def batches(count, poison=(), size=2, first_row=0, frames=60):
         )
 
 
-def make(tmp_path=None, options=OPTIONS, **optim):
-    torch.manual_seed(0)
-    return U2(
-        options=options,
+def make(tmp_path=None, options=TINY, **optim):
+    return tiny_model(
+        TOKENIZER,
+        options,
         optim=OptimOptions(**{"warmup_steps": 2, **optim}),
-        frontend=Frontend(),
-        tokenizer=TOKENIZER,
         total_steps=20,
         skip_log=str(tmp_path / "skipped.jsonl") if tmp_path else None,
     )
@@ -101,16 +87,9 @@ class Recorder(L.Callback):
 
 def fit(model, loader, accumulate=1, plugins=None, precision=None, watch=None, **options):
     recorder = Recorder()
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        gradient_clip_val=5.0,
-        callbacks=[recorder] + [watch] * bool(watch),
+    trainer = quiet_trainer(
+        recorder,
+        *[watch] * bool(watch),
         accumulate_grad_batches=accumulate,
         plugins=plugins,
         precision=precision,
@@ -120,13 +99,8 @@ def fit(model, loader, accumulate=1, plugins=None, precision=None, watch=None, *
     return trainer, recorder.states
 
 
-def same(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
-
-
 def skipped(tmp_path):
-    path = tmp_path / "skipped.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return json_lines(tmp_path / "skipped.jsonl")
 
 
 def precision_plugins(precision):
@@ -158,7 +132,7 @@ def test_a_nan_in_one_micro_batch_of_four_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_skip_leaves_the_statistics_of_batch_norm_as_they_were(tmp_path, accumulate):
-    model = make(tmp_path, options=dataclasses.replace(OPTIONS, cnn_module_norm="batch_norm"))
+    model = make(tmp_path, options=dataclasses.replace(TINY, cnn_module_norm="batch_norm"))
     buffers = []
 
     class Watch(L.Callback):
@@ -356,17 +330,17 @@ def test_what_is_heard_depends_neither_on_neighbours_nor_on_padding(mode, chunk_
 
 def test_drawn_chunks_are_full_context_half_of_the_time_and_otherwise_at_most_25():
     torch.manual_seed(0)
-    draws = [draw_chunk(200, OPTIONS)[0] for _ in range(2000)]
+    draws = [draw_chunk(200, TWO_BLOCKS)[0] for _ in range(2000)]
     assert 0.45 < sum(chunk == -1 for chunk in draws) / len(draws) < 0.55
     assert set(draws) - {-1} == set(range(1, 26))
     lefts = [
-        draw_chunk(200, dataclasses.replace(OPTIONS, use_dynamic_left_chunk=True))
+        draw_chunk(200, dataclasses.replace(TWO_BLOCKS, use_dynamic_left_chunk=True))
         for _ in range(500)
     ]
     assert all(
         left == -1 if chunk == -1 else 0 <= left < max(199 // chunk, 1) for chunk, left in lefts
     )
-    assert draw_chunk(200, dataclasses.replace(OPTIONS, use_dynamic_chunk=False)) == (-1, -1)
+    assert draw_chunk(200, dataclasses.replace(TWO_BLOCKS, use_dynamic_chunk=False)) == (-1, -1)
 
 
 def test_decode_names_the_options_of_a_search_where_it_does_not_know_one():

@@ -11,28 +11,18 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 import prepare
 import sources
 import tokenizer as tk
+from helpers import cases
 
 datasets.disable_progress_bars()
 pytestmark = pytest.mark.filterwarnings(
     "error::pytest.PytestUnraisableExceptionWarning"
 )  # those that nobody can catch
-
-
-def cases(count):
-    """Deterministic, so that a test that passed passes again; no deadline, so that a busy machine fails nothing."""
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # Any file
@@ -151,7 +141,7 @@ CHANGES = st.sampled_from([(), ("--lowercase",), ("--uppercase",), ("--remove_pu
 @cases(100)
 @given(files(), TEXTS, CHANGES, st.booleans())
 def test_any_row_is_written_as_promised_or_has_a_reason(file, text, flags, bpe):
-    options = prepare.parse(["--source", "s", "--data_root", "r", *flags])
+    options = prepare.prepare_options(["--source", "s", "--data_root", "r", *flags])
     clean = prepare.clean_text(text, options)
     texts = [clean, "hello"]
     tokenizer = tk.train_bpe(texts, 100) if bpe else tk.train_char(texts)
@@ -241,7 +231,7 @@ def test_rows_written_and_rejected_are_the_rows_given(
             bom,
             newline,
         )
-        options = prepare.parse(
+        options = prepare.prepare_options(
             [
                 "--source",
                 str(source),

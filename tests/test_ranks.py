@@ -1,6 +1,7 @@
-"""Several processes train as one would: the same weights, every row once, no hang, and resuming on other numbers of them.
+"""Several processes train as one would: the same weights, every row once, no hang.
 
-They are forked, have torchrun's environment and talk by gloo.
+A run resumes on another number of processes, too. They are forked, have torchrun's environment and
+talk by gloo.
 """
 
 import gc
@@ -16,27 +17,33 @@ import datasets
 import pytest
 import torch
 
-from test_train import killed, make_data, ranks, run
+from helpers import json_lines
+from helpers_train import killed, make_data, ranks, run
 
-SAME = "--dropout_rate 0 --attention_dropout_rate 0 --no-use_dynamic_chunk --max_epochs 2 --lr 0.1".split()
+SAME = (
+    "--dropout_rate 0 --attention_dropout_rate 0 --no-use_dynamic_chunk --max_epochs 2 --lr 0.1"
+).split()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """22 rows: batches of 8, of all processes together, leave 6, which four processes cannot share evenly."""
+    """Make 22 rows: batches of 8 leave 6, which four processes cannot share evenly."""
     return make_data(tmp_path_factory.mktemp("data"), train=22, dev=5)
 
 
 @pytest.fixture
 def sgd(monkeypatch):
-    """Linear in the gradient. Adam makes a full step of a gradient that is rounding alone, as that of a bias of all keys."""
+    """Train with SGD, whose step is linear in the gradient.
+
+    The gradient of a bias of all keys is rounding alone, and Adam would make a full step of it.
+    """
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr)
     )
 
 
 def train_on(count, data, output, *words, **interrupt):
-    """Trains in `count` processes; their exit statuses."""
+    """Train in `count` processes, and return their exit statuses."""
     return (
         ranks(data, output, *words, count=count, **interrupt)
         if count > 1
@@ -45,21 +52,20 @@ def train_on(count, data, output, *words, **interrupt):
 
 
 def steps(output):
-    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    return json_lines(output / "steps.jsonl")
 
 
 def assert_same(output, other, words=()):
-    """Rows and loss of every update, metrics, and the weights at the end."""
+    """Compare rows and loss of every update, metrics, and the weights at the end."""
     for one, two in zip(steps(output), steps(other), strict=True):
         assert sorted(one["rows"]) == sorted(two["rows"]) and one["loss"] == pytest.approx(
             two["loss"], rel=1e-5
         )
     metrics = [json.loads((path / "run.json").read_text())["metrics"] for path in (output, other)]
     if "--length_normalized_loss" in words:
-        del (
-            metrics[0]["val_loss"],
-            metrics[1]["val_loss"],
-        )  # a mean over rows of batches' means per label
+        # This one is a mean over rows of the batches' means per label.
+        for some in metrics:
+            del some["val_loss"]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
     left = [
         torch.load(path / "last.ckpt", weights_only=True)["state_dict"] for path in (output, other)
@@ -72,7 +78,8 @@ def test_a_forked_process_leaves_the_garbage_of_its_parent_alone():
         def __del__(self):
             os.getpid() == parent or os._exit(1)  # (onnxruntime's would not end at all)
 
-    parent, garbage = os.getpid(), Garbage()
+    parent = os.getpid()
+    garbage = Garbage()
     garbage.itself = garbage
     gc.disable()
     del garbage
@@ -99,9 +106,8 @@ def test_processes_train_as_one_with_their_rows_does(data, tmp_path, sgd, words)
 
 
 def test_processes_train_as_one_on_batches_by_duration(tmp_path, sgd):
-    rows = make_data(
-        tmp_path, train=30, dev=4, longer=0
-    )  # of 0.5 s; else the bound of each process makes other batches
+    # All rows have 0.5 s. With others, the bound of each process would make other batches.
+    rows = make_data(tmp_path, train=30, dev=4, longer=0)
     run(rows, tmp_path / "1", *SAME, "--max_batch_seconds", 6)
     assert 6 in {len(step["rows"]) for step in steps(tmp_path / "1")}
     for count in (2, 4):
@@ -172,8 +178,9 @@ def test_torchrun_and_lightning_must_speak_of_the_same_processes(data, tmp_path,
 
 
 def cut(count, data, output, *words):
-    """A run killed within its second epoch, one update of it saved."""
-    place, words = ("on_train_batch_start", 4), (*words, "--checkpoint_every_n_steps", 1)
+    """Train until kill -9 within the second epoch, of which one update is saved."""
+    place = ("on_train_batch_start", 4)
+    words = (*words, "--checkpoint_every_n_steps", 1)
     if count == 1:
         killed(data, output, 4, *words)
     else:
@@ -235,7 +242,7 @@ def test_a_cut_epoch_is_not_mixed_with_another_plan(data, cut_run, words, reason
 
 
 def relabelled(data, folder):
-    """The data with other labels of the same lengths."""
+    """Copy the data with other labels of the same lengths."""
     shutil.copytree(data, folder)
     shutil.rmtree(folder / "train")
     rows = datasets.load_from_disk(str(data / "train/0"))

@@ -16,8 +16,8 @@ import score
 import train
 import transcribe
 from datamodule import DataOptions, SpeechDataModule, rows_rate
+from helpers_train import run
 from model import load_checkpoint
-from test_train import run
 from tools import parity
 from transforms import Augment, extract
 
@@ -152,4 +152,4 @@ def test_a_mark_that_cannot_be_read_is_one_line(content, tmp_path):
 @pytest.mark.parametrize("rate", ["0", "3975", "8001", "400000"])
 def test_a_rate_that_cannot_be_made_well_is_refused(rate):
     with pytest.raises(UserError, match="--sample_rate .*: it must lie within 4000 .. 384000"):
-        prepare.parse(["--demo", "--sample_rate", rate])
+        prepare.prepare_options(["--source", "s", "--data_root", "r", "--sample_rate", rate])

@@ -1,4 +1,7 @@
-"""What a run keeps when it goes on: its best model, its options, its record, its folder. On noise, as in test_train.py."""
+"""What a run keeps when it goes on: its best model, its options, its record, its folder.
+
+The rows are noise, as in test_train.py.
+"""
 
 import contextlib
 import functools
@@ -18,14 +21,9 @@ import torch
 
 import files
 import train
+from helpers import same
+from helpers_train import fine_tune, interrupted, ranks, run, signalled, weights
 from model import load_checkpoint
-from test_train import interrupted, make_data, ranks, run, same, signalled, weights
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eight training rows (four batches) and two dev rows of noise."""
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,10 @@ def record(output):
 
 
 def contents(folder):
-    """(A lock is not opened: its process would lose it with the first of its descriptors that is closed.)"""
+    """Return the bytes of all files but the lock.
+
+    (A process loses a lock as soon as it closes any descriptor of the file.)
+    """
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
@@ -55,7 +56,7 @@ def contents(folder):
 
 
 def in_child(body):
-    """Exit status of body() in a process of its own, as a command ends."""
+    """Call body() in another process, as a command, and return its exit status."""
     process = multiprocessing.get_context("fork").Process(target=cli.run, args=(lambda _: body(),))
     process.start()
     process.join(60)
@@ -71,7 +72,7 @@ def in_child(body):
 def unbeatable(path, by_lightning=False):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["best_score"] = -1.0
-    if by_lightning:  # as versions did that left the score to ModelCheckpoint
+    if by_lightning:  # an older version left the score to ModelCheckpoint
         del checkpoint["best_score"]
         checkpoint["callbacks"]["ModelCheckpoint{'monitor': 'val_cer_mean'}"] = {
             "best_model_score": torch.tensor(-1.0)
@@ -117,15 +118,16 @@ def test_a_damaged_best_is_said_and_replaced(data, ended, damage, caplog):
 
 
 def forget_options(path):
-    """As in an older version's checkpoint."""
+    """Make a checkpoint like an older version's, which did not hold the run's options."""
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["run_options"]
     torch.save(checkpoint, path)
 
 
 def learning_rates(monkeypatch, data, output, *words):
-    """Of every update of a run; and weight decay."""
-    seen, original = [], train.U2.on_before_optimizer_step
+    """Return learning rate and weight decay of every update of a run."""
+    seen = []
+    original = train.U2.on_before_optimizer_step
 
     def note(self, optimizer):
         seen.append(
@@ -158,7 +160,7 @@ def learning_rates(monkeypatch, data, output, *words):
 def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(
     data, ended, tmp_path, monkeypatch, words
 ):
-    """Optimizer, learning rate and its schedule, over the longer run as well."""
+    """The optimizer, the learning rate and its schedule are those of the longer run."""
     always = learning_rates(monkeypatch, data, tmp_path / "always", "--max_epochs", 4, *words)
     resumed = learning_rates(monkeypatch, data, ended, "--max_epochs", 4, *words, "--resume")
     assert len(resumed) == 8 and resumed == always[8:] and max(lr for lr, *_ in resumed) > 1e-5
@@ -258,7 +260,7 @@ def test_an_older_checkpoint_s_average_is_not_dropped(data, tmp_path):
 
 
 def test_the_best_of_a_last_validation_goes_on_as_the_newest_does(data, tmp_path):
-    """With an average, too: both hold the weights that were trained, beside it."""
+    """With an average, too, both checkpoints hold the trained weights beside it."""
     run(data, tmp_path / "run", "--max_steps", 3, "--ema_decay", 0.5)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     run(data, tmp_path / "run", "--max_steps", 5, "--resume")
@@ -314,25 +316,10 @@ def test_another_dev_is_said(data, ended, tmp_path, caplog):
 
 def test_the_same_command_with_resume_goes_on_though_its_source_is_gone(data, finished, tmp_path):
     source = shutil.copy(finished / "best.ckpt", tmp_path / "source.ckpt")
-    words = [
-        "--data_root",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--init_from",
-        str(source),
-        "--num_workers",
-        "0",
-        "--accelerator",
-        "cpu",
-        "--batch_size",
-        "2",
-        "--freeze_encoder_epochs",
-        "1",
-    ]
-    train.main([*words, "--max_steps", "2"])
+    words = ["--freeze_encoder_epochs", 1]
+    fine_tune(data, tmp_path / "run", source, *words, "--max_steps", 2)
     os.remove(source)
-    train.main([*words, "--max_steps", "3", "--resume"])
+    fine_tune(data, tmp_path / "run", source, *words, "--max_steps", 3, "--resume")
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -437,7 +424,7 @@ def test_an_attempt_that_fails_before_its_first_update_leaves_everything(data, e
 
 @pytest.mark.parametrize("name", ["steps.jsonl", "logs"])
 def test_what_cannot_be_written_is_one_line(data, ended, name):
-    """A permission would not stop root."""
+    """(A permission would not stop root, so a folder stands where a file should.)"""
     (ended / name).rename(ended / "old")
     (ended / name).write_text("no folder") if name == "logs" else (ended / name).mkdir()
     before = contents(ended)
@@ -447,7 +434,7 @@ def test_what_cannot_be_written_is_one_line(data, ended, name):
 
 
 def test_logs_of_others_stay(data, tmp_path):
-    """Such as those that a cluster writes beside ours."""
+    """A cluster may write its own logs beside ours."""
     (tmp_path / "run" / "logs").mkdir(parents=True)
     (tmp_path / "run" / "logs" / "job.out").write_text("mine")
     with failing("on_fit_start"):
@@ -463,9 +450,10 @@ def test_another_run_is_not_touched_by_a_resume(data, ended, finished, tmp_path)
     with pytest.raises(UserError, match="holds another run than"):
         run(data, ended, "--resume", finished / "last.ckpt")
     assert contents(ended) == before
+    # In an empty folder a copy of the run may go on.
     run(
         data, tmp_path / "new", "--resume", ended / "last.ckpt", "--max_epochs", 3, "--max_steps", 9
-    )  # an empty folder may
+    )
     assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True)["global_step"] == 9
     assert (tmp_path / "new" / "best.ckpt").exists() and contents(ended) == before
 
@@ -554,7 +542,7 @@ def test_a_dev_row_that_does_not_fit_is_said_before_the_first_update(data, tmp_p
 
 
 def test_an_ignored_signal_stays_ignored(data, tmp_path):
-    """As under nohup, or in the background of a script."""
+    """nohup ignores SIGHUP, and a script ignores SIGINT for a command in its background."""
 
     def body():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -582,7 +570,8 @@ def test_a_signal_before_the_first_update_ends_behind_it(data, tmp_path, number)
     "call", [1, 2, 3], ids=["before Lightning", "in its setup", "in that of the last validation"]
 )
 def test_a_signal_while_something_is_set_up_has_its_status(data, ended, number, call, monkeypatch):
-    original, calls = train.SpeechDataModule.setup, []
+    original = train.SpeechDataModule.setup
+    calls = []
 
     def setup(self, stage):
         calls.append(stage)
@@ -628,7 +617,7 @@ def test_a_terminal_that_hangs_up_loses_nothing(data, tmp_path):
 
 
 def hang_up(original):
-    """At the second update asks for the terminal to be closed, and waits for its signal."""
+    """At the second update, ask for the terminal to be closed, and wait for its signal."""
 
     def step(self, optimizer):
         if self.trainer.global_step == 1:
@@ -683,7 +672,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(
 
 
 def test_what_is_not_finite_any_more_is_not_saved(data, ended, monkeypatch):
-    """A finite gradient, but too long a step."""
+    """The gradient is finite, but the step is too long."""
     before = contents(ended)
     bounds = train.OptimOptions.__dataclass_fields__
     for name in ("lr", "weight_decay"):
@@ -699,7 +688,8 @@ def test_what_is_not_finite_any_more_is_not_saved(data, ended, monkeypatch):
 
 
 def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypatch):
-    original, averages = train.U2.on_before_optimizer_step, []
+    original = train.U2.on_before_optimizer_step
+    averages = []
 
     def step(self, optimizer):
         if self.trainer.global_step == 2:
@@ -726,11 +716,11 @@ def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_
 
     original = train.U2.__init__.__globals__["U2Conformer"].loss
     monkeypatch.setattr("conformer.U2Conformer.loss", loss)
-    words = "--max_steps 1 --lr 1 --warmup_steps 0 --optimizer adam --weight_decay 0 --scheduler warmup".split()
+    words = (
+        "--max_steps 1 --lr 1 --warmup_steps 0 --optimizer adam --weight_decay 0 --scheduler warmup"
+    ).split()
     assert ranks(data, tmp_path / "run", *words) == [0, 0]
-    bias = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"][
-        "net.ctc.bias"
-    ]
-    assert (
-        bias.max() < -0.7
-    )  # from within +-0.25 by Adam's first step, 1 against the gradient's sign, which is the new term's
+    saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    # The bias begins within +-0.25. Adam's first step is 1 against the sign of the gradient, which
+    # is the sign of the new term.
+    assert saved["net.ctc.bias"].max() < -0.7

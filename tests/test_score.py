@@ -1,4 +1,4 @@
-"""score.py and compare.py on a small checkpoint with random weights; unknown flags of transcribe.py, too."""
+"""score.py and tools/compare.py on a small checkpoint with random weights."""
 
 import io
 import json
@@ -8,101 +8,16 @@ from pathlib import Path
 
 import cli
 
-import datasets
 import numpy as np
 import pytest
-import torch
 
 import score
 import transcribe
-from conformer import ModelOptions
-from conftest import distance
 from decode import MODES
-from model import U2, OptimOptions
-from tokenizer import from_vocab, save_tokenizer, train_char
+from helpers import distance
+from helpers_model import TEXTS, call, score_json, waveform, write_split
+from tokenizer import from_vocab, train_char
 from tools import compare
-from transforms import Frontend
-
-TEXTS = ["one two three", "four", "five six", "seven eight nine ten", "zero", ""]
-SECONDS = [1.1, 0.5, 0.02, 1.7, 0.8, 0.6]  # the third is too short for a single encoder frame
-
-
-def waveform(row):
-    return np.random.default_rng(row).normal(0, 0.1, int(SECONDS[row] * 16000)).astype(np.float32)
-
-
-def write_split(folder, tokenizer, text=True, label=None, texts=TEXTS):
-    labels = [tokenizer.encode(said) if label is None else [label] for said in texts]
-    rows = [
-        {
-            "input_values": waveform(row),
-            "labels": {"input_ids": labels[row]},
-            **({"text": said} if text else {}),
-        }
-        for row, said in enumerate(texts)
-    ]
-    features = {
-        "input_values": datasets.List(datasets.Value("float32")),
-        "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
-        **({"text": datasets.Value("string")} if text else {}),
-    }
-    datasets.Dataset.from_list(rows, datasets.Features(features)).save_to_disk(str(folder / "0"))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with data (with and without text) and a checkpoint that hears nonsense, but not nothing."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = train_char(TEXTS)
-    for name in ("data", "other"):
-        write_split(folder / name / "eval_clean", tokenizer)
-        write_split(folder / name / "no_text", tokenizer, text=False)
-        write_split(folder / name / "beyond", tokenizer, text=False, label=tokenizer.vocab_size)
-    save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
-    save_tokenizer(train_char(["entirely different"]), str(folder / "other" / "tokenizer.json"))
-    torch.manual_seed(0)
-    options = ModelOptions(
-        output_size=16,
-        attention_heads=2,
-        linear_units=32,
-        num_blocks=1,
-        decoder_num_blocks=1,
-        r_num_blocks=1,
-        decoder_linear_units=32,
-    )
-    model = U2(options=options, optim=OptimOptions(), frontend=Frontend(), tokenizer=tokenizer)
-    for parameter in model.parameters():  # sharp, so that the searches find something
-        parameter.data *= 2
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, folder / "best.ckpt")
-    return folder
-
-
-def call(capsys, command, *argv):
-    """Runs a command as the shell would: (exit status, lines of stdout, lines of stderr)."""
-    capsys.readouterr()
-    status = 0
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{command.__name__}.py", *map(str, argv)])
-            cli.run(command.main)
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    return (
-        status,
-        out.splitlines(),
-        [line for line in err.splitlines() if "batches" not in line and "stream:" not in line],
-    )
-
-
-def score_json(capsys, world, *argv, root="data"):
-    status, out, _ = call(
-        capsys, score, "--checkpoint", world / "best.ckpt", "--data_root", world / root, *argv
-    )
-    assert status == 0
-    return [json.loads(line) for line in out]
 
 
 @pytest.mark.parametrize(
@@ -130,11 +45,9 @@ def test_references_that_the_tokenizer_cannot_write_are_told_and_what_to_do(
     notes = [line for line in err if line.startswith("score.py: note: ")]
     assert status == 0 and json.loads(out[-1])["wer"] > 0 and len(notes) == (hint is not None)
     if hint:
-        assert (
-            hint in notes[0]
-            and ("with --lowercase" in notes[0])
-            and ("punctuation" in notes[0]) == ("2 of" in hint)
-        )
+        assert hint in notes[0]
+        assert "with --lowercase" in notes[0]
+        assert ("punctuation" in notes[0]) == ("2 of" in hint)
 
 
 def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unknown():
@@ -143,11 +56,9 @@ def test_a_tokenizer_that_writes_the_other_case_is_told_of_where_nothing_is_unkn
         config={"do_lower_case": True},
     )
     assert score.unspelled(tokenizer, ["a b", ""]) == ""
-    assert (
-        "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"]))
-        and "'A' x 1" in hint
-        and hint.endswith("with --lowercase")
-    )
+    assert "1 of 2 words" in (hint := score.unspelled(tokenizer, ["A b"]))
+    assert "'A' x 1" in hint
+    assert hint.endswith("with --lowercase")
 
 
 def test_a_score_and_its_details_are_not_lost_with_one_another(
@@ -162,11 +73,9 @@ def test_a_score_and_its_details_are_not_lost_with_one_another(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Full())
         status, _, err = call(capsys, score, *argv, tmp_path / "details")
-    assert (
-        status == 2
-        and "full" in err[-1]
-        and len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
-    )
+    assert status == 2
+    assert "full" in err[-1]
+    assert len((tmp_path / "details").read_text().splitlines()) == len(TEXTS)
     monkeypatch.setattr(score, "write_whole", Full.write)
     status, out, err = call(capsys, score, *argv, tmp_path / "none")
     assert status == 2 and "full" in err[-1] and json.loads(out[-1])["utterances"] == len(TEXTS)
@@ -177,9 +86,8 @@ def test_score_counts_the_errors_of_the_whole_split(world, capsys, tmp_path, mod
     details = tmp_path / "details.jsonl"
     (result,) = score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", details)
     lines = [json.loads(line) for line in details.read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(6)) and [
-        line["reference"] for line in lines
-    ] == TEXTS
+    assert [line["row"] for line in lines] == list(range(6))
+    assert [line["reference"] for line in lines] == TEXTS
     assert sum(bool(line["hypothesis"]) for line in lines) >= 4
     for line in lines:
         assert line["char_errors"] == distance(line["hypothesis"], line["reference"])
@@ -240,9 +148,8 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
     (with_text,) = score_json(capsys, world)
     (without,) = score_json(capsys, world, "--split", "no_text")
     assert (without["wer"], without["cer"]) == (with_text["wer"], with_text["cer"])
-    (elsewhere,) = score_json(
-        capsys, world, root="other"
-    )  # another tokenizer is no harm where there is text
+    # Where there is text, another tokenizer of the data does no harm.
+    (elsewhere,) = score_json(capsys, world, root="other")
     assert elsewhere["cer"] == with_text["cer"]
 
 
@@ -271,13 +178,8 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
 )
 def test_score_answers_bad_input_with_one_line_and_status_2(world, capsys, argv, words):
     argv = [word.format(world) for word in argv]
-    given = [
-        "--checkpoint",
-        world / "best.ckpt",
-        "--data_root",
-        world / "data",
-        *argv,
-    ]  # argparse takes the last
+    # Where a flag is given twice, argparse takes the last.
+    given = ["--checkpoint", world / "best.ckpt", "--data_root", world / "data", *argv]
     status, out, err = call(capsys, score, *given)
     assert status == 2 and out == [] and len(err) == 1
     assert all(word in err[0] for word in ["score.py: error:", *words])
@@ -293,16 +195,14 @@ def test_unknown_flags_and_modes_are_refused(world, capsys, command, argv):
 
 
 def test_score_streams_every_row(world, capsys, tmp_path):
-    """(with mean_var_norm, whose statistics grow with the stream, the text differs from that of the whole)"""
+    """The text is not that of the whole: mean_var_norm's statistics grow with the stream."""
     (result,) = score_json(
         capsys, world, "--stream", "--chunk_size", 8, "--details", tmp_path / "details"
     )
     lines = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
-    assert (
-        result["stream"]
-        and result["chunk_size"] == 8
-        and result["utterances"] == len(lines) == len(TEXTS)
-    )
+    assert result["stream"]
+    assert result["chunk_size"] == 8
+    assert result["utterances"] == len(lines) == len(TEXTS)
     assert any(line["hypothesis"] for line in lines) and result["cer"] > 0
     (long,) = score_json(
         capsys,
@@ -315,11 +215,9 @@ def test_score_streams_every_row(world, capsys, tmp_path):
         tmp_path / "details",
     )
     (line,) = [json.loads(line) for line in (tmp_path / "details").read_text().splitlines()]
-    assert (
-        long["utterances"] == 1
-        and line["reference"] == " ".join(filter(None, TEXTS))
-        and line["hypothesis"]
-    )
+    assert long["utterances"] == 1
+    assert line["reference"] == " ".join(filter(None, TEXTS))
+    assert line["hypothesis"]
 
 
 def write_run(folder, metrics, scores=(), **options):
@@ -341,18 +239,13 @@ def write_run(folder, metrics, scores=(), **options):
 
 @pytest.mark.parametrize("bad, reason", [(np.nan, "not finite"), (1e10, "as large as 1e+10")])
 @pytest.mark.parametrize("argv", [[], ["--stream"], ["--stream", "--concatenate"]], ids=str)
-def test_a_row_whose_samples_are_none_is_named(
-    world, capsys, tmp_path, monkeypatch, argv, bad, reason
-):
-    real = waveform
-
+def test_a_row_whose_samples_are_none_is_named(world, capsys, tmp_path, argv, bad, reason):
     def spoiled(row):
-        samples = real(row)
+        samples = waveform(row)
         samples[100] = bad if row == 3 else samples[100]
         return samples
 
-    monkeypatch.setattr(sys.modules[__name__], "waveform", spoiled)
-    write_split(tmp_path / "eval_clean", train_char(TEXTS))
+    write_split(tmp_path / "eval_clean", train_char(TEXTS), sound=spoiled)
     given = ("--checkpoint", world / "best.ckpt", "--data_root", tmp_path, *argv)
     status, out, err = call(capsys, score, *given)
     assert status == 2 and out == [] and reason in err[-1]

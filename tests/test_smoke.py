@@ -1,6 +1,6 @@
-"""The whole chain as a user types it, on a handful of spoken rows: prepare, train, score, transcribe, compare."""
+"""The whole chain as a user types it, on a handful of spoken rows: demo, prepare, train, score,
+transcribe, compare."""
 
-import csv
 import json
 import os
 import subprocess
@@ -9,17 +9,10 @@ import sys
 import cli
 
 import pytest
-import soundfile
 import torch
 
-from conftest import ROOT
-from helpers import module
+from helpers import ROOT, TINY_FLAGS, module
 from tools import demo
-
-SMALL = (
-    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
-    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32"
-).split()
 
 
 def command(*words, status=0):
@@ -37,16 +30,11 @@ def command(*words, status=0):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """SRC/{train,dev,eval_clean}/metadata.csv beside a few spoken sentences, as a user has them."""
-    folder = tmp_path_factory.mktemp("source")
-    for split, count in (("train", 6), ("dev", 2), ("eval_clean", 3)):
-        (folder / split).mkdir()
-        with open(folder / split / "metadata.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file_name", "text"])
-            for i, utterance in enumerate(demo.plan(split, count)):
-                soundfile.write(folder / split / f"{i}.wav", demo.speak(utterance), demo.RATE)
-                writer.writerow([f"{i}.wav", utterance.text])
+    """A few spoken sentences in the demo's layout, which is a user's."""
+    folder = tmp_path_factory.mktemp("demo") / "source"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "UTTERANCES", {"train": 6, "dev": 2, "eval_clean": 3})
+        demo.main(["--out", str(folder)])
     return folder
 
 
@@ -69,7 +57,7 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
         0,
         "--ema_decay",
         0.5,
-        *SMALL,
+        *TINY_FLAGS,
     )
     for name in ("best.ckpt", "last.ckpt"):
         assert "tokenizer" in torch.load(run / name, weights_only=True)
@@ -97,7 +85,7 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
     assert len((run / "details.jsonl").read_text().splitlines()) == 4 * 3
     (run / "scores.jsonl").write_text(out)
 
-    files = [source / "dev" / "0.wav", source / "dev" / "1.wav"]
+    files = [source / "dev" / "0000.wav", source / "dev" / "0001.wav"]
     lines = command("transcribe.py", "--checkpoint", run / "best.ckpt", *files).stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(file) for file in files]
 
@@ -113,6 +101,7 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
         ("score", ["--checkpoint", "none.ckpt"]),
         ("transcribe", ["--checkpoint", "none.ckpt", "a.wav"]),
         ("prepare", ["--source", "./none", "--data_root", "data"]),
+        ("demo", ["--rows", "0"]),
         ("compare", ["none"]),
     ],
 )

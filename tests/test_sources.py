@@ -2,7 +2,6 @@
 are what their names say."""
 
 import csv
-import io
 import json
 import os
 import unicodedata
@@ -14,19 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare
 import sources
 import tokenizer as tk
+from helpers import encoded
 
 
 def sound(samples=400, rate=16000):
-    file = io.BytesIO()
-    soundfile.write(file, 0.1 * np.sin(np.arange(samples)), rate, format="WAV")
-    return file.getvalue()
+    return encoded(0.1 * np.sin(np.arange(samples)), rate=rate)
 
 
 def put(path, content=None):
@@ -59,7 +56,7 @@ def src(tmp_path):
 def run(src, *more, source=None):
     """({split: texts}, {name: reason})"""
     root, letters = src.parent / "root", src.parent / "letters.json"
-    options = prepare.parse(
+    options = prepare.prepare_options(
         [
             "--source",
             source or str(src),
@@ -695,7 +692,7 @@ def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_ar
         for i in range(others):
             put(src / above / f"others of {split}" / f"{i}.ogg")
         unnamed += others
-    options = prepare.parse(["--source", str(src), "--data_root", str(src.parent / "root")])
+    options = prepare.prepare_options(["--source", str(src), "--data_root", str(src.parent / "root")])
     folder = sources.Folder(str(src))
     found = sources.select_splits(sources.folder_source(folder, options), options)
     rows = {split: [row for part in parts for row in part.rows()] for split, parts in found.items()}

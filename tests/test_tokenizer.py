@@ -1,4 +1,5 @@
-"""tokenizer.py: text survives encoding, ids are where the contract says, files of three kinds load."""
+"""tokenizer.py: text survives encoding, ids are where the contract says, files of three kinds
+load."""
 
 import json
 import random
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from tokenizers.trainers import BpeTrainer
 
 import tokenizer as tk
 
@@ -35,9 +37,8 @@ def test_decoding_a_label_gives_its_text_back(kind):
     random_texts = [tk.normalize_text("".join(rng.choices(letters, k=20))) for _ in range(200)]
     for text in TEXTS + random_texts:
         ids = tokenizer.encode(text)
-        assert all(
-            4 <= i < tokenizer.vocab_size for i in ids
-        )  # no special token, whatever the text spells
+        # No special token comes out, whatever the text spells.
+        assert all(4 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode([2, 0, *ids, 0, 3]) == text
 
@@ -45,12 +46,12 @@ def test_decoding_a_label_gives_its_text_back(kind):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_special_ids_and_the_unknown(kind):
     tokenizer = make(kind)
-    assert (tokenizer.blank_id, tokenizer.unk_id, tokenizer.sos_id, tokenizer.eos_id) == (
+    assert [tokenizer.blank_id, tokenizer.unk_id, tokenizer.sos_id, tokenizer.eos_id] == [
         0,
         1,
         2,
         3,
-    )
+    ]
     assert tokenizer.vocab_size == len(tokenizer.tokens) == len(set(tokenizer.tokens))
     assert 1 in tokenizer.encode("9")
     assert tokenizer.decode(tokenizer.encode("h9l")) == f"h{tk.UNKNOWN_MARK}l"
@@ -125,24 +126,32 @@ def test_too_small_a_bpe_vocabulary_and_empty_text_are_refused():
         tk.train_char(["", "  "])
 
 
-# ------------------------------------------------------------------------------------------- vocabularies of transformers
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u4eca"])
+@pytest.mark.parametrize("count", [255, 256, 511, 9999, 65536])
+def test_bpe_makes_no_token_that_is_too_long(letter, count):
+    """Byte pairs of one word of equal letters double in length; a token may have LONGEST_TOKEN."""
+    text = letter * count
+    tokenizer = tk.train_bpe([text, "hello"], 100)
+    assert 128 < max(map(len, tokenizer.tokens)) <= tk.LONGEST_TOKEN
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < count / 16
 
 
-SPANISH = [
-    "<pad>",
-    "<unk>",
-    "|",
-    "a",
-    "c",
-    "ch",
-    "h",
-    "l",
-    "ll",
-    "o",
-    "n",
-    "\u0303",
-    "u",
-]  # decomposed, as its n with a tilde
+def test_the_limit_changes_nothing_for_words_of_usual_length(monkeypatch):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abc\u00e9", k=rng.randint(1, 40))) for _ in range(300)]
+    texts = [*TEXTS * 3, *(" ".join(rng.choices(words, k=8)) for _ in range(300))]
+    limited = tk.train_bpe(texts, 1000).to_dict()
+    monkeypatch.setattr(tk, "BpeTrainer", lambda max_token_length, **rest: BpeTrainer(**rest))
+    assert tk.train_bpe(texts, 1000).to_dict() == limited
+    assert len(limited["tokens"]) == 1000
+
+
+# Vocabularies of transformers
+
+
+# Its n with a tilde is decomposed.
+SPANISH = ["<pad>", "<unk>", "|", "a", "c", "ch", "h", "l", "ll", "o", "n", "\u0303", "u"]
 LETTERS = "acehlo\u0303\u0301"
 # Texts, and the ids that transformers 5.24 printed for them with the folder that `saved` writes.
 PRINTED = [
@@ -212,10 +221,12 @@ def test_a_saved_folder_gives_the_ids_that_transformers_gave(tmp_path):
     tk.save_tokenizer(tokenizer, str(tmp_path / "tokenizer.json"))
     again = tk.load_tokenizer(tmp_path / "tokenizer.json")
     assert [again.encode(text) for text, _ in PRINTED] == [ids for _, ids in PRINTED]
-    bare = tk.load_tokenizer(tmp_path / "saved/vocab.json")  # which knows neither `un` nor `q`
+    # vocab.json alone knows neither `un` nor `q`.
+    bare = tk.load_tokenizer(tmp_path / "saved/vocab.json")
     assert [bare.encode(text) for text, _ in PRINTED[:-3]] == [ids for _, ids in PRINTED[:-3]]
 
 
+# The parts are as transformers prints them. Those of the last are there by its flaw.
 @pytest.mark.parametrize(
     "text, parts",
     [
@@ -226,7 +237,7 @@ def test_a_saved_folder_gives_the_ids_that_transformers_gave(tmp_path):
         ("aabcbc", ["aa", "bc", "bc"]),
         ("abcxd", ["abcxd"]),
     ],
-)  # as transformers prints them; the last by its flaw
+)
 def test_a_text_is_cut_where_transformers_cuts_it(text, parts):
     assert tk.split_off(text, {"abcd", "bc"}) == parts
 
@@ -234,9 +245,12 @@ def test_a_text_is_cut_where_transformers_cuts_it(text, parts):
 def test_no_text_becomes_a_blank_or_the_end_of_a_sentence(tmp_path):
     tokenizer = tk.load_tokenizer(saved(tmp_path / "saved"))
     for name in ("<pad>", "<s>", "</s>", "<unk>"):
-        assert tokenizer.encode(f"o{name}o") == [9, 1, 9] and tokenizer.unknown(f"o{name}o") == [
-            name
-        ]
+        assert tokenizer.encode(f"o{name}o") == [9, 1, 9]
+        assert tokenizer.unknown(f"o{name}o") == [name]
+
+
+def of_letters(*letters):
+    return tk.from_vocab({token: i for i, token in enumerate(["<pad>", "<unk>", *letters])})
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -247,23 +261,15 @@ def test_a_vocabulary_in_any_form_spells_text_in_any_form(form):
         unicodedata.normalize("NFD", said),
         "ca\u00f1no\u0301 \u00ea\u0301h",
     ):
-        tokenizer = tk.from_vocab(
-            {
-                token: i
-                for i, token in enumerate(["<pad>", "<unk>", "|", *sorted(set(letters) - {" "})])
-            }
-        )
+        tokenizer = of_letters("|", *sorted(set(letters) - {" "}))
         text = said if len(letters) > 12 else said[:10]
         ids = tokenizer.encode(unicodedata.normalize(form, text))
         assert tokenizer.unk_id not in ids and tokenizer.decode(ids) == tk.normalize_text(text)
-    raw = tk.from_vocab(
-        {token: i for i, token in enumerate(["<pad>", "<unk>", "\u09df", "\u0958", "\u212b"])}
-    )  # are not NFC
-    assert raw.encode(unicodedata.normalize(form, "\u09df\u0958\u212b")) == [2, 3, 4]
-    ascii_only = tk.from_vocab({token: i for i, token in enumerate(["<pad>", "<unk>", "e"])})
-    assert (
-        ascii_only.encode("\u00e9") == ascii_only.encode("e\u0301") == [1]
-    )  # one character, one error
+    not_nfc = of_letters("\u09df", "\u0958", "\u212b")
+    assert not_nfc.encode(unicodedata.normalize(form, "\u09df\u0958\u212b")) == [2, 3, 4]
+    ascii_only = of_letters("e")
+    # One character is one error.
+    assert ascii_only.encode("\u00e9") == ascii_only.encode("e\u0301") == [1]
 
 
 def test_lower_case_models_of_upper_case_vocabularies_read_and_write_lower_case(tmp_path):
@@ -280,9 +286,8 @@ def test_lower_case_models_of_upper_case_vocabularies_read_and_write_lower_case(
         )
     )
     assert tokenizer.encode("a \u03bf\u03c2 e\u0301") == [3, 2, 5, 4, 2, 6]
-    assert (
-        tokenizer.decode([3, 2, 5, 4, 2, 6]) == "a \u03bf\u03c2 \u00e9"
-    )  # a sigma at a word's end
+    # A sigma at a word's end has a form of its own.
+    assert tokenizer.decode([3, 2, 5, 4, 2, 6]) == "a \u03bf\u03c2 \u00e9"
 
 
 def test_the_language_of_a_nested_vocabulary_is_the_one_that_the_folder_names(tmp_path):
@@ -334,11 +339,8 @@ def test_a_folder_that_contradicts_itself_is_one_clear_error(config, files, comp
     folder = saved(tmp_path / "saved", config, **files)
     with pytest.raises(UserError) as raised:
         tk.load_tokenizer(folder)
-    assert (
-        str(folder) in str(raised.value)
-        and complaint in str(raised.value)
-        and "\n" not in str(raised.value)
-    )
+    said = str(raised.value)
+    assert str(folder) in said and complaint in said and "\n" not in said
 
 
 def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path):
@@ -386,20 +388,14 @@ def test_ids_and_texts_are_those_of_transformers(tokens, lower, added, bracket, 
     )
     theirs.add_tokens(added)
     theirs.save_pretrained(str(tmp_path / "saved"))
-    theirs, ours = (
-        load(str(tmp_path / "saved"))
-        for load in (transformers.Wav2Vec2CTCTokenizer.from_pretrained, tk.load_tokenizer)
-    )
-    assert (
-        ours.vocab_size == len(theirs)
-        and ours.blank_id == theirs.pad_token_id
-        and ours.unk_id == theirs.unk_token_id
-    )
+    theirs = transformers.Wav2Vec2CTCTokenizer.from_pretrained(str(tmp_path / "saved"))
+    ours = tk.load_tokenizer(str(tmp_path / "saved"))
+    assert ours.vocab_size == len(theirs)
+    assert (ours.blank_id, ours.unk_id) == (theirs.pad_token_id, theirs.unk_token_id)
     assert (ours.sos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     for text in texts:
-        text = unicodedata.normalize(
-            "NFD", tk.normalize_text(text)
-        )  # the letters have no other form
+        # The letters have no other form.
+        text = unicodedata.normalize("NFD", tk.normalize_text(text))
         ids = theirs(text).input_ids
         assert ours.encode(text) == ids
         heard = theirs.decode(ids, group_tokens=False).replace(

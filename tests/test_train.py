@@ -1,12 +1,13 @@
-"""train.py as a command: its outputs, resuming, and what it refuses. On noise: nothing is learnt here."""
+"""train.py as a command: its outputs, resuming, and what it refuses.
+
+The rows are noise, from which nothing is learnt.
+"""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,55 +24,11 @@ import torch
 import files
 import recovery
 import train
+from helpers import same
+from helpers_train import SMALL, fine_tune, interrupted, killed, ranks, run, signalled, weights
 from model import load_checkpoint
 from tokenizer import save_tokenizer, train_char
 from transforms import extract
-
-SMALL = (
-    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
-    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32 --num_workers 0 "
-    "--warmup_steps 2 --accelerator cpu"
-).split()
-
-
-def make_data(root, train=8, dev=2, longer=700):
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("dev", dev)):
-        rows = [rng.standard_normal(8000 + longer * i).astype(np.float32) for i in range(count)]
-        labels = [
-            {"input_ids": rng.integers(4, 12, 1 + i % 3).astype(np.int32)} for i in range(count)
-        ]
-        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(
-            str(root / split / "0")
-        )
-    save_tokenizer(train_char(["abcdefgh"]), str(root / "tokenizer.json"))
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eight training rows (four batches) and two dev rows of noise."""
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-def run(data, output, *words):
-    batch = () if "--max_batch_seconds" in words else ("--batch_size", "2")
-    train.main(
-        ["--data_root", str(data), "--output_dir", str(output), *SMALL, *batch, *map(str, words)]
-    )
-
-
-def weights(path):
-    checkpoint = torch.load(path, weights_only=True)
-    optimizer = checkpoint["optimizer_states"][0]["state"]
-    return [
-        *checkpoint["state_dict"].values(),
-        *(value for state in optimizer.values() for value in state.values()),
-    ]
-
-
-def same(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
 
 
 def test_a_run_leaves_the_best_and_the_newest_checkpoint_and_its_record(data, tmp_path):
@@ -104,12 +61,9 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
     run(data, tmp_path / "whole", "--max_epochs", 3, *extra)
     run(data, tmp_path / "broken", "--max_epochs", 3, *extra)
     whole = weights(tmp_path / "whole" / "last.ckpt")
-    assert same(
-        whole, weights(tmp_path / "broken" / "last.ckpt")
-    )  # training itself is reproducible
-    assert not same(
-        whole, interrupted(data, tmp_path / "cut", 6, *extra)
-    )  # in the middle of the second epoch
+    # Training itself is reproducible. The other run is cut in the middle of its second epoch.
+    assert same(whole, weights(tmp_path / "broken" / "last.ckpt"))
+    assert not same(whole, interrupted(data, tmp_path / "cut", 6, *extra))
     run(
         data,
         tmp_path / "cut",
@@ -125,7 +79,10 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(data, tmp_path, extra):
 
 @pytest.mark.parametrize("place", ["in an epoch", "before the validation", "after an epoch"])
 def test_a_run_goes_on_from_wherever_it_was_cut_with_loader_processes_too(data, tmp_path, place):
-    """They are ahead of training and of Lightning's own set_epoch: batches must still be those of the right epoch."""
+    """Loader processes are ahead of training and of Lightning's set_epoch.
+
+    Their batches must still be those of the right epoch.
+    """
     run(data, tmp_path / "whole", "--max_epochs", 3)
     if place == "before the validation":
         interrupted(data, tmp_path / "cut", 4, hook="validation_step")
@@ -135,31 +92,11 @@ def test_a_run_goes_on_from_wherever_it_was_cut_with_loader_processes_too(data, 
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
 
 
-def interrupted(data, output, step, *extra, hook="on_train_batch_start"):
-    """A run of three epochs that dies in `hook` when `step` updates are done; last.ckpt is two updates old at most."""
-
-    class Died(Exception):
-        pass
-
-    original = getattr(train.U2, hook)
-
-    def die(self, batch, batch_idx):
-        if self.global_step == step:
-            raise Died
-        return original(self, batch, batch_idx)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.U2, hook, die)
-        with pytest.raises(Died):
-            run(data, output, "--max_epochs", 3, "--checkpoint_every_n_steps", 2, *extra)
-    return weights(output / "last.ckpt")
-
-
 # A pulled plug
 
 
 def left(output):
-    """All that training is to leave behind, bit by bit."""
+    """Return all that training leaves behind, to be compared bit by bit."""
     kept = {
         name: (output / name).read_bytes()
         for name in ("steps.jsonl", "skipped.jsonl")
@@ -180,39 +117,15 @@ def left(output):
     return kept
 
 
-def signalled(number, hook, batch):
-    """The model's `hook`, with a signal to its own process at its batch number `batch`, counted over epochs."""
-    original = getattr(train.U2, hook)
-
-    def step(self, *args):
-        if self.trainer.fit_loop.total_batch_idx == batch:
-            os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    return step
-
-
-def killed(data, output, batch, *words, hook="on_train_batch_start"):
-    """A run in a process of its own, and kill -9."""
-
-    def body():
-        setattr(train.U2, hook, signalled(signal.SIGKILL, hook, batch))
-        run(data, output, *words)
-
-    process = multiprocessing.get_context("fork").Process(target=body)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(
     "words, places",
     [
         (("--num_workers", 2), [("on_train_batch_start", 6)]),
+        # Nothing is saved within an accumulation.
         (
             ("--accumulate_grad_batches", 3),
             [("on_train_batch_start", 5), ("on_train_batch_start", 6)],
-        ),  # never between updates
+        ),
         (("--ema_decay", 0.5), [("validation_step", 3), ("on_train_batch_start", 9)]),
         (("--check_val_every_n_epoch", 2), [("on_train_epoch_end", 3), ("validation_step", 7)]),
         (("--skip", 1), [("on_train_batch_start", 2)]),
@@ -304,42 +217,6 @@ def test_a_signal_saves_between_two_updates_and_ends_with_its_status(
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
 
 
-def ranks(data, output, *words, interrupt=None, count=2):
-    """Exit statuses of processes that train together, started as torchrun does; `interrupt`: rank, signal, hook, batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def body(rank):
-        os.environ.update(
-            TORCHELASTIC_RUN_ID="test",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            WORLD_SIZE=str(count),
-            LOCAL_WORLD_SIZE=str(count),
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            GROUP_RANK="0",
-        )
-        if interrupt and interrupt[0] == rank:
-            setattr(train.U2, interrupt[2], signalled(*interrupt[1:]))
-        cli.run(lambda _: run(data, output, "--devices", count, "--strategy", "ddp", *words))
-
-    processes = [
-        multiprocessing.get_context("fork").Process(target=body, args=(rank,))
-        for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    waiting = [process for process in processes if process.is_alive()]
-    for process in waiting:
-        process.kill()
-    assert not waiting
-    return [process.exitcode for process in processes]
-
-
 def test_two_processes_survive_signals_to_one_of_them_and_kill_9(data, tmp_path):
     words = ("--max_epochs", 4, "--checkpoint_every_n_steps", 1, "--num_workers", 1)
     assert ranks(data, tmp_path / "whole", *words) == [0, 0]
@@ -387,7 +264,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
         (2**12, "cannot be written .*make room", []),
         (
             2**16 + 2**12,
-            "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint yet",
+            "last.ckpt: cannot be written .*begin again with --overwrite: there is no checkpoint "
+            "yet",
             ["logs", "run.json", "steps.jsonl"],
         ),
     ],
@@ -500,14 +378,12 @@ def test_two_processes_share_an_epoch_and_write_one_run(data, tmp_path):
         == 16
     )
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (
-        record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1
-    )  # of four batches, two each
+    # Of an epoch's four batches, each process takes two.
+    assert record["metrics"]["steps"] == 4 and result.stdout.count("updates planned") == 1
     own, *_ = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))
     other = features_of(data, own.frontend)
-    torch.testing.assert_close(
-        own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4
-    )  # of all rows on every rank
+    # Every rank computes the CMVN of all rows.
+    torch.testing.assert_close(own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
@@ -523,8 +399,9 @@ def test_an_existing_run_is_refused_untouched_unless_told(data, tmp_path):
     with pytest.raises(UserError, match="none: no such data root"):
         run(tmp_path / "none", output, "--overwrite", "--tokenizer", data / "tokenizer.json")
     with pytest.raises(UserError, match="name a data root that .* or say with --tokenizer"):
-        run(tmp_path, output, "--overwrite")  # perhaps a source
-    assert (output / "best.ckpt").read_text() == "precious"  # bad input overwrites nothing
+        run(tmp_path, output, "--overwrite")  # the folder may be a source of prepare.py
+    # Wrong input overwrites nothing.
+    assert (output / "best.ckpt").read_text() == "precious"
     run(data, output, "--max_steps", 1, "--overwrite")
     assert (
         torch.load(output / "best.ckpt", weights_only=True)
@@ -564,7 +441,10 @@ def test_options_that_cannot_work_are_refused_before_anything_is_written(
 
 
 def test_what_transformers_made_trains_unchanged(tmp_path):
-    """Columns as Wav2Vec2FeatureExtractor and Wav2Vec2CTCTokenizer give them, and their vocab.json: blank is not id 0."""
+    """Wav2Vec2FeatureExtractor and Wav2Vec2CTCTokenizer give these columns and this vocab.json.
+
+    The id of the blank is not 0 there.
+    """
     vocabulary = {"|": 0, "A": 1, "B": 2, "C": 3, "[UNK]": 4, "[PAD]": 5}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     rng = np.random.default_rng(0)
@@ -581,9 +461,8 @@ def test_what_transformers_made_trains_unchanged(tmp_path):
         rows.save_to_disk(str(tmp_path / split / "0"))
     run(tmp_path, tmp_path / "run", "--max_steps", 2, "--tokenizer", tmp_path / "vocab.json")
     model, tokenizer, _ = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))
-    assert (
-        model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8
-    )  # sos and eos appended
+    # The vocabulary has sos and eos at its end.
+    assert model.net.blank_id == tokenizer.blank_id == 5 and tokenizer.vocab_size == 8
     assert tokenizer.decode([1, 2, 0, 3, 3]) == "AB CC"
 
 
@@ -717,32 +596,12 @@ def pretrained(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_data(data, tmp_path_factory):
-    """The same audio under another alphabet: i and j are new, a and b gone."""
+    """Give the same audio another alphabet: i and j are new, a and b are gone."""
     root = tmp_path_factory.mktemp("other")
     for split in ("train", "dev"):
         (root / split).symlink_to(data / split)
     save_tokenizer(train_char(["cdefghij"]), str(root / "tokenizer.json"))
     return root
-
-
-def fine_tune(data, output, source, *words):
-    train.main(
-        [
-            "--data_root",
-            str(data),
-            "--output_dir",
-            str(output),
-            "--init_from",
-            str(source),
-            "--num_workers",
-            "0",
-            "--accelerator",
-            "cpu",
-            "--batch_size",
-            "2",
-            *map(str, words),
-        ]
-    )
 
 
 def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(
@@ -764,9 +623,8 @@ def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(
     )
     theirs, ours = (model.tokenizer.tokens for model in (before, after))
     pairs = [(theirs.index(token), ours.index(token)) for token in ours if token in theirs]
-    assert len(pairs) == 10 and pairs != [
-        (i, i) for i, _ in pairs
-    ]  # four special tokens, c .. h, elsewhere now
+    # Four special tokens and c .. h are in both, under other ids.
+    assert len(pairs) == 10 and any(i != j for i, j in pairs)
     for name, value in before.state_dict().items():
         changed = after.state_dict()[name]
         if (

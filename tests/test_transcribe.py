@@ -1,4 +1,4 @@
-"""transcribe.py with audio.py and words.py: what people give it, what they get, and when each word was said."""
+"""transcribe.py with audio.py and words.py: its input, its output, and the times of words."""
 
 import io
 import json
@@ -23,7 +23,7 @@ import audio
 import transcribe
 import words
 from decode import MODES
-from test_score import TEXTS, call, score_json, waveform, world  # noqa: F401 (world is a fixture)
+from helpers_model import TEXTS, call, score_json, waveform
 from tokenizer import from_vocab, train_bpe, train_char
 from tools import align, demo
 from transforms import Frontend
@@ -38,7 +38,7 @@ def hear(capsys, world, *argv):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Recordings of several lengths in folders, and what is none."""
+    """A folder with recordings of several lengths, and files that are none."""
     root = tmp_path / "in"
     files = {
         "b.wav": [0],
@@ -55,7 +55,7 @@ def folder(tmp_path):
     return root
 
 
-# ----------------------------------------------------------------------------------------------------- what goes in
+# What goes in
 
 
 def write_audio_files(folder):
@@ -102,14 +102,18 @@ def test_a_line_per_file_in_their_order_and_one_on_stderr_for_a_bad_one(
 
 def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
     found = [str(folder / name) for name in ("a.flac", "b.wav", "deep/d.WAV", "deep/er/c.ogg")]
-    paths = lambda *argv: [line.split("\t")[0] for line in hear(capsys, world, *argv)[1]]  # noqa: E731
+
+    def paths(*argv):
+        return [line.split("\t")[0] for line in hear(capsys, world, *argv)[1]]
+
     assert paths(folder) == found
     assert paths(folder / "**" / "*.[ow][ga][gv]", folder / "?.flac") == [
         found[1],
         found[3],
         found[0],
     ]
-    os.rename(folder / "b.wav", folder / "b[1].wav")  # a name is a name before it is a pattern
+    # A PATH that exists is a file's name, even if it looks like a pattern.
+    os.rename(folder / "b.wav", folder / "b[1].wav")
     assert paths(folder / "b[1].wav") == [str(folder / "b[1].wav")]
 
 
@@ -126,11 +130,9 @@ def test_a_file_that_breaks_off_with_an_error_leaves_no_half_transcript(
 
     monkeypatch.setattr(transcribe, "read_blocks", breaking)
     status, out, err = hear(capsys, world, "--max_seconds", 1, "--batch_seconds", 1, folder)
-    assert (
-        status == 2
-        and len(out) == 3
-        and err == [f"transcribe.py: error: {folder / 'a.flac'}: lost"]
-    )
+    assert status == 2
+    assert len(out) == 3
+    assert err == [f"transcribe.py: error: {folder / 'a.flac'}: lost"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -138,9 +140,8 @@ def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
     files = [tmp_path / f"{row}.wav" for row in range(len(TEXTS))]
     for row, path in enumerate(files):
         soundfile.write(path, waveform(row), RATE, subtype="FLOAT")
-    score_json(
-        capsys, world, "--mode", mode, "--beam_size", 3, "--details", tmp_path / "details"
-    )  # one batch, as here
+    # score.py hears all rows in one batch, as transcribe.py does here.
+    score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", tmp_path / "details")
     expected = [
         json.loads(line)["hypothesis"] for line in (tmp_path / "details").read_text().splitlines()
     ]
@@ -167,10 +168,8 @@ def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, fol
     lengths = np.random.default_rng(0).integers(1, 100, 200).tolist()
     batches = list(transcribe.batches(lengths, 300))
     assert sorted(row for batch in batches for row in batch) == list(range(200))
-    assert (
-        all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches)
-        and len(batches) < 60
-    )
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches)
+    assert len(batches) < 60
 
 
 def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
@@ -181,7 +180,10 @@ def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
         ]
     ]
     samples = soundfile.read(folder / "a.flac", dtype="float32")[0]
-    pieces, offset, texts, found = list(audio.cut_at_pauses(iter([samples]), RATE, 2)), 0, [], []
+    pieces = list(audio.cut_at_pauses(iter([samples]), RATE, 2))
+    offset = 0
+    texts = []
+    found = []
     assert len(pieces) > 2
     for piece in pieces:
         path = folder / "piece.wav"
@@ -201,7 +203,7 @@ def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
         assert (word["start"], word["end"]) == pytest.approx((start, end), abs=2e-3)
 
 
-# --------------------------------------------------------------------------------------------------- what comes out
+# What comes out
 
 
 @pytest.mark.parametrize("format", ["txt", "json", "srt", "vtt", "ctm"])
@@ -223,16 +225,12 @@ def test_a_file_per_recording_named_as_below_the_path_and_never_over_another(
     assert names == {f"{name}.{format}" for name in ("d", "er/c", "b", "a")}
     (out / f"b.{format}").write_text("mine")
     status, _, err = hear(capsys, world, *argv)
-    assert (
-        status == 2
-        and len(err) == 1
-        and "exists" in err[0]
-        and (out / f"b.{format}").read_text() == "mine"
-    )
-    assert (
-        hear(capsys, world, "--overwrite", *argv)[0] == 0
-        and (out / f"b.{format}").read_text() != "mine"
-    )
+    assert status == 2
+    assert len(err) == 1
+    assert "exists" in err[0]
+    assert (out / f"b.{format}").read_text() == "mine"
+    assert hear(capsys, world, "--overwrite", *argv)[0] == 0
+    assert (out / f"b.{format}").read_text() != "mine"
 
 
 def test_formats_say_the_same(world, capsys, folder):
@@ -240,10 +238,8 @@ def test_formats_say_the_same(world, capsys, folder):
     (line,) = hear(capsys, world, "--format", "json", folder / "a.flac")[1]
     ctm = [line.split() for line in hear(capsys, world, "--format", "ctm", folder / "a.flac")[1]]
     heard = json.loads(line)
-    assert (
-        list(heard) == ["file", "text", "duration", "words"]
-        and text == f"{heard['file']}\t{heard['text']}"
-    )
+    assert list(heard) == ["file", "text", "duration", "words"]
+    assert text == f"{heard['file']}\t{heard['text']}"
     assert (
         " ".join(word["word"] for word in heard["words"])
         == " ".join(row[4] for row in ctm)
@@ -279,35 +275,16 @@ def test_what_cannot_be_done_is_said_in_one_line(world, capsys, folder, argv, sa
     assert status == 2 and out == [] and len(err) == 1 and said in err[0]
 
 
-# -------------------------------------------------------------------------------------------------- streams and pipes
-
-
-@pytest.fixture
-def pipe():
-    """A function that makes bytes the standard input, as a pipe."""
-    saved = os.dup(0)
-
-    def feed(content):
-        out, into = os.pipe()
-        assert os.write(into, content) == len(content)  # fits the pipe's buffer
-        os.close(into)
-        os.dup2(out, 0)
-        os.close(out)
-
-    yield feed
-    os.dup2(saved, 0)
-    os.close(saved)
+# Streams and pipes
 
 
 def ffmpeg_wav(samples, rate):
-    """What `ffmpeg -f wav -` writes: it cannot know the length, nor go back to write it."""
+    """The bytes that `ffmpeg -f wav -` writes: the lengths in the header are unknown."""
     extra = (
         b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
     )
-    unknown, fmt = (
-        struct.pack("<I", 2**32 - 1),
-        struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16),
-    )
+    unknown = struct.pack("<I", 2**32 - 1)
+    fmt = struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)
     return b"RIFF" + unknown + b"WAVEfmt " + fmt + extra + b"data" + unknown + samples.tobytes()
 
 
@@ -337,7 +314,8 @@ def test_a_pipe_is_heard_as_the_file(world, capsys, tmp_path, pipe, stream):
 def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_takes(
     world, capsys, tmp_path, pipe, stream
 ):
-    whole, cut = tmp_path / "whole.flac", tmp_path / "cut.flac"
+    whole = tmp_path / "whole.flac"
+    cut = tmp_path / "cut.flac"
     soundfile.write(whole, np.concatenate([waveform(row) for row in (0, 3, 4)]), RATE)
     cut.write_bytes(whole.read_bytes()[: -whole.stat().st_size // 4])
     status, (line,), err = hear(capsys, world, *stream, "--format", "json", cut)
@@ -346,12 +324,10 @@ def test_a_damaged_file_is_heard_up_to_the_damage_and_a_pipe_is_told_what_it_tak
     assert heard["text"] and 2 < heard["duration"] < 3 < soundfile.info(whole).duration
     pipe(whole.read_bytes()[:60_000])
     status, out, err = hear(capsys, world, *stream, "-")
-    assert (
-        status == 2
-        and out == []
-        and "error: -: cannot be decoded" in err[-1]
-        and "pipe wav" in err[-1]
-    )
+    assert status == 2
+    assert out == []
+    assert "error: -: cannot be decoded" in err[-1]
+    assert "pipe wav" in err[-1]
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
@@ -365,12 +341,10 @@ def test_what_is_lost_of_a_file_is_told_and_what_holds_no_speech_is_no_error(
         (tmp_path / f"cut {name}").write_bytes(content[: len(content) // 2])
         status, out, err = hear(capsys, world, *stream, tmp_path / f"cut {name}")
         (note,) = (line for line in err if "note" in line)
-        assert (
-            status == 0
-            and len(out) == 1
-            and note.endswith(f" s of {len(samples) / RATE:.1f} s")
-            and "cut short: 1." in note
-        )
+        assert status == 0
+        assert len(out) == 1
+        assert note.endswith(f" s of {len(samples) / RATE:.1f} s")
+        assert "cut short: 1." in note
     for name, silence in (
         ("constant.wav", np.full(RATE, 0.25)),
         ("inverted.wav", np.stack([samples, -samples], axis=1)),
@@ -387,12 +361,10 @@ def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, caps
     )
     status, out, err = hear(capsys, world, "--beam_size", 10, "--stream", "--chunk_size", 4, path)
     times = [float(line.split()[0]) for line in err]
-    assert (
-        status == 0
-        and len(err) > 2
-        and times == sorted(times)
-        and times[-1] == pytest.approx(3.6, abs=0.1)
-    )
+    assert status == 0
+    assert len(err) > 2
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(3.6, abs=0.1)
     finals = [line.split("=", 1)[1].strip() for line in err if "s =" in line]
     assert out == [f"{path}\t{' '.join(finals)}"] and finals
 
@@ -405,10 +377,8 @@ def test_a_stream_times_its_words_as_the_whole_does(world, capsys, tmp_path):
     (text,) = hear(capsys, world, "--beam_size", 10, "--stream", path)[1]
     (line,) = hear(capsys, world, "--beam_size", 10, "--stream", "--format", "json", path)[1]
     heard = json.loads(line)
-    assert (
-        text == f"{path}\t{heard['text']}"
-        and heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
-    )
+    assert text == f"{path}\t{heard['text']}"
+    assert heard["text"] == " ".join(word["word"] for word in heard["words"]) != ""
     starts = [word["start"] for word in heard["words"]]
     assert starts == sorted(starts) and starts[-1] < heard["duration"]
     assert all(one["end"] <= start for one, start in zip(heard["words"], starts[1:]))
@@ -435,9 +405,8 @@ def test_on_a_terminal_one_line_rewrites_itself(world, capsys, tmp_path, monkeyp
     shown = terminal.getvalue().split("\r\033[K")[1:]
     assert len(shown) > 3 and shown[-1].endswith("\n") and "s = " in shown[-1]
     partial = [line for line in shown if "s =" not in line]
-    assert all(len(line) < 40 and "\n" not in line for line in partial) and any(
-        "..." in line for line in partial
-    )
+    assert all(len(line) < 40 and "\n" not in line for line in partial)
+    assert any("..." in line for line in partial)
 
 
 def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
@@ -459,7 +428,8 @@ def test_a_signal_ends_a_pipe_and_all_that_came_is_heard(
     world, capsys, pipe, monkeypatch, stream, number, ends
 ):
     monkeypatch.setattr(transcribe, "LINGER", 60)
-    monkeypatch.setattr(transcribe, "leave_terminal", lambda: None)  # what is written is read here
+    # The command must not leave the streams that the test reads.
+    monkeypatch.setattr(transcribe, "leave_terminal", lambda: None)
     samples = np.concatenate((waveform(0), waveform(4)))[:30000]
     content = ffmpeg_wav((samples * 32767).astype("<i2"), RATE)
     pipe(content)
@@ -473,13 +443,13 @@ def test_a_signal_ends_a_pipe_and_all_that_came_is_heard(
     handlers = {sign: signal.signal(sign, cli.interrupt) for sign in cli.SIGNALS}
     real = transcribe.read_blocks
 
-    def told_to_end():  # as its writer is
+    def told_to_end():  # The writer of the pipe gets the signal, too.
         os.kill(os.getpid(), number)
         os.write(into, content[9000:])
         os.close(into)
 
     def begun(*arguments):
-        threading.Timer(0.3, told_to_end).start()  # while a read waits
+        threading.Timer(0.3, told_to_end).start()  # By then a read waits.
         yield from real(*arguments)
 
     monkeypatch.setattr(transcribe, "read_blocks", begun)
@@ -525,7 +495,7 @@ def test_what_was_heard_before_a_sample_that_is_none_is_not_lost(
             assert out == ([f"{path}\t{expected}"] if stream or path == "-" else []) and expected
 
 
-# --------------------------------------------------------------------------------------------------------------- words
+# Words
 
 
 TOKENIZERS = {
@@ -572,7 +542,7 @@ def test_words_are_those_of_the_text_and_own_all_tokens_that_are_no_space(name):
     ],
 )
 def test_a_word_has_its_marks_and_its_punctuation_and_spaces_only_where_the_tokens_have_them(text):
-    """Words are parted by _ where there is a space in the text, and by a space where there is none."""
+    """In `text`, _ stands for a space that is said, and a space for a word's end without one."""
     said = text.replace(" ", "").replace("_", " ")
     tokenizer = train_char([said])
     spelled = words.spell(tokenizer.encode(said), tokenizer)
@@ -640,7 +610,7 @@ def test_texts_that_were_heard_apart_have_a_space_between_them_save_in_scripts_w
 
 
 def log_probs_of(path, tokenizer, probability):
-    """CTC that is as sure of each frame's token as `probability` says, and spreads the rest."""
+    """CTC that gives each frame's token its probability, and spreads the rest evenly."""
     probs = torch.full((len(path), tokenizer.vocab_size), 0.0)
     for frame, (token, sure) in enumerate(zip(path, probability)):
         probs[frame] = (1 - sure) / (tokenizer.vocab_size - 1)
@@ -658,9 +628,8 @@ def test_words_have_the_times_and_the_least_probability_of_their_tokens():
     assert times == pytest.approx((0.04, 0.085))
     first, second = words.align_words([a, t, space, t], log_probs, tokenizer, times, offset=10.0)
     assert (first.text, second.text) == ("at", "t")
-    assert first[1:4] == pytest.approx(
-        (10.08, 10.12 + 0.0625, 0.8)
-    )  # from where `a` is likeliest, though it began before
+    # The word starts where `a` is likeliest, although its run begins before.
+    assert first[1:4] == pytest.approx((10.08, 10.12 + 0.0625, 0.8))
     assert second[1:4] == pytest.approx((10.28, 10.28 + 0.0625, 0.75))
     early, _ = words.align_words(
         [a, t, space, t], log_probs, tokenizer, times, offset=10.0, delay=0.1
@@ -688,7 +657,8 @@ def test_words_that_fit_no_ctc_path_are_still_there_without_confidence():
 def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
     rng = np.random.default_rng(0)
     for alphabet, longest in (("abc<&>", 11), ("今天好", 1)):
-        said, now = [], 0.0
+        said = []
+        now = 0.0
         for _ in range(300):
             start = now + rng.exponential(0.15)
             now = start + rng.uniform(0.02, 0.6)
@@ -703,10 +673,8 @@ def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():
         cues = words.cues(said)
         for start, end, text in cues:
             lines = text.split("\n")
-            assert (
-                len(lines) <= 2
-                and max(len(line) + sum(c > "\u3000" for c in line) for line in lines) <= 42
-            )
+            assert len(lines) <= 2
+            assert max(len(line) + sum(c > "\u3000" for c in line) for line in lines) <= 42
             assert 0 < end - start <= 7.0
         assert all(one[1] <= other[0] for one, other in zip(cues, cues[1:])) and len(cues) > 20
         assert "".join("".join(text.split()) for *_, text in cues) == "".join(
@@ -740,7 +708,7 @@ def test_formats_are_spelled_as_their_players_want_them():
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- align
+# tools/align.py
 
 
 def test_espeak_says_when_it_speaks_each_word():
@@ -750,18 +718,18 @@ def test_espeak_says_when_it_speaks_each_word():
         demo.Utterance("the code of the A is A B nine", "m7", 150, 50),
     ]:
         samples, spoken = demo.speak_with_words(utterance)
-        assert " ".join(word.text for word in spoken) == utterance.text and np.array_equal(
-            samples, demo.speak(utterance)
-        )
+        assert " ".join(word.text for word in spoken) == utterance.text
+        assert np.array_equal(samples, demo.speak(utterance))
         assert all(
             one.start < one.end <= other.start < other.end for one, other in zip(spoken, spoken[1:])
         )
-        loudness = lambda start, end: np.abs(
-            samples[int(start * demo.RATE) : int(end * demo.RATE)]
-        ).mean()  # noqa: E731
+
+        def loudness(start, end):
+            return np.abs(samples[int(start * demo.RATE) : int(end * demo.RATE)]).mean()
+
         gaps = [loudness(one.end, other.start) for one, other in zip(spoken, spoken[1:])]
         assert np.mean(gaps) < 0.2 * np.mean([loudness(word.start, word.end) for word in spoken])
-    assert "of the" in [word.text for word in spoken]  # which it speaks as one
+    assert "of the" in [word.text for word in spoken]  # eSpeak speaks the two as one.
 
 
 def test_align_measures_by_how_much_words_are_off():
@@ -778,7 +746,7 @@ def test_align_measures_by_how_much_words_are_off():
     ]
     matched = align.match("in the big hall".split(), found)
     assert matched == [found[0], found[1], None, found[3]]
-    errors = align.differences(matched, spoken)
+    errors = align.time_errors(matched, spoken)
     assert errors == [pytest.approx((0.1, -0.1)), pytest.approx((-0.1, 0.2))]
     assert align.summary(errors) == {
         "words": 2,

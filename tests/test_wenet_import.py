@@ -21,9 +21,10 @@ import yaml
 import decode
 import transcribe
 from conformer import ConvolutionModule, ModelOptions, U2Conformer, sinusoids, valid_mask
-from conftest import ROOT
 from decode import MODES
-from model import U2, OptimOptions, load_checkpoint
+from helpers import ROOT, TINY
+from helpers_model import save_model, tiny_model
+from model import load_checkpoint
 from tokenizer import load_tokenizer, train_char
 from tools.wenet_import import from_wenet, load_wenet, main, to_wenet
 from transforms import Frontend
@@ -246,24 +247,10 @@ def test_exported_cmvn_reads_back_to_the_bit_from_its_file_too(tmp_path):
 
 
 def save(path, frontend, tokenizer, **options):
-    tiny = dict(
-        output_size=8,
-        attention_heads=2,
-        linear_units=8,
-        num_blocks=1,
-        decoder_num_blocks=1,
-        r_num_blocks=1,
-        decoder_linear_units=8,
-    )
-    model = U2(
-        options=ModelOptions(**{**tiny, **options}),
-        optim=OptimOptions(),
-        frontend=frontend,
-        tokenizer=tokenizer,
-    )
-    checkpoint = {"state_dict": model.state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, path)
+    narrow = dict(output_size=8, linear_units=8, decoder_linear_units=8)
+    options = dataclasses.replace(TINY, **{**narrow, **options})
+    model = tiny_model(tokenizer, options, frontend)
+    save_model(model, path)
     return model
 
 

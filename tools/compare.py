@@ -1,8 +1,9 @@
-"""Tables runs side by side: python compare.py [RUN_DIR ...]
+"""Tables runs side by side: python -m tools.compare [RUN_DIR ...]
 
-Reads each run's run.json (train.py writes it) and, where present, scores.jsonl (JSON lines that score.py printed).
-Shows the last validation of each run, the options in which the runs differ, and the scores, with those options of score.py
-that change a score and are not as it has them by itself. Rates are fractions.
+It reads each run's run.json, which train.py writes, and, where present, scores.jsonl, the JSON
+lines that score.py printed. It shows the last validation of each run, the options in which the runs
+differ, and the scores, with those options of score.py that change a score and are not its defaults.
+Rates are fractions.
 """
 
 import glob
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_run(folder: str) -> dict:
-    """The run.json of a run. Raises UserError when it is missing or damaged."""
+    """Reads the run.json of a run. Raises UserError when it is missing or damaged."""
     path = os.path.join(folder, "run.json")
     try:
         record = read_json(path)
@@ -67,14 +68,17 @@ def read_run(folder: str) -> dict:
 
 
 def read_scores(folder: str) -> list[dict]:
-    """The scores of a run, the newest of those that were asked for alike; lines that are no scores, or are cut, are passed over.
-    `checkpoint` is the name of its file alone. Raises UserError where the file cannot be read."""
-    newest = {}
+    """Reads the scores of a run, of those with the same options the newest.
+
+    Lines that are no scores, or are cut, are passed over. `checkpoint` becomes the name of its file
+    alone. Raises UserError where the file cannot be read.
+    """
     path = os.path.join(folder, "scores.jsonl")
+    if not os.path.lexists(path):
+        return []
+    newest = {}
     try:
-        lines = (
-            read_small(path).decode(errors="replace").splitlines() if os.path.lexists(path) else ()
-        )
+        lines = read_small(path).decode(errors="replace").splitlines()
     except (OSError, ValueError) as error:
         raise cli.UserError(
             f"{path}: cannot be read ({error}); keep there what score.py printed"
@@ -96,7 +100,7 @@ def read_scores(folder: str) -> list[dict]:
 
 
 def unusual(score: dict) -> list[str]:
-    """Names of the options of a score that change it, are not in ASKED, and are not as score.py has them by itself."""
+    """Names the options that change a score, are not in ASKED, and are not score.py's defaults."""
     usual = asdict(SearchOptions())
     return [
         name
@@ -109,7 +113,7 @@ def unusual(score: dict) -> list[str]:
 
 
 def score_columns(scores: list[dict]) -> list[str]:
-    """Names of what tells the scores apart, and of their results."""
+    """Names the columns that tell the scores apart, and those of their results."""
     names = dict.fromkeys(name for score in scores for name in unusual(score))
     origins = [
         name for name in ORIGINS if any(score.get(name) != scores[0].get(name) for score in scores)
@@ -130,7 +134,7 @@ def validation_row(run: str, record: dict) -> list:
 
 
 def differing(records: dict[str, dict]) -> list[str]:
-    """Names of the options that are not the same in all runs."""
+    """Names the options that are not the same in all runs."""
     all_options = [record["options"] for record in records.values()]
     names = dict.fromkeys(name for options in all_options for name in options if name not in PLACES)
     return [
@@ -141,14 +145,15 @@ def differing(records: dict[str, dict]) -> list[str]:
 
 
 def print_table(header, rows) -> None:
-    """Columns as wide as their widest cell; numbers with 4 decimals, "-" for what is not known."""
-    cells = [list(map(show, header))] + [[show(value) for value in row] for row in rows]
+    """Prints columns as wide as their widest cell."""
+    cells = [list(map(as_cell, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def show(value) -> str:
+def as_cell(value) -> str:
+    """Writes a value as text: numbers with 4 decimals, "-" for what is not known."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,32 +1,41 @@
-"""The demo corpus: an hour of synthetic speech. Sentences of a small grammar, spoken by espeak-ng.
+"""Makes the demo corpus, an hour of synthetic speech: python -m tools.demo --out data/demo_source
 
-The speech is made anew on every machine with the library in the wheel espeakng-loader (GPL, loaded at run time, for
-the demo only). It shows that everything works; its error rates say nothing about real speech.
+It writes OUT/{train,dev,eval_clean}/metadata.csv (file_name, transcription, speaker) beside wavs of
+22.05 kHz and 16 bits: the layout of a corpus of your own. prepare.py --source OUT reads it. A small
+grammar makes the sentences. espeak-ng speaks them, in the same way on every machine; its library
+comes with the wheel espeakng-loader (GPL, loaded at run time, for the demo only). The demo shows
+that everything works. Its error rates say nothing about real speech. OUT appears when all of it is
+written, or not at all.
 """
 
 import ctypes
+import io
 import os
 import random
 from itertools import takewhile
 from typing import NamedTuple
 
-from cli import UserError
+from cli import UserError, build, make_parser, option, options_class, run, shown
 
 import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from files import csv_text, published, write_whole
 
 RATE = 22050  # Hz, what espeak-ng synthesises
-WORD_GAP = (
-    4  # pause between words, about 10 ms each; without it spelled letters run into each other
-)
+# The pause between words, in units of about 10 ms. Without it spelled letters run into each other.
+WORD_GAP = 4
 
-# Voice variants of espeak-ng. Left out: robots, whispers, croaks and heavy echoes; those whose breath is noise seeded
-# by the clock (f2, f3, f5, Alicia, sandro, victor, ...); and, of near twins, the second. tests/test_demo.py compares
-# two processes. A voice belongs to one split only.
+# Voice variants of espeak-ng. A voice belongs to one split only. Left out are robots, whispers,
+# croaks and heavy echoes, the second of near twins, and voices whose breath is noise that the clock
+# seeds (f2, f3, f5, Alicia, sandro, victor, ...): tests/test_demo.py compares two processes.
 VOICES = {
     "train": (
-        "Alex Andrea Andy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike adam anika aunty "
-        "benjamin boris david edward f1 grandma grandpa ian iven iven2 john kaukovalta linda m1 m2 m4 m5 m6 m8 "
-        "marcelo max michel mike2 norbert pablo robert shelby steph travis"
+        "Alex Andrea Andy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike "
+        "adam anika aunty benjamin boris david edward f1 grandma grandpa ian iven iven2 john "
+        "kaukovalta linda m1 m2 m4 m5 m6 m8 marcelo max michel mike2 norbert pablo robert shelby "
+        "steph travis"
     ).split(),
     "dev": "Nguyen ed gustave m3 rob".split(),
     "eval_clean": "Annie antonio f4 m7 paul quincy".split(),
@@ -36,14 +45,16 @@ UTTERANCES = {"train": 1150, "dev": 100, "eval_clean": 120}
 DIGITS = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth"
+).split()
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 MONTHS = (
     "january february march april may june july august september october november december".split()
 )
 NAMES = (
-    "anna ben carol david emma frank grace henry jack kate lucy max nora oscar paul quinn rose sam tom vera will "
-    "alex zoe felix jenny bob peggy harry"
+    "anna ben carol david emma frank grace henry jack kate lucy max nora oscar paul quinn rose sam "
+    "tom vera will alex zoe felix jenny bob peggy harry"
 ).split()
 ROOMS = "kitchen bedroom garage garden hall office".split()
 THINGS = "light heating radio fan television".split()
@@ -51,8 +62,23 @@ OPENINGS = "door window gate curtain".split()
 MUSIC = "jazz rock folk music songs".split()
 
 
+@options_class
+class DemoOptions:
+    out: str = option("data/demo_source", "folder to make")
+    rows: int = option(
+        max(UTTERANCES.values()),
+        "utterances of a split, at most; a few are enough for a try",
+        at_least=1,
+        at_most=max(UTTERANCES.values()),
+    )
+    overwrite: bool = option(False, "replace what an earlier run left in --out")
+
+
 class Utterance(NamedTuple):
-    """What is said and how: `spoken` goes to espeak-ng (letters to spell are capitals), `text` is its transcript."""
+    """A sentence and its speaker.
+
+    `spoken` goes to espeak-ng, letters to spell in capitals; `text` is the transcript.
+    """
 
     spoken: str
     voice: str
@@ -64,8 +90,11 @@ class Utterance(NamedTuple):
         return self.spoken.lower()
 
 
-def number(rng) -> str:
-    """A number from 1 to 999 in words."""
+# Sentences
+
+
+def number_words(rng) -> str:
+    """Draws a number from 1 to 999, in words."""
     value = rng.choice([rng.randint(1, 19), rng.randint(20, 99), rng.randint(100, 999)])
     hundreds, rest = divmod(value, 100)
     words = [DIGITS[hundreds], "hundred"] if hundreds else []
@@ -79,27 +108,32 @@ def number(rng) -> str:
     return " ".join(words)
 
 
-def command(rng) -> str:
+def order_sentence(rng) -> str:
     pick = rng.choice
     return pick(
         [
             f"turn {pick(['on', 'off'])} the {pick(THINGS)} in the {pick(ROOMS)}",
             f"please {pick(['open', 'close'])} the {pick(OPENINGS)} of the {pick(ROOMS)}",
             f"play some {pick(MUSIC)} for {pick(NAMES)} in the {pick(ROOMS)}",
-            f"call {pick(NAMES)} {pick(['today', 'tomorrow'])} at {pick(DIGITS[1:] + TEENS[:3])} {pick(TENS[:4])}",
-            f"set the {pick(THINGS)} to {number(rng)}",
+            f"call {pick(NAMES)} {pick(['today', 'tomorrow'])} at {pick(DIGITS[1:] + TEENS[:3])} "
+            f"{pick(TENS[:4])}",
+            f"set the {pick(THINGS)} to {number_words(rng)}",
         ]
     )
 
 
-def numbers(rng) -> str:
+def number_sentence(rng) -> str:
     digits = " ".join(rng.choices(DIGITS, k=rng.randint(4, 7)))
     return rng.choice(
-        [f"dial {digits}", f"the number is {digits}", f"add {number(rng)} and {number(rng)}"]
+        [
+            f"dial {digits}",
+            f"the number is {digits}",
+            f"add {number_words(rng)} and {number_words(rng)}",
+        ]
     )
 
 
-def date(rng) -> str:
+def date_sentence(rng) -> str:
     day = f"the {rng.choice(ORDINALS)} of {rng.choice(MONTHS)}"
     year = f"{rng.choice(['nineteen', 'twenty'])} {rng.choice(TENS)} {rng.choice(DIGITS[1:])}"
     return rng.choice(
@@ -111,27 +145,34 @@ def date(rng) -> str:
     )
 
 
-def spelling(rng) -> str:
+def spelling_sentence(rng) -> str:
     name = rng.choice(NAMES)
-    code = " ".join(
-        [*rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3), *rng.choices(DIGITS, k=rng.randint(1, 3))]
-    )
-    letters = " ".join(name.upper())
+    letters = rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3)
+    code = " ".join([*letters, *rng.choices(DIGITS, k=rng.randint(1, 3))])
+    spelled = " ".join(name.upper())
     return rng.choice(
-        [f"my name is {name} {letters}", f"{name} is spelled {letters}", f"the code is {code}"]
+        [f"my name is {name} {spelled}", f"{name} is spelled {spelled}", f"the code is {code}"]
     )
+
+
+# Orders are twice as frequent as the others.
+SENTENCES = [order_sentence, order_sentence, number_sentence, date_sentence, spelling_sentence]
 
 
 def plan(split: str, count: int | None = None) -> list[Utterance]:
-    """The first `count` utterances of a split (None: all). No sentence is in two splits, nor twice in one."""
-    seen, result = set(), []
+    """Returns the first `count` utterances of a split (None: all).
+
+    No sentence is in two splits, nor twice in one. Raises UserError for a split that is none.
+    """
+    seen = set()
     for name, total in UTTERANCES.items():
         rng = random.Random(f"demo {name}")
         result = []
         while len(result) < total:
-            spoken = rng.choice([command, command, numbers, date, spelling])(rng)
+            spoken = rng.choice(SENTENCES)(rng)
             voice = VOICES[name][len(result) % len(VOICES[name])]
-            rate, pitch = rng.randint(135, 180), rng.randint(35, 65)
+            rate = rng.randint(135, 180)
+            pitch = rng.randint(35, 65)
             if spoken not in seen:
                 seen.add(spoken)
                 result.append(Utterance(spoken, voice, rate, pitch))
@@ -140,12 +181,15 @@ def plan(split: str, count: int | None = None) -> list[Utterance]:
     raise UserError(f"the demo corpus has no split {split}; it has {', '.join(UTTERANCES)}")
 
 
+# Speech
+
+
 class SpokenWord(NamedTuple):
-    """What espeak-ng spoke as one word: a word of the transcript, or two that it runs together ("in the")."""
+    """What espeak-ng speaks as one word: a word of the transcript, or two, such as "in the"."""
 
     text: str
     start: float  # seconds
-    end: float  # where the pause behind it begins
+    end: float  # where the pause behind the word begins
 
 
 class _Event(ctypes.Structure):  # espeak_EVENT
@@ -161,22 +205,24 @@ class _Event(ctypes.Structure):  # espeak_EVENT
     ]
 
 
-WORD_EVENT, PHONEME_EVENT = 1, 7
+WORD_EVENT, PHONEME_EVENT = 1, 7  # values of _Event.type
 
 
 def speak(utterance: Utterance) -> np.ndarray:
-    """Waveform (N,) float32 in [-1, 1) at RATE Hz, a function of the utterance alone.
+    """Returns the waveform (N,) float32 in [-1, 1) at RATE Hz, a function of the utterance alone.
 
-    espeak-ng keeps state from sentence to sentence (phases, flutter), so every sentence gets a freshly loaded library.
-    Raises UserError when the library or a voice is missing.
+    espeak-ng keeps state from sentence to sentence (phases, flutter), so every sentence gets a
+    freshly loaded library. Raises UserError when the library or a voice is missing.
     """
     return speak_with_words(utterance)[0]
 
 
 def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]]:
-    """The waveform of `speak`, and when each word is spoken, by espeak-ng's own account."""
+    """Returns the waveform of `speak`, and when each word is spoken, as espeak-ng reports it."""
     library, data_path = _load()
-    text, blocks, events = _markup(utterance.spoken), [], []
+    text = _markup(utterance.spoken)
+    blocks = []
+    events = []
 
     @ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
@@ -184,27 +230,27 @@ def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]
     def collect(samples, count, reported):
         if samples and count > 0:
             blocks.append(ctypes.string_at(samples, 2 * count))
-        for event in takewhile(
-            lambda event: event.type, reported
-        ):  # an event of type 0 ends the list
+        # An event of type 0 ends the list.
+        for event in takewhile(lambda event: event.type, reported):
             events.append((event.type, event.position, event.sample, event.phoneme))
         return 0
 
     try:
-        if (
-            library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE
-        ):  # 2: synthesise synchronously, 1: phoneme events
+        # 2: espeak-ng synthesises within the call; 0x8001: it reports phonemes, and does not exit.
+        if library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE:
             raise UserError("espeak-ng did not start; reinstall the wheel espeakng-loader")
-        if library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode()) != 0:
+        # For a variant that it lacks, espeak-ng would take the plain voice without a word.
+        variant = os.path.join(data_path, b"voices", b"!v", utterance.voice.encode())
+        named = library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode())
+        if named != 0 or not os.path.exists(variant):
             raise UserError(
                 f"espeak-ng has no voice {utterance.voice}; reinstall the wheel espeakng-loader"
             )
         library.espeak_SetSynthCallback(collect)
         for parameter, value in ((1, utterance.rate), (3, utterance.pitch), (7, WORD_GAP)):
             library.espeak_SetParameter(parameter, value, 0)
-        library.espeak_Synth(
-            text, ctypes.c_size_t(len(text)), 0, 1, 0, 0x101, None, None
-        )  # UTF-8, [[phonemes]]
+        # 0x101: the text is in UTF-8, and [[...]] in it are phonemes.
+        library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, 0x101, None, None)
         library.espeak_Synchronize()
         library.espeak_Terminate()
     finally:
@@ -214,7 +260,11 @@ def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]
 
 
 def _spoken_words(utterance: Utterance, events: list[tuple], num_samples: int) -> list[SpokenWord]:
-    """events: (type, position in the markup from 1, sample, phoneme), in order. Phonemes of pauses begin with "_"."""
+    """Returns the words that espeak-ng's events tell of.
+
+    events: (type, position in the markup from 1, sample, phoneme), in order. The phonemes of pauses
+    begin with "_".
+    """
     starts = [i for i, event in enumerate(events) if event[0] == WORD_EVENT]
     spans = []
     for first, behind in zip(starts, [*starts[1:], len(events)]):
@@ -225,8 +275,10 @@ def _spoken_words(utterance: Utterance, events: list[tuple], num_samples: int) -
         ]
         limit = events[behind][2] if behind < len(events) else num_samples
         spans.append((events[first][2] / RATE, min([*pauses, limit]) / RATE))
-    # A word belongs to the last event that is not behind it; where espeak-ng ran two together, only the first has one.
-    texts, end = [[] for _ in starts], 0
+    # A word belongs to the last event that does not lie behind it: of two words that espeak-ng runs
+    # together, only the first has an event.
+    texts = [[] for _ in starts]
+    end = 0
     for word, marked in zip(utterance.text.split(), _markup(utterance.spoken)[:-1].split()):
         end += len(marked)
         texts[sum(events[i][1] <= end for i in starts) - 1].append(word)
@@ -235,23 +287,58 @@ def _spoken_words(utterance: Utterance, events: list[tuple], num_samples: int) -
 
 
 def _markup(spoken: str) -> bytes:
-    """What espeak-ng gets. The letter A alone would be read as the article; [['eI]] is its name in phonemes."""
+    """Returns the text for espeak-ng, ended by NUL.
+
+    espeak-ng would read the letter A alone as the article; [['eI]] are the phonemes of its name.
+    """
     return " ".join("[['eI]]" if word == "A" else word for word in spoken.split()).encode() + b"\0"
 
 
 def _load():
-    """A library nobody has used yet, and where its data lies."""
+    """Returns a library that nobody has used yet, and the path of its data."""
     try:
-        import espeakng_loader  # here, so that prepare.py --source works without it
+        import espeakng_loader  # The wheel is missing where nobody needs the demo.
 
-        return ctypes.CDLL(
-            espeakng_loader.get_library_path()
-        ), espeakng_loader.get_data_path().encode()
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        return library, espeakng_loader.get_data_path().encode()
     except (ImportError, OSError) as error:
         raise UserError(f"cannot load espeak-ng ({error}); pip install espeakng-loader") from None
 
 
 def _unload(library) -> None:
-    """Lets go of the library and its state. Where the system keeps it loaded, the fixed order keeps speech the same."""
+    """Lets go of the library and its state.
+
+    Where the system keeps the library loaded, the fixed order of sentences keeps speech the same.
+    """
     if os.name == "posix":
         ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
+
+
+# Files
+
+
+def write_wavs(folder: str, utterances: list[Utterance]) -> None:
+    """Writes the wavs 0000.wav, 0001.wav, ... and metadata.csv into a new folder."""
+    os.makedirs(folder)
+    table = [("file_name", "transcription", "speaker")]
+    bar = tqdm(utterances, desc=os.path.basename(folder), unit=" utterances", disable=None)
+    for i, utterance in enumerate(bar):
+        samples = (32768 * speak(utterance)).astype(np.int16)  # which espeak-ng gave, to the bit
+        content = io.BytesIO()
+        soundfile.write(content, samples, RATE, "PCM_16", format="WAV")
+        table.append((f"{i:04d}.wav", utterance.text, utterance.voice))
+        with open(os.path.join(folder, table[-1][0]), "wb") as file:
+            file.write(content.getvalue())
+    write_whole(os.path.join(folder, "metadata.csv"), csv_text(table).encode())
+
+
+def main(argv: list[str]) -> None:
+    options = build(DemoOptions, vars(make_parser(__doc__, DemoOptions).parse_args(argv)))
+    with published(options.out, "the demo corpus", options.overwrite) as folder:
+        for split in UTTERANCES:
+            write_wavs(os.path.join(folder, split), plan(split, options.rows))
+    print(f"{shown(options.out)}: {', '.join(UTTERANCES)}; next, prepare.py --source reads them")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,16 +1,21 @@
-"""A checkpoint for phones and browsers: python export.py --checkpoint runs/demo/best.ckpt --out runs/demo/export
+"""Writes a checkpoint as ONNX for phones and browsers, or as a folder for the Hugging Face hub.
 
-Writes model.onnx (whole recordings), model-streaming.onnx (chunk by chunk), both also in int8, tokens.txt, and a README.md
-with the commands that run them. A model on fbank runs in sherpa-onnx, and its encoder.onnx, ctc.onnx and decoder.onnx in
-WeNet's onnxruntime runtime, which rescores. A model on log_mel, which neither computes, has its frontend inside the graphs:
-they take samples and run in onnxruntime alone.
+  python -m tools.export --checkpoint runs/demo/best.ckpt --out runs/demo/export
+  python -m tools.export --checkpoint runs/demo/best.ckpt --hub_dir runs/demo/hub
 
-Before OUT appears, onnxruntime hears the sounds of --audio, whole and chunk by chunk: its log-probabilities must be those of
-the network and of stream.py to 1e-4, and int8 must hear the same tokens to --max_int8_cer. Otherwise nothing is left there.
+--out gets model.onnx (whole recordings), model-streaming.onnx (chunk by chunk), both also in int8,
+tokens.txt, and a README.md with the commands that run them. A model on fbank runs in sherpa-onnx,
+and its encoder.onnx, ctc.onnx and decoder.onnx in WeNet's onnxruntime runtime, which rescores.
+Neither computes log_mel, so a model on log_mel has its frontend inside the graphs: they take
+samples and run in onnxruntime alone.
 
-For the Hugging Face hub: python export.py --checkpoint runs/demo/best.ckpt --hub_dir runs/demo/hub, then fill in README.md,
-and `hf upload ORG/NAME runs/demo/hub`. The folder has the weights, the options and the tokenizer, a model card, and in onnx/
-all of the above. The folder, and after the upload ORG/NAME, can stand for a checkpoint in every command.
+Before OUT appears, onnxruntime hears the sounds of --audio, whole and chunk by chunk. Its
+log-probabilities must be those of the network and of stream.py to 1e-4, and int8 must hear the same
+tokens to --max_int8_cer. Otherwise nothing is left there.
+
+--hub_dir gets the weights, the options, the tokenizer, a model card, and in onnx/ all of the above.
+Fill in its README.md, then `hf upload ORG/NAME runs/demo/hub`. The folder, and after the upload
+ORG/NAME, can stand for a checkpoint in every command.
 """
 
 import os
@@ -25,8 +30,8 @@ from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
-from tools.compare import read_scores, score_columns, show, unusual
-from tools.onnx_checks import check, synthetic_sound
+from tools.compare import as_cell, read_scores, score_columns, unusual
+from tools.onnx_checks import check_files, synthetic_sound
 from tools.onnx_graphs import (
     ChunkOptions,
     cache_inputs,
@@ -36,6 +41,7 @@ from tools.onnx_graphs import (
     wenet_graphs,
     write_graph,
 )
+from transforms import Frontend
 
 BLANK = "<blank>"  # by this name sherpa-onnx finds it
 
@@ -62,32 +68,32 @@ class ExportOptions:
 
 
 def check_supported(model: U2) -> None:
-    """Raises UserError for what sherpa-onnx and WeNet's runtime have no place for."""
+    """Raises UserError for a model that sherpa-onnx and WeNet's runtime cannot run."""
     o, frontend = model.options, model.frontend
     if o.encoder != "conformer" or not o.causal:
         raise UserError(
-            f"its encoder is a {o.encoder}{'' if o.causal else ' that is not causal'}; what is exported must "
-            "stream: train with --encoder conformer --causal"
+            f"its encoder is a {o.encoder}{'' if o.causal else ' that is not causal'}; what is "
+            "exported must stream: train with --encoder conformer --causal"
         )
     if (o.pos_enc_layer_type, o.selfattention_layer_type) != ("rel_pos", "rel_selfattn"):
         raise UserError(
-            f"its positions are {o.pos_enc_layer_type} with {o.selfattention_layer_type}; only rel_pos with "
-            "rel_selfattn is exported"
+            f"its positions are {o.pos_enc_layer_type} with {o.selfattention_layer_type}; only "
+            "rel_pos with rel_selfattn is exported"
         )
     if frontend.frontend == "fbank" and (frontend.frame_length, frontend.frame_shift) != (25, 10):
         raise UserError(
-            f"its frames are {frontend.frame_length} ms long and {frontend.frame_shift} apart; sherpa-onnx and "
-            "WeNet's runtime have 25 and 10"
+            f"its frames are {frontend.frame_length} ms long and {frontend.frame_shift} apart; "
+            "sherpa-onnx and WeNet's runtime have 25 and 10"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder of ONNX files
 
 SHERPA_README = """# A speech recognition model in ONNX
 
-Made by export.py of lightning-U2. The files ending in `.int8.onnx` are smaller and can take the place of those without.
-These programs come with `pip install sherpa-onnx-bin`. FILE.wav is mono.
+Made by export.py of lightning-U2. The files ending in `.int8.onnx` are smaller and can take the
+place of those without. These programs come with `pip install sherpa-onnx-bin`. FILE.wav is mono.
 
     # whole recordings
     sherpa-onnx-offline --tokens=tokens.txt --wenet-ctc-model=model.onnx {flags} FILE.wav
@@ -96,30 +102,36 @@ These programs come with `pip install sherpa-onnx-bin`. FILE.wav is mono.
     sherpa-onnx --tokens=tokens.txt --wenet-ctc-model=model-streaming.onnx \\
       --wenet-ctc-chunk-size={chunk_size} --wenet-ctc-num-left-chunks={left_chunks} {flags} FILE.wav
 
-`--high-freq={high_freq:g}` gives the model the mel filters that it was trained with. In Python, where sherpa-onnx mirrors the
-sound at its edges besides, these lines give it all of the features that it was trained with:
+`--high-freq={high_freq:g}` gives the model the mel filters that it was trained with. By itself
+sherpa-onnx also mirrors the sound at its edges. In Python, these lines give the model all of the
+features that it was trained with:
 
     recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
-        tokens="tokens.txt", model="model-streaming.onnx", chunk_size={chunk_size}, num_left_chunks={left_chunks},
-        sample_rate={rate}, feature_dim={bins})
-    recognizer.config.feat_config.high_freq, recognizer.config.feat_config.snip_edges = {high_freq:g}, True
+        tokens="tokens.txt", model="model-streaming.onnx", chunk_size={chunk_size},
+        num_left_chunks={left_chunks}, sample_rate={rate}, feature_dim={bins})
+    recognizer.config.feat_config.high_freq = {high_freq:g}
+    recognizer.config.feat_config.snip_edges = True
     recognizer.recognizer = type(recognizer.recognizer)(recognizer.config)
 
-A stream is heard to its end when about {tail:.1f} s of silence follow. Whole recordings are heard with dither, which is random.
+A stream is heard to its end when about {tail:.1f} s of silence follow. Whole recordings are heard
+with dither, which is random.
 """
 
 WENET_README = """
-WeNet's onnxruntime runtime hears streams with a second pass, by encoder.onnx, ctc.onnx and decoder.onnx:
+WeNet's onnxruntime runtime hears streams with a second pass, by encoder.onnx, ctc.onnx and
+decoder.onnx:
 
-    decoder_main --onnx_dir . --unit_path tokens.txt --chunk_size {chunk_size} --num_left_chunks {left_chunks} \\
-      --blank_id {blank_id} --reverse_weight {reverse_weight} --num_bins {bins} --sample_rate {rate} --wav_path FILE.wav
+    decoder_main --onnx_dir . --unit_path tokens.txt --chunk_size {chunk_size} \\
+      --num_left_chunks {left_chunks} --blank_id {blank_id} --reverse_weight {reverse_weight} \\
+      --num_bins {bins} --sample_rate {rate} --wav_path FILE.wav
 """
 
 WAVEFORM_README = """# A speech recognition model in ONNX
 
-Made by export.py of lightning-U2. Its features (log_mel) are computed inside the graphs, so these run in onnxruntime alone,
-not in sherpa-onnx or WeNet's runtime. The files ending in `.int8.onnx` are smaller and can take the place of those without.
-FILE.wav is mono with {rate} samples per second. `hear.py` shows how the graphs are called, in few lines of NumPy.
+Made by export.py of lightning-U2. Its features (log_mel) are computed inside the graphs, so these
+run in onnxruntime alone, not in sherpa-onnx or WeNet's runtime. The files ending in `.int8.onnx`
+are smaller and can take the place of those without. FILE.wav is mono with {rate} samples per
+second. `hear.py` shows how the graphs are called, in few lines of NumPy.
 
     pip install onnxruntime soundfile
     python hear.py model.onnx FILE.wav
@@ -132,54 +144,62 @@ import numpy as np
 import onnxruntime
 import soundfile
 
+
+def hear_whole(samples):
+    return session.run(None, dict(waveform=samples))[0]
+
+
+def hear_stream(samples):
+    chunk, cache = {chunk_size}, {cache_size}  # encoder frames
+    size = {first}  # samples of the first chunk
+    least = {first_least}  # samples of a first chunk that is the last as well
+    offset = cache
+    kept = [np.zeros(0, "f"), np.zeros(3), np.zeros((1, 0, {bins}), "f")]
+    caches = [np.zeros({attn_shape}, "f"), np.zeros({conv_shape}, "f")]
+    names = [node.name for node in session.get_inputs()]
+    found = []
+    while len(samples) >= least:
+        # At the beginning the cache holds nothing yet.
+        mask = np.arange(cache + chunk)[None, None] >= 2 * cache - offset
+        counts = np.array([offset]), np.array([cache])
+        inputs = samples[:size], *kept, *counts, *caches, mask
+        log_probs, *state = session.run(None, dict(zip(names, inputs)))
+        kept, caches = state[:3], state[3:]
+        found.append(log_probs)
+        samples = samples[size:]
+        offset += chunk
+        size, least = {later}, {later_least}  # of the later chunks
+    return np.concatenate(found, axis=1)
+
+
 model, path = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 samples, rate = soundfile.read(path, dtype="float32")
 assert rate == {rate} and samples.ndim == 1
-if "streaming" not in model:
-    log_probs = session.run(None, dict(waveform=samples))[0]
-else:
-    chunk, cache = {chunk_size}, {cache_size}  # encoder frames
-    size, least = {first}, {first_least}  # samples of the first chunk, and of a first chunk that is the last as well
-    kept = [np.zeros(0, "f"), np.zeros(3), np.zeros((1, 0, {bins}), "f")]
-    caches = [np.zeros({attn_shape}, "f"), np.zeros({conv_shape}, "f")]
-    offset, found = cache, []
-    while len(samples) >= least:
-        mask = np.arange(cache + chunk) >= 2 * cache - offset  # the cache has nothing yet at its beginning
-        inputs = samples[:size], *kept, np.array([offset]), np.array([cache]), *caches, mask[None, None]
-        outputs = session.run(None, dict(zip((node.name for node in session.get_inputs()), inputs)))
-        found.append(outputs[0])
-        kept, caches, samples, offset = outputs[1:4], outputs[4:], samples[size:], offset + chunk
-        size, least = {later}, {later_least}
-    log_probs = np.concatenate(found, axis=1)
+log_probs = hear_stream(samples) if "streaming" in model else hear_whole(samples)
 with open("tokens.txt", encoding="utf-8") as file:
     tokens = [line.split()[0] for line in file]
 best = log_probs[0].argmax(-1).tolist()
-print("".join(tokens[i] for i, before in zip(best, [-1, *best]) if i not in (before, {blank_id})).replace("\u2581", " "))
+heard = [i for i, before in zip(best, [-1, *best]) if i not in (before, {blank_id})]
+print("".join(tokens[i] for i in heard).replace("\u2581", " "))
 """
 
 
 def token_lines(tokenizer: Tokenizer) -> str:
-    """tokens.txt: a line `token id` each. Raises UserError where tokens cannot be told apart in it."""
+    """Writes tokens.txt, a line `token id` each. Raises UserError where tokens would look alike."""
     tokens = [BPE_SPACE if token == tokenizer.space else token for token in tokenizer.tokens]
     tokens[tokenizer.blank_id] = BLANK
     return unit_lines(tokens, "tokens.txt")
 
 
 def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
-    """tokens.txt and what says how to run the graphs, by file name."""
-    frontend, (first, later), (first_least, later_least) = (
-        model.frontend,
-        piece_samples(model, chunks.chunk_size),
-        piece_samples(model, 1),
-    )
-    _, _, attn_cache, conv_cache, _ = cache_inputs(model, chunks, 0).values()
-    flags = [f"--sample-rate={frontend.sample_rate}"] * (frontend.sample_rate != 16000)
-    flags += [f"--feat-dim={frontend.num_mel_bins}"] * (frontend.num_mel_bins != 80) + [
-        f"--high-freq={frontend.high_freq:g}"
-    ]
+    """Writes tokens.txt and the files that say how to run the graphs, by file name."""
+    frontend = model.frontend
+    first, later = piece_samples(model, chunks.chunk_size)
+    first_least, later_least = piece_samples(model, 1)
+    caches = cache_inputs(model, chunks, 0)
     values = dict(
-        flags=" ".join(flags),
+        flags=sherpa_flags(frontend),
         bins=frontend.num_mel_bins,
         rate=frontend.sample_rate,
         high_freq=frontend.high_freq,
@@ -193,15 +213,25 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
         first_least=first_least,
         later_least=later_least,
         tail=first / frontend.sample_rate,
-        attn_shape=tuple(attn_cache.shape),
-        conv_shape=tuple(conv_cache.shape),
+        attn_shape=tuple(caches["attn_cache"].shape),
+        conv_shape=tuple(caches["conv_cache"].shape),
     )
-    templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
     if frontend.frontend == "log_mel":
         templates = {"README.md": WAVEFORM_README, "hear.py": HEAR_PY}
-    return {"tokens.txt": token_lines(model.tokenizer)} | {
-        name: template.format(**values) for name, template in templates.items()
-    }
+    else:
+        templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
+    written = {name: template.format(**values) for name, template in templates.items()}
+    return {"tokens.txt": token_lines(model.tokenizer), **written}
+
+
+def sherpa_flags(frontend: Frontend) -> str:
+    """Gives the flags by which sherpa-onnx's programs compute other features than their own."""
+    flags = []
+    if frontend.sample_rate != 16000:
+        flags.append(f"--sample-rate={frontend.sample_rate}")
+    if frontend.num_mel_bins != 80:
+        flags.append(f"--feat-dim={frontend.num_mel_bins}")
+    return " ".join([*flags, f"--high-freq={frontend.high_freq:g}"])
 
 
 def read_sounds(options: ExportOptions, sample_rate: int) -> list[torch.Tensor]:
@@ -215,7 +245,7 @@ def read_sounds(options: ExportOptions, sample_rate: int) -> list[torch.Tensor]:
 
 
 def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
-    """All files of --out, unchecked. Raises OSError."""
+    """Writes all files of --out, unchecked. Raises OSError."""
     for name, text in texts(model, chunks).items():
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
@@ -224,7 +254,8 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
     try:
         for graph in graphs(model, chunks) + more:
             write_graph(graph, folder)
-    except Exception:  # onnx writes in half what a full disk has no room for, and fails reading it
+    except Exception:
+        # On a full disk onnx writes half a file and fails reading it. This raises OSError there.
         with open(os.path.join(folder, "probe"), "wb") as file:
             file.write(bytes(2**20))
         raise
@@ -233,21 +264,22 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
 def write_checked(
     model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str
 ) -> list[str]:
-    """The same once they hear what the network hears; -> what to say of it. Raises UserError where they do not, or OSError."""
+    """Writes all files of --out, once checked -> what to say of them.
+
+    Raises UserError where they do not hear what the network hears, or OSError.
+    """
     check_supported(model)
     sounds = read_sounds(options, model.frontend.sample_rate)
     write_onnx(model, chunks, folder)
-    lines = check(model, chunks, folder, sounds, options.max_int8_cer)
+    lines = check_files(model, chunks, folder, sounds, options.max_int8_cer)
     seconds = sum(map(len, sounds)) / model.frontend.sample_rate
-    heard = (
-        f"{len(sounds)} recording{'s' * (len(sounds) > 1)}"
-        if options.audio
-        else "a synthetic sound"
-    )
+    heard = "a synthetic sound"
+    if options.audio:
+        heard = f"{len(sounds)} recording{'s' * (len(sounds) > 1)}"
     return [f"checked on {heard}, {seconds:.1f} s:", *lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder for the hub
 
 CARD = """---
@@ -265,8 +297,9 @@ tags:
 
 # (the name of this model)
 
-A speech recognition model by lightning-U2, for whole recordings and for streams: {encoder} encoder, {parameters:.2f} M
-parameters, {vocab_size} tokens, {bins} mel bins ({frontend}) of sound with {rate} samples per second.
+A speech recognition model by lightning-U2, for whole recordings and for streams: {encoder} encoder,
+{parameters:.2f} M parameters, {vocab_size} tokens, {bins} mel bins ({frontend}) of sound with
+{rate} samples per second.
 
 ## Use
 
@@ -287,62 +320,70 @@ Fill in: the licence of these weights, and of the recordings that they were trai
 
 
 def write_hub(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str) -> list[str]:
-    """What --hub_dir holds; -> what to say of it. A model that ONNX has no place for goes without. Raises as write_checked."""
+    """Writes all files of --hub_dir -> what to say of them. Raises as write_checked does.
+
+    A model that the runtimes cannot run goes without ONNX files.
+    """
     write_folder(read_checked(options.checkpoint), folder)
     try:
         check_supported(model)
     except UserError as error:
-        lines, onnx = [f"without ONNX files: {error}"], f"No ONNX files: {markdown(error)}."
+        lines = [f"without ONNX files: {error}"]
+        onnx = f"No ONNX files: {markdown(error)}."
+        onnx_tag = ""
     else:
-        os.mkdir(os.path.join(folder, "onnx"))
-        lines = write_checked(model, options, chunks, os.path.join(folder, "onnx"))
+        onnx_folder = os.path.join(folder, "onnx")
+        os.mkdir(onnx_folder)
+        lines = write_checked(model, options, chunks, onnx_folder)
         onnx = "Without PyTorch: the files in `onnx/`, whose README.md has the commands."
-    frontend = model.frontend
+        onnx_tag = "- onnx\n"
     card = CARD.format(
         encoder=model.options.encoder,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        bins=frontend.num_mel_bins,
+        bins=model.frontend.num_mel_bins,
         vocab_size=model.tokenizer.vocab_size,
-        frontend=frontend.frontend,
-        rate=frontend.sample_rate,
+        frontend=model.frontend.frontend,
+        rate=model.frontend.sample_rate,
         onnx=onnx,
-        onnx_tag="- onnx\n" * os.path.isdir(os.path.join(folder, "onnx")),
-        numbers=numbers(options.checkpoint),
+        onnx_tag=onnx_tag,
+        numbers=score_table(options.checkpoint),
     )
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write(card)
     return lines
 
 
-def numbers(checkpoint: str) -> str:
-    """What score.py said of a best.ckpt, beside it, as Markdown, without hotwords and with its own beam and weights; how to get
-    it where it is not there or older."""
+def score_table(checkpoint: str) -> str:
+    """Tables in Markdown the scores of a best.ckpt, which score.py left beside it.
+
+    Scores with hotwords, or with another beam or other weights than score.py's, are left out. Where
+    there are none, or they are older than the checkpoint, the command that makes them is given.
+    """
     folder, name = os.path.split(checkpoint)
+    scores = []
     if name == "best.ckpt" and is_newer(os.path.join(folder, "scores.jsonl"), checkpoint):
-        scores = [
-            score
-            for score in read_scores(folder)
-            if score["checkpoint"] == name and not unusual(score)
-        ]
-        columns = score_columns(scores) if scores else []
-        rows = [
-            columns,
-            ["---"] * len(columns),
-            *([markdown(show(score.get(name))) for name in columns] for score in scores),
-        ]
-        if scores:
-            return "\n".join(
-                [
-                    "By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full context.",
-                    "",
-                    *(f"| {' | '.join(row)} |" for row in rows),
-                ]
-            )
-    return "None yet. `python score.py --checkpoint ORG/NAME --data_root DATA --split dev --mode all` prints them."
+        scores = [score for score in read_scores(folder) if score["checkpoint"] == name]
+    scores = [score for score in scores if not unusual(score)]
+    if not scores:
+        return (
+            "None yet. `python score.py --checkpoint ORG/NAME --data_root DATA --split dev "
+            "--mode all` prints them."
+        )
+    columns = score_columns(scores)
+    rows = [columns, ["---"] * len(columns)]
+    for score in scores:
+        rows.append([markdown(as_cell(score.get(column))) for column in columns])
+    lines = [
+        "By `score.py`; wer and cer are fractions, chunk_size is in encoder frames, -1 is full "
+        "context.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines)
 
 
 def markdown(text: str) -> str:
-    """One line of text that Markdown shows as it is, be it in a table."""
+    """Escapes text, as one line that Markdown shows as it is, in a table, too."""
     return re.sub(r"[\\`*<>\[\]|&#!~$]|:(?=//)", r"\\\g<0>", one_line(text))
 
 
@@ -350,14 +391,17 @@ def is_newer(path: str, than: str) -> bool:
     return os.path.isfile(path) and os.path.getmtime(path) >= os.path.getmtime(than)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """Writes OUT, or HUB_DIR where it is given, once everything in it is checked; -> what to say of
-    it. Raises UserError, and then the folder is as before."""
-    inputs, path = (options.checkpoint, *options.audio), options.hub_dir or options.out
+    """Writes OUT, or HUB_DIR where it is given, once everything in it is checked.
+
+    -> what to say of it. Raises UserError, and then the folder is as before.
+    """
+    inputs = (options.checkpoint, *options.audio)
+    path = options.hub_dir or options.out
     with published(path, "an export", options.overwrite, inputs) as folder:
         try:
             write = write_hub if options.hub_dir else write_checked
@@ -368,10 +412,12 @@ def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]
 
 def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, ExportOptions, ChunkOptions).parse_args(argv))
-    options, chunks = build(ExportOptions, given), build(ChunkOptions, given)
+    options = build(ExportOptions, given)
+    chunks = build(ChunkOptions, given)
     if "hub_dir" in given and "out" in given:
         raise UserError(
-            "--out has no effect with --hub_dir, which has the same files in onnx/; leave one of them out"
+            "--out has no effect with --hub_dir, which has the same files in onnx/; leave one of "
+            "them out"
         )
     folder = options.hub_dir or options.out
     check_utf8(os.path.realpath(folder), "--hub_dir" if options.hub_dir else "--out", "ONNX")
@@ -384,11 +430,9 @@ def main(argv: list[str]) -> None:
         folder = shown(options.hub_dir)
         print(f"{folder}: fill in its README.md, then: hf upload ORG/NAME {folder}")
         return
-    programs = (
-        "onnxruntime alone: sherpa-onnx and WeNet's runtime do not compute log_mel"
-        if frontend.frontend == "log_mel"
-        else "sherpa-onnx (model*.onnx)"
-    )
+    programs = "sherpa-onnx (model*.onnx)"
+    if frontend.frontend == "log_mel":
+        programs = "onnxruntime alone: sherpa-onnx and WeNet's runtime do not compute log_mel"
     if frontend.is_wenets:
         programs += " and WeNet's onnxruntime runtime (encoder.onnx, ctc.onnx, decoder.onnx)"
     print(f"{shown(options.out)}: runs in {programs}; its README.md has the commands")

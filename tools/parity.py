@@ -1,19 +1,23 @@
-"""What every runtime hears, in one table: python parity.py --checkpoint runs/an4/best.ckpt --data_root data/an4 --split dev
+"""Tables what every runtime hears: python -m tools.parity --checkpoint CKPT --data_root DATA
 
-The network in torch (with full context, under the mask of chunks, as a stream), its ONNX files in onnxruntime, and the same
-files in sherpa-onnx by its Python API, in float32 and in int8; all by greedy CTC. Below it, for each pair, how many tokens
-are heard otherwise. Streams hear every recording with silence behind it to the end of a chunk.
+The table has the network in torch (with full context, under the mask of chunks, as a stream), its
+ONNX files in onnxruntime, and the same files in sherpa-onnx by its Python API, in float32 and in
+int8; all by greedy CTC. It says for each pair how many tokens are heard otherwise. Streams hear
+every recording with silence behind it to the end of a chunk.
 
-On the same features all float32 rows must hear the same tokens. By itself sherpa-onnx computes other features than a model
-was trained on, mirrored at the edges and with no mel filter above 7,600 Hz (of 16 kHz), so each of the others hears those as
-well, and sherpa-onnx is also set to the model's. Whole recordings it hears with dither, which is random; the rows "louder"
-drown it: the samples are multiplied by 4,096, and the mean of the features is moved by as much.
+On the same features all float32 rows must hear the same tokens. By itself sherpa-onnx computes
+other features than a model was trained on: mirrored at the edges and with no mel filter above
+7,600 Hz (of 16 kHz). So each of the others hears those as well, and sherpa-onnx is also set to the
+model's. sherpa-onnx dithers whole recordings, which is random. In the rows "louder" the dither
+counts for nothing: the samples are multiplied by 4,096, and the mean of the features is moved by
+as much.
 """
 
 import copy
 import math
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 from cli import build, make_parser, option, options_class, run, shown
@@ -41,7 +45,12 @@ from tools.onnx_checks import (
 )
 from tools.onnx_graphs import ChunkOptions, piece_samples, sherpa_graphs, write_graph
 
-OWN, SO_FAR, SHERPA = "the model's", "the model's, so far", "sherpa-onnx's"  # features
+# Whose features are heard.
+OWN = "the model's"
+SO_FAR = "the model's, so far"
+SHERPA = "sherpa-onnx's"
+
+WEIGHTS = {"float32": "", "int8": ".int8"}  # and how the files with them end
 LOUDER = 4096.0
 
 
@@ -55,12 +64,9 @@ class ParityOptions:
     split: str = option("dev", "split of the data")
 
 
-def is_inside(model: U2) -> bool:
-    """Whether the frontend is inside the graphs; then a stream's features are others than those of the whole."""
-    return model.frontend.frontend == "log_mel"
+class Outcome(NamedTuple):
+    """What one program heard, a row of the table."""
 
-
-class Row(NamedTuple):
     context: str  # full or chunk
     features: str
     program: str
@@ -69,19 +75,21 @@ class Row(NamedTuple):
 
 
 class Sounds(NamedTuple):
-    """Recordings (n,), as whole recordings and as streams hear them."""
+    """Recordings, of samples (n,) or features (1,T,F), as a whole and as streams hear them."""
 
     whole: list[torch.Tensor]
     padded: list[torch.Tensor]
 
 
 def to_chunks(model: U2, chunks: ChunkOptions, sound: torch.Tensor) -> torch.Tensor:
-    """The sound with silence behind it to the end of a chunk and a frame, the least with which sherpa-onnx hears the chunk."""
+    """Pads a sound with silence to the end of a chunk and a frame.
+
+    With less behind it sherpa-onnx does not hear the last chunk.
+    """
     first, later = piece_samples(model, chunks.chunk_size)
     least = first + model.frontend.shift_samples
-    return torch.nn.functional.pad(
-        sound, (0, least + max(0, -(-(len(sound) - least) // later)) * later - len(sound))
-    )
+    more = max(0, -(-(len(sound) - least) // later))  # chunks behind the first
+    return torch.nn.functional.pad(sound, (0, least + more * later - len(sound)))
 
 
 def sherpa_features(model: U2, sound: torch.Tensor) -> torch.Tensor:
@@ -96,62 +104,81 @@ def sherpa_features(model: U2, sound: torch.Tensor) -> torch.Tensor:
     )[None]
 
 
-def network_rows(model: U2, chunks: ChunkOptions, features: str, given: Sounds) -> list[Row]:
-    def row(context, features, program, sounds, hear):
-        return Row(context, features, program, "float32", [greedy(model, hear(x)) for x in sounds])
+# --------------------------------------------------------------------------------------------------
+# The programs
+
+
+def in_torch(model: U2, chunks: ChunkOptions, features: str, given: Sounds) -> list[Outcome]:
+    def outcome(context, features, program, inputs, log_probs_of):
+        tokens = [greedy(model, log_probs_of(x)) for x in inputs]
+        return Outcome(context, features, program, "float32", tokens)
+
+    def whole(x):
+        return network_whole(model, x)
 
     def masked(x):
         return network_whole(model, x, chunks.chunk_size, chunks.left_chunks)
 
+    def stream(x):
+        return model.ctc_log_probs(network_stream(model, chunks, x))
+
     streamed = [streamed_features(model, chunks, x) for x in given.padded]
-    rows = [
-        row("full", features, "torch", given.whole, lambda x: network_whole(model, x)),
-        row("chunk", features, "torch, masked", given.padded, masked),
+    outcomes = [
+        outcome("full", features, "torch", given.whole, whole),
+        outcome("chunk", features, "torch, masked", given.padded, masked),
     ]
-    if is_inside(model):
+    if has_frontend_inside(model):
         features = SO_FAR
-        rows.append(row("chunk", features, "torch, masked", streamed, masked))
-    return [
-        *rows,
-        row(
-            "chunk",
-            features,
-            "torch",
-            streamed,
-            lambda x: model.ctc_log_probs(network_stream(model, chunks, x)),
-        ),
-    ]
+        outcomes.append(outcome("chunk", features, "torch, masked", streamed, masked))
+    return [*outcomes, outcome("chunk", features, "torch", streamed, stream)]
 
 
-def graph_rows(
+def has_frontend_inside(model: U2) -> bool:
+    """True where the graphs take samples; then a stream has other features than the whole."""
+    return model.frontend.frontend == "log_mel"
+
+
+def in_onnxruntime(
     model: U2, chunks: ChunkOptions, folder: str, features: str, given: Sounds
-) -> list[Row]:
-    rows = []
-    for weights, kind in (("float32", ""), ("int8", ".int8")):
-        whole, streaming = (
-            open_session(f"{folder}/{name}{kind}.onnx") for name in ("model", "model-streaming")
-        )
-        rows += [
-            Row(
-                "full",
-                features,
-                "onnxruntime",
-                weights,
-                [greedy(model, graph_whole(whole, x)) for x in given.whole],
-            ),
-            Row(
-                "chunk",
-                SO_FAR if is_inside(model) else features,
-                "onnxruntime",
-                weights,
-                [greedy(model, graph_stream(model, streaming, chunks, x)) for x in given.padded],
-            ),
-        ]
-    return rows
+) -> list[Outcome]:
+    streamed = SO_FAR if has_frontend_inside(model) else features
+    outcomes = []
+    for weights, suffix in WEIGHTS.items():
+        whole = open_session(f"{folder}/model{suffix}.onnx")
+        streaming = open_session(f"{folder}/model-streaming{suffix}.onnx")
+        full = [greedy(model, graph_whole(whole, x)) for x in given.whole]
+        chunk = [greedy(model, graph_stream(model, streaming, chunks, x)) for x in given.padded]
+        outcomes.append(Outcome("full", features, "onnxruntime", weights, full))
+        outcomes.append(Outcome("chunk", streamed, "onnxruntime", weights, chunk))
+    return outcomes
 
 
-def recognizer(kind, model: U2, folder: str, file: str, features: str, **sizes):
-    """sherpa_onnx.OfflineRecognizer or OnlineRecognizer; only by its configuration does it take other features than its own."""
+def in_sherpa(
+    model: U2, chunks: ChunkOptions, folder: str, features: str, sounds: Sounds
+) -> list[Outcome]:
+    sizes = dict(chunk_size=chunks.chunk_size, num_left_chunks=chunks.left_chunks)
+    offline = partial(recognizer, sherpa_onnx.OfflineRecognizer, model, folder, features)
+    online = partial(recognizer, sherpa_onnx.OnlineRecognizer, model, folder, features, **sizes)
+    outcomes = []
+    for weights, suffix in WEIGHTS.items():
+        whole = offline(f"model{suffix}.onnx")
+        streaming = online(f"model-streaming{suffix}.onnx")
+        full = [sherpa_whole(model, whole, sound) for sound in sounds.whole]
+        chunk = [sherpa_stream(model, streaming, sound) for sound in sounds.padded]
+        outcomes.append(Outcome("full", features, "sherpa-onnx", weights, full))
+        outcomes.append(Outcome("chunk", features, "sherpa-onnx", weights, chunk))
+    write_louder(model, chunks, folder)
+    whole = offline("louder.onnx")
+    louder = [sherpa_whole(model, whole, sound * LOUDER) for sound in sounds.whole]
+    return [*outcomes, Outcome("full", features, "sherpa-onnx, louder", "float32", louder)]
+
+
+def recognizer(kind, model: U2, folder: str, features: str, file: str, **sizes):
+    """Makes a sherpa_onnx.OfflineRecognizer or OnlineRecognizer.
+
+    Its constructor has no arguments for other features than its own, so it is made once more from
+    a changed configuration.
+    """
     made = kind.from_wenet_ctc(
         tokens=f"{folder}/tokens.txt",
         model=f"{folder}/{file}",
@@ -161,66 +188,22 @@ def recognizer(kind, model: U2, folder: str, file: str, features: str, **sizes):
         **sizes,
     )
     if features == OWN:
-        made.config.feat_config.high_freq, made.config.feat_config.snip_edges = (
-            model.frontend.high_freq,
-            True,
-        )
+        made.config.feat_config.high_freq = model.frontend.high_freq
+        made.config.feat_config.snip_edges = True
         made.recognizer = type(made.recognizer)(made.config)
     return made
 
 
-def sherpa_rows(
-    model: U2, chunks: ChunkOptions, folder: str, features: str, sounds: Sounds
-) -> list[Row]:
-    rows = []
-    for weights, kind in (("float32", ""), ("int8", ".int8")):
-        whole = recognizer(
-            sherpa_onnx.OfflineRecognizer, model, folder, f"model{kind}.onnx", features
-        )
-        streaming = recognizer(
-            sherpa_onnx.OnlineRecognizer,
-            model,
-            folder,
-            f"model-streaming{kind}.onnx",
-            features,
-            chunk_size=chunks.chunk_size,
-            num_left_chunks=chunks.left_chunks,
-        )
-        rows += [
-            Row(
-                "full",
-                features,
-                "sherpa-onnx",
-                weights,
-                [sherpa_whole(model, whole, sound) for sound in sounds.whole],
-            ),
-            Row(
-                "chunk",
-                features,
-                "sherpa-onnx",
-                weights,
-                [sherpa_stream(model, streaming, sound) for sound in sounds.padded],
-            ),
-        ]
-    return [*rows, louder_row(model, chunks, folder, features, sounds)]
+def write_louder(model: U2, chunks: ChunkOptions, folder: str) -> None:
+    """Writes louder.onnx, a model.onnx for samples that are LOUDER times as loud.
 
-
-def louder_row(model: U2, chunks: ChunkOptions, folder: str, features: str, sounds: Sounds) -> Row:
-    """Whole recordings without the dither of sherpa-onnx, which it has no switch for."""
+    sherpa-onnx has no switch for its dither; of such samples the dither is a small part.
+    """
     shifted = copy.deepcopy(model)
-    shifted.set_cmvn(
-        model.net.encoder.cmvn_mean + 2 * math.log(LOUDER), model.net.encoder.cmvn_istd
-    )
-    graph = sherpa_graphs(shifted, chunks)[0]._replace(file="louder.onnx", int8=False)
-    write_graph(graph, folder)
-    whole = recognizer(sherpa_onnx.OfflineRecognizer, model, folder, graph.file, features)
-    return Row(
-        "full",
-        features,
-        "sherpa-onnx, louder",
-        "float32",
-        [sherpa_whole(model, whole, sound * LOUDER) for sound in sounds.whole],
-    )
+    encoder = model.net.encoder
+    shifted.set_cmvn(encoder.cmvn_mean + 2 * math.log(LOUDER), encoder.cmvn_istd)
+    graph = sherpa_graphs(shifted, chunks)[0]
+    write_graph(graph._replace(file="louder.onnx", int8=False), folder)
 
 
 def sherpa_whole(model: U2, whole, sound: torch.Tensor) -> list[int]:
@@ -240,102 +223,102 @@ def sherpa_stream(model: U2, streaming, sound: torch.Tensor) -> list[int]:
 
 
 def ids_of(model: U2, tokens: list[str]) -> list[int]:
-    """Token ids of what sherpa-onnx calls tokens: lines of tokens.txt, with spaces."""
-    ids = {
-        line.split()[0].replace(BPE_SPACE, " "): i
-        for i, line in enumerate(token_lines(model.tokenizer).splitlines())
-    }
+    """Gives the ids of sherpa-onnx's tokens, which are those of tokens.txt, with spaces."""
+    lines = token_lines(model.tokenizer).splitlines()
+    ids = {line.split()[0].replace(BPE_SPACE, " "): i for i, line in enumerate(lines)}
     return [ids[token] for token in tokens]
 
 
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
 @torch.no_grad()
-def hear(model: U2, chunks: ChunkOptions, recordings: list[torch.Tensor]) -> list[Row]:
-    """All rows of the table."""
-    sounds, rows = Sounds(recordings, [to_chunks(model, chunks, sound) for sound in recordings]), []
+def all_outcomes(model: U2, chunks: ChunkOptions, recordings: list[torch.Tensor]) -> list[Outcome]:
+    """Hears the recordings (n,) in every program; outcomes with full context come first."""
+    sounds = Sounds(recordings, [to_chunks(model, chunks, sound) for sound in recordings])
+    has_sherpa = not has_frontend_inside(model)
+    kinds = {OWN: given_of, SHERPA: sherpa_features} if has_sherpa else {OWN: given_of}
+    outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         write_onnx(model, chunks, folder)
-        for features, make in ((OWN, given_of), (SHERPA, sherpa_features))[
-            : 1 if is_inside(model) else 2
-        ]:
-            given = Sounds(*([make(model, sound) for sound in part] for part in sounds))
-            rows += network_rows(model, chunks, features, given) + graph_rows(
-                model, chunks, folder, features, given
-            )
-            rows += [] if is_inside(model) else sherpa_rows(model, chunks, folder, features, sounds)
-    return sorted(rows, key=lambda row: row.context != "full")
+        for features, given_for in kinds.items():
+            given = Sounds(*([given_for(model, sound) for sound in part] for part in sounds))
+            outcomes += in_torch(model, chunks, features, given)
+            outcomes += in_onnxruntime(model, chunks, folder, features, given)
+            if has_sherpa:
+                outcomes += in_sherpa(model, chunks, folder, features, sounds)
+    return sorted(outcomes, key=lambda outcome: outcome.context != "full")
 
 
-def otherwise(a: Row, b: Row) -> int:
-    """Tokens that the one hears and not the other: the edit distance."""
+def otherwise(a: Outcome, b: Outcome) -> int:
+    """Counts the tokens that the one heard and not the other: the edit distance."""
     return sum(torchaudio.functional.edit_distance(x, y) for x, y in zip(a.tokens, b.tokens))
 
 
-def table(model: U2, rows: list[Row], references: list[str]) -> list[list]:
-    """Rows of the table: number, what it is, CER, the share of tokens heard as in torch's row of this context and features, and
-    how many are heard otherwise than in each row before it."""
-    lines = []
-    for number, row in enumerate(rows):
-        torch_row = next(other for other in rows if other[:2] == row[:2])
-        total = sum(map(len, torch_row.tokens))
-        texts = [model.tokenizer.decode(tokens) for tokens in row.tokens]
-        lines.append(
+def table(model: U2, outcomes: list[Outcome], references: list[str]) -> list[list]:
+    """Makes the rows of the table: number, what it is, CER, and two comparisons.
+
+    One is the share of tokens heard as torch heard them with this context and these features, the
+    other how many tokens are heard otherwise than in each row before.
+    """
+    rows = []
+    for number, outcome in enumerate(outcomes):
+        torchs = next(other for other in outcomes if other[:2] == outcome[:2])
+        total = max(sum(map(len, torchs.tokens)), 1)
+        texts = [model.tokenizer.decode(tokens) for tokens in outcome.tokens]
+        rows.append(
             [
                 number + 1,
-                *row[:-1],
+                *outcome[:-1],
                 float(char_error_rate(texts, references)),
-                f"{1 - otherwise(row, torch_row) / max(total, 1):.2%}",
-                *(otherwise(row, other) for other in rows[:number]),
-                *[""] * (len(rows) - number),
+                f"{1 - otherwise(outcome, torchs) / total:.2%}",
+                *(otherwise(outcome, other) for other in outcomes[:number]),
+                *[""] * (len(outcomes) - number),
             ]
         )
-    return lines
+    return rows
 
 
-def same(rows: list[Row]) -> str:
-    """The verdict on the float32 rows of each context and features, those with dither excepted."""
-    found = []
-    for context, features in dict.fromkeys(row[:2] for row in rows):
+def verdict(outcomes: list[Outcome]) -> str:
+    """Says how float32 agrees with each context and features, outcomes with dither excepted."""
+    lines = []
+    for context, features in dict.fromkeys(outcome[:2] for outcome in outcomes):
         alike = [
-            row
-            for row in rows
-            if row[:2] == (context, features)
-            and row.weights == "float32"
-            and (context, row.program) != ("full", "sherpa-onnx")
+            outcome
+            for outcome in outcomes
+            if outcome[:2] == (context, features)
+            and outcome.weights == "float32"
+            and (context, outcome.program) != ("full", "sherpa-onnx")
         ]
         most = max(otherwise(a, b) for a in alike for b in alike)
-        found.append(
+        lines.append(
             f"  {context}; {features}: {len(alike)} rows, {most or 'no'} tokens heard otherwise"
         )
-    return "\n".join(found)
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, ParityOptions, ChunkOptions).parse_args(argv))
-    options, chunks = build(ParityOptions, given), build(ChunkOptions, given)
+    options = build(ParityOptions, given)
+    chunks = build(ChunkOptions, given)
     model, tokenizer, frontend = load_checkpoint(options.checkpoint)
     check_supported(model)
     dataset, references = load_data(tokenizer, frontend, ScoreOptions(**asdict(options)))
-    rows = hear(model, chunks, list(waveforms_of(dataset)))
-    header = (
-        "#",
-        "context",
-        "features",
-        "program",
-        "weights",
-        "CER",
-        "as torch",
-        *range(1, len(rows) + 1),
-    )
+    outcomes = all_outcomes(model, chunks, list(waveforms_of(dataset)))
     print(
         f"{shown(options.checkpoint)} on {shown(options.data_root)}, {shown(options.split)}: "
-        f"{len(references)} recordings; chunks of "
-        f"{chunks.chunk_size}, {chunks.left_chunks} to the left. Under the numbers: tokens heard otherwise.\n"
+        f"{len(references)} recordings; chunks of {chunks.chunk_size}, {chunks.left_chunks} to the "
+        "left. Under the numbers: tokens heard otherwise.\n"
     )
-    print_table(list(map(str, header)), table(model, rows, references))
-    print(f"\nfloat32 on the same features, without dither:\n{same(rows)}")
-    if is_inside(model):
+    names = ("#", "context", "features", "program", "weights", "CER", "as torch")
+    header = [*names, *map(str, range(1, len(outcomes) + 1))]
+    print_table(header, table(model, outcomes, references))
+    print(f"\nfloat32 on the same features, without dither:\n{verdict(outcomes)}")
+    if has_frontend_inside(model):
         print(
-            "no rows of sherpa-onnx: it does not compute log_mel; train with --frontend fbank for it"
+            "no rows of sherpa-onnx: it does not compute log_mel; train with --frontend fbank "
+            "for it"
         )
 
 

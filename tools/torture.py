@@ -1,7 +1,9 @@
-"""Kills a small training (kill -9) at random times, many of them while it saves, and resumes it each time: python torture.py
+"""Kills a small training many times and resumes it each time: python -m tools.torture [--kills N]
 
-Checks that every checkpoint found after a kill loads, and that each run ends bit by bit as the same run that was never killed:
-weights, averages, optimizer, schedule, steps.jsonl. Exit status 1 where not. Trains on noise, on the CPU, in a temporary folder.
+The kills (kill -9) come at random times, half of them while a checkpoint is saved. Every checkpoint
+found after a kill must load, and each run must end bit by bit as the same run that was never
+killed: weights, averages, optimizer, schedule, steps.jsonl. Exit status 1 where one does not. It
+trains on noise, on the CPU, in a temporary folder.
 """
 
 import os
@@ -25,8 +27,9 @@ from model import read_checked
 from tokenizer import save_tokenizer, train_char
 
 SMALL = (
-    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 --decoder_num_blocks 1 "
-    "--r_num_blocks 1 --decoder_linear_units 32 --warmup_steps 2 --accelerator cpu --max_epochs 3"
+    "--output_size 16 --attention_heads 2 --linear_units 32 --num_blocks 1 --cnn_module_kernel 3 "
+    "--decoder_num_blocks 1 --r_num_blocks 1 --decoder_linear_units 32 --warmup_steps 2 "
+    "--accelerator cpu --max_epochs 3"
 )
 KINDS = (
     "--num_workers 0 --batch_size 2 --checkpoint_every_n_steps 1",
@@ -34,7 +37,8 @@ KINDS = (
     "--num_workers 0 --batch_size 1 --accumulate_grad_batches 3 --checkpoint_every_n_minutes 0",
     "--num_workers 0 --max_batch_seconds 2 --checkpoint_every_n_steps 1 --ema_decay 0.5",
 )
-SAVING = f".*.ckpt{ASIDE}"  # what is there while a checkpoint is written
+SAVING = f".*.ckpt{ASIDE}"  # matches the file that is there while a checkpoint is written
+# What a checkpoint holds that must not depend on kills.
 KEPT = (
     "state_dict",
     "current_model_state",
@@ -54,70 +58,77 @@ class TortureOptions:
 
 def main(argv):
     args = build(TortureOptions, vars(make_parser(__doc__, TortureOptions).parse_args(argv)))
-    torch.set_num_threads(1)  # and no pool of threads, which would not survive the forks
+    torch.set_num_threads(1)  # a pool of threads would not survive the forks
     datasets.disable_progress_bars()
-    counts, rng, expected, shown = Counter(), random.Random(args.seed), {}, 0
+    counts = Counter()
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder) / "data")
-        while counts["kills"] < args.kills:
-            kind = KINDS[counts["runs"] % len(KINDS)]
-            output = Path(folder) / str(counts["runs"])
-            if kind not in expected:
-                expected[kind] = unbroken(folder, output.with_name(f"whole{counts['runs']}"), kind)
-            result, seconds = expected[kind]
-            took = kill_until_done(
-                command(folder, output, kind), output, seconds, rng, counts, args.kills
-            )
-            expected[kind] = (
-                result,
-                took or seconds,
-            )  # what a run takes now, beside whatever else the machine does
-            counts["runs"] += 1
-            counts["differ"] += left(output) != result
-            if counts["kills"] >= min(shown + 20, args.kills):
-                shown = counts["kills"]
-                report(counts)
+        torture(Path(folder), args, counts)
     return 1 if counts["differ"] or counts["damaged"] else 0
 
 
-def unbroken(folder, output, kind):
-    """(what the run leaves, the seconds it takes)"""
+def torture(folder: Path, options: TortureOptions, counts: Counter) -> None:
+    """Runs one kind of training after the other until there were enough kills, and counts."""
+    rng = random.Random(options.seed)
+    expected = {}  # kind -> what its run leaves
+    seconds = {}  # kind -> how long its run takes
+    reported = 0
+    while counts["kills"] < options.kills:
+        kind = KINDS[counts["runs"] % len(KINDS)]
+        output = folder / str(counts["runs"])
+        if kind not in expected:
+            whole = output.with_name(f"whole{counts['runs']}")
+            expected[kind], seconds[kind] = unbroken(folder, whole, kind)
+        words = training_words(folder, output, kind)
+        took = kill_until_done(words, output, seconds[kind], rng, counts, options.kills)
+        # A run that was not killed says how long one takes now, as the machine may be busier.
+        seconds[kind] = took or seconds[kind]
+        counts["runs"] += 1
+        counts["differ"] += remains(output) != expected[kind]
+        if counts["kills"] >= min(reported + 20, options.kills):
+            reported = counts["kills"]
+            report(counts)
+
+
+def unbroken(folder: Path, output: Path, kind: str) -> tuple[list, float]:
+    """Trains without a kill -> what the run leaves, and the seconds it takes."""
     began = time.monotonic()
-    launch(command(folder, output, kind), output)
-    return left(output), time.monotonic() - began
+    launch(training_words(folder, output, kind), output)
+    return remains(output), time.monotonic() - began
 
 
-def report(counts):
+def report(counts: Counter) -> None:
     print(
-        f"{counts['kills']} kills, {counts['saving']} of them during a save, {counts['unsaved']} before the first checkpoint; "
-        f"{counts['loaded']} checkpoints loaded, {counts['damaged']} did not; {counts['runs']} runs to their end, "
-        f"{counts['differ']} of them not as unbroken",
+        f"{counts['kills']} kills, {counts['saving']} of them during a save, "
+        f"{counts['unsaved']} before the first checkpoint; "
+        f"{counts['loaded']} checkpoints loaded, {counts['damaged']} did not; "
+        f"{counts['runs']} runs to their end, {counts['differ']} of them not as unbroken",
         flush=True,
     )
 
 
 def make_data(root: Path) -> None:
-    """Ten training rows and two dev rows of noise."""
+    """Writes ten training rows and two dev rows of noise."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 10), ("dev", 2)):
         rows = [rng.standard_normal(8000 + 700 * i).astype(np.float32) for i in range(count)]
         labels = [rng.integers(4, 12, 3).astype(np.int32) for _ in rows]
-        datasets.Dataset.from_dict({"input_values": rows, "labels": labels}).save_to_disk(
-            str(root / split / "0")
-        )
+        dataset = datasets.Dataset.from_dict({"input_values": rows, "labels": labels})
+        dataset.save_to_disk(str(root / split / "0"))
     save_tokenizer(train_char(["abcdefgh"]), str(root / "tokenizer.json"))
 
 
-def command(folder, output, kind) -> list[str]:
+def training_words(folder: Path, output: Path, kind: str) -> list[str]:
     return f"--data_root {folder}/data --output_dir {output} {SMALL} {kind}".split()
 
 
 def kill_until_done(words, output, seconds, rng, counts, most) -> float | None:
     """Starts, kills and resumes one run until it ends; `seconds` is how long it takes unbroken.
 
-    -> how long it took, if it was never killed.
+    No kill comes after `most` of them. -> how long the run took, if it was never killed.
     """
-    began, before = time.monotonic(), counts["kills"]
+    began = time.monotonic()
+    before = counts["kills"]
     while True:
         resume = ["--resume"] if (output / "last.ckpt").exists() else ["--overwrite"]
         delay = rng.uniform(0, seconds) if counts["kills"] < most else None
@@ -136,9 +147,10 @@ def kill_until_done(words, output, seconds, rng, counts, most) -> float | None:
 
 
 def launch(words, output: Path, delay: float | None = None, in_save: bool = False) -> bool:
-    """Trains in a forked process, which saves its imports. Kills it after `delay` seconds, with `in_save` at the next save.
+    """Trains in a forked process, which need not import anything again.
 
-    -> whether it was killed. Raises RuntimeError where it fails by itself.
+    Kills it after `delay` seconds, with `in_save` at the next save from then on. -> whether it was
+    killed. Raises RuntimeError where it fails by itself.
     """
     child = os.fork()
     if not child:
@@ -179,8 +191,8 @@ def log_of(output: Path) -> Path:
     return output.with_name(output.name + ".log")
 
 
-def left(output: Path) -> list:
-    """All that a training leaves behind that must not depend on kills."""
+def remains(output: Path) -> list:
+    """Lists all that a training leaves behind and that must not depend on kills."""
     kept = [(output / "steps.jsonl").read_bytes()]
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint = read_checked(str(output / name))

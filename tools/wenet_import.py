@@ -1,11 +1,13 @@
 """Models of WeNet, in and out: the same weights under other names.
 
-  python wenet_import.py EXP_DIR --out MODEL.ckpt            an experiment of WeNet -> a checkpoint like train.py's
-  python wenet_import.py --export MODEL.ckpt --out EXP_DIR   the way back
+  python -m tools.wenet_import EXP_DIR --out MODEL.ckpt            imports an experiment of WeNet
+  python -m tools.wenet_import --export MODEL.ckpt --out EXP_DIR   is the way back
 
-EXP_DIR holds final.pt, train.yaml, units.txt and, where train.yaml names them, global_cmvn and a sentencepiece model; files
-are looked for in EXP_DIR first, whatever folder train.yaml puts them in. What we do not compute exactly as WeNet does is
-refused by name. Dropouts that are apart in WeNet (positions, the decoders') are the encoder's two here.
+MODEL.ckpt is a checkpoint like those of train.py. EXP_DIR holds final.pt, train.yaml, units.txt
+and, where train.yaml names them, global_cmvn and a sentencepiece model. The files are looked for in
+EXP_DIR first, whatever folder train.yaml puts them in. What we do not compute exactly as WeNet does
+is refused by name. Dropouts that are apart in WeNet (positions, the decoders') are the encoder's
+two here.
 """
 
 import base64
@@ -28,7 +30,7 @@ from model import U2, OptimOptions, load_checkpoint, skeleton
 from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
 from transforms import Frontend, read_cmvn
 
-# WeNet's options and defaults, section by section. First those that are options of ours:
+# WeNet's options and defaults, section by section. These are options of ours, too:
 ENCODER = dict(
     output_size=256,
     attention_heads=4,
@@ -57,12 +59,11 @@ ENCODERS = {
         activation_type="relu",
     ),
 }
-DECODER = dict(
-    attention_heads=4, linear_units=2048, num_blocks=6
-)  # here decoder_attention_heads and so on
+# Ours are called decoder_attention_heads and so on.
+DECODER = dict(attention_heads=4, linear_units=2048, num_blocks=6)
 DECODERS = {"bitransformer": dict(DECODER, r_num_blocks=0), "transformer": DECODER}
 MODEL = dict(ctc_weight=0.5, reverse_weight=0.0, lsm_weight=0.0, length_normalized_loss=False)
-# Those that have but one value here:
+# These options have only one value here:
 LAYERS = dict(
     normalize_before=True,
     concat_after=False,
@@ -98,7 +99,7 @@ DECODER_FIXED = dict(
     src_key_bias=True,
     src_value_bias=True,
 )
-# And those that do not change what a trained model computes:
+# These options do not change what a trained model computes:
 FREE = {
     "dropout_rate",
     "positional_dropout_rate",
@@ -111,20 +112,22 @@ FREE = {
 }
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(ModelOptions)}
 CMVN = ("encoder.global_cmvn.mean", "encoder.global_cmvn.istd")
-UNITS = ("units.txt", "words.txt", "lang_char.txt")  # what WeNet's recipes and releases call it
+UNITS = ("units.txt", "words.txt", "lang_char.txt")  # its names in WeNet's recipes and releases
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
 
 
 def wenet_names(name: str, net: U2Conformer) -> list[str]:
-    """What WeNet calls our weight `name`; keys and values, one product here, are two weights there."""
+    """Gives WeNet's name of our weight `name`, or the names of the keys' and the values' weights.
+
+    Those two are one weight here.
+    """
     left = "decoder." if net.right_decoder is None else "decoder.left_decoder."
     out = "embed.out.0." if net.options.input_layer == "conv2d" else "embed.linear."
-    name = re.sub(
-        r"embed\.convs\.(\d)", lambda match: f"embed.conv.{2 * int(match[1])}", name
-    )  # activations count there
+    # WeNet counts the activations between the convolutions, too.
+    name = re.sub(r"embed\.convs\.(\d)", lambda found: f"embed.conv.{2 * int(found[1])}", name)
     for ours, theirs in (
         (r"embed\.out\.", out),
         (r"encoder\.cmvn_", "encoder.global_cmvn."),
@@ -136,15 +139,13 @@ def wenet_names(name: str, net: U2Conformer) -> list[str]:
         (r"^right_decoder\.", "decoder.right_decoder."),
     ):
         name = re.sub(ours, theirs, name)
-    return (
-        [name.replace("linear_kv", part) for part in ("linear_k", "linear_v")]
-        if "linear_kv" in name
-        else [name]
-    )
+    if "linear_kv" in name:
+        return [name.replace("linear_kv", part) for part in ("linear_k", "linear_v")]
+    return [name]
 
 
 def to_wenet(net: U2Conformer) -> dict[str, torch.Tensor]:
-    """The weights of `net` under WeNet's names, in WeNet's shapes."""
+    """Gives the weights of `net` under WeNet's names, in WeNet's shapes."""
     theirs = {}
     for name, value in net.state_dict().items():
         names = wenet_names(name, net)
@@ -155,41 +156,25 @@ def to_wenet(net: U2Conformer) -> dict[str, torch.Tensor]:
 
 
 def position_tables(net: U2Conformer) -> list[str]:
-    """The sinusoids that WeNet keeps beside the weights since 2023."""
-    decoders = (
-        ("decoder",)
-        if net.right_decoder is None
-        else ("decoder.left_decoder", "decoder.right_decoder")
-    )
+    """Names the tables of sinusoids that WeNet keeps beside the weights since 2023."""
+    decoders = ["decoder.left_decoder", "decoder.right_decoder"]
+    if net.right_decoder is None:
+        decoders = ["decoder"]
     return ["encoder.embed.pos_enc.pe", *(f"{decoder}.embed.1.pe" for decoder in decoders)]
 
 
 def from_wenet(weights: dict, net: U2Conformer) -> dict[str, torch.Tensor]:
-    """WeNet's weights under our names, for net.load_state_dict. CMVN may be absent, which leaves that of `net`.
+    """Gives WeNet's weights under our names, for net.load_state_dict.
 
-    Raises UserError for a weight that is missing, left over or of another shape.
+    Where CMVN is absent, that of `net` stays. Raises UserError for a weight that is missing, left
+    over or of another shape.
     """
     expected = to_wenet(net)
     given = {name: value for name, value in weights.items() if name not in position_tables(net)}
     check_positions(weights, net)
     if not any(name in given for name in CMVN):
         given.update((name, expected[name]) for name in CMVN)
-    for names, verdict in (
-        (expected.keys() - given.keys(), "is missing"),
-        (given.keys() - expected.keys(), "belongs to nothing that train.yaml describes"),
-    ):
-        if names:
-            raise UserError(
-                f"final.pt: {shown(min(names), 100)} {verdict}"
-                + f" (and {len(names) - 1} more)" * (len(names) > 1)
-            )
-    for name, value in expected.items():
-        if given[name].shape != value.shape:
-            raise UserError(
-                f"final.pt: {name} has shape {tuple(given[name].shape)}, not train.yaml's {tuple(value.shape)}"
-            )
-        if given[name].is_floating_point() != value.is_floating_point():
-            raise UserError(f"final.pt: {name} is of {given[name].dtype}, not {value.dtype}")
+    check_weights(given, expected)
     ours = {}
     for name, value in net.state_dict().items():
         parts = [given[part] for part in wenet_names(name, net)]
@@ -197,20 +182,37 @@ def from_wenet(weights: dict, net: U2Conformer) -> dict[str, torch.Tensor]:
     return ours
 
 
+def check_weights(given: dict, expected: dict) -> None:
+    for names, problem in (
+        (expected.keys() - given.keys(), "is missing"),
+        (given.keys() - expected.keys(), "belongs to nothing that train.yaml describes"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"final.pt: {shown(min(names), 100)} {problem}{more}")
+    for name, value in expected.items():
+        theirs = given[name]
+        if theirs.shape != value.shape:
+            raise UserError(
+                f"final.pt: {name} has shape {tuple(theirs.shape)}, "
+                f"not train.yaml's {tuple(value.shape)}"
+            )
+        if theirs.is_floating_point() != value.is_floating_point():
+            raise UserError(f"final.pt: {name} is of {theirs.dtype}, not {value.dtype}")
+
+
 def check_positions(weights: dict, net: U2Conformer) -> None:
+    """Raises UserError for a table that is not ours to 0.01, the precision of position 5000."""
+    width = net.options.output_size
     for name in position_tables(net):
-        if name in weights:
-            table, width = weights[name], net.options.output_size
-            if (
-                table.dim() != 3
-                or table.size(2) != width
-                or not torch.allclose(
-                    table.float(), sinusoids(table.size(1), width)[None], atol=1e-2
-                )
-            ):  # positions up to 5000, in float32
-                raise UserError(
-                    f"final.pt: {name} does not hold the sines and cosines of positions"
-                )
+        table = weights.get(name)
+        if table is None:
+            continue
+        fits = table.dim() == 3 and table.size(2) == width
+        if not fits or not torch.allclose(
+            table.float(), sinusoids(table.size(1), width)[None], atol=1e-2
+        ):
+            raise UserError(f"final.pt: {name} does not hold the sines and cosines of positions")
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -233,15 +235,14 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.yaml
 
 
 def read_config(path: str) -> dict:
     try:
-        config = parse_yaml(
-            read_text(path, 2**18)
-        )  # a second's work for YAML's parser; WeNet's have 2 kB
+        # WeNet's have 2 kB; 256 kB keep YAML's parser busy for a second.
+        config = parse_yaml(read_text(path, 2**18))
     except OSError as error:
         raise UserError(
             f"train.yaml: {error.strerror}; name an experiment directory of WeNet, "
@@ -271,29 +272,30 @@ def choose(config: dict, name: str, default: str, choices) -> str:
 
 
 def take(config: dict, name: str, defaults: dict, fixed: dict, free=()) -> dict:
-    """The options `defaults` of a section, with WeNet's defaults for those not given. UserError for one not supported."""
+    """Gives the options `defaults` of a section, with WeNet's defaults for those not given.
+
+    Raises UserError for an option that is in none of defaults, fixed and free, for a value of
+    another type or range, and for another value than the one in `fixed`.
+    """
     given = section(config, name)
     for key, value in given.items():
         if key in defaults:
             check_value(f"train.yaml: {name}: {key}", value, defaults[key], CHOICES.get(key))
         elif key in free:
             continue
-        elif key in fixed and (
-            value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool)
-        ):
+        elif key not in fixed:
+            raise UserError(f"train.yaml: {name}: {shown(key, 100)} is not supported")
+        elif value != fixed[key] or isinstance(value, bool) != isinstance(fixed[key], bool):
             raise UserError(
                 f"train.yaml: {name}: {key} {brief(value)} is not supported, only {fixed[key]!r}"
             )
-        elif key not in fixed:
-            raise UserError(f"train.yaml: {name}: {shown(key, 100)} is not supported")
     return {key: given.get(key, default) for key, default in defaults.items()}
 
 
 def check_value(where: str, value, default, choices) -> None:
     kind = type(default)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(
-        value, (int, float) if kind is float else kind
-    ):
+    kinds = (int, float) if kind is float else kind
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kinds):
         raise UserError(f"{where} is {brief(value)}; it must be {kind.__name__}")
     if choices and value not in choices:
         raise UserError(f"{where} {brief(value)} is not supported, only {' and '.join(choices)}")
@@ -306,32 +308,26 @@ def read_options(config: dict, weights: dict) -> ModelOptions:
         choose(config, name, default, [default])
     kind = choose(config, "encoder", "conformer", ENCODERS)
     two_way = choose(config, "decoder", "bitransformer", DECODERS) == "bitransformer"
-    dynamic = section(config, "encoder_conf").get("use_dynamic_chunk") is True
-    unread = {"static_chunk_size"} if dynamic else set()  # by WeNet
+    decoders = DECODERS["bitransformer" if two_way else "transformer"]
+    is_dynamic = section(config, "encoder_conf").get("use_dynamic_chunk") is True
+    unread = {"static_chunk_size"} if is_dynamic else set()  # WeNet does not read it then
     encoder = take(config, "encoder_conf", ENCODERS[kind], ENCODER_FIXED, FREE | unread)
-    decoder = take(
-        config,
-        "decoder_conf",
-        DECODERS[config.get("decoder", "bitransformer")],
-        DECODER_FIXED,
-        FREE,
-    )
+    decoder = take(config, "decoder_conf", decoders, DECODER_FIXED, FREE)
     model = take(config, "model_conf", MODEL, {"apply_non_blank_embedding": False}, {"ignore_id"})
     if model["reverse_weight"] and not two_way:
         raise UserError(
             f"train.yaml: reverse_weight {model['reverse_weight']} needs decoder bitransformer"
         )
-    width, heads = encoder["output_size"], decoder["attention_heads"]
+    width = encoder["output_size"]
+    heads = decoder["attention_heads"]
     if width % encoder["attention_heads"] or width % heads or width % 2:
         raise UserError(
             f"train.yaml: output_size {width} must be even and divisible by attention_heads"
         )
-    if encoder["pos_enc_layer_type"] == "abs_pos" and not any(
-        ".linear_pos." in name for name in weights
-    ):
-        encoder["selfattention_layer_type"] = (
-            "selfattn"  # WeNet before 2023 looked at the kind of positions alone
-        )
+    # WeNet before 2023 took the kind of attention from the kind of positions alone.
+    has_positions = any(".linear_pos." in name for name in weights)
+    if encoder["pos_enc_layer_type"] == "abs_pos" and not has_positions:
+        encoder["selfattention_layer_type"] = "selfattn"
     return ModelOptions(
         encoder=kind,
         **encoder,
@@ -348,7 +344,8 @@ def read_frontend(config: dict) -> Frontend:
     data = section(config, "dataset_conf")
     if not data and "collate_conf" in config:
         raise UserError(
-            "train.yaml: collate_conf is of a WeNet before dataset_conf; write its features as fbank_conf there"
+            "train.yaml: collate_conf is of a WeNet before dataset_conf; write its features as "
+            "fbank_conf there"
         )
     choose(data, "feats_type", "fbank", ["fbank"])
     bins = config.get("input_dim", 80)
@@ -362,68 +359,70 @@ def read_frontend(config: dict) -> Frontend:
     )
     if fbank["num_mel_bins"] != bins:
         raise UserError(
-            f"train.yaml: input_dim {bins} is not the {fbank['num_mel_bins']} num_mel_bins of fbank_conf"
+            f"train.yaml: input_dim {bins} is not the {fbank['num_mel_bins']} num_mel_bins of "
+            "fbank_conf"
         )
     rate = take(data, "resample_conf", dict(resample_rate=16000), {})["resample_rate"]
     return Frontend(frontend="fbank", sample_rate=rate, **fbank)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The other files
 
 
-def find(folder: str, named, *usual: str) -> str:
-    """The file that train.yaml names, by its own name in `folder`, else by its path; or the first of the `usual` names."""
+def find_file(folder: str, named, *usual: str) -> str:
+    """Gives the path of a file of the experiment.
+
+    `named` is what train.yaml calls it: its own name is looked for in `folder` first, then its
+    path. Where train.yaml does not name it, the first of the names `usual` that is there is taken.
+    """
     names = [os.path.basename(str(named)), str(named)] if named else usual
     for name in names:
         if os.path.isfile(path := os.path.join(folder, name)):
             return path
-    raise UserError(
-        f"no {shown(names[0], 100)} in it"
-        + (f", which train.yaml names as {shown(str(named), 100)}" if named else "")
-    )
+    source = f", which train.yaml names as {shown(str(named), 100)}" if named else ""
+    raise UserError(f"no {shown(names[0], 100)} in it{source}")
 
 
 def read_units(path: str) -> list[str]:
-    """The tokens of a units.txt, lines of `token id`, in the order of their ids."""
+    """Reads the tokens of a units.txt, lines of `token id`, in the order of their ids."""
+    name = os.path.basename(path)
     try:
         pairs = [line.split() for line in read_text(path).split("\n") if line.strip()]
         ids = {token: int(i) for token, i in pairs}
-    except (OSError, ValueError) as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError)
-            else "each line must hold a token and its id"
-        )
-        raise UserError(f"{os.path.basename(path)}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{name}: each line must hold a token and its id") from None
     if sorted(ids.values()) != list(range(len(pairs))) or not ids:
         raise UserError(
-            f"{os.path.basename(path)}: the tokens must be distinct and their ids 0, 1, 2, ... without gaps"
+            f"{name}: the tokens must be distinct and their ids 0, 1, 2, ... without gaps"
         )
     return sorted(ids, key=ids.get)
 
 
 def read_sentencepiece(config: dict, folder: str, tokens: list[str] | None) -> dict | None:
-    """Tokenizer's `sentencepiece`, where train.yaml names a model or, from before WeNet named it, the tokens are pieces."""
+    """Reads what Tokenizer takes as `sentencepiece`, or gives None.
+
+    There is a model where train.yaml names one or, from before WeNet named it, where tokens are
+    pieces.
+    """
     kind = config.get("tokenizer")
-    if (
-        kind == "char"
-        or kind is None
-        and not any(BPE_SPACE in token and len(token) > 1 for token in tokens)
-    ):
+    if kind == "char":
         return None
-    named = section(config, "tokenizer_conf").get(
-        "model_path" if kind == "sentencepiece" else "bpe_path"
-    )
-    usual = [
-        os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.model"))
-    ]
+    if kind is None and not any(BPE_SPACE in token and len(token) > 1 for token in tokens):
+        return None
+    key = "model_path" if kind == "sentencepiece" else "bpe_path"
+    named = section(config, "tokenizer_conf").get(key)
+    usual = [os.path.basename(path) for path in glob.glob(f"{glob.escape(folder)}/*.model")]
     if not named and len(usual) != 1:
         raise UserError(
-            "its tokens are pieces of a sentencepiece model; put that one model into it, as NAME.model"
+            "its tokens are pieces of a sentencepiece model; put that one model into it, as "
+            "NAME.model"
         )
+    path = find_file(folder, named, *usual)
     try:
-        model = read_small(path := find(folder, named, *usual))
+        model = read_small(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {why(error)}") from None
     if not model:
@@ -432,40 +431,38 @@ def read_sentencepiece(config: dict, folder: str, tokens: list[str] | None) -> d
 
 
 def check_tokenizer_conf(config: dict) -> None:
-    conf, kind = section(config, "tokenizer_conf"), config.get("tokenizer")
+    conf = section(config, "tokenizer_conf")
+    kind = config.get("tokenizer")
     if kind is not None:
         choose(config, "tokenizer", "char", ["char", "bpe", "sentencepiece"])
-    for name in (
-        "non_lang_syms_path",
-        "connect_symbol",
-        *(["split_with_space"] if kind != "bpe" else []),
-    ):
+    unsupported = ["non_lang_syms_path", "connect_symbol"]
+    if kind != "bpe":
+        unsupported.append("split_with_space")
+    for name in unsupported:
         if conf.get(name):
             raise UserError(
-                f"train.yaml: tokenizer_conf: {name} {brief(conf[name])} is not supported; where no transcript needs "
-                "it, remove it"
+                f"train.yaml: tokenizer_conf: {name} {brief(conf[name])} is not supported; where "
+                "no transcript needs it, remove it"
             )
 
 
-def read_tokenizer(config: dict, folder: str) -> Tokenizer:
+def make_tokenizer(config: dict, folder: str) -> Tokenizer:
     check_tokenizer_conf(config)
-    named = section(config, "tokenizer_conf").get("symbol_table_path")
-    tokens = (
-        None
-        if config.get("tokenizer") == "sentencepiece"
-        else read_units(find(folder, named, *UNITS))
-    )
+    tokens = None
+    if config.get("tokenizer") != "sentencepiece":
+        named = section(config, "tokenizer_conf").get("symbol_table_path")
+        tokens = read_units(find_file(folder, named, *UNITS))
     model = read_sentencepiece(config, folder, tokens)
     try:
         tokens = tokens or pieces_of(model)
         if config.get("output_dim", len(tokens)) != len(tokens):
             raise UserError(
-                f"train.yaml: output_dim is {brief(config['output_dim'])}, but there are {len(tokens)} tokens"
+                f"train.yaml: output_dim is {brief(config['output_dim'])}, but there are "
+                f"{len(tokens)} tokens"
             )
         space = "<space>" if "<space>" in tokens else BPE_SPACE
-        return Tokenizer(
-            tokens=tokens, space=space, sentencepiece=model, **special_ids(config, tokens)
-        )
+        ids = special_ids(config, tokens)
+        return Tokenizer(tokens=tokens, space=space, sentencepiece=model, **ids)
     except (RuntimeError, OSError, ImportError) as error:
         raise UserError(f"the sentencepiece model cannot be read ({error})"[:200]) from error
 
@@ -478,12 +475,15 @@ def pieces_of(model: dict) -> list[str]:
 
 
 def special_ids(config: dict, tokens: list[str]) -> dict[str, int]:
-    """blank_id, unk_id, sos_id and eos_id: train.yaml's, else those of tokens so called, else WeNet's defaults."""
+    """Gives blank_id, unk_id, sos_id and eos_id.
+
+    blank_id is train.yaml's ctc_blank_id where it has one. Otherwise blank_id and unk_id are those
+    of the tokens <blank> and <unk>, then train.yaml's special_tokens, then WeNet's defaults.
+    """
     named = section(section(config, "tokenizer_conf"), "special_tokens")
     known = {token: i for i, token in enumerate(tokens)}
-    blank = section(config, "ctc_conf").get(
-        "ctc_blank_id", known.get("<blank>", named.get("<blank>", 0))
-    )
+    default = known.get("<blank>", named.get("<blank>", 0))
+    blank = section(config, "ctc_conf").get("ctc_blank_id", default)
     if blank != known.get("<blank>", blank):
         raise UserError(
             f"train.yaml: ctc_blank_id is {brief(blank)}, but <blank> is token {known['<blank>']}"
@@ -503,28 +503,34 @@ def special_ids(config: dict, tokens: list[str]) -> dict[str, int]:
 
 
 def cmvn_file(config: dict) -> str | None:
-    """What train.yaml calls its file of CMVN; None where the model has none."""
+    """Gives train.yaml's name for its file of CMVN, or None where the model has none."""
     if "cmvn" in config:
         if config["cmvn"] is None:
             return None
         choose(config, "cmvn", "", ["global_cmvn"])
         return section(config, "cmvn_conf").get("cmvn_file") or "global_cmvn"
-    return config.get("cmvn_file")  # before WeNet had the section
+    return config.get("cmvn_file")  # of the time before WeNet had the section
 
 
 def load_cmvn(model: U2, config: dict, folder: str, weights: dict) -> None:
-    """Global CMVN of the file; that of the weights, where they hold it, comes after and wins, as in WeNet."""
-    name, held = cmvn_file(config), any(name in weights for name in CMVN)
+    """Sets the global CMVN of the file.
+
+    Where the weights hold CMVN, they are loaded after the file and win, as in WeNet; then the file
+    may be missing.
+    """
+    is_held = any(name in weights for name in CMVN)
+    name = cmvn_file(config)
     if name is None:
-        if held:
+        if is_held:
             raise UserError(
-                f"final.pt: {CMVN[0]} belongs to nothing that train.yaml describes: it names no cmvn"
+                f"final.pt: {CMVN[0]} belongs to nothing that train.yaml describes: it names no "
+                "cmvn"
             )
         return
     try:
-        path = find(folder, name)
+        path = find_file(folder, name)
     except UserError:
-        if held:
+        if is_held:
             return
         raise
     mean, istd = read_cmvn(path)
@@ -536,21 +542,18 @@ def load_cmvn(model: U2, config: dict, folder: str, weights: dict) -> None:
 
 
 def load_wenet(exp_dir: str) -> tuple[U2, Tokenizer, Frontend]:
-    """(model in evaluation mode, tokenizer, frontend) of an experiment directory of WeNet.
+    """Loads (model in evaluation mode, tokenizer, frontend) from an experiment directory of WeNet.
 
     Raises UserError for what is missing, damaged or not supported.
     """
     try:
         config = read_config(os.path.join(exp_dir, "train.yaml"))
         weights = read_weights(os.path.join(exp_dir, "final.pt"))
-        options, frontend, tokenizer = (
-            read_options(config, weights),
-            read_frontend(config),
-            read_tokenizer(config, exp_dir),
-        )
-        from_wenet(
-            weights, skeleton(options, frontend, tokenizer, len(weights))
-        )  # before memory is taken for the model
+        options = read_options(config, weights)
+        frontend = read_frontend(config)
+        tokenizer = make_tokenizer(config, exp_dir)
+        # The weights are checked before any memory is taken for the model.
+        from_wenet(weights, skeleton(options, frontend, tokenizer, len(weights)))
         model = U2(options=options, optim=OptimOptions(), frontend=frontend, tokenizer=tokenizer)
         load_cmvn(model, config, exp_dir, weights)
         model.net.load_state_dict(from_wenet(weights, model.net))
@@ -559,69 +562,75 @@ def load_wenet(exp_dir: str) -> tuple[U2, Tokenizer, Frontend]:
     return model.eval(), tokenizer, frontend
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The way back
 
 
 def wenet_config(model: U2, has_cmvn: bool) -> dict:
-    """The train.yaml of `model`."""
-    o, tokenizer, frontend = model.options, model.tokenizer, model.frontend
-    decoder = "transformer" if model.net.right_decoder is None else "bitransformer"
+    """Makes the train.yaml of `model`."""
+    o = model.options
     dropouts = dict(dropout_rate=o.dropout_rate, positional_dropout_rate=o.dropout_rate)
-    special = {
-        f"<{role}>": getattr(tokenizer, f"{role}_id") for role in ("blank", "unk", "sos", "eos")
-    }
-    pieces = tokenizer.sentencepiece
-    config = dict(
-        input_dim=frontend.num_mel_bins,
-        output_dim=tokenizer.vocab_size,
+    encoder_conf = {name: getattr(o, name) for name in ENCODERS[o.encoder]}
+    decoder_conf = dict(
+        attention_heads=o.decoder_attention_heads or o.attention_heads,
+        linear_units=o.decoder_linear_units,
+        num_blocks=o.decoder_num_blocks,
+    )
+    is_two_way = model.net.right_decoder is not None
+    if is_two_way:
+        decoder_conf["r_num_blocks"] = o.r_num_blocks
+    return dict(
+        input_dim=model.frontend.num_mel_bins,
+        output_dim=model.tokenizer.vocab_size,
         cmvn="global_cmvn" if has_cmvn else None,
         cmvn_conf=dict(cmvn_file="global_cmvn", is_json_cmvn=True),
         encoder=o.encoder,
-        encoder_conf={name: getattr(o, name) for name in ENCODERS[o.encoder]}
+        encoder_conf=encoder_conf | dropouts | dict(normalize_before=True),
+        decoder="bitransformer" if is_two_way else "transformer",
+        decoder_conf=decoder_conf
         | dropouts
-        | dict(normalize_before=True),
-        decoder=decoder,
-        decoder_conf=dict(
-            attention_heads=o.decoder_attention_heads or o.attention_heads,
-            linear_units=o.decoder_linear_units,
-            num_blocks=o.decoder_num_blocks,
-            **dict(r_num_blocks=o.r_num_blocks) if decoder == "bitransformer" else {},
-            **dropouts,
+        | dict(
             self_attention_dropout_rate=o.attention_dropout_rate,
             src_attention_dropout_rate=o.attention_dropout_rate,
         ),
-        tokenizer="char" if pieces is None else "bpe" if pieces["han"] else "sentencepiece",
-        tokenizer_conf=dict(
-            symbol_table_path="units.txt",
-            non_lang_syms_path=None,
-            split_with_space=False,
-            special_tokens=special,
-        ),
+        **tokenizer_config(model.tokenizer),
         ctc="ctc",
-        ctc_conf=dict(ctc_blank_id=tokenizer.blank_id),
+        ctc_conf=dict(ctc_blank_id=model.tokenizer.blank_id),
         model="asr_model",
         model_conf={name: getattr(o, name) for name in MODEL},
-        dataset_conf=dataset_conf(frontend),
+        dataset_conf=dataset_conf(model.frontend),
     )
-    if pieces:
-        config["tokenizer_conf"]["bpe_path" if pieces["han"] else "model_path"] = "bpe.model"
-    return config
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict:
+    roles = ("blank", "unk", "sos", "eos")
+    conf = dict(
+        symbol_table_path="units.txt",
+        non_lang_syms_path=None,
+        split_with_space=False,
+        special_tokens={f"<{role}>": getattr(tokenizer, f"{role}_id") for role in roles},
+    )
+    if tokenizer.sentencepiece is None:
+        return dict(tokenizer="char", tokenizer_conf=conf)
+    if tokenizer.sentencepiece["han"]:
+        return dict(tokenizer="bpe", tokenizer_conf=conf | dict(bpe_path="bpe.model"))
+    return dict(tokenizer="sentencepiece", tokenizer_conf=conf | dict(model_path="bpe.model"))
 
 
 def dataset_conf(frontend: Frontend) -> dict:
-    """The frontend, and the rest that WeNet's recognize.py asks for."""
+    """Describes the frontend, and the rest that WeNet's recognize.py asks for."""
+    fbank_conf = dict(
+        num_mel_bins=frontend.num_mel_bins,
+        frame_length=frontend.frame_length,
+        frame_shift=frontend.frame_shift,
+        dither=0.0,
+    )
     return dict(
         filter_conf={},
         resample_conf=dict(resample_rate=frontend.sample_rate),
         speed_perturb=False,
         spec_aug=False,
-        fbank_conf=dict(
-            num_mel_bins=frontend.num_mel_bins,
-            frame_length=frontend.frame_length,
-            frame_shift=frontend.frame_shift,
-            dither=0.0,
-        ),
+        fbank_conf=fbank_conf,
         shuffle=False,
         sort=False,
         batch_conf=dict(batch_type="static", batch_size=16),
@@ -632,58 +641,59 @@ def check_exportable(model: U2) -> None:
     if not model.frontend.is_wenets:
         kind = model.frontend.frontend
         raise UserError(
-            f"its features are {kind}{' with a high_freq' * (kind == 'fbank')}, which WeNet does not have; train with "
-            "--frontend fbank to export"
+            f"its features are {kind}{' with a high_freq' * (kind == 'fbank')}, which WeNet does "
+            "not have; train with --frontend fbank to export"
         )
     if model.tokenizer.merges is not None:
         raise UserError(
-            "its tokenizer is of byte pairs, which WeNet does not have; train with one of characters to export"
+            "its tokenizer is of byte pairs, which WeNet does not have; train with one of "
+            "characters to export"
         )
-    if (
-        model.options.encoder == "transformer"
-        and model.options.selfattention_layer_type != "selfattn"
-    ):
+    o = model.options
+    if o.encoder == "transformer" and o.selfattention_layer_type != "selfattn":
         raise UserError("WeNet's transformer encoder has no selfattention_layer_type rel_selfattn")
 
 
 def cmvn_json(mean, istd) -> str:
-    """Sums over one frame that give `mean` and `istd` (F,) back."""
-    mean, istd = mean.double(), istd.double()
-    return json.dumps(
-        {"mean_stat": mean.tolist(), "var_stat": (istd**-2 + mean**2).tolist(), "frame_num": 1}
-    )
+    """Makes sums over one frame that give `mean` and `istd` (F,) back."""
+    mean = mean.double()
+    squares = istd.double() ** -2 + mean**2
+    return json.dumps({"mean_stat": mean.tolist(), "var_stat": squares.tolist(), "frame_num": 1})
 
 
 def exported_files(model: U2) -> dict[str, bytes]:
-    """The files of an experiment directory. CMVN that changes nothing is no CMVN."""
-    mean, istd = model.net.encoder.cmvn_mean, model.net.encoder.cmvn_istd
+    """Makes the files of an experiment directory. CMVN that changes nothing is left out."""
+    mean = model.net.encoder.cmvn_mean
+    istd = model.net.encoder.cmvn_istd
     has_cmvn = bool((mean != 0).any() or (istd != 1).any())
-    weights = {
-        name: value for name, value in to_wenet(model.net).items() if has_cmvn or name not in CMVN
-    }
-    weights.update(
-        (name, sinusoids(5000, model.options.output_size)[None])
-        for name in position_tables(model.net)
-    )
-    buffer = io.BytesIO()
-    torch.save({name: value.contiguous().clone() for name, value in weights.items()}, buffer)
+    config = wenet_config(model, has_cmvn)
+    pieces = model.tokenizer.sentencepiece
     tokens = model.tokenizer.tokens
-    if model.tokenizer.sentencepiece is None:
+    if pieces is None:
         tokens = [BPE_SPACE if token == model.tokenizer.space else token for token in tokens]
     files = {
-        "train.yaml": yaml.safe_dump(
-            wenet_config(model, has_cmvn), sort_keys=False, allow_unicode=True
-        ).encode(),
+        "train.yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode(),
         "units.txt": unit_lines(tokens, "units.txt").encode(),
     }
     if has_cmvn:
         files["global_cmvn"] = cmvn_json(mean, istd).encode()
-    if model.tokenizer.sentencepiece:
-        files["bpe.model"] = base64.b64decode(model.tokenizer.sentencepiece["model"])
-    return files | {"final.pt": buffer.getvalue()}
+    if pieces:
+        files["bpe.model"] = base64.b64decode(pieces["model"])
+    return files | {"final.pt": weights_file(model.net, has_cmvn)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def weights_file(net: U2Conformer, has_cmvn: bool) -> bytes:
+    weights = to_wenet(net)
+    if not has_cmvn:
+        weights = {name: value for name, value in weights.items() if name not in CMVN}
+    table = sinusoids(5000, net.options.output_size)[None]
+    weights.update((name, table) for name in position_tables(net))
+    buffer = io.BytesIO()
+    torch.save({name: value.contiguous().clone() for name, value in weights.items()}, buffer)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -694,9 +704,10 @@ def import_model(exp_dir: str, out: str) -> str:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_whole(out, buffer.getvalue())
+    parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {model.options.encoder} encoder, "
-        f"vocabulary {tokenizer.vocab_size}; for score.py, transcribe.py and train.py --init_from"
+        f"{out}: {parameters / 1e6:.2f} M parameters, {model.options.encoder} encoder, vocabulary "
+        f"{tokenizer.vocab_size}; for score.py, transcribe.py and train.py --init_from"
     )
 
 
@@ -711,7 +722,10 @@ def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
         for name, content in files.items():
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(content)
-    return f"{out}: {', '.join(files)}; WeNet resolves their names in train.yaml from the folder that it runs in"
+    return (
+        f"{out}: {', '.join(files)}; WeNet resolves their names in train.yaml from the folder that "
+        "it runs in"
+    )
 
 
 def main(argv: list[str]) -> None:

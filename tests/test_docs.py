@@ -1,0 +1,112 @@
+"""README.md and docs/ name only what exists: flags, links, files, make targets, functions."""
+
+import operator
+import re
+
+import pytest
+
+from helpers import FILES, ROOT, module
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+COMMANDS = [path.stem for path in FILES if "\ndef main(" in path.read_text()]
+# Flags of torchrun and srun, and the flag that README's own example adds.
+OTHERS = {"--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"}
+OTHERS |= {"--kill-on-bad-exit", "--max_noise", "--help"}
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`]+)`")
+DATA = ("json", "onnx", "parquet", "safetensors", "yaml")  # endings of files that are data
+CALL = re.compile(r"(?:tools\.(\w+)|\b(\w+)\.py) ([^#|]*)")  # a command and its arguments
+FILE = re.compile(r"[\w./]+\.(?:py|md|txt|toml|ini)\b")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def prose(page) -> str:
+    """The page without its fenced code."""
+    return FENCED.sub("", page.read_text())
+
+
+def code(page) -> list[str]:
+    """Every line of fenced code, continued lines joined, and every `span` of code in the prose."""
+    fenced = "".join(FENCED.findall(page.read_text())).replace("\\\n", " ")
+    return [*fenced.splitlines(), *SPAN.findall(prose(page))]
+
+
+@pytest.fixture
+def flags(capsys):
+    """A function from the name of a command to the flags that its --help lists."""
+
+    def of(name: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            module(name).main(["--help"])
+        return set(FLAG.findall(capsys.readouterr().out.split("\n\n")[0]))
+
+    return of
+
+
+def test_every_flag_exists(flags):
+    known = {name: flags(name) for name in COMMANDS}
+    anywhere = set.union(OTHERS, *known.values())
+    for page in PAGES:
+        unknown = set(FLAG.findall(page.read_text())) - anywhere
+        assert not unknown, f"{page.name}: no command has {unknown}"
+        for line in code(page):
+            for tool, command, rest in CALL.findall(line):
+                unknown = set(FLAG.findall(rest)) - known.get(tool or command, set()) - OTHERS
+                assert not unknown, f"{page.name}: {tool or command} has no {unknown}: {line}"
+
+
+@each_page
+def test_every_make_target_exists(page):
+    targets = set(re.findall(r"^([a-z0-9_]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in code(page):
+        for target in re.findall(r"(?:^|time )make ([a-z0-9_]+)", line):
+            assert target in targets, f"{page.name}: make {target}"
+
+
+def anchors(page) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+@each_page
+def test_every_function_exists(page):
+    """`module.name` and `module.Class.name` in a span are attributes of the project's modules."""
+    modules = {path.stem for path in FILES}
+    for span in SPAN.findall(prose(page)):
+        found = re.fullmatch(r"(\w+)\.(\w+(?:\.\w+)*)", span)
+        if found and found[1] in modules and found[2] not in (*DATA, "py"):
+            operator.attrgetter(found[2])(module(found[1]))  # AttributeError where it is gone
+
+
+def test_readmes_tree_is_the_tree():
+    """The tree names every file of the project that is no test, and none that is not there."""
+    tree = next(
+        block
+        for block in FENCED.findall((ROOT / "README.md").read_text())
+        if block.startswith("train.py")
+    )
+    named = set()
+    for line in tree.splitlines():
+        folder = ROOT / (line.split()[0] if line.split()[0].endswith("/") else "")
+        named |= {folder / name for name in FILE.findall(line) if name != "test_NAME.py"}
+    assert not [str(path) for path in named if not path.exists()]
+    assert {path for path in FILES if path.stem != "__init__"} | set(PAGES[1:]) <= named
+
+
+def test_readme_is_short_and_begins_with_results():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 250
+    assert "## Results" in lines[:60] and "## Two commands" in lines[:60]
