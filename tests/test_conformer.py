@@ -1,6 +1,5 @@
 """The network: masks, losses, variants, and what may not depend on padding."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
