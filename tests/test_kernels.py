@@ -12,8 +12,8 @@ from torch import nn
 import conformer
 import kernels
 from conformer import SUBSAMPLING, Subsampling, chunk_mask
+from helpers import TWO_BLOCKS, VARIANTS
 from kernels import Dropout, Linear, attention, for_few_rows, in_eights
-from test_conformer import TINY, VARIANTS
 
 
 def plain_kernels() -> types.ModuleType:
@@ -52,7 +52,7 @@ def plain_conformer(monkeypatch):
 def test_with_torchs_own_layers_the_network_computes_the_same(plain_conformer, name):
     """Losses, gradients, the encoder whole, under a chunk mask and as a stream, and a decoder."""
     changes = {"default": {}, "not_causal": {"causal": False}, **VARIANTS}[name]
-    o = {**vars(TINY), **changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    o = {**vars(TWO_BLOCKS), **changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
     torch.manual_seed(0)
     ours = conformer.U2Conformer(conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
     theirs = plain_conformer.U2Conformer(plain_conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
