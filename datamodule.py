@@ -801,7 +801,7 @@ class SpeechDataModule(L.LightningDataModule):
 
     @cached_property
     def dev_checksum(self) -> int:
-        """The checksum of the lengths and labels of dev, which every checkpoint holds."""
+        """Compute the checksum of the lengths and labels of dev, which every checkpoint holds."""
         return zlib.crc32(
             audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"])
         )

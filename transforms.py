@@ -95,7 +95,7 @@ class Frontend:
 
 @options_class
 class Augment:
-    """Augmentation of training examples with WeNet's semantics."""
+    """Says how training examples are augmented; the numbers mean what they mean in WeNet."""
 
     speeds: tuple[float, ...] = option(
         (0.9, 1.0, 1.1), "speeds to choose from, per example; none: off", at_least=0.1, at_most=10.0
@@ -493,7 +493,7 @@ def transpose(example: dict, generator: torch.Generator | None) -> dict:
 
 
 class Compose:
-    """Calls `transforms` in order, a list that tests look at."""
+    """Calls the transforms of a list in order."""
 
     def __init__(self, transforms: list):
         self.transforms = transforms
