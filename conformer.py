@@ -9,188 +9,31 @@ frames, T' encoder frames, U labels, D width, H heads, S keys, V vocabulary, F m
 """
 
 import math
-from typing import NamedTuple
 
-from cli import UserError, option, options_class
+from cli import UserError
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from frames import (
+    MAX_POSITION,
+    SUBSAMPLING,
+    BlockState,
+    StreamState,
+    chunk_mask,
+    receptive_field,
+    sinusoids,
+    subsampled_length,
+    valid_mask,
+)
 from kernels import Dropout, Linear, attention, conv_relu, depthwise
-
-# A flag overrides the preset, and ModelOptions has what a preset does not name. Two tables:
-# fmt: off
-PRESETS = {
-    "tiny": dict(output_size=64, linear_units=256, num_blocks=4, cnn_module_kernel=15,
-                 decoder_linear_units=256, decoder_num_blocks=1, r_num_blocks=1,
-                 attention_heads=4, attention_dropout_rate=0.0),
-    "small": dict(output_size=144, linear_units=576, num_blocks=6, cnn_module_kernel=15,
-                  decoder_linear_units=576, decoder_num_blocks=2, r_num_blocks=1,
-                  attention_heads=4, attention_dropout_rate=0.0),
-    "base": dict(output_size=256, linear_units=2048, num_blocks=12, cnn_module_kernel=8,
-                 decoder_linear_units=2048, decoder_num_blocks=3, r_num_blocks=3,
-                 attention_heads=4),
-}
-
-
-@options_class
-class ModelOptions:
-    """Architecture and loss, by WeNet's names. Raises UserError for sizes that do not fit."""
-
-    encoder: str = option("conformer", "blocks of the encoder",
-                          choices=("conformer", "transformer"))
-    output_size: int = option(256, "model width D", at_least=2, at_most=8192)
-    attention_heads: int = option(4, "attention heads, in encoder and decoders",
-                                  at_least=1, at_most=256)
-    linear_units: int = option(2048, "feed-forward width of the encoder", at_least=1, at_most=2**16)
-    num_blocks: int = option(12, "encoder blocks", at_least=1, at_most=200)
-    activation_type: str = option("swish", "activation of the encoder", choices=("swish", "relu"))
-    pos_enc_layer_type: str = option(
-        "rel_pos", "positions in the attention alone, or also added to its input (abs_pos)",
-        choices=("rel_pos", "abs_pos"))
-    selfattention_layer_type: str = option(
-        "rel_selfattn", "the encoder's attention with or without a term for positions",
-        choices=("rel_selfattn", "selfattn"))
-    cnn_module_kernel: int = option(8, "kernel of the depthwise convolution, in encoder frames",
-                                    at_least=1, at_most=1000)
-    causal: bool = option(
-        True, "the depthwise convolution sees the past only (needed for streaming)")
-    cnn_module_norm: str = option("layer_norm", "norm in the convolution module",
-                                  choices=("layer_norm", "batch_norm"))
-    input_layer: str = option("conv2d", "subsampling of the features by 4, 6 or 8",
-                              choices=("conv2d", "conv2d6", "conv2d8"))
-    decoder_num_blocks: int = option(3, "blocks of the left-to-right decoder",
-                                     at_least=1, at_most=200)
-    r_num_blocks: int = option(
-        3, "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)",
-        at_least=0, at_most=200)
-    decoder_linear_units: int = option(2048, "feed-forward width of the decoders",
-                                       at_least=1, at_most=2**16)
-    decoder_attention_heads: int = option(
-        0, "attention heads of the decoders; 0: as many as in the encoder",
-        at_least=0, at_most=256)
-    keep_right_decoder: bool = option(
-        False, "with reverse_weight 0: have a right-to-left decoder, which is not trained")
-    dropout_rate: float = option(0.1, "dropout in every block", at_least=0.0, at_most=0.9)
-    attention_dropout_rate: float = option(0.1, "dropout on attention weights",
-                                           at_least=0.0, at_most=0.9)
-    ctc_weight: float = option(0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention",
-                               at_least=0.0, at_most=1.0)
-    reverse_weight: float = option(
-        0.3, "share of the right-to-left decoder in the attention loss; 0 makes it U2",
-        at_least=0.0, at_most=1.0)
-    lsm_weight: float = option(0.1, "label smoothing of the attention loss",
-                               at_least=0.0, at_most=1.0)
-    length_normalized_loss: bool = option(
-        False, "attention loss per label instead of per utterance")
-    use_dynamic_chunk: bool = option(
-        True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
-    use_dynamic_left_chunk: bool = option(
-        False, "also draw how many chunks to the left are seen in training")
-    # fmt: on
-
-    def __post_init__(self):
-        width = self.output_size
-        heads = self.attention_heads
-        if width % heads or width % (self.decoder_attention_heads or heads) or width % 2:
-            raise UserError(
-                f"--output_size {width} must be even and divisible by --attention_heads {heads} "
-                "and by --decoder_attention_heads"
-            )
-        if not self.causal and self.cnn_module_kernel % 2 == 0:
-            raise UserError(
-                f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}"
-            )
-
-
-# --------------------------------------------------------------------------- lengths, masks, chunks
-
-# (kernel, stride) of each convolution, over time and over mel bins alike; none is padded.
-SUBSAMPLING = {
-    "conv2d": ((3, 2), (3, 2)),
-    "conv2d6": ((3, 2), (5, 3)),
-    "conv2d8": ((3, 2), (3, 2), (3, 2)),
-}
-
-
-def subsampled_length(length, input_layer: str):
-    """Encoder frames that `length` feature frames make: an int, a NumPy array or a tensor."""
-    for kernel, stride in SUBSAMPLING[input_layer]:
-        length = (length - kernel) // stride + 1
-        length = length * (length > 0)  # too short for one frame: none, not a negative number
-    return length
-
-
-def receptive_field(input_layer: str) -> tuple[int, int]:
-    """(feature frames that an encoder frame sees, feature frames from one of them to the next)."""
-    field, rate = 1, 1
-    for kernel, stride in SUBSAMPLING[input_layer]:
-        field += (kernel - 1) * rate
-        rate *= stride
-    return field, rate
-
-
-def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
-    """(B,) lengths -> (B, max_length) bool, True where a frame is real and not padding."""
-    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
-
-
-def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -> torch.Tensor:
-    """(size, size) bool, True where frame `row` may see frame `column` (U2, section 2.3).
-
-    A frame sees its own chunk and the `left_chunks` before it, or all before it with -1.
-    """
-    chunk = torch.arange(size, device=device) // chunk_size
-    ahead = chunk[None, :] - chunk[:, None]  # key chunk minus query chunk
-    mask = ahead <= 0
-    return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)
-
-
-def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
-    """sinusoids_at of the positions offset .. offset + size - 1 -> (size, width)."""
-    positions = torch.arange(offset, offset + size, device=device, dtype=torch.float32)
-    return sinusoids_at(positions, width)
-
-
-def sinusoids_at(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """positions (S,) float32 -> (S, width), as in Vaswani et al. 2017, section 3.5."""
-    even = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, None] * torch.exp(even * -(math.log(10000.0) / width))
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # sine, cosine, sine, ...
-
+from presets import ModelOptions
 
 # ---------------------------------------------------------------------------------- building blocks
 
 ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
-
-
-class BlockState(NamedTuple):
-    """What a block keeps of the frames before a chunk; None before the first (U2, section 2.3)."""
-
-    keys: torch.Tensor | None = None  # (B,H,S,D/H)
-    values: torch.Tensor | None = None  # (B,H,S,D/H)
-    positions: torch.Tensor | None = None  # (1,H,S,D/H), projected; None: project them anew
-    convolution: torch.Tensor | None = None  # (B,D,kernel-1), last inputs of the convolution
-
-    def and_then(self, keys, values, positions):
-        """Appends the keys, values and positions of the next frames."""
-        pairs = zip(self, (keys, values, positions))
-        joined = (new if old is None else torch.cat((old, new), dim=2) for old, new in pairs)
-        return BlockState(*joined, self.convolution)
-
-    def rows(self, index):
-        """Picks the rows `index` of a decoder block's state."""
-        return BlockState(self.keys[index], self.values[index])
-
-    def newest(self, frames: int):
-        """Keeps the last `frames` keys, values and positions; all of them if negative."""
-        if frames < 0:
-            return self
-        # Cloned, because a view would keep the whole past alive.
-        kept = (x if x is None else x[:, :, max(x.size(2) - frames, 0) :].clone() for x in self[:3])
-        return BlockState(*kept, self.convolution)
 
 
 class Attention(nn.Module):
@@ -297,8 +140,7 @@ class ConvolutionModule(nn.Module):
         self.kernel = o.cnn_module_kernel
         self.pointwise_conv1 = Linear(width, 2 * width)
         self.depthwise_conv = nn.Conv1d(width, width, self.kernel, groups=width)
-        norm = {"batch_norm": nn.BatchNorm1d, "layer_norm": nn.LayerNorm}[o.cnn_module_norm]
-        self.norm = norm(width)
+        self.norm = (nn.BatchNorm1d if o.cnn_module_norm == "batch_norm" else nn.LayerNorm)(width)
         self.activation = ACTIVATIONS[o.activation_type]
         self.pointwise_conv2 = Linear(width, width)
 
@@ -339,8 +181,7 @@ class ConvolutionModule(nn.Module):
 
 
 def self_attention(o: ModelOptions) -> SelfAttention:
-    kinds = {"rel_selfattn": RelativeAttention, "selfattn": SelfAttention}
-    kind = kinds[o.selfattention_layer_type]
+    kind = SelfAttention if o.selfattention_layer_type == "selfattn" else RelativeAttention
     return kind(o.output_size, o.attention_heads, o.attention_dropout_rate)
 
 
@@ -423,20 +264,6 @@ class Subsampling(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))  # (B,T',D,F') -> (B,T',D*F') -> (B,T',D)
 
 
-MAX_POSITION = 5000  # encoder frames, 200 s: as far as WeNet's table of positions goes
-
-
-class StreamState(NamedTuple):
-    """Where a stream is: a value, from which the stream can go on more than once."""
-
-    chunk_size: int  # encoder frames; below 1: one chunk of everything, which ends with the stream
-    left_chunks: int  # chunks to the left that are seen, -1 for all
-    max_position: int  # the largest position, see Encoder.stream_state
-    features: torch.Tensor  # (1,n,F) frames that later encoder frames still need
-    offset: int  # encoder frames that have come out
-    blocks: tuple[BlockState, ...]  # all with equally many frames
-
-
 class Encoder(nn.Module):
     def __init__(self, o: ModelOptions, num_mel_bins: int):
         super().__init__()
@@ -460,8 +287,7 @@ class Encoder(nn.Module):
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
         lengths = subsampled_length(feature_lengths, self.options.input_layer)
         size, width = x.shape[1:]
-        positions = sinusoids(size, width, device=x.device).to(x.dtype)[None]  # (1,T',D)
-        positions = self.dropout(positions)
+        positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])
         x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
         # A padded frame sees padded frames too: nothing uses it, and no row of the mask is empty.
@@ -495,10 +321,8 @@ class Encoder(nn.Module):
             x = x + sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
         return x
 
-    def stream_state(
-        self, chunk_size: int, left_chunks: int = -1, max_position: int = MAX_POSITION
-    ) -> StreamState:
-        """The state before the first frame. Raises UserError for an encoder that sees the future.
+    def stream_state(self, chunk_size: int, left_chunks=-1, max_position=MAX_POSITION):
+        """The StreamState before the first frame. Raises UserError for an encoder that sees the future.
 
         Positions count the encoder frames of an utterance. A chunk that would pass max_position
         stays there and keeps its distance to the past that it sees, so a stream may be endless.
@@ -639,9 +463,8 @@ class Decoder(nn.Module):
     @staticmethod
     def source_mask(encoded, encoded_lengths):
         # An utterance without an encoder frame attends to a padded one: no row may be empty.
-        return valid_mask(encoded_lengths.clamp(min=1), encoded.size(1))[
-            :, None, None
-        ]  # (B,1,1,T')
+        valid = valid_mask(encoded_lengths.clamp(min=1), encoded.size(1))
+        return valid[:, None, None]  # (B,1,1,T')
 
 
 # ------------------------------------------------------------------------------ the model, its loss

@@ -29,8 +29,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from conformer import subsampled_length
 from files import SMALL, parse_json, read_json, read_text, why
+from frames import subsampled_length
 from sampler import LengthGroupedSampler, eval_batches
 from tokenizer import Tokenizer
 from transforms import (

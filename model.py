@@ -20,10 +20,12 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 
 import decode
 from checkpoint import not_finite, read_checkpoint
-from conformer import ModelOptions, StreamState, U2Conformer, receptive_field, subsampled_length
+from conformer import U2Conformer
 from decode import Hypothesis, SearchOptions
 from files import json_text
+from frames import StreamState, receptive_field, subsampled_length
 from kernels import for_few_rows
+from presets import ModelOptions
 from tokenizer import Tokenizer
 from transforms import Frontend
 

@@ -12,7 +12,7 @@ from cli import UserError
 import torch
 
 import decode
-from conformer import receptive_field
+from frames import receptive_field
 from transforms import check_samples, feature_state, stream_features
 
 # WeNet's three rules: an utterance ends after so many ms of silence, of silence behind some text,

@@ -33,10 +33,10 @@ from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-from conformer import PRESETS, ModelOptions
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from files import ASIDE, alone, aside, check_utf8, json_text, read_json, write_whole
 from model import U2, OptimOptions, read_checked
+from presets import PRESETS, ModelOptions
 from recovery import (
     Average,
     BestCheckpoint,

@@ -17,8 +17,8 @@ from cli import UNSHOWN, shown
 import torch
 
 import decode
-from conformer import receptive_field
 from files import json_text
+from frames import receptive_field
 from tokenizer import Tokenizer
 from transforms import Frontend
 

@@ -18,8 +18,9 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, settings
 
-from conformer import ModelOptions, U2Conformer
+from conformer import U2Conformer
 from decode import SearchOptions
+from presets import ModelOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])  # of the project, without its tests

@@ -4,21 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conformer import (
-    PRESETS,
+from conformer import Subsampling, U2Conformer, label_smoothing_loss, reverse
+from frames import (
     SUBSAMPLING,
-    ModelOptions,
-    Subsampling,
-    U2Conformer,
     chunk_mask,
-    label_smoothing_loss,
     receptive_field,
-    reverse,
     sinusoids,
     subsampled_length,
     valid_mask,
 )
 from helpers import VARIANTS, network
+from presets import PRESETS, ModelOptions
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from conformer import SUBSAMPLING
 from datamodule import DataOptions, SpeechDataModule, filter_conformer_len_prob, label_statistics
+from frames import SUBSAMPLING
 from helpers import cases, json_lines
 from helpers_model import quiet_trainer, tiny_model
 from model import OptimOptions

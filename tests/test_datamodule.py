@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from conformer import SUBSAMPLING, Subsampling, U2Conformer, subsampled_length
+from conformer import Subsampling, U2Conformer
 from datamodule import (
     DataOptions,
     SpeechDataModule,
@@ -33,6 +33,7 @@ from datamodule import (
     load_split,
     row_values,
 )
+from frames import SUBSAMPLING, subsampled_length
 from helpers import TINY, one_line
 from tokenizer import train_char
 from transforms import Augment, Frontend, extract, shortest_frames, train_transform

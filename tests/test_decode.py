@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import decode
-from conformer import PRESETS, ModelOptions, U2Conformer
+from conformer import U2Conformer
 from decode import (
     Hypothesis,
     SearchOptions,
@@ -23,6 +23,7 @@ from decode import (
     plain_prefix_beam_search,
 )
 from helpers import all_sequences, beams, collapse, random_log_probs
+from presets import PRESETS, ModelOptions
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden/u2pp_conformer/expect.pt"
 # Special tokens of the attention tests.

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 import torch
 
-from conformer import MAX_POSITION, subsampled_length
 from decode import SearchOptions
+from frames import MAX_POSITION, subsampled_length
 from helpers import ROOT, TWO_BLOCKS, one_line
 from helpers_model import exportable_model, save_model, tiny_model
 from tokenizer import Tokenizer, train_char

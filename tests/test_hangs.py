@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conformer import PRESETS, ModelOptions, U2Conformer
+from conformer import U2Conformer
+from presets import PRESETS, ModelOptions
 
 WIDTHS = {
     name: {**preset, "num_blocks": 1, "decoder_num_blocks": 1, "r_num_blocks": 1}

@@ -5,10 +5,11 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "kernels"),
+    ("cli", "containers", "kernels", "frames"),
     ("files",),
     ("checkpoint",),
-    ("transforms", "sampler", "tokenizer", "conformer", "decode"),
+    ("transforms", "sampler", "tokenizer", "presets", "decode"),
+    ("conformer",),
     ("words", "audio", "context", "recovery"),
     ("datamodule", "model", "sources"),
     ("stream",),
@@ -33,7 +34,7 @@ def test_imports_point_one_way(path):
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
-    *("conformer", "kernels", "decode", "context", "stream", "words"),
+    *("conformer", "frames", "presets", "kernels", "decode", "context", "stream", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )

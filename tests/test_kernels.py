@@ -11,7 +11,8 @@ from torch import nn
 
 import conformer
 import kernels
-from conformer import SUBSAMPLING, Subsampling, chunk_mask
+from conformer import Subsampling
+from frames import SUBSAMPLING, chunk_mask
 from helpers import TWO_BLOCKS, VARIANTS
 from kernels import Dropout, Linear, attention, for_few_rows, in_eights
 

@@ -11,10 +11,12 @@ import torch
 
 import decode
 import helpers
-from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field, subsampled_length
+from conformer import U2Conformer
 from decode import MODES, SearchOptions
+from frames import receptive_field, subsampled_length
 from helpers import VARIANTS, network
 from helpers_model import tiny_model
+from presets import PRESETS, ModelOptions
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, trailing_blanks
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features

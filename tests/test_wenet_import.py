@@ -20,11 +20,13 @@ import yaml
 
 import decode
 import transcribe
-from conformer import ConvolutionModule, ModelOptions, U2Conformer, sinusoids, valid_mask
+from conformer import ConvolutionModule, U2Conformer
 from decode import MODES
+from frames import sinusoids, valid_mask
 from helpers import ROOT, TINY
 from helpers_model import save_model, tiny_model
 from model import load_checkpoint
+from presets import ModelOptions
 from tokenizer import load_tokenizer, train_char
 from tools.wenet_import import from_wenet, load_wenet, main, to_wenet
 from transforms import Frontend

@@ -41,10 +41,10 @@ from cli import UserError, build, keep_freed_memory, make_parser, option, option
 import numpy as np
 import torch
 
-from conformer import PRESETS
 from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from files import json_text
 from kernels import Linear
+from presets import PRESETS
 from sampler import LengthGroupedSampler
 from tools import workloads
 

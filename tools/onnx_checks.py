@@ -15,8 +15,8 @@ import torch
 import torchaudio
 from torch import nn
 
-from conformer import receptive_field, subsampled_length
 from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
+from frames import receptive_field, subsampled_length
 from model import U2
 from tools.onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
 from transforms import extract, feature_state, num_frames, stream_features

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
-from conformer import MAX_POSITION, BlockState, Encoder, receptive_field, reverse, sinusoids_at
+from conformer import Encoder, reverse
+from frames import MAX_POSITION, BlockState, receptive_field, sinusoids_at
 from model import U2
 from stream import piece_samples
 from transforms import (

@@ -24,9 +24,11 @@ import torch
 import yaml
 
 from checkpoint import not_finite, read_weights_only
-from conformer import ModelOptions, U2Conformer, sinusoids
+from conformer import U2Conformer
 from files import identity, parse_yaml, published, read_small, read_text, why, write_whole
+from frames import sinusoids
 from model import U2, OptimOptions, load_checkpoint, skeleton
+from presets import ModelOptions
 from tokenizer import BPE_SPACE, Tokenizer, brief, unit_lines
 from transforms import Frontend, read_cmvn
 

@@ -13,10 +13,12 @@ from cli import SPARING, keep_freed_memory
 import numpy as np
 import torch
 
-from conformer import PRESETS, ModelOptions, U2Conformer, receptive_field
+from conformer import U2Conformer
 from decode import SearchOptions
 from files import published
+from frames import receptive_field
 from kernels import for_few_rows
+from presets import PRESETS, ModelOptions
 from stream import cut, listen
 from tokenizer import SPECIALS, Tokenizer, load_tokenizer, save_tokenizer, train_char
 from transforms import Augment, Frontend, extract

@@ -1,0 +1,104 @@
+"""Frames: their lengths, masks and positions, and the values that a stream keeps of them.
+
+Nothing here has weights. Axes are those of conformer.py. Masks and states follow U2 (Zhang et al.
+2020, arXiv:2012.05481), section 2.3.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+# (kernel, stride) of each convolution, over time and over mel bins alike; none is padded.
+SUBSAMPLING = {
+    "conv2d": ((3, 2), (3, 2)),
+    "conv2d6": ((3, 2), (5, 3)),
+    "conv2d8": ((3, 2), (3, 2), (3, 2)),
+}
+
+
+def subsampled_length(length, input_layer: str):
+    """Encoder frames that `length` feature frames make: an int, a NumPy array or a tensor."""
+    for kernel, stride in SUBSAMPLING[input_layer]:
+        length = (length - kernel) // stride + 1
+        length = length * (length > 0)  # too short for one frame: none, not a negative number
+    return length
+
+
+def receptive_field(input_layer: str) -> tuple[int, int]:
+    """(feature frames that an encoder frame sees, feature frames from one of them to the next)."""
+    field, rate = 1, 1
+    for kernel, stride in SUBSAMPLING[input_layer]:
+        field += (kernel - 1) * rate
+        rate *= stride
+    return field, rate
+
+
+def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
+    """(B,) lengths -> (B, max_length) bool, True where a frame is real and not padding."""
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+
+
+def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -> torch.Tensor:
+    """(size, size) bool, True where frame `row` may see frame `column` (U2, section 2.3).
+
+    A frame sees its own chunk and the `left_chunks` before it, or all before it with -1.
+    """
+    chunk = torch.arange(size, device=device) // chunk_size
+    ahead = chunk[None, :] - chunk[:, None]  # key chunk minus query chunk
+    mask = ahead <= 0
+    return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)
+
+
+def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
+    """sinusoids_at of the positions offset .. offset + size - 1 -> (size, width)."""
+    positions = torch.arange(offset, offset + size, device=device, dtype=torch.float32)
+    return sinusoids_at(positions, width)
+
+
+def sinusoids_at(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """positions (S,) float32 -> (S, width), as in Vaswani et al. 2017, section 3.5."""
+    even = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[:, None] * torch.exp(even * -(math.log(10000.0) / width))
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # sine, cosine, sine, ...
+
+
+class BlockState(NamedTuple):
+    """What a block keeps of the frames before a chunk; None before the first (U2, section 2.3)."""
+
+    keys: torch.Tensor | None = None  # (B,H,S,D/H)
+    values: torch.Tensor | None = None  # (B,H,S,D/H)
+    positions: torch.Tensor | None = None  # (1,H,S,D/H), projected; None: project them anew
+    convolution: torch.Tensor | None = None  # (B,D,kernel-1), last inputs of the convolution
+
+    def and_then(self, keys, values, positions):
+        """Appends the keys, values and positions of the next frames."""
+        pairs = zip(self, (keys, values, positions))
+        joined = (new if old is None else torch.cat((old, new), dim=2) for old, new in pairs)
+        return BlockState(*joined, self.convolution)
+
+    def rows(self, index):
+        """Picks the rows `index` of a decoder block's state."""
+        return BlockState(self.keys[index], self.values[index])
+
+    def newest(self, frames: int):
+        """Keeps the last `frames` keys, values and positions; all of them if negative."""
+        if frames < 0:
+            return self
+        # Cloned, because a view would keep the whole past alive.
+        kept = (x if x is None else x[:, :, max(x.size(2) - frames, 0) :].clone() for x in self[:3])
+        return BlockState(*kept, self.convolution)
+
+
+MAX_POSITION = 5000  # encoder frames, 200 s: as far as WeNet's table of positions goes
+
+
+class StreamState(NamedTuple):
+    """Where a stream is: a value, from which the stream can go on more than once."""
+
+    chunk_size: int  # encoder frames; below 1: one chunk of everything, which ends with the stream
+    left_chunks: int  # chunks to the left that are seen, -1 for all
+    max_position: int  # the largest position, see Encoder.stream_state
+    features: torch.Tensor  # (1,n,F) frames that later encoder frames still need
+    offset: int  # encoder frames that have come out
+    blocks: tuple[BlockState, ...]  # all with equally many frames

@@ -1,0 +1,87 @@
+"""The sizes of a model as data: the presets, and every option of the network with its bounds."""
+
+from cli import UserError, option, options_class
+
+# A flag overrides the preset, and ModelOptions has what a preset does not name. Two tables:
+# fmt: off
+PRESETS = {
+    "tiny": dict(output_size=64, linear_units=256, num_blocks=4, cnn_module_kernel=15,
+                 decoder_linear_units=256, decoder_num_blocks=1, r_num_blocks=1,
+                 attention_heads=4, attention_dropout_rate=0.0),
+    "small": dict(output_size=144, linear_units=576, num_blocks=6, cnn_module_kernel=15,
+                  decoder_linear_units=576, decoder_num_blocks=2, r_num_blocks=1,
+                  attention_heads=4, attention_dropout_rate=0.0),
+    "base": dict(output_size=256, linear_units=2048, num_blocks=12, cnn_module_kernel=8,
+                 decoder_linear_units=2048, decoder_num_blocks=3, r_num_blocks=3,
+                 attention_heads=4),
+}
+
+
+@options_class
+class ModelOptions:
+    """Architecture and loss, by WeNet's names. Raises UserError for sizes that do not fit."""
+
+    encoder: str = option("conformer", "blocks of the encoder",
+                          choices=("conformer", "transformer"))
+    output_size: int = option(256, "model width D", at_least=2, at_most=8192)
+    attention_heads: int = option(4, "attention heads, in encoder and decoders",
+                                  at_least=1, at_most=256)
+    linear_units: int = option(2048, "feed-forward width of the encoder", at_least=1, at_most=2**16)
+    num_blocks: int = option(12, "encoder blocks", at_least=1, at_most=200)
+    activation_type: str = option("swish", "activation of the encoder", choices=("swish", "relu"))
+    pos_enc_layer_type: str = option(
+        "rel_pos", "positions in the attention alone, or also added to its input (abs_pos)",
+        choices=("rel_pos", "abs_pos"))
+    selfattention_layer_type: str = option(
+        "rel_selfattn", "the encoder's attention with or without a term for positions",
+        choices=("rel_selfattn", "selfattn"))
+    cnn_module_kernel: int = option(8, "kernel of the depthwise convolution, in encoder frames",
+                                    at_least=1, at_most=1000)
+    causal: bool = option(
+        True, "the depthwise convolution sees the past only (needed for streaming)")
+    cnn_module_norm: str = option("layer_norm", "norm in the convolution module",
+                                  choices=("layer_norm", "batch_norm"))
+    input_layer: str = option("conv2d", "subsampling of the features by 4, 6 or 8",
+                              choices=("conv2d", "conv2d6", "conv2d8"))
+    decoder_num_blocks: int = option(3, "blocks of the left-to-right decoder",
+                                     at_least=1, at_most=200)
+    r_num_blocks: int = option(
+        3, "blocks of the right-to-left decoder (U2++); unused with reverse_weight 0 (U2)",
+        at_least=0, at_most=200)
+    decoder_linear_units: int = option(2048, "feed-forward width of the decoders",
+                                       at_least=1, at_most=2**16)
+    decoder_attention_heads: int = option(
+        0, "attention heads of the decoders; 0: as many as in the encoder",
+        at_least=0, at_most=256)
+    keep_right_decoder: bool = option(
+        False, "with reverse_weight 0: have a right-to-left decoder, which is not trained")
+    dropout_rate: float = option(0.1, "dropout in every block", at_least=0.0, at_most=0.9)
+    attention_dropout_rate: float = option(0.1, "dropout on attention weights",
+                                           at_least=0.0, at_most=0.9)
+    ctc_weight: float = option(0.3, "loss = ctc_weight CTC + (1 - ctc_weight) attention",
+                               at_least=0.0, at_most=1.0)
+    reverse_weight: float = option(
+        0.3, "share of the right-to-left decoder in the attention loss; 0 makes it U2",
+        at_least=0.0, at_most=1.0)
+    lsm_weight: float = option(0.1, "label smoothing of the attention loss",
+                               at_least=0.0, at_most=1.0)
+    length_normalized_loss: bool = option(
+        False, "attention loss per label instead of per utterance")
+    use_dynamic_chunk: bool = option(
+        True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
+    use_dynamic_left_chunk: bool = option(
+        False, "also draw how many chunks to the left are seen in training")
+    # fmt: on
+
+    def __post_init__(self):
+        width = self.output_size
+        heads = self.attention_heads
+        if width % heads or width % (self.decoder_attention_heads or heads) or width % 2:
+            raise UserError(
+                f"--output_size {width} must be even and divisible by --attention_heads {heads} "
+                "and by --decoder_attention_heads"
+            )
+        if not self.causal and self.cnn_module_kernel % 2 == 0:
+            raise UserError(
+                f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}"
+            )
