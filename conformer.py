@@ -322,7 +322,7 @@ class Encoder(nn.Module):
         return x
 
     def stream_state(self, chunk_size: int, left_chunks=-1, max_position=MAX_POSITION):
-        """The StreamState before the first frame. Raises UserError for an encoder that sees the future.
+        """The first StreamState. Raises UserError for an encoder that sees the future.
 
         Positions count the encoder frames of an utterance. A chunk that would pass max_position
         stays there and keeps its distance to the past that it sees, so a stream may be endless.
