@@ -31,7 +31,7 @@ help:  ## this list
 
 setup: .venv/installed  ## .venv with the pinned packages
 
-# data/demo_source holds wavs and metadata.csv, as a corpus of your own does; prepare.py makes data/demo of them.
+# data/demo_source holds wavs and metadata.csv, as a corpus of your own does.
 data/demo/tokenizer.json: | .venv/installed
 	test -e data/demo_source/train/metadata.csv || $(PY) -m tools.demo --out data/demo_source
 	$(PY) prepare.py --source data/demo_source --data_root data/demo

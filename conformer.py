@@ -1,10 +1,10 @@
 """The U2++ network: a conformer encoder, a CTC branch, and attention decoders in both directions.
 
 To read how the network learns, start at U2Conformer.loss; how it hears a stream, at Encoder.stream.
-What comes from kernels.py computes the same numbers as torch's own layers of these names, sooner.
+The layers from kernels.py compute the same numbers as torch's own of these names, sooner.
 
 Sources: U2 (Zhang et al. 2020, arXiv:2012.05481), U2++ (Wu et al. 2021, arXiv:2106.05642),
-Conformer (Gulati et al. 2020, arXiv:2005.08100); it behaves as WeNet's. Axes: B batch, T feature
+Conformer (Gulati et al. 2020, arXiv:2005.08100); the behaviour is WeNet's. Axes: B batch, T feature
 frames, T' encoder frames, U labels, D width, H heads, S keys, V vocabulary, F mel bins.
 """
 
@@ -175,17 +175,17 @@ class BlockState(NamedTuple):
     convolution: torch.Tensor | None = None  # (B,D,kernel-1), last inputs of the convolution
 
     def and_then(self, keys, values, positions):
-        """The state with those of the next frames behind its own keys, values and positions."""
+        """Appends the keys, values and positions of the next frames."""
         pairs = zip(self, (keys, values, positions))
         joined = (new if old is None else torch.cat((old, new), dim=2) for old, new in pairs)
         return BlockState(*joined, self.convolution)
 
     def rows(self, index):
-        """The state of a decoder's block with the rows `index`."""
+        """Picks the rows `index` of a decoder block's state."""
         return BlockState(self.keys[index], self.values[index])
 
     def newest(self, frames: int):
-        """The state with the last `frames` keys, values and positions; with all if negative."""
+        """Keeps the last `frames` keys, values and positions; all of them if negative."""
         if frames < 0:
             return self
         # Cloned, because a view would keep the whole past alive.
@@ -241,10 +241,10 @@ class SelfAttention(Attention):
         return self.attend(q, k, v, mask, is_causal), state
 
     def project(self, positions):
-        """Positions (1,N,D) -> what is kept of them, (1,H,N,D/H) or None."""
+        """Projects positions (1,N,D) for the state -> (1,H,N,D/H), or None as here."""
 
     def place(self, q, state: BlockState):
-        """Queries, keys and values that know their positions."""
+        """Puts the positions into the queries, keys and values; here none."""
         return q, state.keys, state.values
 
 
@@ -330,8 +330,10 @@ class ConvolutionModule(nn.Module):
         return depthwise(x, conv.weight, conv.bias, padding, few)
 
     def silence(self, x):
-        """What lies before the first frame: WeNet puts zeros in front of the first pointwise layer,
-        whose gate makes glu(bias) of a zero frame. -> (B,D,kernel-1)"""
+        """The convolution's inputs before the first frame, (B,D,kernel-1).
+
+        WeNet puts zeros before the first pointwise layer, and its gate makes glu(bias) of them.
+        """
         edge = F.glu(self.pointwise_conv1.bias, dim=0).to(x.dtype)
         return edge[None, :, None].expand(x.size(0), -1, self.kernel - 1)
 
@@ -425,7 +427,7 @@ MAX_POSITION = 5000  # encoder frames, 200 s: as far as WeNet's table of positio
 
 
 class StreamState(NamedTuple):
-    """Where a stream is. It is a value: a stream can go on from it again."""
+    """Where a stream is: a value, from which the stream can go on more than once."""
 
     chunk_size: int  # encoder frames; below 1: one chunk of everything, which ends with the stream
     left_chunks: int  # chunks to the left that are seen, -1 for all
@@ -513,8 +515,8 @@ class Encoder(nn.Module):
     def stream(self, features, state: StreamState, last: bool = False):
         """features (1,n,F), n >= 0 -> encoded (1,m,D) of the chunks now complete, the state behind.
 
-        Over all calls that is what `forward` gives for the whole under the same chunk mask. `last`
-        also encodes the rest, a shorter chunk, and hands back the state before a new utterance.
+        The outputs of all calls together equal `forward` on the whole under the same chunk mask.
+        `last` also encodes the rest, a shorter chunk, and returns the state for a new utterance.
         """
         features = torch.cat((state.features, features), dim=1)
         field, rate = receptive_field(self.options.input_layer)
@@ -524,7 +526,7 @@ class Encoder(nn.Module):
             size = min(state.chunk_size, ready) if state.chunk_size > 0 else ready
             position = min(state.offset, max(state.max_position - size, 0))
             blocks = state.blocks
-            if position < state.offset:  # the chunk stays: what it sees of the past moves back
+            if position < state.offset:  # the chunk stays, so its past moves back
                 blocks = tuple(block._replace(positions=None) for block in blocks)
             chunk = features[:, : (size - 1) * rate + field]
             x, blocks = self.forward_chunk(chunk, position, blocks)

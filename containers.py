@@ -143,7 +143,8 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
         if place + kind.name + kind.size > stop:
             return [Part([(start, stop)])], stop  # no samples, as the decoder will say
         head = at(file, place, kind.name + kind.size)
-        body, size = place + len(head), chunk_size(kind, head)
+        body = place + len(head)
+        size = chunk_size(kind, head)
         if head[:4] == kind.data:
             break
         if head[:4] == b"ds64":  # RF64 has the size of the samples there, in 8 bytes
@@ -239,8 +240,8 @@ def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     """(the part of an au file that begins at `start`, where the next file begins)."""
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
-    size, body = (int.from_bytes(head[i : i + 4], order) for i in (8, 4))
-    body = start + max(body, 24)  # bytes of the header
+    size = int.from_bytes(head[8:12], order)
+    body = start + max(int.from_bytes(head[4:8], order), 24)  # the header has so many bytes
     if body + size < stop and at(file, body + size, 4) in WALKS:
         return [Part([(start, body + size)])], body + size
     stop = next(matches(file, HEAD, body, stop), stop)

@@ -190,7 +190,7 @@ def check_twice(paths: list[Path]) -> None:
 
 
 def shard_paths(root: Path, split: str) -> list[Path]:
-    """List the shards of a split, and print what is left out. Raises UserError for none."""
+    """List the shards of a split, and print what is left out. Raises UserError without any."""
     if not root.is_dir():
         raise UserError(f"{root}: no such data root; prepare.py makes one")
     if not (root / split).is_dir():
@@ -217,7 +217,7 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 
 
 def load_shard(path: Path) -> datasets.Dataset:
-    """Open a shard that save_to_disk wrote. Raises UserError where it is damaged or not ours."""
+    """Open a shard that save_to_disk wrote. Raises UserError where it cannot be read."""
     try:
         if not (path / "state.json").exists() and (path / "dataset_dict.json").exists():
             raise ValueError(
@@ -801,7 +801,7 @@ class SpeechDataModule(L.LightningDataModule):
 
     @cached_property
     def dev_checksum(self) -> int:
-        """The checksum of the lengths and labels of dev, which every checkpoint holds."""
+        """Compute the checksum of the lengths and labels of dev, which every checkpoint holds."""
         return zlib.crc32(
             audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"])
         )

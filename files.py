@@ -375,7 +375,8 @@ def _foreign(root: str, what: str) -> str | None:
         written = dict(mark["files"]) if mark["what"] == what else {}
         folders = {str(folder) for name in written for folder in PurePath(name).parents}
     except (OSError, ValueError, LookupError, TypeError):
-        written, folders = {}, set()
+        written = {}
+        folders = set()
     mounts = _mounts()
     for path, is_folder in _inside(root):
         name = os.path.relpath(path, root)

@@ -1,9 +1,10 @@
-"""Speech and transcripts in, training data out: python prepare.py --source SRC --data_root ROOT
+"""Makes training data of speech and transcripts: python prepare.py --source SRC --data_root ROOT
 
-ROOT/{split}/{shard}/ are datasets saved with save_to_disk; a row has input_values (N,) float32 at --sample_rate,
-labels {input_ids: (U,) int32}, length N, text and, where known, speaker. ROOT/tokenizer.json holds the vocabulary,
-ROOT/rejected.csv the rows that could not be used, ROOT/prepare.json a sample rate other than 16 kHz. ROOT appears when
-all of it is written, or not at all.
+ROOT/{split}/{shard}/ are datasets saved with save_to_disk. A row has input_values (N,) float32 at
+--sample_rate, labels {input_ids: (U,) int32}, length N, text and, where known, speaker.
+ROOT/tokenizer.json holds the vocabulary, ROOT/rejected.csv the rows that could not be used, and
+ROOT/prepare.json a sample rate other than 16 kHz. ROOT appears when all of it is written, or not at
+all.
 """
 
 import collections
@@ -25,22 +26,24 @@ from tqdm import tqdm
 import files
 import tokenizer as tk
 from audio import read_audio
-from sources import Row, SourceOptions, Split, open_source
+from sources import Row, SourceOptions, Split, note, open_source
 from transforms import RATES
 
-CONTROL = re.compile(
-    "[\0-\x1f\x7f-\x9f]"
-)  # after clean_text: no white space, and nothing that is said or written
-# What shows nothing and is taken out of a text: soft hyphens, zero-width spaces, byte order marks,
-# directions. tk.NOTHING stays where it has something beside it.
+# After clean_text these are no white space, and nobody says or writes them.
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
+# These characters show nothing and are taken out of a text: soft hyphens, zero-width spaces, byte
+# order marks, directions. The characters of tk.NOTHING stay, where others are beside them.
 INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )
-LONGEST_TEXT = (
-    2**16
-)  # characters of a row: in an hour, the longest that audio.py reads whole, nobody says as many
-QUIET = 20  # steps of 16 bits: in nothing that stays within so many is anything said
+# Nobody says so many characters in an hour, and audio.py reads no longer recording whole.
+LONGEST_TEXT = 2**16
+# In a recording that stays within so many steps of 16 bits nothing is said.
+SILENT = 20
 EDGE = 160  # samples: 10 ms
+# So many rows wait in memory to be written, or samples: 35 minutes at 16 kHz.
+BATCH_ROWS = 100
+BATCH_SAMPLES = 2**25
 
 
 @options_class
@@ -88,13 +91,17 @@ def waveform_of(audio: str | bytes | None, sample_rate: int) -> np.ndarray:
 
 
 def silence(samples: np.ndarray) -> str:
-    """Why nothing can be said in (N,) samples, or ""; but for the ends, where a constant rings."""
+    """Returns why nothing can be said in (N,) samples, or "".
+
+    The ends do not count: a constant rings there when it is resampled.
+    """
     if not samples.any():
         return "silent: all samples are 0"
     inner = samples[EDGE:-EDGE] if len(samples) > 4 * EDGE else samples
     middle = np.median(inner)
     level = 32768 * np.quantile(np.abs(inner - middle), 0.999)
-    if len(inner) == 1 or level > QUIET + 15 * abs(middle):  # resampled, a constant ripples so much
+    # A constant of full scale ripples by 15 steps when it is resampled.
+    if len(inner) == 1 or level > SILENT + 15 * abs(middle):
         return ""
     return (
         f"silent: all samples are {middle:.4g}, give or take {level:.0f} steps of 16 bits; "
@@ -103,8 +110,10 @@ def silence(samples: np.ndarray) -> str:
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:
-    """NFC with single spaces, without invisible characters; case and punctuation as the options say.
-    Empty where nothing shows."""
+    """Returns NFC with single spaces and no invisible characters, and "" where nothing shows.
+
+    The options say what becomes of case and punctuation.
+    """
     text = INVISIBLE.sub("", tk.normalize_text(text))
     if options.remove_punctuation:
         text = "".join(
@@ -112,7 +121,8 @@ def clean_text(text: str, options: PrepareOptions) -> str:
             for c in text
         )
     if options.lowercase:
-        text = text.replace("\u0130", "i").lower()  # of which lower() would leave a combining dot
+        # lower() alone would leave a combining dot of a capital i with a dot.
+        text = text.replace("\u0130", "i").lower()
     elif options.uppercase:
         text = text.upper()
     text = tk.normalize_text(text)
@@ -120,12 +130,13 @@ def clean_text(text: str, options: PrepareOptions) -> str:
 
 
 def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> dict:
-    """The row as it is written. Raises BadRow."""
+    """Returns the row as it is written. Raises BadRow."""
     if row.reason:
         raise BadRow(row.reason)
     if len(row.text) > LONGEST_TEXT:
         raise BadRow(
-            f"a text of {len(row.text)} characters; {LONGEST_TEXT} is the most: cut it into utterances"
+            f"a text of {len(row.text)} characters; {LONGEST_TEXT} is the most: cut it into "
+            "utterances"
         )
     text = clean_text(row.text, options)
     if not text:
@@ -150,11 +161,15 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
 def write_split(
     name: str, parts: list[Split], folder: str, tokenizer, options, rejected: list
 ) -> int:
-    """Writes the shards folder/0, folder/1, ...; bad rows are added to `rejected`. Returns the rows kept."""
+    """Writes the shards folder/0, folder/1, ... Returns the rows kept.
+
+    Bad rows are added to `rejected`. Raises UserError where no row is usable, or where the
+    tokenizer does not know most of the text.
+    """
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
     bar = tqdm(rows, desc=shown(name), unit=" rows", total=sum(part.count for part in parts))
-    speakers, tokens, unknown = any(part.speakers for part in parts), 0, collections.Counter()
-    examples, changed, change = {}, 0, ""
+    speakers = any(part.speakers for part in parts)
+    labels = Labels(name, tokenizer)
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
         for row in bar:
             try:
@@ -163,51 +178,69 @@ def write_split(
                 rejected.append((name, row.name, str(reason)))
                 continue
             writer.write(example)
-            text, ids = example["text"], example["labels"]["input_ids"]
-            tokens += len(tokenizer.spell(text))
-            for piece in (missing := tokenizer.unknown(text)):
-                unknown[piece] += 1
-                examples.setdefault(piece, row.name)
-            if not missing and (heard := tokenizer.decode(ids)) != text:
-                changed += 1
-                change = change or f"{heard[:80]!r} for {text[:80]!r} of {row.name}"
+            labels.add(row.name, example)
     if writer.rows == 0:
         first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == name), "")
         raise UserError(f"split {name} has no usable row{first}; nothing was written")
-    told = tk.most_frequent(unknown, examples)
-    if 2 * unknown.total() > tokens:
-        raise UserError(
-            f"{unknown.total()} of {tokens} tokens of split {name} are unknown to "
-            f"{options.tokenizer}: {told}; "
-            "try --uppercase or --lowercase, or another --tokenizer"
-        )
-    if unknown:
-        print(
-            shown(
-                f"{name}: {unknown.total()} of {tokens} tokens are unknown to the tokenizer: {told}"
-            )
-        )
-    if changed:
-        print(
-            shown(
-                f"{name}: the labels of {changed} rows say something else than their text, "
-                f"because the tokenizer cannot tell it apart: {change}"
-            )
-        )
+    labels.tell(options.tokenizer)
     return writer.rows
 
 
-BATCH_ROWS, BATCH_SAMPLES = (
-    100,
-    2**25,
-)  # written at a time: an hour of speech waits in memory, however long the rows are
+class Labels:
+    """Counts where the labels of a split say something else than their text. State: the counts."""
+
+    def __init__(self, split: str, tokenizer: tk.Tokenizer):
+        self.split = split
+        self.tokenizer = tokenizer
+        self.tokens = 0
+        self.unknown = collections.Counter()  # {a piece that is unknown: how often it occurs}
+        self.examples = {}  # {the same: a row with it}
+        self.changed = 0  # rows without an unknown piece
+        self.change = ""  # the first of them
+
+    def add(self, name: str, example: dict) -> None:
+        text = example["text"]
+        self.tokens += len(self.tokenizer.spell(text))
+        missing = self.tokenizer.unknown(text)
+        for piece in missing:
+            self.unknown[piece] += 1
+            self.examples.setdefault(piece, name)
+        if missing:
+            return
+        heard = self.tokenizer.decode(example["labels"]["input_ids"])
+        if heard != text:
+            self.changed += 1
+            self.change = self.change or f"{heard[:80]!r} for {text[:80]!r} of {name}"
+
+    def tell(self, tokenizer: str) -> None:
+        """Prints the counts. Raises UserError where more than half of the tokens are unknown."""
+        told = tk.most_frequent(self.unknown, self.examples)
+        count = f"{self.unknown.total()} of {self.tokens} tokens"
+        if 2 * self.unknown.total() > self.tokens:
+            raise UserError(
+                f"{count} of split {self.split} are unknown to {tokenizer}: {told}; try "
+                "--uppercase or --lowercase, or another --tokenizer"
+            )
+        if self.unknown:
+            print(shown(f"{self.split}: {count} are unknown to the tokenizer: {told}"))
+        if self.changed:
+            print(
+                shown(
+                    f"{self.split}: the labels of {self.changed} rows say something else than "
+                    f"their text, because the tokenizer cannot tell it apart: {self.change}"
+                )
+            )
 
 
 class ShardWriter:
-    """Streams rows into datasets of at most `shard_rows` rows; a shard's audio passes through a file, not memory."""
+    """Streams rows into datasets of at most `shard_rows` rows.
+
+    State: the file through which a shard's audio passes, because it need not fit into memory.
+    """
 
     def __init__(self, folder: str, shard_rows: int, speakers: bool):
-        self.folder, self.shard_rows = folder, shard_rows
+        self.folder = folder
+        self.shard_rows = shard_rows
         columns = {
             "input_values": datasets.List(datasets.Value("float32")),
             "labels": {"input_ids": datasets.List(datasets.Value("int32"))},
@@ -217,8 +250,11 @@ class ShardWriter:
         self._features = datasets.Features(
             columns | ({"speaker": datasets.Value("string")} if speakers else {})
         )
-        self.rows = self.shards = self._waiting = 0
-        self._writer, self._stream = None, f"{folder}.arrow"
+        self.rows = 0
+        self.shards = 0
+        self._waiting = 0  # samples
+        self._writer = None
+        self._stream = f"{folder}.arrow"
         os.makedirs(folder)
 
     def write(self, example: dict) -> None:
@@ -248,7 +284,7 @@ class ShardWriter:
 
 
 def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> tk.Tokenizer:
-    """Loads --tokenizer PATH, or trains on the text of the train split."""
+    """Loads --tokenizer PATH, or trains one on the text of the train split. Raises UserError."""
     if options.tokenizer not in ("char", "bpe"):
         return tk.load_tokenizer(options.tokenizer)
     if "train" not in splits:
@@ -264,15 +300,16 @@ def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> t
         if len(text) <= LONGEST_TEXT
     )
     texts = (text for text in texts if not CONTROL.search(text))
-    return (
-        tk.train_char(texts)
-        if options.tokenizer == "char"
-        else tk.train_bpe(texts, options.vocab_size or 500)
-    )
+    if options.tokenizer == "char":
+        return tk.train_char(texts)
+    return tk.train_bpe(texts, options.vocab_size or 500)
 
 
 def prepare(options: PrepareOptions) -> tuple[int, int]:
-    """Writes ROOT from the source. Returns the rows kept and rejected. Raises UserError, leaving ROOT as it was."""
+    """Writes ROOT from the source. Returns the rows kept and rejected.
+
+    Raises UserError, and leaves ROOT as it was, where that cannot be done.
+    """
     files.check_utf8(os.path.realpath(options.data_root), "--data_root", "Arrow")
     with files.published(
         options.data_root, "data of prepare.py", options.overwrite, (options.source,)
@@ -291,12 +328,11 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
             files.write_whole(os.path.join(folder, "prepare.json"), mark)
         tk.save_tokenizer(tokenizer, os.path.join(folder, "tokenizer.json"))
     if names := left_out():
-        note = f"note: {options.source}: neither read nor named by a row: {names}"
-        print(shown(note), flush=True)
+        note(f"{options.source}: neither read nor named by a row: {names}")
     return kept, len(rejected)
 
 
-def options_of(argv: list[str]) -> PrepareOptions:
+def prepare_options(argv: list[str]) -> PrepareOptions:
     """Returns the options of a command line. Raises UserError where they contradict each other."""
     given = vars(cli.make_parser(__doc__, PrepareOptions).parse_args(argv))
     options = cli.build(PrepareOptions, given)
@@ -319,20 +355,18 @@ def options_of(argv: list[str]) -> PrepareOptions:
 
 
 def main(argv: list[str]) -> None:
-    options = options_of(argv)
-    datasets.disable_progress_bars()  # save_to_disk's; ours counts rows
+    options = prepare_options(argv)
+    datasets.disable_progress_bars()  # save_to_disk has one; ours counts rows.
     for library in (
         "datasets",
         "huggingface_hub",
         "fsspec",
-    ):  # their errors reach the user as ours, in one line
+    ):  # Their errors become one line of ours.
         logging.getLogger(library).setLevel(logging.CRITICAL)
     kept, rejected = prepare(options)
     root = shown(options.data_root)
-    print(
-        f"{root}: kept {kept} rows, rejected {rejected} rows"
-        + (f" (reasons in {os.path.join(root, 'rejected.csv')})" if rejected else "")
-    )
+    reasons = f" (reasons in {os.path.join(root, 'rejected.csv')})" if rejected else ""
+    print(f"{root}: kept {kept} rows, rejected {rejected} rows{reasons}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from files import FULL, SMALL, parse_json, write_whole
 SAVE = 1
 STOP = 128
 
-
 # Any of these may come of a damaged checkpoint, wherever a part of it is used.
 FAULTS = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError
 
@@ -208,7 +207,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit":  # else training has ended and is saved
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
-                    # Puts the trained weights back, in whose place the average was validated.
+                    # This puts the trained weights back, after the average in their place.
                     callback.on_validation_epoch_end(trainer, module)
             self.save(trainer)
         raise Stopped(int(stop), trainer.global_step)

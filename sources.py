@@ -1,8 +1,8 @@
-"""Where speech and transcripts come from: a folder, or a dataset on the hub.
+"""Sources give speech and transcripts: a folder, or a dataset on the hub.
 
-A source gives {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet
-file is read; which split it is of is decided here, by names alone. What is joined under one name
-and what is left out is named.
+A source is {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet file
+is read; names alone decide which split a file belongs to. Splits that are joined under one name and
+files that are left out are named on standard output.
 """
 
 import codecs
@@ -29,41 +29,35 @@ import tokenizer as tk
 from audio import EXTENSIONS
 from files import parse_yaml, read_small, read_text, why
 
-# The splits of openslr/librispeech_asr (configs all, clean, other), the hub's usual ones and ours.
-SPLIT_NAMES = {
-    "train.clean.100": "train",
-    "train.clean.360": "train",
-    "train.other.500": "train",
-    "train.100": "train",
-    "train.360": "train",
-    "train.500": "train",
-    "train": "train",
-    "validation.clean": "dev",
-    "validation.other": "dev_other",
-    "validation": "dev",
-    "valid": "dev",
-    "val": "dev",
-    "dev": "dev",
-    "dev_other": "dev_other",
-    "test.clean": "eval_clean",
-    "test.other": "eval_other",
-    "test": "eval_clean",
-    "eval_clean": "eval_clean",
-    "eval_other": "eval_other",
+# Our name of a split, the names in openslr/librispeech_asr (configurations all, clean, other), and
+# usual names on the hub.
+USUAL_NAMES = {
+    "train": "train train.clean.100 train.clean.360 train.other.500 train.100 train.360 train.500",
+    "dev": "dev validation validation.clean valid val",
+    "dev_other": "dev_other validation.other",
+    "eval_clean": "eval_clean test test.clean",
+    "eval_other": "eval_other test.other",
 }
-SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")  # train-00000-of-00002.parquet is of train
-NUMBER = re.compile(r"[-_]\d+$")  # and so is train-0.parquet
+SPLIT_NAMES = {name: ours for ours, names in USUAL_NAMES.items() for name in names.split()}
+# train-00000-of-00002.parquet and train-0.parquet belong to the split train.
+SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
+NUMBER = re.compile(r"[-_]\d+$")
 TEXT_COLUMNS = ("transcription", "text", "transcript", "sentence")
 AUDIO_COLUMNS = ("audio", "file_name", "path", "file")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
-OWN = ("tokenizer.json", "rejected.csv", "prepare.json")  # beside the splits in a data root
-# What no file in UTF-8 holds: half of a pair, or a byte of a name that is not in UTF-8 on disk.
+# A data root holds these files beside its splits.
+BESIDE_SPLITS = ("tokenizer.json", "rejected.csv", "prepare.json")
+# No file in UTF-8 holds these: half of a pair, or a byte of a name that is not in UTF-8 on disk.
 SURROGATE = re.compile("[\ud800-\udfff]")
-BATCH = 16  # texts of a parquet file read at a time; of rows with audio one, which fits into memory
-# Bytes that a column of a row group may take in memory; more must not come from a hundredth of it.
-UNPACKED, PACKED = 2**26, 100
-METADATA = 2**30  # bytes of a metadata.csv: some millions of rows
-MOST_LINKS = 100  # to one folder: links to links could make as many paths as atoms
+# So many texts of a parquet file are read at a time, but one row with audio: more recordings need
+# not fit into memory.
+TEXTS_AT_ONCE = 16
+# A column of a row group may take UNPACKED bytes in memory, and more than that only up to PACKED
+# times the bytes that it has in the file.
+UNPACKED = 2**26
+PACKED = 100
+LARGEST_METADATA = 2**30  # bytes of a metadata.csv, which hold some millions of rows
+MOST_LINKS = 100  # links that lead to one folder: links to links could make as many paths as atoms
 DEEPEST = 100  # folders in folders
 
 
@@ -95,18 +89,26 @@ class Row(NamedTuple):
     audio: str | bytes | None  # a path, or the bytes of a file
     text: str
     speaker: str  # "" when not known
-    reason: str = ""  # why it cannot be used, where its source can tell
+    reason: str = ""  # why the row cannot be used, where its source can tell
 
 
 class Split(NamedTuple):
     count: int  # rows
-    speakers: bool  # whether its rows name their speakers
-    texts: Callable[[], Iterable[str]]  # all transcripts, without touching audio
+    speakers: bool  # True where the rows name their speakers
+    texts: Callable[[], Iterable[str]]  # all transcripts; no audio is read
     rows: Callable[[], Iterable[Row]]
 
 
+def note(text: str) -> None:
+    print(shown(f"note: {text}"), flush=True)
+
+
 def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
-    """The splits, and a function that names, once all rows are read, the files left out."""
+    """Opens --source: a folder, or else the id of a dataset on the hub.
+
+    Returns the splits, and a function that names the files left out, once all rows are read. Raises
+    UserError, which says what to do, for anything that is no source.
+    """
     source = options.source
     if not os.path.exists(source):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
@@ -117,9 +119,12 @@ def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
 
 
 def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict[str, list[Split]]:
-    """Renames splits: those of --split_map only, or all with the usual names. Several may join
-    under one name. A note says what --split_map does not: what is renamed, joined or left out.
-    What is left out is not opened: it may be damaged, or have no text."""
+    """Renames splits: those of --split_map only, or all to the usual names.
+
+    Several may join under one name. A note says what --split_map does not: which splits are
+    renamed, joined or left out. A split that is left out is not opened: it may be damaged, or have
+    no text.
+    """
     wanted = dict(item.partition("=")[::2] for item in options.split_map)
     if len(wanted) < len(options.split_map):
         raise UserError(f"--split_map {' '.join(options.split_map)} names a split twice")
@@ -128,31 +133,34 @@ def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict
             raise UserError(f"--split_map {old}={new} is not OLD=NEW, a split and a folder's name")
         if old not in splits:
             raise UserError(f"{options.source} has no split {old}; it has {', '.join(splits)}")
-    names, notes = collections.defaultdict(list), {}
-    for old in [old for old in splits if not wanted or old in wanted]:
-        names[wanted.get(old) or usual(old) or old].append(old)
+    names = collections.defaultdict(list)
+    notes = []
+    for old in splits:
+        if not wanted or old in wanted:
+            names[wanted.get(old) or usual(old) or old].append(old)
     for new, old in names.items():
         hidden = not new or new[0] == "."
-        if hidden or os.path.basename(new) != new or new in OWN or SURROGATE.search(new):
+        if hidden or os.path.basename(new) != new or new in BESIDE_SPLITS or SURROGATE.search(new):
             raise UserError(f"a split cannot be called {new!r}; name it with --split_map OLD=NEW")
         if old != [new] and not wanted:
-            notes[f"written as {new}; --split_map OLD=NEW says otherwise"] = old
-    notes["left out by --split_map"] = [old for old in splits if wanted and old not in wanted]
-    for note, old in notes.items():
-        if old:
-            print(shown(f"note: {', '.join(old)} of {options.source}: {note}"), flush=True)
+            said = f"written as {new}; --split_map OLD=NEW says otherwise"
+            notes.append((old, said))
+    if left := [old for old in splits if wanted and old not in wanted]:
+        notes.append((left, "left out by --split_map"))
+    for old, said in notes:
+        note(f"{', '.join(old)} of {options.source}: {said}")
     return {new: [part for name in old for part in splits[name]()] for new, old in names.items()}
 
 
 def usual(name: str) -> str | None:
-    """What a split of a usual name is called here."""
+    """Returns our name for a split of a usual name, or None."""
     return SPLIT_NAMES.get(name.lower()) or SPLIT_NAMES.get(NUMBER.sub("", name.lower()))
 
 
 def choose_column(
     columns, wanted: str | None, names, place: str, flag: str = "--text_column"
 ) -> str:
-    """The column `wanted`, or the first of the usual `names`; UserError when there is none."""
+    """Returns the column `wanted`, or the first of the usual `names`. Raises UserError."""
     found = [c for c in ([wanted] if wanted else names) if c in columns]
     if not found:
         raise UserError(
@@ -164,8 +172,10 @@ def choose_column(
 
 
 def string(value, place: str) -> str:
-    """A cell as text; speakers are often numbers, and nothing is an empty text. Raises UserError
-    for bytes, lists and dicts."""
+    """Returns a cell as text. A speaker is often a number, and None is an empty text.
+
+    Raises UserError for bytes, lists and dicts.
+    """
     if isinstance(value, (bytes, list, dict)):
         raise UserError(
             f"{place}: a {type(value).__name__} is neither text nor speaker; name the "
@@ -178,10 +188,11 @@ def string(value, place: str) -> str:
 
 
 class Folder:
-    """The files of a source, those hidden by a dot excepted; which were read or named by a row."""
+    """The files of a source, but for hidden ones. State: which were read or named by a row."""
 
     def __init__(self, source: str):
-        self.source, self.path = source, os.path.abspath(source)
+        self.source = source
+        self.path = os.path.abspath(source)
         if not os.path.isdir(source):
             raise UserError(
                 f"{source} has neither SRC/{{split}}/metadata.csv nor parquet files: "
@@ -191,12 +202,11 @@ class Folder:
         self.read = set()
 
     def find(self, folder: str, name: str) -> tuple[str, str]:
-        """(path, why it cannot be used or "") of the file that a row calls `name`, seen from
-        `folder`.
+        """Returns (path, why it cannot be used or "") of the file that a row calls `name`.
 
-        A name may be composed otherwise than on disk (NFC, NFD): to a reader they are the same.
-        Other case, other slashes or another folder may mean another file: that one is named, not
-        taken.
+        Names are relative to `folder`. A name may be composed otherwise than on disk (NFC, NFD): to
+        a reader they are the same. Another case, other slashes or another folder may mean another
+        file, so such a file is named in the reason, not taken.
         """
         path = os.path.normpath(os.path.join(folder, name))
         if not name.strip():
@@ -212,7 +222,7 @@ class Folder:
             same = [file for file in near if tk.nfc(file) == tk.nfc(path)]
             if near and len(same) != 1:
                 return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
-            path = same[0] if same else path  # what is missing is the decoder's to tell
+            path = same[0] if same else path  # The decoder tells that a file is missing.
         self.read.add(path)
         return path, ""
 
@@ -224,9 +234,12 @@ class Folder:
         return names
 
     def left_out(self) -> str:
-        """What was neither read nor named: of each folder at the top and each ending a file and how
-        many more there are, and empty folders."""
-        kinds, tops = collections.defaultdict(list), set()
+        """Names the files that were neither read nor named, and empty folders.
+
+        Of each folder at the top and each ending it is one file, and how many more there are.
+        """
+        kinds = collections.defaultdict(list)
+        tops = set()
         for file in self.files:
             name = os.path.relpath(file, self.path)
             top = name.partition(os.sep)[0] if os.sep in name else ""
@@ -234,29 +247,25 @@ class Folder:
             manual = os.path.basename(name).lower().startswith(("readme", "license"))
             if file not in self.read and not manual:
                 kinds[top, os.path.splitext(name)[1]].append(name)
-        said = [
-            names[0]
-            + f" and {len(names) - 1} more {ending or 'other'} files in {top or 'it'}"
-            * (len(names) > 1)
-            for (top, ending), names in kinds.items()
-        ]
-        folders = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
-        return ", ".join(
-            said
-            + [
-                f"{name}/ (empty)"
-                for name in folders
-                if name not in tops and not name.startswith(".")
-            ]
-        )
+        said = []
+        for (top, kind), (name, *more) in kinds.items():
+            others = f" and {len(more)} more {kind or 'other'} files in {top or 'it'}"
+            said.append(name + (others if more else ""))
+        for name in sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir()):
+            if name not in tops and not name.startswith("."):
+                said.append(f"{name}/ (empty)")
+        return ", ".join(said)
 
 
 def walk(
     folder: str, above: tuple[str, ...] = (), seen: collections.Counter | None = None
 ) -> Iterator[str]:
-    """All files below, also behind links; one that leads back up is not followed. Raises UserError
-    where more than MOST_LINKS lead to a folder, and below DEEPEST."""
-    real, seen = os.path.realpath(folder), collections.Counter() if seen is None else seen
+    """Yields all files below a folder, also behind links, but for a link that leads back up.
+
+    Raises UserError where more than MOST_LINKS links lead to a folder, and below DEEPEST folders.
+    """
+    real = os.path.realpath(folder)
+    seen = collections.Counter() if seen is None else seen
     if real in above:
         return
     seen[real] += 1
@@ -278,16 +287,20 @@ def walk(
 
 
 def alike(name: str) -> str:
-    """The same for names that are easily taken for each other: in another case, in another Unicode
-    form, with a space at an end, or with what Latin-1 makes of the bytes of one that is not in
-    UTF-8 on disk."""
+    """Returns the same for names that are easily taken for each other.
+
+    They differ in case, in their Unicode form, in a space at an end, or in bytes that are Latin-1,
+    not UTF-8, on disk.
+    """
     name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), name)
     return tk.nfc(name).casefold().strip()
 
 
 def outside(source: str, path: str) -> str:
-    """Why `path` may not be read, or "": its name must not lead out of `source`; links that lie in
-    there may, and do."""
+    """Returns why `path` may not be read, or "".
+
+    A name must not lead out of `source`. A link in the source may: whoever put it there means it.
+    """
     inside = os.path.abspath(path).startswith(os.path.join(os.path.abspath(source), ""))
     return "" if inside else f"lies outside {source}; move it there, or put a link to it there"
 
@@ -296,7 +309,8 @@ class Table(NamedTuple):
     config: str  # the folder that holds the splits, or a configuration of a hub copy's README
     split: str
     path: str
-    records: list[dict] | None = None  # of metadata above the splits: it was read to know them
+    # Metadata above the splits was read to find the splits.
+    records: list[dict] | None = None
 
 
 def is_parquet(path: str) -> bool:
@@ -304,6 +318,10 @@ def is_parquet(path: str) -> bool:
 
 
 def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]]]:
+    """Returns the splits of a folder, to be opened. Raises UserError where there are none.
+
+    Tells where a shard of a parquet file is missing.
+    """
     tables = choose_config(find_tables(folder), folder.source, options.config)
     folder.read.update(table.path for table in tables)
     if not tables:
@@ -314,7 +332,8 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
             "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
             "file_name and text"
         )
-    splits, shards = collections.defaultdict(list), collections.Counter()
+    splits = collections.defaultdict(list)
+    shards = collections.Counter()
     for table in tables:
         splits[table.split].append(table)
         stem = os.path.splitext(table.path)[0]
@@ -322,12 +341,9 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
             shards[stem[: found.start()], found[1]] += 1
     for (stem, total), count in shards.items():
         if count < int(total):
-            print(
-                shown(
-                    f"note: of {stem}-*-of-{total} only {count} are there; get the others, or "
-                    "go on without them"
-                ),
-                flush=True,
+            note(
+                f"of {stem}-*-of-{total} only {count} are there; get the others, or go on without "
+                "them"
             )
     return {
         name: functools.partial(open_tables, folder, name, parts, options)
@@ -336,7 +352,7 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
 
 
 def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list[Split]:
-    """What the split `name` is made of."""
+    """Returns the parts of the split `name`. Raises UserError where its files are of two kinds."""
     kinds = {os.path.splitext(table.path)[1].lower(): table.path for table in tables}
     if len(kinds) > 1:
         raise UserError(
@@ -350,14 +366,14 @@ def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list
 
 
 def find_tables(folder: Folder) -> list[Table]:
-    """All metadata and parquet files, each with its split.
+    """Finds all metadata and parquet files, each with its split.
 
-    The split is the first usual name among a file's folders and, of parquet files, in its own name.
-    Where none is usual, metadata may say it itself; else it is the one beside usual ones, or the
-    first.
+    The split is the first usual name among a file's folders and, of a parquet file, in its own
+    name. Where no name is usual, metadata may name the split itself. Otherwise the split is the
+    name that stands beside usual ones, or else the first name.
     """
     tables = readme_tables(folder)
-    paths = {}  # file: those names
+    paths = {}  # {file: the names of its folders, and its own of a parquet file}
     for file in folder.files:
         *folders, name = os.path.relpath(file, folder.path).split(os.sep)
         if is_parquet(name) and not tables:
@@ -368,7 +384,8 @@ def find_tables(folder: Folder) -> list[Table]:
     known = {file: first_usual(names, file) for file, names in paths.items()}
     above = {tuple(paths[file][:place]) for file, place in known.items() if place is not None}
     for file, names in paths.items():
-        place, records = known[file], None
+        place = known[file]
+        records = None
         if place is None and not is_parquet(file):
             records = read_metadata(file)
             if found := top_tables("/".join(names), file, records):
@@ -383,7 +400,10 @@ def find_tables(folder: Folder) -> list[Table]:
 
 
 def first_usual(names: list[str], file: str) -> int | None:
-    """Where the first usual name of a split is; UserError where that of another one follows."""
+    """Returns the place of the first usual name of a split, or None.
+
+    Raises UserError where that of another split follows.
+    """
     places = [place for place, name in enumerate(names) if usual(name)]
     if len({usual(names[place]) for place in places}) > 1:
         raise UserError(
@@ -395,18 +415,19 @@ def first_usual(names: list[str], file: str) -> int | None:
 
 
 def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
-    """Metadata above the splits: a column `split`, or the folder in each file_name, says whose a
-    row is. Those of a folder below the source need not: then [], and its name is the split's."""
+    """Divides the rows of metadata above the splits among the splits.
+
+    A column `split`, or the folder in each file_name, says which split a row belongs to. Metadata
+    in a folder below the source need not say so: then [] is returned, and the folder is the split.
+    Raises UserError where only some rows name a split, or none does at the top.
+    """
     if any("split" in record for record in records):
         names = [string(record.get("split"), path).strip() for record in records]
         where = "column split"
     else:
         files = [(record.get("file_name") or "").replace("\\", "/") for record in records]
         folders = [os.path.normpath(file).split("/")[:-1] for file in files]
-        levels = [
-            [folder[level] if level < len(folder) else "" for folder in folders]
-            for level in range(max(map(len, folders)))
-        ]
+        levels = itertools.zip_longest(*folders, fillvalue="")
         names = next((level for level in levels if any(map(usual, level))), None)
         where = "folder in file_name"
     if names is None and folder:
@@ -429,7 +450,10 @@ def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
 
 
 def readme_tables(folder: Folder) -> list[Table]:
-    """The parquet files of a hub copy that its README gives to splits; [] where it does not."""
+    """Returns the parquet files that the README of a hub copy gives to splits, or [].
+
+    Raises UserError where one lies outside the folder.
+    """
     try:
         text = read_text(os.path.join(folder.path, "README.md"), 2**20)
         card = parse_yaml(re.match(r"---\n(.*?\n)---", text, re.DOTALL)[1])
@@ -439,8 +463,9 @@ def readme_tables(folder: Folder) -> list[Table]:
             for part in data_files(config)
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []  # no README, or one that says nothing of files
-    tables, absent = [], []
+        return []  # There is no README, or it says nothing of files.
+    tables = []
+    absent = []
     for config, split, pattern in said:
         path = os.path.normpath(os.path.join(folder.path, pattern))
         if "://" in pattern or outside(folder.source, path):
@@ -458,20 +483,19 @@ def readme_tables(folder: Folder) -> list[Table]:
         tables += [Table(config, split, file) for file in found if is_parquet(file)]
         absent += [] if found else [f"{pattern} (split {split})"]
     if tables and absent:
-        print(
-            shown(
-                f"note: {folder.source}/README.md names {', '.join(absent)}, of which nothing "
-                "is there; get it, or go on without it"
-            ),
-            flush=True,
+        note(
+            f"{folder.source}/README.md names {', '.join(absent)}, of which nothing is there; get "
+            "it, or go on without it"
         )
     return list(dict.fromkeys(tables))
 
 
-@functools.lru_cache(2**16)  # else ** after ** would take for ever
+@functools.lru_cache(2**16)  # Without the cache ** after ** would take for ever.
 def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the names of folders and of a file follow a pattern of them, in which ** is any
-    number. glob itself would follow links in circles."""
+    """Whether the names of folders and a file follow a pattern, in which ** is any number of names.
+
+    glob itself would follow links in circles.
+    """
     if not pattern or not names:
         return not names and all(step == "**" for step in pattern)
     if pattern[0] == "**":
@@ -480,7 +504,7 @@ def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def data_files(config: dict) -> Iterator[tuple[str, str]]:
-    """(split, pattern of files) of a configuration, in all the ways of writing it."""
+    """Yields (split, pattern of files) of a configuration, in whatever way it is written."""
     parts = config["data_files"]
     if isinstance(parts, dict):
         parts = [{"split": split, "path": paths} for split, paths in parts.items()]
@@ -491,7 +515,10 @@ def data_files(config: dict) -> Iterator[tuple[str, str]]:
 
 
 def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[Table]:
-    """The tables of the configuration `wanted`; without one all, if no split is in two of them."""
+    """Returns the tables of the configuration `wanted`, or all where it is None.
+
+    Raises UserError where there is no such configuration, or where a split is in two of them all.
+    """
     configs = sorted({table.config for table in tables})
     if tables and wanted not in (None, *configs):
         raise UserError(f"{source} has no configuration {wanted}; it has {', '.join(configs)}")
@@ -510,10 +537,13 @@ def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[
 
 
 def read_metadata(path: str) -> list[dict]:
-    """The rows of a metadata.csv or metadata.jsonl. Raises UserError when it is none in UTF-8 with
-    a column file_name, or has no rows."""
+    """Reads the rows of a metadata.csv or metadata.jsonl.
+
+    Raises UserError, with the line where one is to blame, for a file that is not in UTF-8, has no
+    column file_name, or has no rows.
+    """
     try:
-        content = read_small(path, METADATA).decode("utf-8-sig")
+        content = read_small(path, LARGEST_METADATA).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -539,13 +569,17 @@ def read_metadata(path: str) -> list[dict]:
 
 
 def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
+    """Returns the columns and the rows. Raises UserError where a line is no CSV."""
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-    records, line = [], 1
-    try:  # `line` is where the next row begins
+    records = []
+    line = 1  # where the next row begins
+    try:
         while reader.fieldnames == []:  # a blank line
             reader.fieldnames = None
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        for record in itertools.chain([{None: columns}], reader):  # the header may have some, too
+        for record in itertools.chain(
+            [{None: columns}], reader
+        ):  # The header may have a mark, too.
             if found := swallowed(record, os.path.dirname(path)):
                 raise UserError(
                     f"{path}: one field of the row in lines {line} to "
@@ -564,10 +598,11 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
 
 
 def swallowed(record: dict, folder: str) -> str:
-    """A line that a stray quotation mark has drawn into a field, or "".
+    """Returns a line that a stray quotation mark has drawn into a field, or "".
 
-    Texts may have line breaks. But a line that has the name of a file between its commas is a row,
-    what has more fields than columns and two such names is two rows, and no header has two lines.
+    A text may have line breaks. But a line with the name of a file between its commas is a row, a
+    record with more fields than columns and two such names is two rows, and no header has two
+    lines.
     """
     endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
     fields = [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]
@@ -581,16 +616,13 @@ def swallowed(record: dict, folder: str) -> str:
     for field in fields:
         lines = field.splitlines()
         for line in lines if len(lines) > 1 else ():
-            if line.strip() and (
-                fused
-                or any(
-                    os.path.isfile(os.path.join(folder, cell))
-                    or len(cells[line]) > 1
-                    and ending(cell) in endings
-                    for cell in cells[line]
-                    if cell
-                )
-            ):
+            row = fused or any(
+                os.path.isfile(os.path.join(folder, cell))
+                or len(cells[line]) > 1
+                and ending(cell) in endings
+                for cell in filter(None, cells[line])
+            )
+            if row and line.strip():
                 return line
     return ""
 
@@ -600,6 +632,7 @@ def ending(name: str) -> str:
 
 
 def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
+    """Returns the columns and the rows. Raises UserError where a line is no JSON object."""
     records = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -610,7 +643,7 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
                 record["file_name"] = string(record["file_name"], f"{path}: line {number}")
             for name, value in record.items():
                 if name != "file_name" and isinstance(value, str):
-                    value.encode()  # raises where JSON has escaped half of a surrogate pair
+                    value.encode()  # This raises where JSON has half of a surrogate pair.
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: line {number} is no JSON object in Unicode ({error}); write "
@@ -621,7 +654,8 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
 
 
 def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
-    parts = []  # of each table
+    """Joins the rows of all metadata files of a split."""
+    parts = []  # (path, rows, column of the text, column of the speaker) of each table
     for table in tables:
         records = table.records or read_metadata(table.path)
         columns = [column for column in dict.fromkeys(itertools.chain(*records)) if column]
@@ -630,19 +664,14 @@ def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
         parts.append((table.path, records, text, speaker))
 
     def texts():
-        return (
-            string(record.get(text), path) for path, records, text, _ in parts for record in records
-        )
+        for path, records, text, _ in parts:
+            yield from (string(record.get(text), path) for record in records)
 
     def rows():
         return used_once([row for part in parts for row in metadata_rows(folder, *part)])
 
-    return Split(
-        sum(len(records) for _, records, _, _ in parts),
-        any(part[-1] for part in parts),
-        texts,
-        rows,
-    )
+    count = sum(len(records) for _, records, _, _ in parts)
+    return Split(count, any(speaker for *_, speaker in parts), texts, rows)
 
 
 def metadata_rows(
@@ -651,7 +680,7 @@ def metadata_rows(
     for record in records:
         name = record.get("file_name") or ""
         path, reason = folder.find(os.path.dirname(table), name)
-        if None in record:  # where DictReader puts what has no column
+        if None in record:  # DictReader puts fields without a column there.
             reason = "more fields than columns; put a text with commas between quotation marks"
         yield Row(
             name,
@@ -663,9 +692,12 @@ def metadata_rows(
 
 
 def used_once(rows: list[Row]) -> Iterator[Row]:
-    """A file that several rows name is used once; where their texts differ none can be trusted, and
-    it is not used."""
-    texts, seen = collections.defaultdict(set), set()
+    """Yields the rows; of several that name one file, all but the first get a reason.
+
+    Where their texts differ none can be trusted, and all get a reason.
+    """
+    texts = collections.defaultdict(set)
+    seen = set()
     for row in rows:
         if not row.reason and row.text.strip():
             texts[row.audio].add(tk.normalize_text(row.text))
@@ -679,15 +711,16 @@ def used_once(rows: list[Row]) -> Iterator[Row]:
         yield row
 
 
-# Arrow's tables: parquet files and what the hub sends. The audio stays as it is stored: datasets'
-# own decoder is left out.
+# Arrow's tables: parquet files, and datasets of the hub. The audio stays as it is stored: the
+# decoder of `datasets` is not used.
 
 
 def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
+    """Opens a parquet file of the split `name`. Raises UserError where the file is damaged."""
     try:
-        if not os.path.isfile(path):  # a pipe would be waited for
+        if not os.path.isfile(path):  # A pipe would be waited for.
             raise OSError("it is no file")
-        with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
+        with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8.
             parquet = pyarrow.parquet.ParquetFile(file)
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
             check_unpacked(parquet, os.path.getsize(path))
@@ -697,9 +730,9 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
         ) from None
 
     def batches(columns):
-        with open(path, "rb") as file:  # page by page: a row group need not fit into memory
+        with open(path, "rb") as file:  # Page by page: a row group need not fit into memory.
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-            size = 1 if len(columns) > 1 else BATCH
+            size = 1 if len(columns) > 1 else TEXTS_AT_ONCE
             yield from parquet.iter_batches(batch_size=size, columns=columns)
 
     def find(name):
@@ -709,20 +742,22 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
         far, wrong = folder.find(folder.path, name)
         return (far, "") if not wrong and os.path.isfile(far) else (near, reason)
 
-    return arrow_split(
-        schema, count, batches, find, path, f"split {name} of {folder.source}", options
-    )
+    place = f"split {name} of {folder.source}"
+    return arrow_split(schema, count, batches, find, path, place, options)
 
 
 def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
-    """Raises ValueError where a column of a row group, of a file of `size` bytes, takes far more
-    memory than its bytes: compressed audio is no smaller, and speech not by so much. Raises OSError
-    where the footer is damaged."""
+    """Raises ValueError where a column of a row group takes far more memory than its bytes.
+
+    `size` is that of the file. Compressed audio hardly shrinks again, and raw speech not by PACKED.
+    Raises OSError where the footer is damaged.
+    """
     metadata = parquet.metadata
+    columns = range(metadata.num_columns)
     for number in range(metadata.num_row_groups):
-        group, columns = metadata.row_group(number), range(metadata.num_columns)
-        # Batches of no rows read no page, but what the footer says of the columns, and raise where
-        # group.column would end the process.
+        group = metadata.row_group(number)
+        # A batch of no rows reads no page, only the footer's account of the columns. It raises an
+        # error where group.column would end the process.
         list(parquet.reader.iter_batches(0, row_groups=[number], column_indices=list(columns)))
         for column in map(group.column, columns):
             unpacked = max(column.total_uncompressed_size, 4 * column.num_values)
@@ -734,9 +769,10 @@ def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
 
 
 def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
+    """Loads a dataset of the hub. Returns its splits, to be opened. Raises UserError."""
     try:
         loaded = datasets.load_dataset(source, options.config)
-    except Exception as error:  # datasets raises many kinds, some of them bare
+    except Exception as error:  # `datasets` raises many kinds, some of them bare.
         raise UserError(
             f"cannot load {source}: {str(error).rstrip('.')}; give a folder with "
             "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
@@ -744,21 +780,17 @@ def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
         ) from None
 
     def batches(data, columns):
-        return data.select_columns(columns).with_format("arrow").iter(BATCH)
+        return data.select_columns(columns).with_format("arrow").iter(TEXTS_AT_ONCE)
+
+    def as_named(path):
+        return path, ""
 
     def open_split(name):
         data = loaded[name]
-        return [
-            arrow_split(
-                data.features.arrow_schema,
-                len(data),
-                functools.partial(batches, data),
-                lambda path: (path, ""),
-                source,
-                f"split {name} of {source}",
-                options,
-            )
-        ]
+        schema = data.features.arrow_schema
+        read = functools.partial(batches, data)
+        place = f"split {name} of {source}"
+        return [arrow_split(schema, len(data), read, as_named, source, place, options)]
 
     return {name: functools.partial(open_split, name) for name in loaded}
 
@@ -766,7 +798,12 @@ def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
 def arrow_split(
     schema: pa.Schema, count: int, batches, find, path: str, place: str, options
 ) -> Split:
-    """batches(columns): some rows at a time. find(name): a path, why it cannot be used or ""."""
+    """Makes a Split of an Arrow table.
+
+    batches(columns) yields some rows at a time. find(name) returns a path, and why it cannot be
+    used or "". Raises UserError where a column is missing or holds no audio, and, while rows are
+    read, where `path` is damaged.
+    """
     text = choose_column(schema.names, options.text_column, TEXT_COLUMNS, path)
     audio = choose_column(schema.names, options.audio_column, AUDIO_COLUMNS, path, "--audio_column")
     speaker = next((column for column in SPEAKER_COLUMNS if column in schema.names), None)
@@ -776,7 +813,7 @@ def arrow_split(
         try:
             for batch in batches(list(columns)):
                 yield from zip(*(batch[column] for column in columns))
-        except Exception as error:  # pyarrow's, fsspec's and datasets' own have no common base
+        except Exception as error:  # Those of pyarrow, fsspec and datasets have no common base.
             raise UserError(f"cannot read {place} to its end: {error}; get {path} anew") from None
 
     def words(cell):
@@ -790,29 +827,21 @@ def arrow_split(
             content, name, reason = sound_of(sound)
             if content is None and name and not reason:
                 content, reason = find(name)
-            yield Row(
-                name or f"row {i}", content, words(said), words(who[0]) if who else "", reason
-            )
+            voice = words(who[0]) if who else ""
+            yield Row(name or f"row {i}", content, words(said), voice, reason)
 
-    return Split(count, speaker is not None, lambda: (words(cell) for (cell,) in read(text)), rows)
+    def texts():
+        return (words(cell) for (cell,) in read(text))
+
+    return Split(count, speaker is not None, texts, rows)
 
 
 def check_audio_type(kind: pa.DataType, column: str, path: str) -> None:
     """Raises UserError where a column holds no audio that can be read."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     fields = {field.name for field in kind} if pa.types.is_struct(kind) else set()
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_null,
-    )
-    if not (
-        any(test(kind) for test in tests)
-        or fields & {"bytes", "path"}
-        or fields >= {"array", "sampling_rate"}
-    ):
+    plain = kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null())
+    if not (plain or fields & {"bytes", "path"} or fields >= {"array", "sampling_rate"}):
         raise UserError(
             f"{path}: column {column} is {kind}; audio is the bytes of a file, its "
             "path, a struct of bytes and path, or one of array and sampling_rate: "
@@ -821,7 +850,7 @@ def check_audio_type(kind: pa.DataType, column: str, path: str) -> None:
 
 
 def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
-    """(bytes of an audio file or None, name of a file or "", why there is no sound or "")"""
+    """Returns (bytes of a file or None, name of a file or "", why there is no sound or "")."""
     cell = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
     if isinstance(cell, pa.StringScalar):
         return None, name_of(cell), ""
@@ -831,18 +860,18 @@ def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
     name = name_of(cell["path"]) if "path" in cell else ""
     if isinstance(content, bytes) or "array" not in cell or not cell["array"].is_valid:
         return content if isinstance(content, bytes) else None, name, ""
-    try:  # as the file that it could have been: so it meets the same checks
+    try:  # The array becomes the file that it could have been, and so meets the same checks.
         array = cell["array"].values.to_numpy(zero_copy_only=False)
         array = array.astype("float32") if array.dtype.kind == "f" else array
         kind = "FLOAT" if array.dtype.kind == "f" else f"PCM_{8 * array.itemsize}"  # 16 or 32 bits
         file, rate = io.BytesIO(), int(cell["sampling_rate"].as_py())
         soundfile.write(file, array, rate, kind, format="WAV")
         return file.getvalue(), name, ""
-    except Exception as error:  # of NumPy, Arrow and soundfile
+    except Exception as error:  # NumPy, Arrow and soundfile raise many kinds.
         return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"
 
 
 def name_of(cell: pa.Scalar) -> str:
-    """The name of a file, which need not be in UTF-8; "" where there is none."""
+    """Returns the name of a file, which need not be in UTF-8, or ""."""
     named = isinstance(cell, pa.StringScalar) and cell.is_valid
     return os.fsdecode(cell.as_buffer().to_pybytes()) if named else ""

@@ -125,7 +125,7 @@ class RunOptions:
 OPTIONS = RunOptions, DataOptions, ModelOptions, OptimOptions, Augment, Frontend
 # Fine-tuning may change these options of a model: none of them shapes a weight, and the model can
 # learn its way from one value to another.
-FREE = (
+MAY_CHANGE = (
     "dropout_rate",
     "attention_dropout_rate",
     "ctc_weight",
@@ -190,12 +190,12 @@ def main(argv):
         keep_freed_memory(SPARING)
     L.seed_everything(settings.run.seed, workers=False, verbose=False)
     # The data come before Lightning prints anything, so an error in them is a single line.
-    data = make_data(settings, tokenizer, place)
+    data = open_data(settings, tokenizer, place)
     start = Start(folder, given["overwrite"], place, {**settings.by_name(), **given})
     trainer = make_trainer(settings, start)
     check_processes(trainer, data)
     check_epoch(trainer, data, place)
-    model = make_model(settings, data, trainer.world_size, place)
+    model = new_model(settings, data, trainer.world_size, place)
     if resume:
         say_schedule(checkpoint, model, place)
     else:
@@ -229,16 +229,16 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     model = build(ModelOptions, given, **sizes)
     optim = build(OptimOptions, given, **before)
     if source:
-        hears = source["frontend"]
+        frontend_options = source["frontend"]
     else:
-        hears = before or {"sample_rate": rows_rate(run_options.data_root)}
-    frontend = build(Frontend, given, **hears)
+        frontend_options = before or {"sample_rate": rows_rate(run_options.data_root)}
+    frontend = build(Frontend, given, **frontend_options)
     augment = build(Augment, given, **before)
     data = build(DataOptions, without_rivals(given, before))
     return Settings(run_options, data, model, optim, augment, frontend), source
 
 
-def make_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
+def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
     """Open, check and filter the data. Raises UserError for data that cannot be used."""
     data = SpeechDataModule(
         data_roots=settings.run.data_root,
@@ -254,7 +254,7 @@ def make_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
     return data
 
 
-def make_model(settings: Settings, data: SpeechDataModule, world_size: int, place: Place) -> U2:
+def new_model(settings: Settings, data: SpeechDataModule, world_size: int, place: Place) -> U2:
     """Make the model with random weights, and the logs that it writes."""
     folder = settings.run.output_dir
     return U2(
@@ -430,7 +430,7 @@ def check_source(source: dict | None, settings: Settings) -> None:
     if not source:
         return
     for name, (saved, asked) in differences(source, settings).items():
-        if name not in FREE:
+        if name not in MAY_CHANGE:
             raise UserError(
                 f"--{name} {asked}: {settings.run.init_from} was made with {saved}; leave it out"
             )

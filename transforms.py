@@ -95,7 +95,7 @@ class Frontend:
 
 @options_class
 class Augment:
-    """Augmentation of training examples with WeNet's semantics."""
+    """Says how training examples are augmented; the numbers mean what they mean in WeNet."""
 
     speeds: tuple[float, ...] = option(
         (0.9, 1.0, 1.1), "speeds to choose from, per example; none: off", at_least=0.1, at_most=10.0
@@ -272,7 +272,7 @@ def power_of(spectrum: torch.Tensor) -> torch.Tensor:
     return squares[..., 0] + squares[..., 1]
 
 
-BLOCK = 512  # frames a step of mel_power: their spectra stay in the processor's cache
+FRAMES_AT_ONCE = 512  # frames a step of mel_power: their spectra stay in the processor's cache
 BAND = 16  # mel filters a product: most weights are zeros, and narrow bands leave most zeros out
 
 
@@ -285,8 +285,8 @@ def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> 
     window, bands = mel_bands(filters, frontend)
     frames = frames_of(waveform, frontend)  # (T, window)
     made = frames.new_empty(len(frames), frontend.num_mel_bins)
-    for block, out in zip(frames.split(BLOCK), made.split(BLOCK)):
-        power = power_of(spectrum(block, window))  # (BLOCK, bins)
+    for block, out in zip(frames.split(FRAMES_AT_ONCE), made.split(FRAMES_AT_ONCE)):
+        power = power_of(spectrum(block, window))  # (FRAMES_AT_ONCE, bins)
         for bins, columns, weights in bands:
             torch.mm(power[:, bins], weights, out=out[:, columns])
     return made
@@ -493,7 +493,7 @@ def transpose(example: dict, generator: torch.Generator | None) -> dict:
 
 
 class Compose:
-    """Calls `transforms` in order, a list that tests look at."""
+    """Calls the transforms of a list in order."""
 
     def __init__(self, transforms: list):
         self.transforms = transforms

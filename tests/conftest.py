@@ -1,3 +1,8 @@
+"""Surroundings for all tests: no GPU, no cluster, one thread, and a deadline for each test.
+
+GPU_TESTS=1 shows the tests the GPU. TEST_DEADLINE=SECONDS sets the deadline.
+"""
+
 import gc
 import os
 import signal
@@ -6,18 +11,18 @@ import tempfile
 import time
 from pathlib import Path
 
-if not os.environ.get(
-    "GPU_TESTS"
-):  # what is tested is what a CPU does, much of it in forked processes, where CUDA cannot work
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # before torch looks for one, and for all child processes
-    )
-for name in list(os.environ):  # of a cluster's job, in which each process would wait for others
-    if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")) or name.endswith(
-        ("RANK", "WORLD_SIZE")
-    ):
+# The tests are about a CPU, and many of them fork, where CUDA cannot work. The variable is set
+# before torch looks for a GPU, and child processes inherit it.
+if not os.environ.get("GPU_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# With the variables of a cluster's job each process would wait for others.
+for name in list(os.environ):
+    if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")):
         del os.environ[name]
-CACHE = tempfile.TemporaryDirectory()  # a home may be read-only or absent
+    elif name.endswith(("RANK", "WORLD_SIZE")):
+        del os.environ[name]
+# The home directory may be read-only or absent.
+CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = CACHE.name
 
 import pytest
@@ -25,32 +30,32 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = float(
-    os.environ.get("TEST_DEADLINE", 600)
-)  # seconds for a test with its fixtures; see also pytest.ini
+# A test with its fixtures has so many seconds; see also pytest.ini.
+DEADLINE = float(os.environ.get("TEST_DEADLINE", 600))
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
-tqdm.monitor_interval = (
-    0  # some tests fork, and what another thread holds at that moment stays locked in the child
-)
-# Nor must a child collect what other tests left behind: onnxruntime waits there for ever for threads that only the parent has.
+# Some tests fork, and a lock that tqdm's thread holds meanwhile would stay locked in the child.
+tqdm.monitor_interval = 0
+# A child must not collect the garbage of other tests: onnxruntime's would wait for ever for threads
+# that only the parent has.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
-# Who starts the tests under nohup or in a script's background ignores them, and child processes would inherit that.
+# Under nohup or in a script's background signals are ignored, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-ends = time.monotonic() + DEADLINE  # of the test that runs
+# The test that runs must be done at this time.
+ends = time.monotonic() + DEADLINE
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol():
-    """A test that hangs fails. (One that hangs within C ends its process, by pytest.ini: for xdist a failed test too.)"""
+    """Lets a test that hangs fail. A test that hangs within C ends its process, by pytest.ini, and
+    xdist counts that as a failed test, too."""
     global ends
     ends = time.monotonic() + DEADLINE
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not done after {DEADLINE:g} s"))
-    signal.setitimer(
-        signal.ITIMER_REAL, DEADLINE, 30
-    )  # and again, should it hang in its cleaning up
+    # The signal comes again every 30 s, in case the test hangs while it cleans up.
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE, 30)
     try:
         return (yield)
     finally:
@@ -58,7 +63,8 @@ def pytest_runtest_protocol():
 
 
 def end_with_the_test():
-    """Of forked processes. Those of other programs end with the subprocess.run that waits for them."""
+    """Makes a forked process end when its test must be done. Other programs end with the
+    subprocess.run that waits for them."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, max(ends - time.monotonic(), 0.01))
 
@@ -68,7 +74,7 @@ os.register_at_fork(after_in_child=end_with_the_test)
 
 @pytest.fixture(scope="session")
 def golden():
-    """What WeNet computes from a small experiment with random weights: (weights, expectations)."""
+    """(the random weights of a small experiment, what WeNet computes with them)."""
     folder = ROOT.parent / "shared" / "golden" / "u2pp_conformer"
     if not folder.is_dir():
         pytest.skip(f"no {folder}: parity with WeNet's own output is not checked")

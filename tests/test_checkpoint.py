@@ -1,5 +1,7 @@
-"""To the hub and back: a folder of tensors and JSON is the checkpoint that it was made from, in every command."""
+"""To the hub and back: in every command a folder of tensors and JSON is the checkpoint of which it
+was made."""
 
+import functools
 import json
 import os
 import pickletools
@@ -16,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 import prepare
 import train
 import transcribe
-from checkpoint import FILES
+from checkpoint import HUB_FILES
 from files import MARK
 from helpers import one_line
 from helpers_model import exportable_model, save_model
@@ -32,7 +34,7 @@ SOUND = synthetic_sound(16000, 2.13)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(best.ckpt, the folder that export.py --hub_dir makes of it)."""
+    """(best.ckpt, the folder that `python -m tools.export --hub_dir` makes of it)."""
     folder = tmp_path_factory.mktemp("run")
     save_model(exportable_model(), folder / "best.ckpt")
     write(folder / "best.ckpt", folder / "hub")
@@ -40,24 +42,13 @@ def made(tmp_path_factory):
 
 
 def write(checkpoint, folder, *more):
-    export.main(
-        [
-            "--checkpoint",
-            str(checkpoint),
-            "--hub_dir",
-            str(folder),
-            "--max_int8_cer",
-            "1",
-            "--chunk_size",
-            "4",
-            "--left_chunks",
-            "2",
-            *more,
-        ]
-    )
+    """Exports a checkpoint to a folder."""
+    words = ["--checkpoint", str(checkpoint), "--hub_dir", str(folder)]
+    export.main([*words, *"--max_int8_cer 1 --chunk_size 4 --left_chunks 2".split(), *more])
 
 
 def refused(argv, main=export.main):
+    """The error with which a command ends."""
     with pytest.raises(UserError) as error:
         main(list(map(str, argv)))
     return one_line(error)
@@ -68,13 +59,10 @@ def test_the_folder_is_the_checkpoint_to_the_bit(made):
     assert {part: before[part] for part in PARTS} == {part: after[part] for part in PARTS}
     assert before["state_dict"].keys() == after["state_dict"].keys()
     for name, value in before["state_dict"].items():
-        assert value.dtype == after["state_dict"][name].dtype and torch.equal(
-            value, after["state_dict"][name]
-        ), name
-    models = [load_checkpoint(str(path))[0] for path in made]
-    assert all(
-        torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models))
-    )
+        other = after["state_dict"][name]
+        assert value.dtype == other.dtype and torch.equal(value, other), name
+    states = [load_checkpoint(str(path))[0].state_dict().values() for path in made]
+    assert all(torch.equal(a, b) for a, b in zip(*states))
 
 
 def test_it_holds_tensors_and_json_and_nothing_that_runs(made):
@@ -83,19 +71,11 @@ def test_it_holds_tensors_and_json_and_nothing_that_runs(made):
         for place, _, names in os.walk(made[1])
         for name in names
     }
-    assert {name for name in files if not name.startswith("onnx/")} == {*FILES, "README.md", MARK}
-    assert {os.path.splitext(name)[1] for name in files if name.startswith("onnx/")} <= {
-        ".onnx",
-        ".txt",
-        ".md",
-        ".py",
-    }
-    assert {
-        "onnx/model.onnx",
-        "onnx/model.int8.onnx",
-        "onnx/model-streaming.onnx",
-        "onnx/tokens.txt",
-    } <= files
+    graphs = {name for name in files if name.startswith("onnx/")}
+    assert files - graphs == {*HUB_FILES, "README.md", MARK}
+    assert {os.path.splitext(name)[1] for name in graphs} <= {".onnx", ".txt", ".md", ".py"}
+    expected = ("model.onnx", "model.int8.onnx", "model-streaming.onnx", "tokens.txt")
+    assert {f"onnx/{name}" for name in expected} <= files
     for name in files:
         content = (made[1] / name).read_bytes()
         assert content[:2] != b"PK"  # torch.save's archives
@@ -115,7 +95,8 @@ def test_it_transcribes_like_the_checkpoint(made, tmp_path, capsys):
 
 
 def snapshot(monkeypatch, result):
-    """huggingface_hub.snapshot_download that gives, or raises, `result`. -> the arguments of its calls."""
+    """Makes huggingface_hub.snapshot_download give or raise `result`. Returns a list that gets the
+    arguments of each call."""
     calls = []
 
     def download(name, **options):
@@ -131,37 +112,32 @@ def snapshot(monkeypatch, result):
 def test_a_name_on_the_hub_stands_for_a_checkpoint(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = snapshot(monkeypatch, made[1])
-    assert torch.equal(
-        read_checked("org/a-model.v2")["state_dict"]["net.ctc.weight"],
-        read_checked(str(made[0]))["state_dict"]["net.ctc.weight"],
+    one, other = (
+        read_checked(name)["state_dict"]["net.ctc.weight"]
+        for name in ("org/a-model.v2", str(made[0]))
     )
+    assert torch.equal(one, other)
+    tokenizers = [load_tokenizer(name).to_dict() for name in ("org/a-model.v2", made[1], made[0])]
+    assert tokenizers[0] == tokenizers[1] == tokenizers[2]
     assert (
-        load_tokenizer("org/a-model.v2").to_dict()
-        == load_tokenizer(made[1]).to_dict()
-        == load_tokenizer(made[0]).to_dict()
-    )
-    assert calls == [("org/a-model.v2", {"allow_patterns": list(FILES)})] * 2  # no code, no ONNX
+        calls == [("org/a-model.v2", {"allow_patterns": list(HUB_FILES)})] * 2
+    )  # no code, no ONNX
 
 
 def test_the_copy_in_the_cache_serves_without_a_network(made, tmp_path, monkeypatch):
-    """huggingface_hub itself, on a cache laid out as it lays them out."""
+    """huggingface_hub itself reads a cache that is laid out as its own caches are."""
     place = tmp_path / "models--org--name"
     (place / "snapshots").mkdir(parents=True)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("0" * 40)
     (place / "snapshots" / ("0" * 40)).symlink_to(made[1])
-    original = huggingface_hub.snapshot_download
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **options: original(
-            name, cache_dir=tmp_path, local_files_only=True, **options
-        ),
+    offline = functools.partial(
+        huggingface_hub.snapshot_download, cache_dir=tmp_path, local_files_only=True
     )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert read_checked("org/name")["tokenizer"] == read_checked(str(made[0]))["tokenizer"]
-    with pytest.raises(
-        UserError, match="org/other: no such file or folder, and nothing comes from the hub"
-    ):
+    said = "org/other: no such file or folder, and nothing comes from the hub"
+    with pytest.raises(UserError, match=said):
         read_checked("org/other")
 
 
@@ -201,44 +177,23 @@ def test_what_the_hub_does_not_give_is_one_line(error, tmp_path, monkeypatch):
         (train.main, "--init_from"),
     ):
         said = refused([flag, "org/name", *(["a.wav"] if main is transcribe.main else [])], main)
-        assert (
-            said.startswith("org/name: no such file or folder, and nothing comes from the hub (")
-            and "\n" not in said
-        )
+        assert said.startswith("org/name: no such file or folder, and nothing comes from the hub (")
+        assert "\n" not in said
 
 
 def test_fine_tuning_and_preparing_take_the_folder(made, tmp_path):
-    """As far as to what they ask next."""
-    asked = refused(
-        [
-            "--init_from",
-            made[1],
-            "--data_root",
-            tmp_path / "none",
-            "--output_dir",
-            tmp_path / "run",
-        ],
-        train.main,
-    )
+    """train.py reads the folder, and then misses the data."""
+    words = ["--init_from", made[1], "--data_root", tmp_path / "none"]
+    asked = refused([*words, "--output_dir", tmp_path / "run"], train.main)
     assert asked.startswith(f"{tmp_path}/none: no such data root")
     source = tmp_path / "source"
     (source / "train").mkdir(parents=True)
     soundfile.write(source / "train" / "a.wav", SOUND.numpy(), 16000)
     (source / "train" / "metadata.csv").write_text("file_name,transcription\na.wav,the fox\n")
-    prepare.main(
-        [
-            "--source",
-            str(source),
-            "--data_root",
-            str(tmp_path / "data"),
-            "--tokenizer",
-            str(made[1]),
-        ]
-    )
-    assert (
-        load_tokenizer(tmp_path / "data" / "tokenizer.json").to_dict()
-        == load_tokenizer(made[0]).to_dict()
-    )
+    words = ["--source", source, "--data_root", tmp_path / "data", "--tokenizer", made[1]]
+    prepare.main(list(map(str, words)))
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer.json")
+    assert tokenizer.to_dict() == load_tokenizer(made[0]).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -251,14 +206,14 @@ def test_fine_tuning_and_preparing_take_the_folder(made, tmp_path):
         (
             "config.json",
             b'{"model_type": "whisper"}',
-            "no model_options, optim_options, frontend in it",
+            "no model_options, optim_options, frontend in",
         ),
         ("tokenizer.json", b"\xff", "damaged"),
         ("model.safetensors", b"\x80\x04" + bytes(90), "damaged"),
     ],
 )
 def test_a_folder_that_is_not_ours_or_damaged_is_one_line(made, tmp_path, name, content, message):
-    for file in FILES:
+    for file in HUB_FILES:
         (tmp_path / file).write_bytes((made[1] / file).read_bytes())
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
@@ -269,69 +224,45 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
     card = (made[1] / "README.md").read_text()
     assert "None yet. `python score.py" in card and "| wer" not in card
     data = huggingface_hub.ModelCard(card).data.to_dict()  # the hub's own reader of the header
-    assert (
-        data["pipeline_tag"] == "automatic-speech-recognition"
-        and data["library_name"] == "lightning-u2"
-    )
+    assert data["pipeline_tag"] == "automatic-speech-recognition"
+    assert data["library_name"] == "lightning-u2"
     assert {"conformer", "onnx"} <= set(data["tags"]) and not {"language", "license"} & set(data)
-    filled = huggingface_hub.ModelCard(
-        card.replace("# language: en", "language: en")
-    ).data.to_dict()
-    assert filled["language"] == "en"
+    filled = huggingface_hub.ModelCard(card.replace("# language: en", "language: en"))
+    assert filled.data.to_dict()["language"] == "en"
     save_model(exportable_model(), tmp_path / "best.ckpt")
-    score = {
-        "split": "dev",
-        "mode": "attention",
-        "stream": False,
-        "chunk_size": 16,
-        "left_chunks": -1,
-        "utterances": 98,
-        "wer": 0.5,
-        "cer": 0.25,
-        "rtf": 0.1,
-    }
+    asked = dict(split="dev", mode="attention", stream=False, chunk_size=16, left_chunks=-1)
+    score = asked | dict(utterances=98, wer=0.5, cer=0.25, rtf=0.1)
     (tmp_path / "scores.jsonl").write_text(f"said   the fox\n{json.dumps(score)}\n")
     assert len(read_scores(str(tmp_path))) == 1
     row = "| dev | attention | no | 16 | -1 | 98 | 0.5000 | 0.2500 | 0.1000 |"
     assert row in export.score_table(str(tmp_path / "best.ckpt"))
-    assert "None yet" in export.score_table(str(tmp_path / "last.ckpt"))  # they are not its scores
-    os.utime(tmp_path / "scores.jsonl", (1, 1))
-    assert "None yet" in export.score_table(
-        str(tmp_path / "best.ckpt")
-    )  # nor those of what was trained since
+    assert "None yet" in export.score_table(str(tmp_path / "last.ckpt"))  # another model's scores
+    os.utime(tmp_path / "scores.jsonl", (1, 1))  # older than the model
+    assert "None yet" in export.score_table(str(tmp_path / "best.ckpt"))
 
 
 def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
-    assert "hub exists; name another folder, or add --overwrite" in refused(
-        ["--checkpoint", made[0], "--hub_dir", made[1]]
-    )
+    words = ["--checkpoint", made[0], "--hub_dir"]
+    assert "hub exists; name another folder, or add --overwrite" in refused([*words, made[1]])
     folder = tmp_path / "hub"
     shutil.copytree(made[1], folder)
     write(made[0], folder, "--overwrite")
     (folder / ".git").mkdir()
-    assert "more than an export (.git)" in refused(
-        ["--checkpoint", made[0], "--hub_dir", folder, "--overwrite"]
+    assert "more than an export (.git)" in refused([*words, folder, "--overwrite"])
+    monkeypatch.setattr(
+        export, "check_files", lambda *args: (_ for _ in ()).throw(UserError("unlike"))
     )
-    unlike = UserError("unlike")
-    monkeypatch.setattr(export, "check_files", lambda *args: (_ for _ in ()).throw(unlike))
-    assert "unlike" in refused(["--checkpoint", made[0], "--hub_dir", tmp_path / "new"])
+    assert "unlike" in refused([*words, tmp_path / "new"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
-    assert "leave one of them out" in refused(
-        ["--checkpoint", made[0], "--hub_dir", folder, "--out", tmp_path / "out"]
-    )
+    assert "leave one of them out" in refused([*words, folder, "--out", tmp_path / "out"])
 
 
 def test_a_model_that_onnx_has_no_place_for_goes_without(tmp_path, capsys):
     save_model(exportable_model(causal=False), tmp_path / "best.ckpt")
     write(tmp_path / "best.ckpt", tmp_path / "hub")
-    assert (
-        "without ONNX files: its encoder is a conformer that is not causal"
-        in capsys.readouterr().out
-    )
+    said = "without ONNX files: its encoder is a conformer that is not causal"
+    assert said in capsys.readouterr().out
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert (
-        not (tmp_path / "hub" / "onnx").exists()
-        and "No ONNX files: its encoder is" in card
-        and "- onnx" not in card
-    )
+    assert not (tmp_path / "hub" / "onnx").exists()
+    assert "No ONNX files: its encoder is" in card and "- onnx" not in card
     assert load_checkpoint(str(tmp_path / "hub"))[0].options.causal is False

@@ -1,5 +1,5 @@
-"""Locks: one process at a time, and none that outlives its process. What a terminal cannot show is shown all the same.
-Options: what is none is refused, wherever it comes from."""
+"""Options, whose values are checked wherever they come from; locks, which end with their process;
+signals; and text for terminals that cannot show it."""
 
 import dataclasses
 import io
@@ -29,29 +29,19 @@ class Options:
     names: tuple[str, ...] = cli.option((), "what")
 
 
+NO_VALUES = {
+    "count": (0, 10, -(10**5000), 10**5000, 2.0, True, None, "1", math.nan),
+    "share": (0, -0.0, 1.1, math.nan, math.inf, -math.inf, True, 10**5000, "0.5", None),
+    "kind": ("c", "", 1, ["a"]),
+    "on": (1, None, "yes"),
+    "speeds": ((1.0, math.nan), 1.0, "1"),
+    "names": ("abc", ("a\0",), ("",), ("x/" * 3000,)),
+}
+
+
 @pytest.mark.parametrize(
     "name, value",
-    [
-        *(
-            ("count", value)
-            for value in (0, 10, -(10**5000), 10**5000, 2.0, True, None, "1", math.nan)
-        ),
-        *(
-            ("share", value)
-            for value in (0, -0.0, 1.1, math.nan, math.inf, -math.inf, True, 10**5000, "0.5", None)
-        ),
-        *(("kind", value) for value in ("c", "", 1, ["a"])),
-        ("on", 1),
-        ("on", None),
-        ("on", "yes"),
-        ("speeds", (1.0, math.nan)),
-        ("speeds", 1.0),
-        ("speeds", "1"),
-        ("names", "abc"),
-        ("names", ("a\0",)),
-        ("names", ("",)),
-        ("names", ("x/" * 3000,)),
-    ],
+    [(name, value) for name, values in NO_VALUES.items() for value in values],
     ids=lambda value: cli.shown(value, 30),
 )
 def test_what_is_no_value_of_an_option_is_one_line_wherever_it_comes_from(name, value):
@@ -60,30 +50,24 @@ def test_what_is_no_value_of_an_option_is_one_line_wherever_it_comes_from(name, 
         lambda: dataclasses.replace(Options(), **{name: value}),
         lambda: cli.build(Options, {}, **{name: value}),
     ):
-        with pytest.raises(
-            cli.UserError, match=f"^--{name} .*: (it must|choose one of)"
-        ) as refused:
+        said = f"^--{name} .*: (it must|choose one of)"
+        with pytest.raises(cli.UserError, match=said) as refused:
             make()
         assert len(str(refused.value)) < 300
 
 
 def test_the_values_within_the_bounds_and_the_bounds_themselves_are_taken():
     made = cli.build(Options, {"speeds": [0.1, 10]}, count=9, share=1, kind="b", cls="x", given="x")
-    assert (
-        made == Options(9, 1, "b", False, (0.1, 10))
-        and Options(share=5e-324).share > 0
-        and Options().kind is None
-    )
+    assert made == Options(9, 1, "b", False, (0.1, 10))
+    assert Options(share=5e-324).share > 0 and Options().kind is None
 
 
 def test_the_help_says_the_bounds(capsys):
     with pytest.raises(SystemExit):
         cli.make_parser("", Options).parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "how many (default: 1; within 1 .. 9)" in said
-        and "(default: 0.5; above 0, at most 1.0)" in said
-    )
+    assert "how many (default: 1; within 1 .. 9)" in said
+    assert "(default: 0.5; above 0, at most 1.0)" in said
 
 
 def test_every_number_among_all_options_has_bounds_and_a_default_within_them():
@@ -98,13 +82,16 @@ def test_every_number_among_all_options_has_bounds_and_a_default_within_them():
     for kind in found:
         kind()
         for field in dataclasses.fields(kind):
-            assert cli.bounds_of(field) or cli.kinds(kind)[field.name].type in (str, bool), (
-                kind,
-                field.name,
-            )
+            number = cli.kinds(kind)[field.name].type not in (str, bool)
+            assert cli.bounds_of(field) or not number, (kind, field.name)
 
 
-HOLD = "import sys, time, files\nwith files.alone(sys.argv[1], 'it'):\n print('held', flush=True)\n time.sleep(60)"
+HOLD = """
+import sys, time, files
+with files.alone(sys.argv[1], "it"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture

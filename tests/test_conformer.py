@@ -1,6 +1,5 @@
 """The network: masks, losses, variants, and what may not depend on padding."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,10 @@ def test_predicted_length_is_the_length_that_the_convolutions_give(input_layer):
     subsampling = Subsampling(input_layer, 80, 4)
     field, rate = receptive_field(input_layer)
     for length in range(field, field + 40):
-        assert subsampling(torch.zeros(1, length, 80)).size(1) == subsampled_length(
-            length, input_layer
-        )
-    assert (
-        subsampled_length(field - 1, input_layer) == 0
-        and subsampled_length(field + rate, input_layer) == 2
-    )
+        frames = subsampling(torch.zeros(1, length, 80)).size(1)
+        assert frames == subsampled_length(length, input_layer)
+    assert subsampled_length(field - 1, input_layer) == 0
+    assert subsampled_length(field + rate, input_layer) == 2
     lengths = torch.tensor([0, 1, field - 1, field, 100])
     assert subsampled_length(lengths, input_layer).tolist() == [
         subsampled_length(n, input_layer) for n in lengths.tolist()
@@ -41,13 +37,12 @@ def test_predicted_length_is_the_length_that_the_convolutions_give(input_layer):
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    net, (features, lengths) = (
-        network(dropout_rate=0.2).train(),
-        (torch.randn(2, 60, 80), torch.tensor([60, 43])),
-    )
+    net = network(dropout_rate=0.2).train()
+    features, lengths = torch.randn(2, 60, 80), torch.tensor([60, 43])
     labels, label_lengths = torch.tensor([[4, 5, 6], [7, 8, 0]]), torch.tensor([3, 2])
     gradients = []
-    for net.encoder.gradient_checkpointing in (False, True):
+    for recompute in (False, True):
+        net.encoder.gradient_checkpointing = recompute
         torch.manual_seed(1)
         loss = net.loss(features, lengths, labels, label_lengths)["loss"]
         gradients.append(torch.autograd.grad(loss, list(net.parameters())))
@@ -98,14 +93,13 @@ def test_what_lies_beyond_the_chunk_is_never_seen(chunk_size):
 
 
 def test_relative_attention_is_the_textbook_formula():
-    """(q+u).k + (q+v).p, written out, against keys k+p with one bias per key."""
+    """The formula (q+u).k + (q+v).p equals attention with keys k+p and a bias for each key."""
     attention = network().double().encoder.blocks[0].self_attn
-    x, positions = (
-        torch.randn(2, 9, 16, dtype=torch.float64),
-        torch.randn(1, 9, 16, dtype=torch.float64),
-    )
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    positions = torch.randn(1, 9, 16, dtype=torch.float64)
     mask = valid_mask(torch.tensor([9, 6]), 9)[:, None, None].expand(2, 1, 9, 9)
-    q, (k, v) = attention.split(attention.linear_q(x)), attention.keys_values(x)
+    q = attention.split(attention.linear_q(x))
+    k, v = attention.keys_values(x)
     p = attention.split(attention.linear_pos(positions))
     content = (q + attention.pos_bias_u[:, None]) @ k.transpose(2, 3)
     position = (q + attention.pos_bias_v[:, None]) @ p.transpose(2, 3)
@@ -116,7 +110,8 @@ def test_relative_attention_is_the_textbook_formula():
 
 def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(monkeypatch):
     original = torch.nn.Module.compile
-    # Traced and differentiated as for a GPU, but run by torch's own kernels, so that nobody waits for a C++ compiler.
+    # aot_eager traces and differentiates as for a GPU, but runs torch's own kernels: no one waits
+    # for a C++ compiler.
     monkeypatch.setattr(
         torch.nn.Module,
         "compile",
@@ -132,9 +127,8 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(
         return [loss, *torch.autograd.grad(loss, list(net.parameters()))]
 
     for dropout, sizes in ((0.1, [(3, 90)]), (0.0, [(3, 90), (4, 150), (5, 70)])):
-        net, compiled = (
-            network(dropout_rate=dropout, attention_dropout_rate=dropout).train() for _ in range(2)
-        )
+        rates = dict(dropout_rate=dropout, attention_dropout_rate=dropout)
+        net, compiled = network(**rates).train(), network(**rates).train()
         compiled.encoder.compile_blocks()
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -204,11 +198,11 @@ def test_utterances_too_short_for_a_frame_have_a_finite_loss():
 
 def test_decoder_step_by_step_equals_the_full_pass():
     model = network()
-    memory, lengths = torch.randn(3, 9, 16), torch.tensor([9, 4, 1])
+    encoded, lengths = torch.randn(3, 9, 16), torch.tensor([9, 4, 1])
     tokens = torch.randint(0, 12, (3, 6))
-    whole, state = model.decoder(tokens, memory, lengths), None
+    whole, state = model.decoder(tokens, encoded, lengths), None
     for step in range(tokens.size(1)):
-        logits, state = model.decoder.step(tokens[:, : step + 1], state, memory, lengths)
+        logits, state = model.decoder.step(tokens[:, : step + 1], state, encoded, lengths)
         torch.testing.assert_close(logits, whole[:, step], rtol=1e-5, atol=1e-5)
 
 

@@ -1,4 +1,5 @@
-"""What the tests promise about themselves: a hang is a failed test, no GPU is seen, and signals do what they do by default."""
+"""The tests themselves: a hang is a failed test, no GPU is seen, and signals do what they do by
+default."""
 
 import os
 import re
@@ -29,7 +30,7 @@ def test_child():
     process.join()
 
 def test_world():
-    for process in multiprocessing.active_children():  # which has ended, or does by now
+    for process in multiprocessing.active_children():  # test_child's, which ends by itself
         process.join()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     with pytest.raises(KeyboardInterrupt):
@@ -43,42 +44,19 @@ def test_loop():
 def test_hangs_fail_and_children_get_neither_a_gpu_nor_ignored_signals(tmp_path):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-c",
-        ROOT / "pytest.ini",
-        "-o",
-        "faulthandler_timeout=4",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--color=no",
-        "--rootdir",
-        tmp_path,
-        tmp_path,
-    ]
-    environment = {
-        **os.environ,
-        "TEST_DEADLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "0",
-        "GPU_TESTS": "",
-        "PYTEST_ADDOPTS": "",
-        "TMPDIR": str(tmp_path),
-    }
+    words = f"-m pytest -v -c {ROOT}/pytest.ini -o faulthandler_timeout=4 -p no:cacheprovider"
+    words += " -p no:xdist --color=no --rootdir"
+    changes = {"TEST_DEADLINE": "1", "CUDA_VISIBLE_DEVICES": "0", "GPU_TESTS": ""}
+    changes |= {"PYTEST_ADDOPTS": "", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        command,
+        [sys.executable, *words.split(), tmp_path, tmp_path],
         capture_output=True,
         text=True,
-        env=environment,
+        env=os.environ | changes,
         cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     results = dict(re.findall(r"(test_\w+) (PASSED|FAILED|ERROR)", done.stdout))
-    assert results == {"test_fixture": "ERROR", "test_child": "FAILED", "test_world": "PASSED"}, (
-        done.stdout
-    )
+    expected = {"test_fixture": "ERROR", "test_child": "FAILED", "test_world": "PASSED"}
+    assert results == expected, done.stdout
     assert done.returncode == 1 and "Timeout" in done.stderr and "in test_loop" in done.stderr

@@ -1,4 +1,7 @@
-"""Nothing hangs: every preset and odd widths, in every precision, over many shapes, in a process that has a deadline."""
+"""Nothing hangs: every preset and odd widths run in every precision over many shapes.
+
+They run in a process that has a deadline.
+"""
 
 import subprocess
 import sys
@@ -23,7 +26,8 @@ WIDTHS |= {
     }
     for width, kernel in ((36, 8), (80, 31), (100, 16), (144, 33), (208, 15), (272, 7))
 }
-# Rows and encoder frames, the convolution's past included, that have hung in bfloat16 at width 144 with a kernel of 15.
+# Rows and encoder frames (with the convolution's past) that have hung in bfloat16, at width 144 and
+# with a kernel of 15.
 HUNG = ((7, 62), (13, 292), (11, 204), (13, 48))
 PRECISIONS = {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 DEADLINE = 300  # seconds; ten to twenty suffice
@@ -35,7 +39,7 @@ def network(name):
 
 
 def learn(net, rows, frames):
-    """Forward and backward over encoder frames `frames`, of which the first rows have fewer."""
+    """Runs forward and backward over `frames` encoder frames, fewer in half of the rows."""
     features, labels = torch.randn(rows, 4 * frames + 3, 80), torch.randint(4, 30, (rows, 5))
     lengths = torch.full((rows,), features.size(1))
     lengths[: rows // 2] = 40
@@ -43,7 +47,7 @@ def learn(net, rows, frames):
 
 
 def hear(net, rows, frames):
-    """Validation, scoring under a chunk mask, and a stream."""
+    """Encodes as a validation does, as scoring does under a chunk mask, and as a stream."""
     features = torch.randn(rows, 4 * frames + 3, 80)
     with torch.no_grad():
         net.encode(features, torch.full((rows,), features.size(1)))
@@ -53,11 +57,9 @@ def hear(net, rows, frames):
 
 
 def pass_block(net, rows, frames):
-    """A block alone, which takes a tenth of the time: forward, and forward and backward."""
-    block, x = (
-        net.encoder.blocks[0],
-        torch.randn(rows, frames, net.options.output_size, requires_grad=True),
-    )
+    """Runs a block alone, which takes a tenth of the time: forward, then forward and backward."""
+    block = net.encoder.blocks[0]
+    x = torch.randn(rows, frames, net.options.output_size, requires_grad=True)
     inputs = x[:1], torch.ones(1, 1, frames, frames, dtype=torch.bool), torch.ones(rows, frames, 1)
     with torch.no_grad():
         block(x, *inputs)
@@ -66,38 +68,37 @@ def pass_block(net, rows, frames):
 
 def shapes(count, most_rows, most_frames):
     generator = torch.Generator().manual_seed(1)
-    return [
-        tuple(
-            int(torch.randint(1, most + 1, (), generator=generator))
-            for most in (most_rows, most_frames)
-        )
-        for _ in range(count)
-    ]
+
+    def draw(most):
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    return [(draw(most_rows), draw(most_frames)) for _ in range(count)]
 
 
 def run_all(name, precision):
-    dtype, net = PRECISIONS[precision], network(name)
+    dtype = PRECISIONS[precision]
+    net = network(name)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         for rows, frames in shapes(3, 6, 40):
             learn(net.train(), rows, frames)
             hear(net.eval(), rows, frames)
-        for rows, frames in [
-            (rows, size - 14) for rows, size in HUNG if net.options.cnn_module_kernel == 15
-        ] + shapes(15, 16, 150):
+        sizes = shapes(15, 16, 150)
+        if net.options.cnn_module_kernel == 15:
+            sizes = [(rows, size - 14) for rows, size in HUNG] + sizes
+        for rows, frames in sizes:
             pass_block(net, rows, frames)
 
 
-@pytest.mark.parametrize(
-    "precision", ["32", "bf16-mixed"]
-)  # the latter is what Lightning makes of 16-mixed on a CPU
+# On a CPU Lightning makes bf16-mixed of 16-mixed.
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 def test_no_width_hangs_in_any_precision(precision):
-    """In a process of its own: what hangs within oneDNN cannot be ended from within."""
-    code = f"import test_hangs as t\nfor name in t.WIDTHS:\n print(name, flush=True)\n t.run_all(name, {precision!r})"
+    """It runs in a process of its own: a hang within oneDNN cannot be ended from within."""
+    code = (
+        "import conftest\nimport test_hangs as t\nfor name in t.WIDTHS:\n print(name, flush=True)\n"
+    )
+    code += f" t.run_all(name, {precision!r})"
     child = subprocess.Popen(
-        [sys.executable, "-c", f"import conftest\n{code}"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     )
     try:
         output, _ = child.communicate(timeout=DEADLINE)
@@ -127,7 +128,7 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize("name", WIDTHS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_depthwise_convolution_is_in_float32_on_a_cpu(name, precision):
-    """In bfloat16 it hangs on some CPUs alone, which the test above may never meet."""
+    """In bfloat16 it hangs on some CPUs only, so the test above may never see a hang."""
     dtype, net, convolutions = PRECISIONS[precision], network(name), Convolutions()
     with torch.autocast("cpu", dtype, enabled=dtype is not None), convolutions:
         learn(net, 2, 20)

@@ -12,8 +12,8 @@ from torch import nn
 import conformer
 import kernels
 from conformer import SUBSAMPLING, Subsampling, chunk_mask
+from helpers import TWO_BLOCKS, VARIANTS
 from kernels import Dropout, Linear, attention, for_few_rows, in_eights
-from test_conformer import TINY, VARIANTS
 
 
 def plain_kernels() -> types.ModuleType:
@@ -30,8 +30,11 @@ def plain_kernels() -> types.ModuleType:
         return y.transpose(1, 2)
 
     plain = types.ModuleType("kernels")
-    plain.Linear, plain.Dropout = nn.Linear, nn.Dropout
-    plain.attention, plain.conv_relu, plain.depthwise = attention, conv_relu, depthwise
+    plain.Linear = nn.Linear
+    plain.Dropout = nn.Dropout
+    plain.attention = attention
+    plain.conv_relu = conv_relu
+    plain.depthwise = depthwise
     return plain
 
 
@@ -47,9 +50,9 @@ def plain_conformer(monkeypatch):
 
 @pytest.mark.parametrize("name", ["default", "not_causal", *VARIANTS])
 def test_with_torchs_own_layers_the_network_computes_the_same(plain_conformer, name):
-    """Losses and gradients, the encoder's output whole and under a chunk mask, a stream, a decoder."""
+    """Losses, gradients, the encoder whole, under a chunk mask and as a stream, and a decoder."""
     changes = {"default": {}, "not_causal": {"causal": False}, **VARIANTS}[name]
-    o = {**vars(TINY), **changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    o = {**vars(TWO_BLOCKS), **changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
     torch.manual_seed(0)
     ours = conformer.U2Conformer(conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
     theirs = plain_conformer.U2Conformer(plain_conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
@@ -82,7 +85,8 @@ def test_with_torchs_own_layers_the_network_computes_the_same(plain_conformer, n
 def test_the_faster_backward_of_the_subsampling_gives_autograds_gradients(input_layer):
     torch.manual_seed(0)
     subsampling = Subsampling(input_layer, 80, 6).double().to(memory_format=torch.channels_last)
-    x, weights = torch.randn(3, 67, 80, dtype=torch.float64), None
+    x = torch.randn(3, 67, 80, dtype=torch.float64)
+    weights = None
     gradients = []
     for training in (True, False):  # by hand; by autograd
         y = subsampling.train(training)(x)
@@ -103,9 +107,8 @@ def test_attention_by_hand_is_scaled_dot_product_attention(kind):
         "causal": dict(is_causal=True),
         "scale": dict(scale=0.7),
     }[kind]
-    torch.testing.assert_close(
-        attention(q, k, v, p=1e-9, **more), attention(q, k, v, **more)
-    )  # by hand, drops nothing
+    by_hand = attention(q, k, v, p=1e-9, **more)  # p is too small to drop anything
+    torch.testing.assert_close(by_hand, attention(q, k, v, **more))
 
 
 @pytest.mark.parametrize("width", [8, 9, 17])
@@ -136,20 +139,18 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
     monkeypatch, rows, size, width, bias
 ):
     torch.manual_seed(0)
-    layer, x = Linear(size, width, bias), torch.randn(*rows, size, requires_grad=True)
+    layer = Linear(size, width, bias)
+    x = torch.randn(*rows, size, requires_grad=True)
     weights = torch.randn(*rows, width)
     found = []
     for onednn in (True, False):
         monkeypatch.setattr(kernels, "ONEDNN", onednn)
-        y, inputs = layer(x), [x, *layer.parameters()]
-        found.append(
-            [
-                y,
-                *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True),
-                *torch.autograd.grad(y.sum(), inputs),
-            ]
-        )  # whose gradient of y is one number, seen many times
+        y = layer(x)
+        inputs = [x, *layer.parameters()]
+        numbers = [y, *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True)]
+        numbers += torch.autograd.grad(y.sum(), inputs)  # the gradient of y is one number, expanded
         with torch.no_grad():
-            found[-1] += [layer(x), for_few_rows(layer)(x)]
+            numbers += [layer(x), for_few_rows(layer)(x)]
+        found.append(numbers)
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
-"""prepare.py: what goes in comes out whole, bad rows are named and left out, bad input changes nothing."""
+"""prepare.py: good rows come out whole, bad rows are named and left out, bad input changes
+nothing."""
 
 import csv
 import io
@@ -39,7 +40,7 @@ def tone(seconds=0.5, rate=16000, channels=1, frequency=300.0):
 
 
 def write_split(folder, rows, header=("file_name", "transcription", "speaker"), rate=16000):
-    """rows: (file name, text, ...) or (file name, text, ..., samples); a .wav is written for each."""
+    """Writes metadata.csv, and a wav for each row (file name, text, ...) that names one."""
     folder.mkdir(parents=True)
     with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -63,7 +64,7 @@ def source(tmp_path):
 
 
 def run(source, root, *more):
-    options = prepare.options_of(["--source", str(source), "--data_root", str(root), *more])
+    options = prepare.prepare_options(["--source", str(source), "--data_root", str(root), *more])
     return prepare.prepare(options)
 
 
@@ -153,12 +154,10 @@ def spoiled(value, at=50):
 
 
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(500)
-STREAMED = (
-    encoded(tone())[:40] + b"\xff\xff\xff\xff" + encoded(tone())[44:]
-)  # written to a pipe: the size was not known
-UNENDING = (
-    encoded(tone(), format="FLAC")[:21] + b"\xff" * 5 + encoded(tone(), format="FLAC")[26:]
-)  # says: 2^36 - 1 samples
+# This one was written to a pipe, where the size was not known.
+STREAMED = encoded(tone())[:40] + b"\xff\xff\xff\xff" + encoded(tone())[44:]
+# This one promises 2^36 - 1 samples.
+UNENDING = encoded(tone(), format="FLAC")[:21] + b"\xff" * 5 + encoded(tone(), format="FLAC")[26:]
 ODD = {  # name: (content, samples kept or reason)
     "8 bit.wav": (encoded(tone(), subtype="PCM_U8"), 8000),
     "24 bit.wav": (encoded(tone(), subtype="PCM_24"), 8000),
@@ -387,10 +386,8 @@ def test_a_file_named_twice_is_used_once_and_not_at_all_where_the_texts_differ(s
     )
     assert run(source, tmp_path / "root") == (4, 4)
     assert [r["text"] for r in rows_of(tmp_path / "root")] == ["hello", "book"]
-    differ, same = (
-        "several rows with different texts name this file",
-        "an earlier row with the same text names this file",
-    )
+    differ = "several rows with different texts name this file"
+    same = "an earlier row with the same text names this file"
     assert rejections(tmp_path / "root") == [
         ("1.wav", differ),
         ("./0.wav", same),
@@ -494,11 +491,8 @@ def test_text_is_nfc_and_changes_only_where_flags_say(tmp_path):
         ("\u2800 \u034f", (), ""),
         ("\ufeffso\u00ad-and\u200b-so\u200e", (), "so-and-so"),
         ("e\u200b\u0301", (), "\u00e9"),
-        (
-            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0915\u094d\u200d\u0937 \u2764\ufe0f",
-            (),
-            None,
-        ),
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", (), None),
+        ("\u0915\u094d\u200d\u0937 \u2764\ufe0f", (), None),
         ("\u0130I\u0130 I\u0307 \u0131", ("--lowercase",), "iii i \u0131"),
         ("\u017e\u0117 \u0116", ("--lowercase",), "\u017e\u0117 \u0117"),
         ("stra\u00dfe i\u0307", ("--uppercase",), "STRASSE \u0130"),
@@ -506,7 +500,7 @@ def test_text_is_nfc_and_changes_only_where_flags_say(tmp_path):
     ],
 )
 def test_what_shows_nothing_goes_and_case_leaves_no_loose_mark(text, flags, wanted):
-    options = prepare.options_of(["--source", "s", "--data_root", "r", *flags])
+    options = prepare.prepare_options(["--source", "s", "--data_root", "r", *flags])
     assert prepare.clean_text(text, options) == (text if wanted is None else wanted)
 
 
@@ -534,8 +528,8 @@ def test_unknown_characters_and_labels_that_say_something_else_are_told_with_a_r
     run(tmp_path / "src", tmp_path / "root", "--tokenizer", str(tmp_path / "vocab.json"))
     lines = capsys.readouterr().out.splitlines()
     assert (
-        "train: 5 of 31 tokens are unknown to the tokenizer: '\u4e2d' x 2 (as in b.wav), '\u00f1' x 1 (as in b.wav), "
-        "U+0301 x 1 (as in c.wav), U+2800 x 1 (as in c.wav)"
+        "train: 5 of 31 tokens are unknown to the tokenizer: '\u4e2d' x 2 (as in b.wav), "
+        "'\u00f1' x 1 (as in b.wav), U+0301 x 1 (as in c.wav), U+2800 x 1 (as in c.wav)"
     ) in lines
     assert any(
         line.startswith("train: the labels of 1 rows say something else")
@@ -571,7 +565,7 @@ def test_bpe_and_a_given_tokenizer(source, tmp_path):
 
 
 def parquet_source(folder, names):
-    """The layout of a hub repository: data/{split}-00000-of-00001.parquet with encoded audio, as LibriSpeech has it."""
+    """Writes data/{split}-00000-of-00001.parquet with encoded audio, as LibriSpeech on the hub."""
     (folder / "data").mkdir(parents=True)
     for name in names:
         file = io.BytesIO()
@@ -615,9 +609,8 @@ def test_local_parquet_is_read_like_librispeech_on_the_hub(tmp_path, monkeypatch
 def test_a_torn_parquet_file_is_one_clear_error(tmp_path):
     parquet_source(tmp_path / "src", ["train", "test"])
     file = tmp_path / "src/data/train-00000-of-00001.parquet"
-    file.write_bytes(
-        b"PAR1" + bytes(200) + file.read_bytes()[204:]
-    )  # its first page; the footer is whole
+    # Its first page is damaged; the footer is whole.
+    file.write_bytes(b"PAR1" + bytes(200) + file.read_bytes()[204:])
     with pytest.raises(UserError, match="split train of .* to its end"):
         run(tmp_path / "src", tmp_path / "root")
     file.write_bytes(file.read_bytes()[:-500])
@@ -699,7 +692,7 @@ def set_signals(handler, signals):
 
 
 def start_stuck(source, root, handler=signal.SIG_DFL, how=cli.SIGNALS):
-    """prepare.py where dev is written and train is not, and where it stays until a signal comes."""
+    """Starts prepare.py, which writes dev and stays in train until a signal comes."""
     with open(source / "train/metadata.csv", "a") as file:
         file.write("stuck.wav,hello,s\n")
     command = [sys.executable, "-c", STUCK, "--source", source, "--data_root", root]
@@ -752,7 +745,8 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
     """A signal at any of the steps, or a kill, leaves the old data or the new."""
     root = tmp_path / "root"
     run(source, root)
-    before, replace = tree(root), os.replace
+    before = tree(root)
+    replace = os.replace
 
     def broken(old, new):
         if str(new) == str(root) and os.path.basename(old) != "old":
@@ -776,7 +770,7 @@ def test_data_is_never_away_while_it_is_replaced(source, tmp_path, monkeypatch):
     [
         (lambda s: s / "absent", "absent"),
         (lambda s: "no/such/folder", "no folder"),
-        (lambda s: "../such", "no folder"),  # which is no name on the hub
+        (lambda s: "../such", "no folder"),  # This is no name on the hub.
         (lambda s: "no/such", "cannot load"),
         (lambda s: s / "train", "neither"),
         (lambda s: s / "train/0.wav", "neither"),
@@ -818,7 +812,7 @@ def test_a_bad_source_is_one_clear_error_and_writes_nothing(
 def test_flags_that_make_no_sense_are_refused(argv, message):
     more = [] if message.startswith(("give", "--data_root")) else ["--data_root", "r"]
     with pytest.raises(UserError, match=message):
-        prepare.options_of(argv + more)
+        prepare.prepare_options(argv + more)
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path):

@@ -1,4 +1,5 @@
-"""Whatever the files and the texts are: a row is written as promised or rejected with a reason, and none is lost."""
+"""Whatever the files and the texts are, a row is written as promised or rejected with a reason, and
+none is lost."""
 
 import csv
 import io
@@ -20,9 +21,8 @@ import tokenizer as tk
 from helpers import cases
 
 datasets.disable_progress_bars()
-pytestmark = pytest.mark.filterwarnings(
-    "error::pytest.PytestUnraisableExceptionWarning"
-)  # those that nobody can catch
+# Nobody could catch such an exception.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
 # Any file
@@ -58,23 +58,25 @@ SPOILS = (None, None, None, np.nan, np.inf, -np.inf, 3e38)
 @st.composite
 def files(draw):
     """(content, frames at 16 kHz that it must have, or None where anything may come of it)"""
-    rate, channels = (
-        draw(st.sampled_from((*RATES, 16000, 16000))),
-        draw(st.sampled_from((1, 1, 2, 8))),
-    )
+    rate = draw(st.sampled_from((*RATES, 16000, 16000)))
+    channels = draw(st.sampled_from((1, 1, 2, 8)))
     length = draw(st.one_of(st.sampled_from((0, 1, 2)), st.integers(3, 3000), st.integers(3, 3000)))
-    kind, spoil = draw(st.sampled_from([*SOUNDS, "noise", "noise"])), draw(st.sampled_from(SPOILS))
+    kind = draw(st.sampled_from([*SOUNDS, "noise", "noise"]))
+    spoil = draw(st.sampled_from(SPOILS))
     samples = SOUNDS[kind] * np.random.default_rng(length).normal(0, 1, (length, channels))
     if spoil is not None and length:
         samples[draw(st.integers(0, length - 1)), 0] = spoil
     format, subtype = draw(st.sampled_from(FORMATS))
-    if subtype not in ("FLOAT", "DOUBLE"):  # the encoders of the others crash over what is no sound
+    if subtype not in (
+        "FLOAT",
+        "DOUBLE",
+    ):  # The other encoders crash over numbers that are no sound.
         samples = np.nan_to_num(samples).clip(-1, 1)
         rate = rate if 8000 <= rate <= 48000 or format in ("WAV", "FLAC") else 16000
     file = io.BytesIO()
     try:
         soundfile.write(file, samples, rate, format=format, subtype=subtype)
-    except (RuntimeError, ValueError):  # a format that does not have this rate or these channels
+    except (RuntimeError, ValueError):  # The format does not have this rate or these channels.
         return draw(st.binary(max_size=100)), None
     content = bytearray(file.getvalue())
     damage = draw(st.sampled_from((*["none"] * 6, "cut", "byte", "hole")))
@@ -128,9 +130,8 @@ def test_any_file_becomes_finite_samples_or_one_reason(file):
 
 
 TEXTS = st.one_of(
-    st.text(
-        st.characters(exclude_categories=["Cs"]), max_size=20
-    ),  # no UTF-8 file holds half of a surrogate pair
+    # No UTF-8 file holds half of a surrogate pair.
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     st.text(" \t\n\r\0\x1c\u00a0\u200b\ufeff", max_size=4),
     st.sampled_from(["<unk>", "\u2047", "e\u0301", "\u0130I\u00df", '"', ","]),
     st.text("ab ", min_size=1, max_size=3).map(lambda text: text * 9999),
@@ -141,7 +142,7 @@ CHANGES = st.sampled_from([(), ("--lowercase",), ("--uppercase",), ("--remove_pu
 @cases(100)
 @given(files(), TEXTS, CHANGES, st.booleans())
 def test_any_row_is_written_as_promised_or_has_a_reason(file, text, flags, bpe):
-    options = prepare.options_of(["--source", "s", "--data_root", "r", *flags])
+    options = prepare.prepare_options(["--source", "s", "--data_root", "r", *flags])
     clean = prepare.clean_text(text, options)
     texts = [clean, "hello"]
     tokenizer = tk.train_bpe(texts, 100) if bpe else tk.train_char(texts)
@@ -154,9 +155,8 @@ def test_any_row_is_written_as_promised_or_has_a_reason(file, text, flags, bpe):
     check_samples(example["input_values"])
     assert example["length"] == len(example["input_values"])
     assert example["text"] == tk.normalize_text(clean) == clean
-    heard = (
-        clean.replace("\u2581", " ") if bpe else clean
-    )  # which is byte pairs' own sign for a space
+    # U+2581 is the sign of byte pairs for a space.
+    heard = clean.replace("\u2581", " ") if bpe else clean
     assert tokenizer.decode(example["labels"]["input_ids"]) == tk.normalize_text(heard)
 
 
@@ -221,9 +221,11 @@ def good_file():
 def test_rows_written_and_rejected_are_the_rows_given(
     some_files, rows, bom, newline, flags, shard_rows
 ):
-    rows = [("0.wav", "hello", "s", 3), *rows]  # of nothing but bad rows no data is made
+    # Bad rows alone would make no data.
+    rows = [("0.wav", "hello", "s", 3), *rows]
     with tempfile.TemporaryDirectory() as folder:
-        source, root = Path(folder, "src"), Path(folder, "root")
+        source = Path(folder, "src")
+        root = Path(folder, "root")
         write_source(
             source / "train",
             [good_file()] * 5 + [content for content, _ in some_files],
@@ -231,7 +233,7 @@ def test_rows_written_and_rejected_are_the_rows_given(
             bom,
             newline,
         )
-        options = prepare.options_of(
+        options = prepare.prepare_options(
             [
                 "--source",
                 str(source),

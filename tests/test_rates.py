@@ -1,5 +1,5 @@
-"""A sample rate other than 16 kHz: kept in the data root, the same for training, scoring and
-transcribing, or refused."""
+"""A sample rate other than 16 kHz is kept in the data root, and is the same for training, scoring
+and transcribing, or is refused."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_a_root_says_its_rate_and_one_without_the_mark_has_16_khz(folder):
 @pytest.mark.parametrize("rate", [8000, 16000])
 def test_training_scoring_and_transcribing_see_the_same_frames(rate, folder):
     model, tokenizer, frontend = load_checkpoint(str(folder / f"run{rate}/best.ckpt"))
-    assert frontend.sample_rate == rate  # which nobody had to say
+    assert frontend.sample_rate == rate  # No flag has said so.
     root = str(folder / str(rate))
     data = SpeechDataModule(
         data_roots=[root],
@@ -152,4 +152,4 @@ def test_a_mark_that_cannot_be_read_is_one_line(content, tmp_path):
 @pytest.mark.parametrize("rate", ["0", "3975", "8001", "400000"])
 def test_a_rate_that_cannot_be_made_well_is_refused(rate):
     with pytest.raises(UserError, match="--sample_rate .*: it must lie within 4000 .. 384000"):
-        prepare.options_of(["--source", "s", "--data_root", "r", "--sample_rate", rate])
+        prepare.prepare_options(["--source", "s", "--data_root", "r", "--sample_rate", rate])

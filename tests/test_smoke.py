@@ -39,7 +39,8 @@ def source(tmp_path_factory):
 
 
 def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
-    data, run = tmp_path / "data", tmp_path / "run"
+    data = tmp_path / "data"
+    run = tmp_path / "run"
     out = command("prepare.py", "--source", source, "--data_root", data).stdout
     assert "kept 11 rows, rejected 0" in out.splitlines()[-1]
 

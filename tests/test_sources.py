@@ -34,7 +34,7 @@ def put(path, content=None):
 
 
 def parquet(path, /, **columns):
-    """Without columns two rows whose text is the path."""
+    """Writes the columns, or two rows whose text is the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = columns or {
         "audio": [{"bytes": sound(), "path": "a.wav"}] * 2,
@@ -54,9 +54,10 @@ def src(tmp_path):
 
 
 def run(src, *more, source=None):
-    """({split: texts}, {name: reason})"""
-    root, letters = src.parent / "root", src.parent / "letters.json"
-    options = prepare.options_of(
+    """Prepares the source. Returns ({split: texts}, {name: reason})."""
+    root = src.parent / "root"
+    letters = src.parent / "letters.json"
+    options = prepare.prepare_options(
         [
             "--source",
             source or str(src),
@@ -254,7 +255,8 @@ def test_audio_without_metadata_is_refused_with_what_to_do(src):
         ("file_name,text\ntrain/a.wav,one\ndev/b.wav,two\n", "metadata.csv"),
         ("file_name,text\ndata/train/a.wav,one\ndata/dev/b.wav,two\n", "metadata.csv"),
         (
-            '{"file_name": "train/a.wav", "text": "one"}\n{"file_name": "dev/b.wav", "text": "two"}\n',
+            '{"file_name": "train/a.wav", "text": "one"}\n'
+            '{"file_name": "dev/b.wav", "text": "two"}\n',
             "metadata.jsonl",
         ),
         (
@@ -375,7 +377,7 @@ def test_paths_are_found_beside_their_parquet_file_and_from_the_source_on(column
 
 
 def strings(content, cut):
-    """Two strings of any bytes."""
+    """Makes two strings of any bytes."""
     places = pa.array([0, cut, len(content)], pa.int32()).buffers()[1]
     return pa.StringArray.from_buffers(2, places, pa.py_buffer(content))
 
@@ -471,7 +473,8 @@ SWALLOWED = {  # content: lines
     'file_name,text\r\n0.wav,a\r\n1.wav,"hello\r\n2.wav,bye"\r\n': "3 to 4",
     'file_name,text,speaker\n1.wav,"hello,anna\n2.wav,bye",anna\n': "2 to 3",
     'text,file_name\na,0.wav\n"hello,1.wav\nbye",2.wav\n': "3 to 4",
-    'file_name,text\n1.wav,"hello\n2.wav",bye\n': "2 to 3",  # two rows in one with a field too many
+    # Two rows are in one that has a field too many.
+    'file_name,text\n1.wav,"hello\n2.wav",bye\n': "2 to 3",
     'text,file_name\nhello,"1.wav\nbye",2.wav\n': "2 to 3",
     '"file_name",text\n"1.wav,hello\n2.wav",bye\n': "2 to 3",
     'file_name,text\n1.wav,"hello\ngone.flac,yes\nbye"\n': "2 to 4",
@@ -503,7 +506,7 @@ def test_wherever_stray_quotation_marks_stand_no_row_is_lost(columns, newline, p
     ]
     content = newline.join(",".join(row[column] for column in columns) for row in rows)
     starts = [0, *(i + 1 for i, c in enumerate(content) if c in ",\n")]
-    for place in places:  # half of them where a field begins
+    for place in places:  # Half of them are where a field begins.
         place = starts[place % len(starts)] if place % 2 else place
         content = content[:place] + '"' + content[place:]
     try:
@@ -589,7 +592,9 @@ def test_of_two_files_with_one_name_the_one_that_is_spelled_alike_is_used(src):
 
 
 def test_names_in_latin_1_disturb_nothing(src):
-    good, bad, other = "caf\udce9.wav", "a\udce9/b.wav", "\udcfc.wav"
+    good = "caf\udce9.wav"
+    bad = "a\udce9/b.wav"
+    other = "\udcfc.wav"
     for name in (good, bad, other):
         put(src / "train" / name, None if name != bad else "no sound")
     rows = [
@@ -618,8 +623,10 @@ KINDS = ("metadata.csv", "metadata.jsonl", "train.parquet", "part-0.parquet", "s
 
 @st.composite
 def folders(draw):
-    """{split: (kind, [rows of each file])} where a row is good, missing or without text, and how
-    many files nobody names."""
+    """Draws {split: (kind, [the rows of each file], how many files no row names)}.
+
+    A row is good, missing or without text.
+    """
     splits = ["train", *draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=3))]
     rows = st.lists(
         st.sampled_from(["good", "good", "missing", "empty"]), min_size=1, max_size=3
@@ -631,7 +638,7 @@ def folders(draw):
 
 
 def write_table(path, kind, split, number, rows):
-    """Returns the texts that must come out."""
+    """Writes metadata or parquet and the files. Returns the texts that must come out."""
     names = [f"{number}-{i}.wav" for i in range(len(rows))]
     texts = ["" if row == "empty" else f"{split} {number} {i}" for i, row in enumerate(rows)]
     for name, row in zip(names, rows):
@@ -655,7 +662,7 @@ def write_table(path, kind, split, number, rows):
 
 
 def place(above, kind, split, number, count):
-    """Where such a file may lie, of which a split may have several."""
+    """Returns where file `number` of `count` of a split may lie."""
     if kind == "shards":
         return above / f"{split}-{number:05d}-of-{count:05d}.parquet"
     if kind.startswith("metadata"):
@@ -682,7 +689,9 @@ def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_ar
     tk.save_tokenizer(
         tk.train_char(["abcdefghijklmnopqrstuvwxyz_ 0123456789"]), src.parent / "letters.json"
     )
-    expected, total, unnamed = {}, 0, 0
+    expected = {}
+    total = 0
+    unnamed = 0
     for split, (kind, files, others) in layout.items():
         expected[split] = []
         for number, rows in enumerate(files):
@@ -692,7 +701,8 @@ def test_rows_kept_and_rejected_are_the_rows_of_all_files_and_the_other_files_ar
         for i in range(others):
             put(src / above / f"others of {split}" / f"{i}.ogg")
         unnamed += others
-    options = prepare.options_of(["--source", str(src), "--data_root", str(src.parent / "root")])
+    root = src.parent / "root"
+    options = prepare.prepare_options(["--source", str(src), "--data_root", str(root)])
     folder = sources.Folder(str(src))
     found = sources.select_splits(sources.folder_source(folder, options), options)
     rows = {split: [row for part in parts for row in part.rows()] for split, parts in found.items()}

@@ -746,7 +746,7 @@ def test_align_measures_by_how_much_words_are_off():
     ]
     matched = align.match("in the big hall".split(), found)
     assert matched == [found[0], found[1], None, found[3]]
-    errors = align.differences(matched, spoken)
+    errors = align.time_errors(matched, spoken)
     assert errors == [pytest.approx((0.1, -0.1)), pytest.approx((-0.1, 0.2))]
     assert align.summary(errors) == {
         "words": 2,

@@ -1,11 +1,12 @@
-"""How far word times are off: python align.py --checkpoint runs/demo/best.ckpt
+"""Measures how far word times are off: python -m tools.align --checkpoint runs/demo/best.ckpt
 
-Sentences of the demo corpus, spoken by espeak-ng in voices of a held-out split; espeak-ng says when it speaks each word. A
-word starts with its event and ends where the pause behind it begins; two words that are run together count as one. Prints
-the mean absolute error of starts and ends, and by how much they are late on average (early: negative), in milliseconds:
-for the true text, aligned, and for what was heard, where that is right. The last line of stdout is JSON; its `delay` is what
-to give transcribe.py --delay so that the true text is neither late nor early on average. It is the checkpoint's, and
-synthetic speech only estimates it.
+espeak-ng speaks sentences of the demo corpus in the voices of a held-out split, and says when it
+speaks each word. A word starts with espeak-ng's event and ends where the pause behind the word
+begins; two words that are run together count as one. The command prints the mean absolute error of
+starts and ends, and by how much they are late on average (early: negative), in milliseconds: for
+the true text, aligned, and for the words that were heard right. The last line of stdout is JSON.
+Give its `delay` to transcribe.py --delay, and the true text is neither late nor early on average.
+Each checkpoint has its own delay, of which synthetic speech is only an estimate.
 """
 
 from collections.abc import Iterator
@@ -49,19 +50,19 @@ def main(argv: list[str]) -> None:
     options, search = build(AlignOptions, given), build(SearchOptions, given)
     model, *_ = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     errors = {"true_text": [], "heard": []}  # (start, end) in seconds, found minus true
-    for utterance in tqdm(
-        demo.plan(options.split, options.sentences), unit=" sentences", disable=None
-    ):
+    plan = demo.plan(options.split, options.sentences)
+    for utterance in tqdm(plan, unit=" sentences", disable=None):
         waveform, spoken = demo.speak_with_words(utterance)
         samples = torch.from_numpy(resample(waveform, demo.RATE, model.frontend.sample_rate))
         text = spelled_as(model.tokenizer, utterance.text)
         for name, found in zip(errors, find_words(model, samples, text, options, search)):
-            errors[name] += differences(match(text.split(), found), spoken)
+            errors[name] += time_errors(match(text.split(), found), spoken)
     result = {name: summary(of_name) for name, of_name in errors.items()}
     print(f"{'':10} {'words':>6} {'start off':>10} {'late':>7} {'end off':>10} {'late':>7}")
     for name, numbers in result.items():
         print(
-            f"{name:10} {numbers['words']:6} {numbers['start_error_ms']:7.1f} ms {numbers['start_late_ms']:7.1f} "
+            f"{name:10} {numbers['words']:6} "
+            f"{numbers['start_error_ms']:7.1f} ms {numbers['start_late_ms']:7.1f} "
             f"{numbers['end_error_ms']:7.1f} ms {numbers['end_late_ms']:7.1f}"
         )
     late = (result["true_text"]["start_late_ms"] + result["true_text"]["end_late_ms"]) / 2
@@ -70,12 +71,12 @@ def main(argv: list[str]) -> None:
 
 
 def spelled_as(tokenizer, text: str) -> str:
-    """The text in the case that the tokenizer knows. Raises UserError where it knows neither."""
+    """Returns the text in the case that the tokenizer knows, or raises UserError."""
     for spelling in (text, text.upper()):
         if tokenizer.unk_id not in tokenizer.encode(spelling):
             return spelling
     raise UserError(
-        f"the checkpoint's tokenizer cannot spell {text!r}; align.py measures models of English"
+        f"the checkpoint's tokenizer cannot spell {text!r}; tools.align measures models of English"
     )
 
 
@@ -83,37 +84,32 @@ def spelled_as(tokenizer, text: str) -> str:
 def find_words(
     model, samples: torch.Tensor, text: str, options: AlignOptions, search: SearchOptions
 ) -> Iterator[list[Word]]:
-    """The words of the true text, then those of what is heard."""
+    """Yields the words of the true text, then those that the model hears in samples (N,)."""
     features = extract(model.frontend)(samples)[None].to(model.device)  # (1,T,F)
     lengths = torch.tensor([features.shape[1]], device=model.device)
-    memory, lengths = model.encode(features, lengths, search.chunk_size, search.left_chunks)
-    (hypothesis,) = model.search(memory, lengths, options.mode, search)
-    log_probs = model.ctc_log_probs(memory)[0].cpu()
+    encoded, lengths = model.encode(features, lengths, search.chunk_size, search.left_chunks)
+    (hypothesis,) = model.search(encoded, lengths, options.mode, search)
+    log_probs = model.ctc_log_probs(encoded)[0].cpu()
+    times = frame_times(model.options.input_layer, model.frontend)
     for tokens in (model.tokenizer.encode(text), hypothesis.tokens):
-        yield align_words(
-            tokens,
-            log_probs,
-            model.tokenizer,
-            frame_times(model.options.input_layer, model.frontend),
-            delay=options.delay,
-        )
+        yield align_words(tokens, log_probs, model.tokenizer, times, delay=options.delay)
 
 
 def match(said: list[str], found: list[Word]) -> list[Word | None]:
-    """For each word that was said, what was found, where that is right."""
+    """Returns for each word that was said the same word among the found ones, or None."""
     matched = [None] * len(said)
-    for block in SequenceMatcher(
-        None, said, [word.text for word in found], autojunk=False
-    ).get_matching_blocks():
+    texts = [word.text for word in found]
+    for block in SequenceMatcher(None, said, texts, autojunk=False).get_matching_blocks():
         matched[block.a : block.a + block.size] = found[block.b : block.b + block.size]
     return matched
 
 
-def differences(
+def time_errors(
     matched: list[Word | None], spoken: list[demo.SpokenWord]
 ) -> list[tuple[float, float]]:
-    """(start, end) of what was found minus those of what was spoken, where all its words were found."""
-    result, place = [], 0
+    """Returns (start, end), found minus true, of each spoken word that is found, in seconds."""
+    result = []
+    place = 0
     for true in spoken:
         words = matched[place : place + len(true.text.split())]
         place += len(words)
@@ -123,13 +119,12 @@ def differences(
 
 
 def summary(errors: list[tuple[float, float]]) -> dict:
+    """Returns the means in milliseconds. Raises UserError where there are no errors."""
     if not errors:
         raise UserError("no word was heard right, so there is nothing to measure; train for longer")
     ms = 1000 * np.array(errors)
-    (start, end), (start_late, end_late) = (
-        np.abs(ms).mean(axis=0).round(1),
-        ms.mean(axis=0).round(1),
-    )
+    start, end = np.abs(ms).mean(axis=0).round(1)
+    start_late, end_late = ms.mean(axis=0).round(1)
     return {
         "words": len(errors),
         "start_error_ms": start,

@@ -317,7 +317,7 @@ def _unload(library) -> None:
 # Files
 
 
-def write_split(folder: str, utterances: list[Utterance]) -> None:
+def write_wavs(folder: str, utterances: list[Utterance]) -> None:
     """Writes the wavs 0000.wav, 0001.wav, ... and metadata.csv into a new folder."""
     os.makedirs(folder)
     table = [("file_name", "transcription", "speaker")]
@@ -336,7 +336,7 @@ def main(argv: list[str]) -> None:
     options = build(DemoOptions, vars(make_parser(__doc__, DemoOptions).parse_args(argv)))
     with published(options.out, "the demo corpus", options.overwrite) as folder:
         for split in UTTERANCES:
-            write_split(os.path.join(folder, split), plan(split, options.rows))
+            write_wavs(os.path.join(folder, split), plan(split, options.rows))
     print(f"{shown(options.out)}: {', '.join(UTTERANCES)}; next, prepare.py --source reads them")
 
 
