@@ -1,4 +1,7 @@
-"""What export.py writes hears what the network hears: in onnxruntime, called as the runtimes call it, and in sherpa-onnx."""
+"""What export.py writes hears what the network hears, in onnxruntime and in sherpa-onnx.
+
+onnxruntime is called here as sherpa-onnx and WeNet's runtime call it.
+"""
 
 import dataclasses
 import subprocess
@@ -70,10 +73,8 @@ def described(nodes):
 
 def test_the_files_are_what_sherpa_onnx_reads(fbank):
     _, folder, lines = fbank
-    offline, streaming = (
-        session_of(folder, "model.onnx"),
-        session_of(folder, "model-streaming.onnx"),
-    )
+    offline = session_of(folder, "model.onnx")
+    streaming = session_of(folder, "model-streaming.onnx")
     assert described(offline.get_inputs()) == [
         ("x", "tensor(float)", 3),
         ("x_lens", "tensor(int64)", 1),
@@ -113,19 +114,13 @@ def test_the_files_are_what_sherpa_onnx_reads(fbank):
         "output_size": "16",
         "cnn_module_kernel": "5",
     }.items() <= metadata.items()
-    assert (
-        metadata.items()
-        <= session_of(folder, "model-streaming.int8.onnx")
-        .get_modelmeta()
-        .custom_metadata_map.items()
-    )
+    int8 = session_of(folder, "model-streaming.int8.onnx").get_modelmeta().custom_metadata_map
+    assert metadata.items() <= int8.items()
     for name in ("model", "model-streaming"):
         assert (folder / f"{name}.int8.onnx").is_file()
     assert lines[0].startswith("checked on a synthetic sound")
-    assert (
-        sum("within" in line for line in lines) == 4
-        and sum("heard otherwise" in line for line in lines) == 2
-    )
+    assert sum("within" in line for line in lines) == 4
+    assert sum("heard otherwise" in line for line in lines) == 2
 
 
 def test_the_files_are_what_wenet_s_runtime_reads(fbank):
@@ -176,33 +171,29 @@ def test_padding_changes_nothing_and_nothing_is_too_short(fbank):
     model, folder, _ = fbank
     lengths = torch.tensor([131, 52, 7, 3])
     x = torch.randn(4, 131, 80) + 8
-    log_probs, frames = session_of(folder, "model.onnx").run(
-        None, {"x": x.numpy(), "x_lens": lengths.numpy()}
-    )
+    session = session_of(folder, "model.onnx")
+    log_probs, frames = session.run(None, {"x": x.numpy(), "x_lens": lengths.numpy()})
     assert frames.tolist() == [32, 12, 1, 0]
-    for row, length, count in zip(x, lengths, frames):
-        out, _ = model.encode(row[None, :length], length[None])
-        expected = model.ctc_log_probs(out)[0, :count].numpy()
-        np.testing.assert_allclose(
-            log_probs[lengths.tolist().index(length), :count], expected, atol=1e-4
-        )
-    log_probs, frames = session_of(folder, "model.onnx").run(
-        None, {"x": x[:1, :3].numpy(), "x_lens": lengths[3:].numpy()}
-    )
+    for row, length, count, heard in zip(x, lengths, frames, log_probs):
+        encoded, _ = model.encode(row[None, :length], length[None])
+        expected = model.ctc_log_probs(encoded)[0, :count].numpy()
+        np.testing.assert_allclose(heard[:count], expected, atol=1e-4)
+    short = {"x": x[:1, :3].numpy(), "x_lens": lengths[3:].numpy()}
+    log_probs, frames = session.run(None, short)
     assert log_probs.shape == (1, 1, 20) and frames.tolist() == [0]
 
 
 def stream_as_sherpa(session, x, chunks, offset=CACHE, cache=(2, 2, CACHE, 16), conv=(2, 1, 16, 4)):
-    """What sherpa-onnx's C++ does with model-streaming.onnx."""
-    caches, outs = [np.zeros(cache, np.float32), np.zeros(conv, np.float32)], []
+    """Does what sherpa-onnx's C++ does with model-streaming.onnx."""
+    names = [node.name for node in session.get_inputs()]
+    caches = [np.zeros(cache, np.float32), np.zeros(conv, np.float32)]
+    outs = []
     for index in range(chunks):
         mask = np.ones((1, 1, CACHE + CHUNK), bool)
         mask[..., : max(CACHE - index * CHUNK, 0)] = False
         window = x[:, index * CHUNK * 4 : index * CHUNK * 4 + (CHUNK - 1) * 4 + 7]
         inputs = (window, np.array([offset]), np.array([CACHE]), *caches, mask)
-        out, *caches = session.run(
-            None, dict(zip([node.name for node in session.get_inputs()], inputs))
-        )
+        out, *caches = session.run(None, dict(zip(names, inputs)))
         assert caches[0].shape == cache and caches[1].shape == conv
         outs.append(out)
         offset += out.shape[1]
@@ -212,14 +203,13 @@ def stream_as_sherpa(session, x, chunks, offset=CACHE, cache=(2, 2, CACHE, 16), 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [7, 19, 60, 131])
 def test_chunk_by_chunk_it_is_the_masked_pass_over_the_whole(fbank, frames):
+    """The last chunk may be a part of one."""
     model, folder, _ = fbank
     x = torch.randn(1, frames, 80, generator=torch.Generator().manual_seed(frames)) + 8
     expected = model.ctc_log_probs(model.encode(x, torch.tensor([frames]), CHUNK, LEFT)[0])
     chunks = -(-subsampled_length(frames, "conv2d") // CHUNK)
     heard = stream_as_sherpa(session_of(folder, "model-streaming.onnx"), x.numpy(), chunks)
-    np.testing.assert_allclose(
-        heard, expected.numpy(), atol=1e-4
-    )  # the last chunk is a part of one
+    np.testing.assert_allclose(heard, expected.numpy(), atol=1e-4)
 
 
 @torch.no_grad()
@@ -229,14 +219,16 @@ def test_an_endless_stream_is_that_of_stream_py(fbank, offset):
     x = torch.randn(1, 99, 80) + 8
     state = model.stream_state(CHUNK, LEFT)._replace(offset=offset)
     expected = model.ctc_log_probs(model.stream(x, state, last=True)[0])
-    heard = stream_as_sherpa(
-        session_of(folder, "model-streaming.onnx"), x.numpy(), 6, offset + CACHE
-    )
+    session = session_of(folder, "model-streaming.onnx")
+    heard = stream_as_sherpa(session, x.numpy(), 6, offset + CACHE)
     np.testing.assert_allclose(heard, expected.numpy(), atol=1e-4)
 
 
 class WenetRuntime:
-    """What onnx_asr_model.cc does with encoder.onnx, ctc.onnx and decoder.onnx, from their metadata alone."""
+    """Does what onnx_asr_model.cc does with encoder.onnx, ctc.onnx and decoder.onnx.
+
+    Of the model it knows their metadata alone.
+    """
 
     def __init__(self, folder):
         self.encoder, self.ctc, self.decoder = (
@@ -252,13 +244,13 @@ class WenetRuntime:
     def forward(self, feats):
         """(1,T,F) -> log-probabilities (T',V); the encoder's output is kept."""
         m = self.read
-        chunk, left, rate, context = (
-            m["chunk_size"],
-            m["left_chunks"],
-            m["subsampling_rate"],
-            m["right_context"],
-        )
-        size, offset, log_probs = chunk * left, chunk * left, []
+        chunk = m["chunk_size"]
+        left = m["left_chunks"]
+        rate = m["subsampling_rate"]
+        context = m["right_context"]
+        size = chunk * left
+        offset = size
+        log_probs = []
         att = np.zeros(
             (m["num_blocks"], m["head"], size, m["output_size"] // m["head"] * 2), np.float32
         )
@@ -266,7 +258,8 @@ class WenetRuntime:
             (m["num_blocks"], 1, m["output_size"], m["cnn_module_kernel"] - 1), np.float32
         )
         for start in range(0, feats.shape[1] - context, chunk * rate):
-            mask, index = np.ones((1, 1, size + chunk), bool), offset // chunk - left
+            mask = np.ones((1, 1, size + chunk), bool)
+            index = offset // chunk - left
             mask[..., : max(left - index, 0) * chunk] = False
             window = feats[:, start : start + (chunk - 1) * rate + context + 1]
             out, att, cnn = self.encoder.run(
@@ -286,23 +279,25 @@ class WenetRuntime:
         return np.concatenate(log_probs)
 
     def rescore(self, hyps, reverse_weight):
-        """The attention decoders' scores of hypotheses, which it pads with 0."""
+        """Gives the attention decoders' scores of hypotheses, which it pads with 0."""
         lengths = np.array([len(hyp) + 1 for hyp in hyps])
         padded = np.zeros((len(hyps), lengths.max()), np.int64)
         for row, hyp in zip(padded, hyps):
             row[: len(hyp) + 1] = [self.read["sos_symbol"], *hyp]
-        names = [node.name for node in self.decoder.get_inputs()]  # it gives them in this order
-        ways = self.decoder.run(
-            None, dict(zip(names, (padded, lengths, np.concatenate(self.outs, axis=1))))
+        names = [node.name for node in self.decoder.get_inputs()]
+        inputs = padded, lengths, np.concatenate(self.outs, axis=1)  # in the runtime's order
+        left, right = self.decoder.run(None, dict(zip(names, inputs)))
+        scores = []
+        for hyp, forward, backward in zip(hyps, left, right):
+            ahead = self.sum_of(forward, hyp)
+            behind = self.sum_of(backward, hyp[::-1])
+            scores.append((1 - reverse_weight) * ahead + reverse_weight * behind)
+        return scores
+
+    def sum_of(self, log_probs, tokens):
+        return sum(
+            log_probs[i, token] for i, token in enumerate([*tokens, self.read["eos_symbol"]])
         )
-        left, right = (
-            [
-                sum(of_hyp[i, token] for i, token in enumerate([*tokens, self.read["eos_symbol"]]))
-                for of_hyp, tokens in zip(way, said)
-            ]
-            for way, said in zip(ways, (hyps, [h[::-1] for h in hyps]))
-        )
-        return [(1 - reverse_weight) * a + reverse_weight * b for a, b in zip(left, right)]
 
 
 @torch.no_grad()
@@ -310,7 +305,8 @@ class WenetRuntime:
 def test_two_passes_as_in_wenet_s_runtime_are_those_of_the_model(fbank, samples):
     """WeNet's C++ itself is not run here."""
     model, folder, _ = fbank
-    runtime, feats = WenetRuntime(folder), given_of(model, SOUND[:samples])
+    runtime = WenetRuntime(folder)
+    feats = given_of(model, SOUND[:samples])
     log_probs = runtime.forward(feats.numpy())
     memory, lengths = model.encode(feats, torch.tensor([feats.size(1)]), CHUNK, LEFT)
     np.testing.assert_allclose(log_probs, model.ctc_log_probs(memory)[0], atol=1e-4)
@@ -330,7 +326,7 @@ def test_two_passes_as_in_wenet_s_runtime_are_those_of_the_model(fbank, samples)
     assert [scores[tuple(tokens)] for tokens in expected.nbest] == pytest.approx(
         expected.nbest_scores, abs=1e-3
     )
-    assert max(scores.values()) - min(scores.values()) > 1  # they do tell hypotheses apart
+    assert max(scores.values()) - min(scores.values()) > 1  # so they tell hypotheses apart
 
 
 @torch.no_grad()
@@ -367,10 +363,11 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
 
 @torch.no_grad()
 def test_the_streaming_graph_forgets_as_a_stream_does(log_mel):
-    """Louder and quieter than a window ago, a click, and samples that are no sound."""
+    """The sound gets louder and quieter than a window ago, clicks, and has samples that are nan."""
     model, folder, _ = log_mel
     sound = torch.cat([gain * SOUND for gain in (3, 3, 0.1, 30, 1)])  # two windows
-    sound[100], sound[40000:40400] = 1e4, float("nan")
+    sound[100] = 1e4
+    sound[40000:40400] = float("nan")
     expected = model.ctc_log_probs(network_stream(model, CHUNKS, sound))
     assert len(expected) > STREAM_WINDOW * 1.5 * 25 and expected.isfinite().all()
     heard = graph_stream(model, session_of(folder, "model-streaming.onnx"), CHUNKS, sound)
@@ -382,7 +379,7 @@ def token_of(model, i):
 
 
 def test_other_sizes_and_kinds(tmp_path):
-    """A U2 of every option that is allowed to differ, also as a command."""
+    """The model differs from the others in every option that may differ."""
     model = exportable_model(
         cnn_module_norm="batch_norm",
         input_layer="conv2d6",
@@ -401,22 +398,19 @@ def test_other_sizes_and_kinds(tmp_path):
     assert "--sample-rate=8000 --feat-dim=40" in said and "--wenet-ctc-num-left-chunks=1" in said
 
 
-# ------------------------------------------------------------------------------------------------------- sherpa-onnx
+# ------------------------------------------------------------------------------------ sherpa-onnx
 
 
 def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tmp_path):
     model = exportable_model(features=dict(high_freq=-400.0))
-    theirs, ours = (
-        parity.sherpa_features(model, SOUND)[0],
-        extract(model.frontend)(SOUND[40:]),
-    )  # its frames begin 7.5 ms before 0
+    theirs = parity.sherpa_features(model, SOUND)[0]
+    ours = extract(model.frontend)(SOUND[40:])  # sherpa-onnx's frames begin 7.5 ms before 0
     torch.testing.assert_close(theirs[1 : 1 + len(ours)], ours, rtol=0, atol=1e-3)
     assert len(theirs) - len(ours) == 2
 
     folder, lines = write(model, tmp_path)  # not for WeNet, which has other filters
-    assert lines[-1].startswith("model-streaming.int8.onnx") and not list(
-        folder.glob("*coder.onnx")
-    )
+    assert lines[-1].startswith("model-streaming.int8.onnx")
+    assert not list(folder.glob("*coder.onnx"))
     said = (folder / "README.md").read_text()
     assert "--high-freq=-400 " in said
     assert "feat_config.high_freq = -400\n" in said and "feat_config.snip_edges = True\n" in said
@@ -436,7 +430,7 @@ def rows(fbank):
 @pytest.mark.parametrize("features", [parity.OWN, parity.SHERPA])
 @pytest.mark.parametrize("context", ["full", "chunk"])
 def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context, features):
-    """torch, onnxruntime and sherpa-onnx, whose dither of whole recordings is drowned."""
+    """Of sherpa-onnx, which dithers whole recordings, the row counts in which dither is small."""
     alike = [
         row
         for row in rows
@@ -444,17 +438,16 @@ def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context,
         and row.weights == "float32"
         and (context, row.program) != ("full", "sherpa-onnx")
     ]
-    assert (
-        [row.program for row in alike] == ["torch", "onnxruntime", "sherpa-onnx, louder"]
-        if context == "full"
-        else ["torch, masked", "torch", "onnxruntime", "sherpa-onnx"]
-    )
+    programs = ["torch, masked", "torch", "onnxruntime", "sherpa-onnx"]
+    if context == "full":
+        programs = ["torch", "onnxruntime", "sherpa-onnx, louder"]
+    assert [row.program for row in alike] == programs
     assert all(len(tokens) > 5 for tokens in alike[0].tokens)
     assert [row.tokens for row in alike] == [alike[0].tokens] * len(alike)
 
 
 def test_other_features_are_heard_otherwise(rows):
-    """Else the test before would show nothing."""
+    """Otherwise the test before would show nothing."""
     for context in ("full", "chunk"):
         own, theirs = (
             next(row for row in rows if row[:3] == (context, kind, "torch"))
@@ -463,7 +456,7 @@ def test_other_features_are_heard_otherwise(rows):
         assert parity.otherwise(own, theirs) > 0
 
 
-# ------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------- refusals
 
 
 def refused(model, tmp_path, **options):
@@ -475,11 +468,12 @@ def refused(model, tmp_path, **options):
 
 def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
     true = Chunk.positions
-    monkeypatch.setattr(
-        Chunk,
-        "positions",
-        staticmethod(lambda before, size, first, width: true(before, size, first + CACHE, width)),
-    )  # as sherpa-onnx's offset has it
+
+    def shifted(before, size, first, width):
+        """As if sherpa-onnx's offset counted from the first frame on."""
+        return true(before, size, first + CACHE, width)
+
+    monkeypatch.setattr(Chunk, "positions", staticmethod(shifted))
     assert refused(exportable_model(), tmp_path).startswith(
         "runs/demo/best.ckpt: model-streaming.onnx: its log-probabilities are up to"
     )
@@ -495,14 +489,9 @@ def test_int8_that_hears_otherwise_is_an_error(tmp_path, monkeypatch):
 def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows, monkeypatch):
     model, folder, _ = fbank
     monkeypatch.chdir(folder)
-    code = "\n".join(
-        line[4:]
-        for line in (folder / "README.md")
-        .read_text()
-        .split("features that it was trained with:")[1]
-        .split("\n\n")[1]
-        .splitlines()
-    )
+    said = (folder / "README.md").read_text()
+    code = said.split("features that it was trained with:")[1].split("\n\n")[1]
+    code = "\n".join(line[4:] for line in code.splitlines())
     scope = {"sherpa_onnx": parity.sherpa_onnx}
     exec(code, scope)
     heard = [
@@ -535,10 +524,8 @@ def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
         ]
     )
     said = capsys.readouterr().out
-    assert (
-        "2 recordings; chunks of 4, 2 to the left" in said
-        and "no rows of sherpa-onnx: it does not compute log_mel" in said
-    )
+    assert "2 recordings; chunks of 4, 2 to the left" in said
+    assert "no rows of sherpa-onnx: it does not compute log_mel" in said
     assert sum(line[:1].isdigit() for line in said.splitlines()) == 8
     for line in ("full; the model's: 2 rows", "chunk; the model's, so far: 3 rows"):
         assert f"{line}, no tokens heard otherwise" in said
@@ -583,9 +570,8 @@ def test_options_are_checked():
 
 def test_tokens_are_lines(fbank):
     lines = (fbank[1] / "tokens.txt").read_text().splitlines()
-    assert (
-        lines[:5] == ["<blank> 0", "<unk> 1", "<sos> 2", "<eos> 3", "\u2581 4"] and len(lines) == 20
-    )
+    assert lines[:5] == ["<blank> 0", "<unk> 1", "<sos> 2", "<eos> 3", "\u2581 4"]
+    assert len(lines) == 20
     special = dict(blank_id=1, unk_id=2, sos_id=3, eos_id=4, space="|")
     named = Tokenizer(tokens=["|", "<pad>", "<unk>", "<s>", "</s>", "a"], **special)
     assert token_lines(named).splitlines()[:2] == ["\u2581 0", f"{BLANK} 1"]
@@ -646,7 +632,7 @@ def test_the_command_says_who_runs_it(tmp_path, capsys):
 
 
 def test_the_graphs_of_a_wenet_model_give_what_wenet_gives(golden, tmp_path):
-    """Its own output: log-probabilities of padded batches, and the encoder chunk by chunk."""
+    """WeNet gave log-probabilities of padded batches, and the encoder's output chunk by chunk."""
     expected = golden[1]
     model, _, _ = load_wenet(str(ROOT.parent / "shared" / "golden" / "u2pp_conformer"))
     chunks = ChunkOptions(8, 1)

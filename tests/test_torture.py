@@ -1,4 +1,4 @@
-"""torture.py with a few kills; `make torture` is the long version."""
+"""torture.py kills a few times here; `make torture` is the long version."""
 
 import re
 

@@ -1,6 +1,7 @@
-"""What WeNet computes, computed here, and the way back.
+"""WeNet's experiments compute here what they compute there, and find the way back.
 
-tests/golden_wenet.pt holds four tiny experiments with random weights, and what WeNet (commit 01546996) computes from them.
+tests/golden_wenet.pt holds four tiny experiments with random weights, and what WeNet (commit
+01546996) computes from them.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ INPUTS = GOLDEN.pop("inputs")
 
 
 def weights_of(golden):
-    weights, start = {}, 0
+    weights = {}
+    start = 0
     for name, shape in golden["names"]:
         size = math.prod(shape)
         weights[name] = golden["weights"][start : start + size].float().view(shape)
@@ -45,34 +47,33 @@ def weights_of(golden):
 
 
 def kaldi(stats):
+    """Writes statistics of CMVN as Kaldi's text matrix."""
     rows = [*stats["mean_stat"], stats["frame_num"]], [*stats["var_stat"], 0]
-    return (
-        " [\n" + "\n".join("  " + " ".join(f"{value!r}" for value in row) for row in rows) + " ]\n"
-    )
+    lines = ["  " + " ".join(map(repr, row)) for row in rows]
+    return " [\n" + "\n".join(lines) + " ]\n"
 
 
 def experiment(folder, name="abs_pos_conformer", weights=None, **config):
-    """One of GOLDEN's experiments as a directory; `config` replaces options of train.yaml, None removes one."""
+    """Writes one of GOLDEN's experiments as a directory.
+
+    `config` replaces options of train.yaml; None removes one.
+    """
     golden = GOLDEN[name]
-    config = {
-        key: value for key, value in {**golden["config"], **config}.items() if value is not None
-    }
+    config = {key: value for key, value in (golden["config"] | config).items() if value is not None}
     folder.mkdir(exist_ok=True)
     (folder / "train.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
-    (folder / "units.txt").write_text(
-        "".join(f"{token} {i}\n" for i, token in enumerate(golden["units"]))
-    )
+    units = "".join(f"{token} {i}\n" for i, token in enumerate(golden["units"]))
+    (folder / "units.txt").write_text(units)
     torch.save(weights_of(golden) if weights is None else weights, folder / "final.pt")
     if "cmvn" in golden:
         is_json = config.get("cmvn_conf", config)["is_json_cmvn"]
-        (folder / "global_cmvn").write_text(
-            json.dumps(golden["cmvn"]) if is_json else kaldi(golden["cmvn"])
-        )
+        written = json.dumps(golden["cmvn"]) if is_json else kaldi(golden["cmvn"])
+        (folder / "global_cmvn").write_text(written)
     return str(folder)
 
 
 def check_encoder(model, inputs, expected, lengths):
-    """`expected`: {(chunk_size, left_chunks): encoder output}."""
+    """expected: {(chunk_size, left_chunks): the encoder's output}."""
     for (chunk_size, left_chunks), theirs in expected.items():
         ours, frames = model.encode(
             inputs["feats"], inputs["feat_lengths"], chunk_size, left_chunks
@@ -90,9 +91,13 @@ def check_streams(model, feats, expected):
 
 @pytest.fixture
 def batched_as_in_wenet(monkeypatch):
-    """Both ways in which a batch of WeNet's is not its utterances one by one, as they are here: the attention search runs to the
-    longest one's frames, and a convolution that is not causal sees glu(bias) where padding follows."""
-    search, depthwise = decode.attention_beam_search, ConvolutionModule.depthwise
+    """Hears batches as WeNet does, where the utterances of a batch influence one another.
+
+    There the attention search runs to the longest one's frames, and a convolution that is not
+    causal sees glu(bias) where padding follows.
+    """
+    search = decode.attention_beam_search
+    depthwise = ConvolutionModule.depthwise
 
     def over_padding(self, x, few=False):
         if self.causal:
@@ -113,10 +118,7 @@ def check_decoding(model, inputs, expected, beam_size):
         ours = model.decode(inputs["feats"], inputs["feat_lengths"], mode, beam_size=beam_size)
         theirs = expected[mode]
         assert [hypothesis.tokens for hypothesis in ours] == [their["tokens"] for their in theirs]
-        if mode in (
-            "ctc_prefix_beam_search",
-            "attention_rescoring",
-        ):  # WeNet gives no scores for the other two
+        if mode in ("ctc_prefix_beam_search", "attention_rescoring"):  # WeNet scores no others
             assert [hypothesis.times for hypothesis in ours] == [their["times"] for their in theirs]
             assert [hypothesis.score for hypothesis in ours] == pytest.approx(
                 [their["score"] for their in theirs], abs=1e-3
@@ -158,7 +160,7 @@ def test_every_variant_computes_what_wenet_computes(tmp_path, batched_as_in_wene
 def test_batch_norm_trains_over_padding_as_in_wenet(tmp_path, name):
     golden = GOLDEN[name]
     model, _, _ = load_wenet(experiment(tmp_path / "exp", name))
-    model.train()  # (the experiments have no dropout)
+    model.train()  # the experiments have no dropout
     check_losses(model, INPUTS, golden["train_losses"])
     theirs = to_wenet(model.net)
     for key, value in golden["running"].items():
@@ -197,11 +199,8 @@ def test_a_right_to_left_decoder_that_is_not_trained_keeps_its_weights_and_gets_
     )
     losses["loss"].backward()
     for name, parameter in model.net.named_parameters():
-        assert (
-            (parameter.grad is None)
-            == name.startswith("right_decoder")
-            == (not parameter.requires_grad)
-        )
+        is_right = name.startswith("right_decoder")
+        assert (parameter.grad is None) == is_right == (not parameter.requires_grad)
 
 
 # The way back
@@ -215,11 +214,9 @@ def same_weights(ours, theirs):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, name, capsys):
-    exp, ckpt, back = (
-        experiment(tmp_path / "exp", name),
-        str(tmp_path / "a.ckpt"),
-        str(tmp_path / "back"),
-    )
+    exp = experiment(tmp_path / "exp", name)
+    ckpt = str(tmp_path / "a.ckpt")
+    back = str(tmp_path / "back")
     main([exp, "--out", ckpt])
     main(["--export", ckpt, "--out", back])
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -228,10 +225,8 @@ def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, name, capsys):
     assert same_weights(first[0].state_dict(), load_checkpoint(ckpt)[0].state_dict())
     assert first[0].options == second[0].options and first[2] == second[2]
     assert first[1].to_dict() == second[1].to_dict() == load_tokenizer(ckpt).to_dict()
-    given, returned = (
-        weights_of(GOLDEN[name]),
-        torch.load(tmp_path / "back" / "final.pt", weights_only=True),
-    )
+    given = weights_of(GOLDEN[name])
+    returned = torch.load(tmp_path / "back" / "final.pt", weights_only=True)
     assert all(torch.equal(returned[key], value) for key, value in given.items())
     assert all(key in given or key.endswith(".pe") for key in returned)
 
@@ -296,9 +291,8 @@ def test_cmvn_comes_from_the_weights_or_from_a_file_in_either_format(tmp_path, i
     read = load_wenet(experiment(tmp_path / "read", weights=without, cmvn_conf=conf))[0].net.encoder
     stats = GOLDEN["abs_pos_conformer"]["cmvn"]
     mean = torch.tensor(stats["mean_stat"], dtype=torch.float64) / stats["frame_num"]
-    istd = (
-        torch.tensor(stats["var_stat"], dtype=torch.float64) / stats["frame_num"] - mean**2
-    ).rsqrt()
+    squares = torch.tensor(stats["var_stat"], dtype=torch.float64) / stats["frame_num"]
+    istd = (squares - mean**2).rsqrt()
     torch.testing.assert_close(read.cmvn_mean, mean.float())
     torch.testing.assert_close(read.cmvn_istd, istd.float())
 
@@ -316,15 +310,12 @@ def test_weights_under_a_key_and_position_tables_are_read(tmp_path):
 
 
 def test_the_vocabulary_keeps_its_ids_and_texts_get_real_spaces(tmp_path):
-    _, tokenizer, _ = load_wenet(
-        experiment(tmp_path / "exp", "batch_norm")
-    )  # an old train.yaml, which names no tokenizer
+    # An old train.yaml, which names no tokenizer.
+    _, tokenizer, _ = load_wenet(experiment(tmp_path / "exp", "batch_norm"))
     assert tokenizer.tokens == GOLDEN["batch_norm"]["units"]
     assert (tokenizer.unk_id, tokenizer.sos_id, tokenizer.eos_id) == (1, 11, 11)
-    assert (
-        tokenizer.encode(" ab c? ") == [3, 4, 2, 5, 1]
-        and tokenizer.decode([3, 4, 2, 5, 11]) == "ab c"
-    )
+    assert tokenizer.encode(" ab c? ") == [3, 4, 2, 5, 1]
+    assert tokenizer.decode([3, 4, 2, 5, 11]) == "ab c"
     _, tokenizer, _ = load_wenet(experiment(tmp_path / "new", "transformer"))
     assert (tokenizer.sos_id, tokenizer.eos_id) == (2, 3)
 
@@ -433,7 +424,10 @@ def test_every_weight_is_accounted_for(tmp_path, change, message):
 
 
 def test_weights_of_another_model_do_not_fit_quietly():
-    """`from_wenet` compares with the whole network, so a key that both decoders have cannot stand in for another's."""
+    """A key that both kinds of decoder have cannot stand in for another's.
+
+    from_wenet compares the weights with the whole network.
+    """
     weights = weights_of(GOLDEN["transformer"])
     options = ModelOptions(
         output_size=12,
@@ -550,7 +544,8 @@ def test_an_experiment_directory_is_replaced_as_a_whole_and_only_where_export_ma
     main([*command, str(tmp_path / "a.ckpt")])
     before = {path.name: path.read_bytes() for path in exp.iterdir()}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limit[1]))  # units.txt has room, final.pt not
+    # There is room for units.txt and not for final.pt.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, limit[1]))
     try:
         with pytest.raises(UserError, match="cannot be written .*make room"):
             main([*command, str(tmp_path / "b.ckpt")])
@@ -558,10 +553,8 @@ def test_an_experiment_directory_is_replaced_as_a_whole_and_only_where_export_ma
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path.name: path.read_bytes() for path in exp.iterdir()} == before
     main([*command, str(tmp_path / "b.ckpt")])
-    assert (
-        load_wenet(str(exp))[1].encode("xyz")
-        and (exp / "units.txt").read_bytes() != before["units.txt"]
-    )
+    assert load_wenet(str(exp))[1].encode("xyz")
+    assert (exp / "units.txt").read_bytes() != before["units.txt"]
     (exp / "epoch_0.pt").touch()
     with pytest.raises(UserError, match="epoch_0.pt"):
         main([*command, str(tmp_path / "a.ckpt")])

@@ -174,8 +174,7 @@ def watched_anon_mb():
 
 def in_fresh_process(work, *arguments):
     """Runs work(*arguments) where nothing has been allocated before."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=keep_freed_memory) as fresh:
+    with ProcessPoolExecutor(1, get_context("spawn"), keep_freed_memory) as fresh:
         return fresh.submit(work, *arguments).result()
 
 
@@ -211,6 +210,7 @@ def measure_setup(root: str, options: BenchOptions) -> dict:
 
 
 def measure_loader(root: str, options: BenchOptions) -> dict:
+    """Times whole epochs, once the loader's process has started and has had an epoch."""
     data = workloads.data_module(root, num_workers=1)
     data.setup("fit")
     loader = data.train_dataloader()

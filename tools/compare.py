@@ -122,7 +122,8 @@ def score_columns(scores: list[dict]) -> list[str]:
 
 
 def validation_row(run: str, record: dict) -> list:
-    options, metrics = record["options"], record["metrics"]
+    options = record["options"]
+    metrics = record["metrics"]
     return [
         run,
         options.get("preset"),

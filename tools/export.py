@@ -69,7 +69,8 @@ class ExportOptions:
 
 def check_supported(model: U2) -> None:
     """Raises UserError for a model that sherpa-onnx and WeNet's runtime cannot run."""
-    o, frontend = model.options, model.frontend
+    o = model.options
+    frontend = model.frontend
     if o.encoder != "conformer" or not o.causal:
         raise UserError(
             f"its encoder is a {o.encoder}{'' if o.causal else ' that is not causal'}; what is "

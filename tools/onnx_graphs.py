@@ -111,17 +111,18 @@ class Chunk(nn.Module):
         mask = attn_mask[:, None, :, : before + size]
         positions = self.positions(before, size, offset - required_cache_size, x.size(2))
         valid = torch.ones_like(x[..., :1])
-        att_caches, conv_caches = [], []
+        attn_caches = []
+        conv_caches = []
         for i, block in enumerate(encoder.blocks):
-            # The convolution sees it before the first frame, where the caches have zero.
+            # The convolution sees `silence` before the first frame, where the caches have zero.
             silence = block.conv_module.silence(x)
             keys, values = attn_cache[i : i + 1].chunk(2, dim=-1)
             past = BlockState(keys, values, convolution=conv_cache[i] + silence)
             x, state = block(x, positions, mask, valid, past)
             keys_values = torch.cat((state.keys, state.values), dim=-1)
-            att_caches.append(newest(keys_values, required_cache_size))
+            attn_caches.append(newest(keys_values, required_cache_size))
             conv_caches.append(state.convolution - silence)
-        return encoder.after_norm(x), torch.cat(att_caches), torch.stack(conv_caches)
+        return encoder.after_norm(x), torch.cat(attn_caches), torch.stack(conv_caches)
 
     @staticmethod
     def positions(before, size, first, width: int):

@@ -35,13 +35,18 @@ LABELS_A_SECOND = 14  # characters of read English
 AUGMENT = Augment(max_trim=50)  # every kind of augmentation
 
 # A training step.
-ROWS, FRAMES, LABELS, VOCABULARY = 8, 600, 15, 4233
+ROWS = 8
+FRAMES = 600
+LABELS = 15  # of an utterance
+VOCABULARY = 4233
 
 # Decoding.
-UTTERANCES, ENCODER_FRAMES = 16, 250
+UTTERANCES = 16
 SAMPLES = 160_720  # of an utterance
 SECONDS = SAMPLES / RATE
-PIECES, SPIKES = 5000, 40
+ENCODER_FRAMES = 250
+PIECES = 5000  # tokens of the vocabulary
+SPIKES = 40  # frames of an utterance in which CTC hears a token
 
 
 # -------------------------------------------------------------------------------------- the corpus
