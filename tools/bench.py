@@ -91,7 +91,7 @@ class TrainOptions:
 class GrowthOptions:
     """What only `growth` takes."""
 
-    png: str = option("growth.png", "where the picture goes")
+    png: str = option("docs/growth.png", "where the picture goes")
     hours: float = option(1.0, "how much sound is streamed", above=0, at_most=100.0)
 
 
