@@ -283,7 +283,7 @@ class ShardWriter:
         self.shards += 1
 
 
-def make_tokenizer(splits: dict[str, list[Split]], options: PrepareOptions) -> tk.Tokenizer:
+def tokenizer_of(splits: dict[str, list[Split]], options: PrepareOptions) -> tk.Tokenizer:
     """Loads --tokenizer PATH, or trains one on the text of the train split. Raises UserError."""
     if options.tokenizer not in ("char", "bpe"):
         return tk.load_tokenizer(options.tokenizer)
@@ -315,7 +315,7 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
         options.data_root, "data of prepare.py", options.overwrite, (options.source,)
     ) as folder:
         splits, left_out = open_source(options)
-        tokenizer = make_tokenizer(splits, options)
+        tokenizer = tokenizer_of(splits, options)
         rejected: list[tuple[str, str, str]] = []
         kept = sum(
             write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
