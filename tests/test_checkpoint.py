@@ -206,7 +206,7 @@ def test_fine_tuning_and_preparing_take_the_folder(made, tmp_path):
         (
             "config.json",
             b'{"model_type": "whisper"}',
-            "no model_options, optim_options, frontend in",
+            "no model_options, optim_options, frontend in it",
         ),
         ("tokenizer.json", b"\xff", "damaged"),
         ("model.safetensors", b"\x80\x04" + bytes(90), "damaged"),
