@@ -244,7 +244,7 @@ def test_exported_cmvn_reads_back_to_the_bit_from_its_file_too(tmp_path):
 
 
 def save(path, frontend, tokenizer, **options):
-    narrow = dict(output_size=8, linear_units=8, decoder_linear_units=8)
+    narrow = dict(output_size=8, linear_units=8, cnn_module_kernel=8, decoder_linear_units=8)
     options = dataclasses.replace(TINY, **{**narrow, **options})
     model = tiny_model(tokenizer, options, frontend)
     save_model(model, path)
