@@ -1,4 +1,5 @@
-# lightning-U2. `make` lists the targets; every variable can be given on the command line: make train PRESET=small
+# lightning-U2. `make` lists the targets and the variables.
+# Every variable can be given on the command line: make train PRESET=small
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
@@ -7,7 +8,7 @@ PYTHON ?= python3
 DATA_ROOT ?= data/demo
 OUTPUT_DIR ?= runs/demo
 PRESET ?= tiny
-# A CPU that multiplies bfloat16 trains faster in it (docs/training.md, "Which precision a CPU gets").
+# A CPU that multiplies bfloat16 trains faster so (docs/training.md, "Which precision a CPU gets").
 # Give PRECISION=16 or PRECISION=bf16-mixed on a GPU.
 PRECISION ?= $(if $(shell grep -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),bf16-mixed,32)
 DEVICES ?= auto
@@ -23,6 +24,8 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9_]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: DATA_ROOT=$(DATA_ROOT) OUTPUT_DIR=$(OUTPUT_DIR) PRESET=$(PRESET) PRECISION=$(PRECISION)"
 	@echo "           DEVICES=$(DEVICES) MAX_EPOCHS=$(MAX_EPOCHS) SPLIT=$(SPLIT) ARGS=\"$(ARGS)\" (more flags for the command)"
+	@echo "           PYTHON=$(PYTHON) RECIPE=\"$(RECIPE)\" (flags of make train)"
+	@echo "           SOURCE=$(SOURCE) AN4_RUN=$(AN4_RUN) AN4_EPOCHS=$(AN4_EPOCHS) AN4_START=\"$(AN4_START)\" (of make an4)"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -88,9 +91,10 @@ torture: .venv/installed  ## kill -9 a small training 200 times and resume it: n
 clean:  ## remove the demo corpus and the demo run (never your data, your runs or .venv)
 	rm -rf data/demo data/demo_source data/.demo.* data/.demo_source.* runs/demo
 
-# ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4 (folders train and dev, each with a metadata.csv)
+# ---- AN4, real recordings: make an4 SOURCE=../shared/speech/an4
+# SOURCE has the folders train and dev, each with a metadata.csv.
 SOURCE ?=
-# Batches of 8: twice the updates of 16 for a tenth more time, and updates are what a small corpus lacks.
+# Batches of 8 make twice the updates of 16 for a tenth more time; a small corpus lacks updates.
 AN4 = --batch_size 8 --lr 1e-3 --warmup_steps 500 --ema_decay 0.995 --check_val_every_n_epoch 4 \
   --speeds 0.9 0.95 1.0 1.05 1.1
 
@@ -102,7 +106,7 @@ AN4_RUN ?= runs/an4
 AN4_EPOCHS ?= 80
 AN4_START ?= --preset small
 
-an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, within an hour on 2 cores
+an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, in about an hour on two cores
 	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) $(AN4_START) --precision $(PRECISION) \
 	  --max_epochs $(AN4_EPOCHS) $(AN4) $(ARGS)
 	for chunk in -1 16; do \
@@ -113,4 +117,5 @@ an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, withi
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
-.PHONY: help setup data train score transcribe export parity compare test lint format smoke bench torture clean an4 an4_long
+.PHONY: help setup data train score transcribe export parity compare test lint format smoke bench \
+  torture clean an4 an4_long

@@ -2,8 +2,11 @@
 
 import operator
 import re
+import sys
+import types
 
 import pytest
+import torch
 
 from helpers import FILES, ROOT, module
 
@@ -63,6 +66,46 @@ def test_every_make_target_exists(page):
     for line in code(page):
         for target in re.findall(r"(?:^|time )make ([a-z0-9_]+)", line):
             assert target in targets, f"{page.name}: make {target}"
+
+
+def test_make_lists_every_target_and_variable():
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z0-9_]+):(.*)", text, re.MULTILINE)
+    assert [name for name, rest in targets if " ## " not in rest] == []
+    recipe = text[text.index("\nhelp:") : text.index("\n.venv/installed:")]
+    variables = re.findall(r"^([A-Z0-9_]+) \?=", text, re.MULTILINE)
+    assert [name for name in variables if f"$({name})" not in recipe] == []
+
+
+@each_page
+def test_prose_has_at_most_100_columns(page):
+    lines = prose(page).splitlines()  # without tables and links, which cannot be broken
+    assert not [x for x in lines if len(x) > 100 and not x.startswith("|") and "](" not in x]
+
+
+def test_readmes_idea_works_as_it_is_written(monkeypatch):
+    """The three blocks of Python, put into transforms.py where README says, make a transform."""
+    readme = (ROOT / "README.md").read_text()
+    field, function, link = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    code = (ROOT / "transforms.py").read_text()
+    for block, place in (
+        (field, "    max_trim: int = option("),
+        (function, "# Chains\n"),
+        (link, "    chain += features_chain("),
+    ):
+        assert code.count(place) == 1
+        code = code.replace(place, block + place)
+    changed = types.ModuleType("transforms_with_noise")
+    monkeypatch.setitem(sys.modules, changed.__name__, changed)
+    exec(code, changed.__dict__)
+    example = {"input_values": torch.linspace(-1, 1, 16000)}
+
+    def features(**augment):
+        chain = changed.train_transform(changed.Frontend(), changed.Augment(**augment))
+        return chain(example, changed.make_generator(0, 0, 0))["features"]
+
+    assert not features(max_noise=0.1).equal(features())
+    assert features(max_noise=0.0).equal(features())
 
 
 def anchors(page) -> set[str]:
