@@ -1,9 +1,9 @@
-"""A model on disk: a .ckpt, a folder for the Hugging Face hub, or a repository on the hub.
+"""Reads a model from a .ckpt, a folder or the Hugging Face hub, and writes such a folder.
 
 A .ckpt is what torch.save makes of a dict. A folder holds tensors and JSON, so nothing that could
 run when it is read: model.safetensors has the weights, config.json the options and the frontend,
-tokenizer.json the tokenizer. tools/export.py puts a model card and the ONNX files beside them. The
-state of a training, which --resume needs, is only in a .ckpt.
+tokenizer.json the tokenizer. tools/export.py puts a model card and the ONNX files beside them. Only
+a .ckpt has the state of a training, which --resume needs.
 
 A stranger may have made the file. Reading it runs no code of the file, takes no more memory than
 the file has bytes, and ends in UserError where the file is something else: see the checks below.
@@ -39,11 +39,11 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # org/name
 
 
 def read_checkpoint(path: str) -> dict:
-    """A checkpoint's dict, tensors on the CPU, of a .ckpt, a folder or a hub repository org/name.
-    Only a .ckpt has the state of a training.
+    """Reads a checkpoint's dict, with tensors on the CPU.
 
-    Raises UserError where the checkpoint is missing, unreadable, without a part that every model
-    has, or not finite.
+    `path` is that of a .ckpt or a folder, or the name org/name of a hub repository. Raises
+    UserError where the checkpoint is missing, unreadable, without a part that every model has, or
+    not finite.
     """
     place = locate(path)
     if os.path.isdir(place):
@@ -69,11 +69,10 @@ def read_checkpoint(path: str) -> dict:
 
 
 def locate(name: str) -> str:
-    """The path of a checkpoint: `name` itself, or the copy of the hub repository org/name in
-    huggingface_hub's cache.
+    """Finds the path of a checkpoint: `name` itself, or a hub repository's copy in the cache.
 
-    A path that exists goes before a repository, which is downloaded unless it is in the cache.
-    Raises UserError where the hub does not give it.
+    A path that exists goes before a repository org/name, which huggingface_hub downloads unless it
+    is in the cache. Raises UserError where the hub does not give the repository.
     """
     if os.path.exists(name) or name.endswith((".ckpt", ".json")) or not HUB_NAME.fullmatch(name):
         return name
@@ -88,8 +87,10 @@ def locate(name: str) -> str:
 
 
 def read_weights_only(path: str, mmap: bool = False):
-    """What torch.save wrote into a file, tensors on the CPU. Raises UserError, with the reason
-    alone, where the file is something else."""
+    """Reads what torch.save wrote into a file, with tensors on the CPU.
+
+    Raises UserError, with the reason alone, where the file is something else.
+    """
     try:
         size = check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of TorchScript, which is refused anyway
@@ -104,8 +105,10 @@ def read_weights_only(path: str, mmap: bool = False):
 
 
 def read_folder(folder: str) -> dict:
-    """The dict that write_folder was given, tensors on the CPU. Raises UserError where a file is
-    missing or damaged."""
+    """Reads the dict that write_folder was given, with tensors on the CPU.
+
+    Raises UserError where a file is missing or damaged.
+    """
     for name in HUB_FILES:
         if not os.path.isfile(os.path.join(folder, name)):
             raise UserError(
@@ -128,7 +131,7 @@ def write_folder(checkpoint: dict, folder: str) -> None:
     path = os.path.join(folder, WEIGHTS)
     try:
         safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # so it says that the disk is full, too
+    except SafetensorError as error:  # also where the disk is full
         raise OSError(f"{WEIGHTS}: {error}") from error
     config = {"library_name": "lightning-u2", **{part: checkpoint[part] for part in CONFIG_PARTS}}
     for name, data in ((CONFIG, config), (TOKENIZER, checkpoint["tokenizer"])):
@@ -159,14 +162,14 @@ FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 
 
 def check_archive(path: str) -> int:
-    """The size in bytes of a file that torch.save wrote.
+    """Returns the size in bytes of a file that torch.save wrote.
 
     Raises an Exception where reading the file could take far more memory than its size, or end the
     process: its records are compressed or overlap, or check_pickle refuses one of its pickles.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if file.read(4) != b"PK\3\4":  # before torch 1.6 it was five pickles, and then the numbers
+        if file.read(4) != b"PK\3\4":  # before torch 1.6: five pickles, then the numbers
             file.seek(0)
             pickles = io.BytesIO(file.read(SMALL))
             for _ in range(5):
@@ -190,8 +193,7 @@ def check_archive(path: str) -> int:
 
 
 def check_pickle(file) -> None:
-    """Raises UnpicklingError unless the pickle in an open file makes nothing but tensors and plain
-    data that are not nested deep.
+    """Raises UnpicklingError where a pickle makes more than tensors and plain data, or nests deep.
 
     torch's own check is not enough: Python ends with a segmentation fault where a key is made of
     100,000 nested tuples, and torch allows bytearray(n), which takes n bytes. So this function
@@ -262,9 +264,11 @@ def check_plain(data, size: int) -> None:
 
 
 def not_finite(checkpoint: dict) -> str | None:
-    """The name of the first weight, statistic, average or moment of the optimizer in a checkpoint
-    that is not finite, or None. A model with such a number hears nothing, and training does not
-    mend it."""
+    """Returns the name of the first tensor in a checkpoint that is not finite, or None.
+
+    The tensors are weights, statistics, averages and the optimizer's moments. A model with a number
+    that is not finite hears nothing, and training does not mend it.
+    """
     for part in ("state_dict", "current_model_state", "optimizer_states"):
         for names, value in tree_flatten_with_path(checkpoint.get(part))[0]:
             numbers = isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,7 +1,7 @@
 """The U2++ network: a conformer encoder, a CTC branch, and attention decoders in both directions.
 
-To read how the network learns, start at U2Conformer.loss; how it hears a stream, at Encoder.stream.
-The layers from kernels.py compute the same numbers as torch's own of these names, sooner.
+Start at U2Conformer.loss to read how the network learns, and at Encoder.stream to read how it hears
+a stream. The layers of kernels.py compute the same numbers as torch's own layers, only faster.
 
 Sources: U2 (Zhang et al. 2020, arXiv:2012.05481), U2++ (Wu et al. 2021, arXiv:2106.05642),
 Conformer (Gulati et al. 2020, arXiv:2005.08100); the behaviour is WeNet's. Axes: B batch, T feature
@@ -37,7 +37,7 @@ ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2)."""
+    """Computes multi-head attention (Vaswani et al. 2017, section 3.2.2)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -56,9 +56,9 @@ class Attention(nn.Module):
         return self.split(k), self.split(v)
 
     def attend(self, q, k, v, mask=None, is_causal=False):
-        """q (B,H,T,D/H), k and v (B,H,S,D/H), bool mask that broadcasts to (B,H,T,S) -> (B,T,D).
+        """Lets queries q (B,H,T,D/H) attend to keys and values k, v (B,H,S,D/H) -> (B,T,D).
 
-        q, k and v may have more dimensions; the output takes the first D/H.
+        A bool mask broadcasts to (B,H,T,S). The output takes the first D/H numbers of wider heads.
         """
         size = self.linear_out.in_features // self.heads
         p = self.dropout if self.training else 0.0
@@ -66,35 +66,35 @@ class Attention(nn.Module):
         return self.linear_out(y.transpose(1, 2).flatten(2))  # (B,H,T,D/H) -> (B,T,D)
 
     def forward(self, x, keys, values, mask=None):
-        """x (B,T,D) to the keys and values of another sequence -> (B,T,D)."""
+        """Lets x (B,T,D) attend to the keys and values of another sequence -> (B,T,D)."""
         return self.attend(self.split(self.linear_q(x)), keys, values, mask)
 
 
 class SelfAttention(Attention):
-    """Self-attention without a term for positions; its input may have positions added (abs_pos)."""
+    """Lets a sequence attend to itself, without a term for positions (abs_pos adds them to x)."""
 
     def forward(self, x, positions=None, mask=None, state=BlockState(), is_causal=False):
-        """x (B,T,D) -> (B,T,D), and `state` with the T frames of x behind its S-T frames.
+        """Lets x (B,T,D) attend to the S-T frames of `state` and to itself -> (B,T,D), new state.
 
-        positions (1,N,D) are those of the last N of the S keys, which `state` lacks. mask is bool
-        and broadcasts to (B,1,T,S).
+        positions (1,N,D), which `state` lacks, are those of the last N of all S frames. mask is
+        bool and broadcasts to (B,1,T,S).
         """
         state = state.and_then(*self.keys_values(x), self.project(positions))
         q, k, v = self.place(self.split(self.linear_q(x)), state)
         return self.attend(q, k, v, mask, is_causal), state
 
     def project(self, positions):
-        """Projects positions (1,N,D) for the state -> (1,H,N,D/H), or None as here."""
+        """Projects positions (1,N,D) for the state -> (1,H,N,D/H). Without a term it is None."""
 
     def place(self, q, state: BlockState):
-        """Puts the positions into the queries, keys and values; here none."""
+        """Puts the positions into queries, keys and values. Without a term all stay the same."""
         return q, state.keys, state.values
 
 
 class RelativeAttention(SelfAttention):
-    """Self-attention with Transformer-XL's term for positions, as in WeNet without its shift.
+    """Adds Transformer-XL's term for positions, without the shift, as WeNet does.
 
-    Without the shift that term depends on the key alone: (q+u).k + (q+v).p = q.(k+p) + (u.k + v.p).
+    Without the shift the term depends on the key alone: (q+u).k + (q+v).p = q.(k+p) + (u.k + v.p).
     This is plain attention with keys k+p and a bias for each key. The bias is one more dimension of
     the key, against a constant 1 in the query, so that no mask has to carry a gradient.
     """
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """Gated depthwise convolution over time (Conformer, section 2.2); causal for streaming."""
+    """Gates and convolves over time, depthwise (Conformer, section 2.2); causal for streaming."""
 
     def __init__(self, o: ModelOptions):
         super().__init__()
@@ -145,13 +145,13 @@ class ConvolutionModule(nn.Module):
         self.pointwise_conv2 = Linear(width, width)
 
     def forward(self, x, valid, past=None):
-        """x (B,T,D), valid (B,T,1) -> (B,T,D), padding 0, and its last inputs (B,D,kernel-1).
+        """Convolves x (B,T,D) -> (B,T,D), 0 in padding like valid (B,T,1), and its last inputs.
 
-        `past` (B,D,kernel-1) are the last inputs before x, None at the beginning.
+        If causal, these inputs (B,D,kernel-1) are the next call's `past`, which begins as None.
         """
         x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
         if not (self.causal or self.training):
-            # Zeros follow the last frame, padded or not. (In training WeNet has glu(bias) there.)
+            # Zeros follow the last frame, padding or not. (In training WeNet has glu(bias) there.)
             x = x * valid
         last = None
         if self.causal:
@@ -166,15 +166,15 @@ class ConvolutionModule(nn.Module):
         return self.pointwise_conv2(self.activation(x)) * valid, last
 
     def depthwise(self, x, few: bool = False):
-        """(B,T,D) -> (B,T',D); T' is T, or kernel - 1 less where x brings the frames before it."""
+        """Convolves x (B,T,D) -> (B,T',D). T' is T or, if causal, T-kernel+1: x brings its past."""
         padding = 0 if self.causal else (self.kernel - 1) // 2
         conv = self.depthwise_conv
         return depthwise(x, conv.weight, conv.bias, padding, few)
 
     def silence(self, x):
-        """The convolution's inputs before the first frame, (B,D,kernel-1).
+        """Returns the convolution's inputs before the first frame, (B,D,kernel-1).
 
-        WeNet puts zeros before the first pointwise layer, and its gate makes glu(bias) of them.
+        WeNet puts zeros before the first pointwise layer, and the gate makes glu(bias) of them.
         """
         edge = F.glu(self.pointwise_conv1.bias, dim=0).to(x.dtype)
         return edge[None, :, None].expand(x.size(0), -1, self.kernel - 1)
@@ -186,7 +186,7 @@ def self_attention(o: ModelOptions) -> SelfAttention:
 
 
 class ConformerBlock(nn.Module):
-    """Half a feed-forward, self-attention, convolution, half a feed-forward (Conformer, 2.4)."""
+    """Adds half a feed-forward, attention, convolution, half a feed-forward (Conformer, 2.4)."""
 
     def __init__(self, o: ModelOptions):
         super().__init__()
@@ -204,9 +204,9 @@ class ConformerBlock(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, state=BlockState()):
-        """x (B,T,D), positions (1,N,D), mask (B,1,T,S), valid (B,T,1) -> (B,T,D), the state behind.
+        """Transforms x (B,T,D), where valid (B,T,1) is 0 in padding -> (B,T,D), the new state.
 
-        positions and mask are those of SelfAttention; mask None: every frame sees all frames.
+        positions (1,N,D) and mask (B,1,T,S): see SelfAttention. Without mask every frame sees all.
         """
         y = self.feed_forward_macaron(self.norm_ff_macaron(x))
         x = torch.add(x, self.dropout(y), alpha=0.5)
@@ -219,7 +219,7 @@ class ConformerBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and feed-forward, norm first; with the interface of ConformerBlock."""
+    """Adds self-attention and a feed-forward, norm first. It takes what ConformerBlock takes."""
 
     def __init__(self, o: ModelOptions):
         super().__init__()
@@ -241,7 +241,7 @@ class TransformerBlock(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """2-D convolutions over (time, mel), then one linear layer: (B,T,F) -> (B,T',D)."""
+    """Subsamples by 2-D convolutions over (time, mel) and a linear layer: (B,T,F) -> (B,T',D)."""
 
     def __init__(self, input_layer: str, num_mel_bins: int, width: int):
         super().__init__()
@@ -279,9 +279,9 @@ class Encoder(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
-        """features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,).
+        """Encodes features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,).
 
-        chunk_size counts encoder frames, -1 is full context; left_chunks as in chunk_mask.
+        chunk_size counts encoder frames, -1 is full context; chunk_mask explains left_chunks.
         """
         short = receptive_field(self.options.input_layer)[0] - features.size(1)
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
@@ -290,7 +290,7 @@ class Encoder(nn.Module):
         positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])
         x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
-        # A padded frame sees padded frames too: nothing uses it, and no row of the mask is empty.
+        # Padded frames see each other, too, so that no row of the mask is empty. Nothing uses them.
         mask = valid[:, None, :] | ~valid[:, :, None]  # (B,T',T')
         if chunk_size > 0:
             mask = mask & chunk_mask(size, chunk_size, left_chunks, x.device)
@@ -298,11 +298,11 @@ class Encoder(nn.Module):
         for block in self.blocks:
             inputs = x, positions, mask[:, None], valid[..., None].to(x.dtype)
             x, _ = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-        # The decoders see one padded frame of an utterance without any: the same in every batch.
+        # The decoders see one padded frame of an utterance that has none: zeros, in every batch.
         return self.after_norm(x).masked_fill((lengths == 0)[:, None, None], 0.0), lengths
 
     def compile_blocks(self):
-        """Compiles the blocks: they are alike and share one code, which serves all lengths.
+        """Compiles the blocks. They are alike, so one compiled code serves all blocks and lengths.
 
         On CPUs layout_optimization would give all tensors the convolution's layout, and inductor
         would take their strides for constant.
@@ -311,7 +311,7 @@ class Encoder(nn.Module):
             block.compile(dynamic=True, options={"layout_optimization": False})
 
     def subsample(self, features, offset: int = 0):
-        """(B,T,F) -> (B,T',D), times sqrt(D) as in Vaswani et al. 2017, section 3.4.
+        """Subsamples (B,T,F) -> (B,T',D), times sqrt(D) as in Vaswani et al. 2017, section 3.4.
 
         With abs_pos the positions offset .. offset + T' - 1 are added.
         """
@@ -322,7 +322,7 @@ class Encoder(nn.Module):
         return x
 
     def stream_state(self, chunk_size: int, left_chunks=-1, max_position=MAX_POSITION):
-        """The first StreamState. Raises UserError for an encoder that sees the future.
+        """Returns the first StreamState. Raises UserError for an encoder that sees the future.
 
         Positions count the encoder frames of an utterance. A chunk that would pass max_position
         stays there and keeps its distance to the past that it sees, so a stream may be endless.
@@ -337,9 +337,9 @@ class Encoder(nn.Module):
         return StreamState(chunk_size, left_chunks, max_position, nothing, 0, blocks)
 
     def stream(self, features, state: StreamState, last: bool = False):
-        """features (1,n,F), n >= 0 -> encoded (1,m,D) of the chunks now complete, the state behind.
+        """Encodes the chunks that features (1,n,F) complete -> encoded (1,m,D), the new state.
 
-        The outputs of all calls together equal `forward` on the whole under the same chunk mask.
+        The outputs of all calls together equal `forward` on all features under the same chunk mask.
         `last` also encodes the rest, a shorter chunk, and returns the state for a new utterance.
         """
         features = torch.cat((state.features, features), dim=1)
@@ -367,13 +367,13 @@ class Encoder(nn.Module):
         return torch.cat(encoded, dim=1), state
 
     def forward_chunk(self, features, offset: int, states):
-        """A chunk (1,T,F) behind `offset` encoder frames, blocks' states -> (1,T',D), new states.
+        """Encodes a chunk (1,T,F) behind `offset` encoder frames -> (1,T',D), blocks' new states.
 
         Every frame sees the whole chunk and everything in the states.
         """
         x = self.subsample(features, offset)
         valid = x.new_ones(1, x.size(1), 1)
-        # The blocks lack the same positions: those of the chunk, and of the past if it has moved.
+        # All blocks lack the same positions: the chunk's and, if the past has moved, the past's.
         keys, _, projected, _ = states[0]
         lacking = keys.size(2) if projected is None and keys is not None else 0
         positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device)
@@ -388,7 +388,7 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to the encoder, feed-forward; norm first."""
+    """Adds causal self-attention, attention to the encoder and a feed-forward, norm first."""
 
     def __init__(self, o: ModelOptions):
         super().__init__()
@@ -403,10 +403,10 @@ class DecoderBlock(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def forward(self, x, source, source_mask, mask=None, state=BlockState()):
-        """x (B,U,D) -> (B,U,D), and `state` with the keys and values of x behind its own.
+        """Transforms x (B,U,D) -> (B,U,D), and the new state, which has x.
 
         source: keys and values of the encoder's frames; source_mask (B,1,1,T'). Without mask
-        (B,1,U,U) a token sees those before it. Behind a state there must be one token, U = 1.
+        (B,1,U,U) a token sees itself and all before it. If `state` has tokens, U is 1.
         """
         is_causal = mask is None and state.keys is None
         y, state = self.self_attn(self.norm1(x), None, mask, state, is_causal)
@@ -416,7 +416,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Autoregressive transformer over labels; the right-to-left one reads them reversed."""
+    """Predicts each label from the labels before it. The right-to-left one takes them reversed."""
 
     def __init__(self, o: ModelOptions, vocab_size: int, num_blocks: int):
         super().__init__()
@@ -427,7 +427,7 @@ class Decoder(nn.Module):
         self.dropout = Dropout(o.dropout_rate)
 
     def embedding(self, tokens, offset: int = 0, positions=None):
-        """(B,U) tokens at positions offset .., or at `positions` (B,U) below U -> (B,U,D)."""
+        """Embeds tokens (B,U) at positions from offset on, or at `positions` (B,U) -> (B,U,D)."""
         width = self.embed.embedding_dim
         position = sinusoids(tokens.size(1), width, offset, tokens.device)
         if positions is not None:
@@ -435,7 +435,7 @@ class Decoder(nn.Module):
         return self.dropout(self.embed(tokens) * math.sqrt(width) + position)
 
     def forward(self, tokens, encoded, encoded_lengths, positions=None, sees=None):
-        """tokens (B,U) from sos on, encoded (B,T',D) -> logits (B,U,V) of the token behind each.
+        """Predicts the token after each of tokens (B,U) from encoded (B,T',D) -> logits (B,U,V).
 
         If the tokens are a tree (decode.Tree), positions (B,U) and sees (B,U,U) describe it.
         """
@@ -447,7 +447,7 @@ class Decoder(nn.Module):
         return self.output_layer(self.after_norm(x))
 
     def step(self, tokens, state, encoded, encoded_lengths):
-        """The last of tokens (B,U) -> logits (B,V) of the next one, and the new state.
+        """Predicts the token after tokens (B,U) -> logits (B,V), and the new state.
 
         state: per block a BlockState and the source's keys and values; None before the first token.
         """
@@ -462,7 +462,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def source_mask(encoded, encoded_lengths):
-        # An utterance without an encoder frame attends to a padded one: no row may be empty.
+        # An utterance without an encoder frame attends to a padded one, so that no row is empty.
         valid = valid_mask(encoded_lengths.clamp(min=1), encoded.size(1))
         return valid[:, None, None]  # (B,1,1,T')
 
@@ -471,7 +471,7 @@ class Decoder(nn.Module):
 
 
 def decoder_io(labels, label_lengths, sos_id: int, eos_id: int):
-    """labels (B,U) -> inputs `sos y1 .. yU`, outputs `y1 .. yU eos`, valid, each (B,U+1)."""
+    """Makes of labels (B,U) inputs `sos y1 .. yU`, outputs `y1 .. yU eos`, valid, each (B,U+1)."""
     labels = labels.masked_fill(~valid_mask(label_lengths, labels.size(1)), eos_id)
     inputs = F.pad(labels, (1, 0), value=sos_id)
     outputs = F.pad(labels, (0, 1), value=eos_id)
@@ -479,13 +479,13 @@ def decoder_io(labels, label_lengths, sos_id: int, eos_id: int):
 
 
 def reverse(labels, label_lengths):
-    """Each row of (B,U) read backwards within its own length; what lies beyond is padding."""
+    """Reverses each row of labels (B,U) within its own length. The rest of the row is padding."""
     index = label_lengths[:, None] - 1 - torch.arange(labels.size(1), device=labels.device)
     return labels.gather(1, index.clamp(min=0))
 
 
 def label_smoothing_loss(logits, labels, valid, smoothing: float):
-    """KL(smoothed one-hot || softmax), summed over each row: logits (B,U,V), rest (B,U) -> (B,).
+    """Sums KL(smoothed one-hot || softmax) over each row: logits (B,U,V), rest (B,U) -> (B,).
 
     The label's share is 1 - smoothing; the other V - 1 tokens share the rest, as in WeNet.
     """
@@ -500,7 +500,7 @@ def label_smoothing_loss(logits, labels, valid, smoothing: float):
 
 
 class U2Conformer(nn.Module):
-    """Encoder, CTC branch and decoders: a function of inputs, weights and torch's random state."""
+    """Joins encoder, CTC branch and decoders. Its only hidden input is torch's random state."""
 
     def __init__(self, options: ModelOptions, num_mel_bins, vocab_size, blank_id, sos_id, eos_id):
         super().__init__()
@@ -518,11 +518,11 @@ class U2Conformer(nn.Module):
             self.right_decoder.requires_grad_(options.reverse_weight > 0)
 
     def encode(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
-        """features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,)."""
+        """Encodes features (B,T,F), lengths (B,) -> encoded (B,T',D), encoded_lengths (B,)."""
         return self.encoder(features, feature_lengths, chunk_size, left_chunks)
 
     def ctc_log_probs(self, encoded):
-        """(B,T',D) -> (B,T',V) log-softmax of the CTC branch, float32 or wider."""
+        """Returns the CTC branch's log-softmax: (B,T',D) -> (B,T',V), float32 or wider."""
         logits = self.ctc(encoded)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -536,11 +536,11 @@ class U2Conformer(nn.Module):
         left_chunks: int = -1,
         sizes=None,
     ):
-        """The losses of a batch (U2++, equations 1 and 2): features (B,T,F), labels (B,U).
+        """Computes the losses of a batch (U2++, equations 1 and 2): features (B,T,F), labels (B,U).
 
-        -> {"loss", "loss_ctc", "loss_att"}, per utterance, and "row_losses" (B,), detached. labels
-        may be padded with anything. `sizes`, (rows, labels with eos), are what the sums are divided
-        by: those of the batch unless given.
+        Returns {"loss", "loss_ctc", "loss_att"}, per utterance, and "row_losses" (B,), detached.
+        Labels may be padded with any numbers. The sums are divided by `sizes`, (rows, labels with
+        eos), which are those of the batch unless given.
         """
         encoded, lengths = self.encode(features, feature_lengths, chunk_size, left_chunks)
         labels = labels.masked_fill(~valid_mask(label_lengths, labels.size(1)), self.blank_id)
@@ -558,13 +558,13 @@ class U2Conformer(nn.Module):
         }
 
     def ctc_losses(self, encoded, encoded_lengths, labels, label_lengths):
-        """CTC's loss of each utterance, (B,); 0 where the labels have no path, as in WeNet."""
+        """Returns each utterance's CTC loss, (B,), 0 where the labels have no path, as in WeNet."""
         log_probs = self.ctc_log_probs(encoded.transpose(0, 1))  # (T',B,V)
         lengths = encoded_lengths, label_lengths
         return F.ctc_loss(log_probs, labels, *lengths, self.blank_id, "none", zero_infinity=True)
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):
-        """The decoders' losses of each utterance, (B,), weighted: left to right, right to left."""
+        """Returns each utterance's attention loss, (B,): both decoders' losses, weighted."""
 
         def directed(decoder, labels):
             inputs, outputs, valid = decoder_io(labels, label_lengths, self.sos_id, self.eos_id)

@@ -1,4 +1,4 @@
-"""Frames: their lengths, masks and positions, and the values that a stream keeps of them.
+"""This file has lengths, masks and positions of frames, and the state that a stream keeps.
 
 Nothing here has weights. Axes are those of conformer.py. Masks and states follow U2 (Zhang et al.
 2020, arXiv:2012.05481), section 2.3.
@@ -18,7 +18,7 @@ SUBSAMPLING = {
 
 
 def subsampled_length(length, input_layer: str):
-    """Encoder frames that `length` feature frames make: an int, a NumPy array or a tensor."""
+    """Returns how many encoder frames `length` (int, array or tensor) feature frames make."""
     for kernel, stride in SUBSAMPLING[input_layer]:
         length = (length - kernel) // stride + 1
         length = length * (length > 0)  # too short for one frame: none, not a negative number
@@ -26,8 +26,9 @@ def subsampled_length(length, input_layer: str):
 
 
 def receptive_field(input_layer: str) -> tuple[int, int]:
-    """(feature frames that an encoder frame sees, feature frames from one of them to the next)."""
-    field, rate = 1, 1
+    """Returns how many feature frames an encoder frame sees, and how many later the next begins."""
+    field = 1
+    rate = 1
     for kernel, stride in SUBSAMPLING[input_layer]:
         field += (kernel - 1) * rate
         rate *= stride
@@ -35,14 +36,14 @@ def receptive_field(input_layer: str) -> tuple[int, int]:
 
 
 def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
-    """(B,) lengths -> (B, max_length) bool, True where a frame is real and not padding."""
+    """Makes of lengths (B,) a mask (B, max_length), True where a frame is real and not padding."""
     return torch.arange(max_length, device=lengths.device) < lengths[:, None]
 
 
 def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -> torch.Tensor:
-    """(size, size) bool, True where frame `row` may see frame `column` (U2, section 2.3).
+    """Makes a mask (size, size), True where frame `row` may see frame `column` (U2, section 2.3).
 
-    A frame sees its own chunk and the `left_chunks` before it, or all before it with -1.
+    A frame sees its own chunk and the `left_chunks` before it, or all chunks before it with -1.
     """
     chunk = torch.arange(size, device=device) // chunk_size
     ahead = chunk[None, :] - chunk[:, None]  # key chunk minus query chunk
@@ -51,20 +52,20 @@ def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -
 
 
 def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:
-    """sinusoids_at of the positions offset .. offset + size - 1 -> (size, width)."""
+    """Encodes the positions offset .. offset + size - 1 -> (size, width), see sinusoids_at."""
     positions = torch.arange(offset, offset + size, device=device, dtype=torch.float32)
     return sinusoids_at(positions, width)
 
 
 def sinusoids_at(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """positions (S,) float32 -> (S, width), as in Vaswani et al. 2017, section 3.5."""
+    """Encodes positions (S,) float32 -> (S, width), as in Vaswani et al. 2017, section 3.5."""
     even = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
     angle = positions[:, None] * torch.exp(even * -(math.log(10000.0) / width))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)  # sine, cosine, sine, ...
 
 
 class BlockState(NamedTuple):
-    """What a block keeps of the frames before a chunk; None before the first (U2, section 2.3)."""
+    """Keeps what a block needs of earlier frames; None before the first frame (U2, section 2.3)."""
 
     keys: torch.Tensor | None = None  # (B,H,S,D/H)
     values: torch.Tensor | None = None  # (B,H,S,D/H)
@@ -94,7 +95,7 @@ MAX_POSITION = 5000  # encoder frames, 200 s: as far as WeNet's table of positio
 
 
 class StreamState(NamedTuple):
-    """Where a stream is: a value, from which the stream can go on more than once."""
+    """Says where a stream stands. It is a value, from which a stream can go on more than once."""
 
     chunk_size: int  # encoder frames; below 1: one chunk of everything, which ends with the stream
     left_chunks: int  # chunks to the left that are seen, -1 for all

@@ -1,9 +1,9 @@
-"""The same numbers as torch's own layers, sooner. To read the network, take them for torch's.
+"""These layers compute the same numbers as torch's own, only faster.
 
-Linear and Dropout stand for nn.Linear and nn.Dropout, attention for scaled_dot_product_attention,
-conv_relu for a convolution and a ReLU, depthwise for F.conv1d with a group for each channel.
-tests/test_kernels.py puts torch's own in their place and finds the same numbers. Axes: B batch,
-T frames, D width, H heads, S keys; for images (B,C,T,F) -> (B,D,T',F').
+To read the network, take them for torch's: Linear and Dropout for nn.Linear and nn.Dropout,
+attention for scaled_dot_product_attention, conv_relu for a convolution and a ReLU, depthwise for
+F.conv1d with a group for each channel. tests/test_kernels.py puts torch's layers in their place and
+finds the same numbers. Axes: B batch, T frames, D width, H heads, S keys; images are (B,C,T,F).
 """
 
 import math
@@ -27,21 +27,22 @@ def by_onednn(x, weight) -> bool:
 
 
 def product(x, weight, bias=None):
-    """F.linear by oneDNN, without a gradient: x (...,M), weight (N,M), bias (N,) -> (...,N)."""
+    """Computes F.linear by oneDNN, without a gradient: x (...,M), weight (N,M) -> (...,N)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def outer_product(a, b):
-    """a (R,N), b (R,M) -> a.T @ b (N,M), without a gradient."""
+    """Computes a.T @ b (N,M) of a (R,N) and b (R,M), without a gradient."""
     if not (by_onednn(a, b) and len(a)):
         return a.T @ b
-    if a.size(1) <= b.size(1):  # oneDNN copies its first factor to transpose it: the smaller one
+    # oneDNN copies its first factor to transpose it, so the smaller factor comes first.
+    if a.size(1) <= b.size(1):
         return product(a.T, b.T)
     return product(b.T, a.T).T
 
 
 class Product(torch.autograd.Function):
-    """F.linear with its gradients by oneDNN."""
+    """Computes F.linear and its gradients by oneDNN."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -53,7 +54,7 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        grad = grad.contiguous()  # oneDNN is slow on an expanded tensor, as behind a sum
+        grad = grad.contiguous()  # oneDNN is slow on an expanded tensor, as a sum gives
         rows = grad.flatten(0, -2)  # (...,N) -> (R,N)
         return (
             product(grad, weight.T) if of_x else None,
@@ -63,7 +64,7 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that multiplies by the faster library."""
+    """Computes nn.Linear by the faster of two libraries."""
 
     def forward(self, x):
         if (
@@ -77,9 +78,10 @@ class Linear(nn.Linear):
 
 
 def for_few_rows(module: nn.Module) -> nn.Module:
-    """`module`, its linear layers' weights stored column by column; shapes and numbers stay.
+    """Stores the weights of `module`'s linear layers column by column, and returns `module`.
 
-    So oneDNN multiplies the few rows of a stream's chunk in half the time.
+    oneDNN then multiplies the few rows of a stream's chunk in half the time. Shapes and numbers
+    stay the same.
     """
     if ONEDNN:
         for layer in module.modules():
@@ -89,27 +91,27 @@ def for_few_rows(module: nn.Module) -> nn.Module:
 
 
 def random_numbers_are_cheap(x, p: float) -> bool:
-    """True where torch's own dropout p of x costs little: p is 0, on a GPU, or when compiled."""
+    """True where torch's own dropout costs little: on a GPU, when compiled, or where p is 0."""
     return p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def dropout(x, p: float):
-    """F.dropout; on a CPU from 16-bit draws.
+    """Computes F.dropout, and draws 16-bit numbers for it on a CPU.
 
-    There F.dropout draws doubles, which would take an eighth of a training step.
+    F.dropout draws doubles there, which would take an eighth of a training step.
     """
     if random_numbers_are_cheap(x, p):
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
     words.random_(-(2**63), None)  # four draws in each
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform over -32768 .. 32767
-    # What waits for backward is bytes, not floats. With bools multiplying takes twice as long.
+    # Bytes wait for backward, not floats. Multiplying by bools would take twice as long.
     keep = torch.ge(draws, round(p * 2**16) - 2**15, out=torch.empty(x.shape, dtype=torch.uint8))
     return x.mul(keep).mul_(1 / (1 - p))
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout through `dropout`."""
+    """Calls `dropout` where nn.Dropout calls F.dropout."""
 
     def forward(self, x):
         return dropout(x, self.p) if self.training else x
@@ -118,10 +120,10 @@ class Dropout(nn.Dropout):
 def attention(
     q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None
 ):
-    """scaled_dot_product_attention with dropout p: q (B,H,T,d), k, v (B,H,S,d) -> (B,H,T,d).
+    """Computes scaled_dot_product_attention: q (B,H,T,d), k, v (B,H,S,d) -> (B,H,T,d).
 
-    On a CPU torch has no fused kernel with dropout and its random draws are slow, so attention with
-    dropout on the weights is written out there.
+    p is the dropout of the attention weights. On a CPU torch has no fused kernel with dropout, and
+    its random draws are slow, so attention with dropout is written out there.
     """
     scale = scale or 1 / math.sqrt(q.size(-1))
     if q.is_cuda and q.size(-1) % 8:
@@ -139,7 +141,7 @@ def attention(
 
 
 def in_eights(x):
-    """x (B,H,T,d) with zeros up to a multiple of eight, which leave attention as it is.
+    """Widens x (B,H,T,d) by zeros to a multiple of eight, which changes no attention.
 
     CUDA's fused kernels take a mask only with such a width.
     """
@@ -147,7 +149,7 @@ def in_eights(x):
 
 
 class ConvRelu(torch.autograd.Function):
-    """relu(conv2d(x, weight, bias, stride)), with a faster backward on the CPU.
+    """Computes relu(conv2d(x, weight, bias, stride)), with a faster backward on the CPU.
 
     x (B,C,T,F) -> (B,D,T',F'), channels last. oneDNN spends more than twice the time of a matrix
     product on the gradient of the weights of many channels. Here that gradient is a matrix product,
@@ -170,7 +172,7 @@ class ConvRelu(torch.autograd.Function):
         by_product = x.size(1) > 1
         strides = [ctx.stride] * 2
         wanted = [ctx.needs_input_grad[0], not by_product, False]
-        # Neither bias, padding, dilation, transposition nor groups.
+        # The convolution has no padding, dilation, transposition or groups. The bias comes below.
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, strides, [0, 0], [1, 1], False, [0, 0], 1, wanted
         )
@@ -180,7 +182,7 @@ class ConvRelu(torch.autograd.Function):
 
     @staticmethod
     def grad_weight(x, grad, kernel, stride):
-        """x (B,C,T,F), gradient (B,D,T',F') of the convolution -> (D,C,k,k)."""
+        """Multiplies x (B,C,T,F) and the convolution's gradient (B,D,T',F') -> (D,C,k,k)."""
         total = grad.new_zeros(grad.size(1), kernel * kernel * x.size(1))
         for utterance, rows in zip(x, grad.permute(0, 2, 3, 1).flatten(1, 2)):  # (C,T,F), (T'*F',D)
             windows = utterance.permute(1, 2, 0)  # (T,F,C)
@@ -193,20 +195,20 @@ class ConvRelu(torch.autograd.Function):
 
 
 def conv_relu(x, conv: nn.Conv2d, training: bool):
-    """F.relu(conv(x)): x (B,C,T,F) -> (B,D,T',F'), channels last."""
+    """Computes F.relu(conv(x)): x (B,C,T,F) -> (B,D,T',F'), channels last."""
     if training and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return ConvRelu.apply(x, conv.weight, conv.bias, conv.stride[0])
     return F.relu(conv(x))
 
 
 def depthwise(x, weight, bias, padding: int = 0, few: bool = False):
-    """F.conv1d over time with a group for each channel: x (B,T,D), weight (D,1,k) -> (B,T',D).
+    """Convolves over time, each channel by itself: x (B,T,D), weight (D,1,k) -> (B,T',D).
 
-    It runs as a convolution over an image of one line with channels last: on a CPU that is twice as
-    fast as conv1d, and nothing moves in memory. On a CPU it runs in float32 whatever the precision:
-    in bfloat16 oneDNN never stops generating its code on some CPUs for some widths and lengths, the
-    width 144 of preset small among them. Over the few frames of a stream's chunk a convolution
-    takes longer to get ready than to run, so `few` makes it a sum of products.
+    x becomes an image of one line with channels last: on a CPU its convolution is twice as fast as
+    conv1d, and nothing moves in memory. A CPU convolves in float32 in every precision: in bfloat16
+    oneDNN never stops generating its code on some CPUs for some widths and lengths, the width 144
+    of preset small among them. Over the few frames of a stream's chunk a convolution takes longer
+    to get ready than to run, so `few` makes it a sum of products.
     """
     if few and not torch.jit.is_tracing():
         windows = x.unfold(1, weight.size(2), 1)  # (B,T',D,k)

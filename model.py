@@ -1,7 +1,6 @@
-"""The LightningModule: training, the guard against gradients that are not finite, and decoding.
+"""U2 trains the network of conformer.py, validates it, decodes with it, and writes checkpoints.
 
-The network is in conformer.py. This file adds a step, a validation, decoding and the checkpoint.
-Axes as in conformer.py.
+A guard skips updates whose gradients are not finite. Axes are those of conformer.py.
 """
 
 import math
@@ -35,8 +34,8 @@ VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
     for decoder in ("decoder", "right_decoder")
     for layer in ("embed.weight", "output_layer.weight", "output_layer.bias")
 }
-# The fewest weights of a block, a transformer's: of two norms, three linear layers of attention and
-# two of the feed-forward, each with a bias.
+# A transformer block has the fewest weights: two norms, three linear layers of attention and two of
+# the feed-forward, each with a weight and a bias.
 FEWEST_OF_A_BLOCK = 14
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
@@ -44,7 +43,7 @@ FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
 @options_class
 class OptimOptions:
-    """Optimizer, schedule, and the guard against gradients that are not finite."""
+    """Sets the optimizer, its schedule, the guard, and how a step saves memory or time."""
 
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
     lr: float = option(1e-3, "peak learning rate", above=0, at_most=10.0)
@@ -74,33 +73,31 @@ class OptimOptions:
     )
 
 
-def draw_chunk(
-    size: int, options: ModelOptions, generator: torch.Generator | None = None
-) -> tuple[int, int]:
-    """(chunk_size, left_chunks) for a training step over `size` encoder frames (U2, section 2.3).
+def draw_chunk(size: int, options: ModelOptions) -> tuple[int, int]:
+    """Draws (chunk_size, left_chunks) for a step over `size` encoder frames (U2, section 2.3).
 
     Half of the draws are (-1, -1), full context. The others are chunks of 1 to 25 frames of 40 ms,
-    at most 1 s, with any number of left chunks, or with all of them unless use_dynamic_left_chunk.
+    at most 1 s, with all left chunks or, with use_dynamic_left_chunk, a random number of them.
     """
     if not options.use_dynamic_chunk or size < 2:
         return -1, -1
-    chunk = int(torch.randint(1, size, (1,), generator=generator))
+    chunk = int(torch.randint(1, size, (1,)))
     if chunk > size // 2:
         return -1, -1
     chunk = chunk % (100 // receptive_field(options.input_layer)[1]) + 1
     left = -1
     if options.use_dynamic_left_chunk:
-        left = int(torch.randint(0, max((size - 1) // chunk, 1), (1,), generator=generator))
+        left = int(torch.randint(0, max((size - 1) // chunk, 1), (1,)))
     return chunk, left
 
 
 class StepLog:
     """Writes steps.jsonl, a line for each attempted update: {"step", "loss", "rows"}.
 
-    `step` counts the attempts before it, `loss` is the mean over the batches of all ranks (null
-    where it is not finite), `rows` are their row numbers, rank by rank. A skipped update also has
-    "skipped": true. Lines wait as tensors, because a GPU should not stop for a log. With path None
-    there is no log.
+    `step` counts the earlier attempts, `loss` is the mean over the batches of all ranks (null where
+    the mean is not finite), `rows` are the batches' row numbers, rank by rank. A skipped update
+    also has "skipped": true. Lines wait as tensors, because a GPU should not stop for a log. With
+    path None there is no log.
     """
 
     def __init__(self, path: str | None):
@@ -152,9 +149,9 @@ def gather(value) -> list:
 
 
 def blame(features, row_losses):
-    """Row losses (B,) in which exactly the rows at fault are not finite, if any row is at fault.
+    """Returns row losses (B,) that are not finite for exactly the rows at fault, if there are any.
 
-    At fault are the rows whose features (B,T,F) are not finite or, if all features are, those whose
+    These are the rows whose features (B,T,F) are not finite or, if all features are, the rows whose
     own loss is not. A loss alone could blame a neighbour: where a product has an odd length, CPUs
     with AMX multiply the number behind a row, the next row's first, by zero, and NaN stays NaN.
     """
@@ -176,7 +173,7 @@ def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) ->
 def skeleton(
     options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer, weights: int
 ) -> U2Conformer:
-    """The network without memory for its weights, to compare their shapes with those of a file.
+    """Makes the network without memory for its weights, to compare its shapes with a file's.
 
     Raises UserError where the options make no network, or one with more blocks than the file's
     number of `weights` allows.
@@ -199,7 +196,7 @@ def skeleton(
 
 
 class U2(L.LightningModule):
-    """U2 or U2++ with its training and decoding.
+    """Trains and decodes a U2 or U2++ network.
 
     total_steps: the optimizer's steps of the run, for OneCycleLR. skip_log and step_log: the paths
     of skipped.jsonl and steps.jsonl, None for no log. Feature lengths count feature frames, chunk
@@ -234,11 +231,11 @@ class U2(L.LightningModule):
         self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
         self.steps = StepLog(step_log)
         self.update_skipped = False
-        # What to do after an update (see recovery.py): this rank's request, the largest of all.
+        # What to do after an update (see recovery.py): this rank's request, and the largest one.
         self.request = self.agreed = 0
         self.skips_in_a_row = self.skips_in_all = 0
         self.validated_step = -1  # global_step at the last validation
-        self.lr_steps = None  # how often the learning rate had moved where a resumed run was left
+        self.lr_steps = None  # how often the learning rate had moved before a resume
 
     def set_cmvn(self, mean, istd):
         """Sets the global CMVN, each (F,): the encoder sees (features - mean) * istd."""
@@ -246,24 +243,25 @@ class U2(L.LightningModule):
         self.net.encoder.cmvn_istd.copy_(istd)
 
     def encode(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
-        """features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,)."""
+        """Encodes features (B,T,F), lengths (B,) -> encoded (B,T',D), encoded_lengths (B,)."""
         return self.net.encode(features, feature_lengths, chunk_size, left_chunks)
 
     def ctc_log_probs(self, encoded):
-        """(B,T',D) -> (B,T',V), log-probabilities of the CTC branch."""
+        """Returns the CTC branch's log-probabilities: (B,T',D) -> (B,T',V)."""
         return self.net.ctc_log_probs(encoded)
 
     @torch.no_grad()
     def stream_state(self, chunk_size: int, left_chunks: int = -1, **limits) -> StreamState:
-        """The state before the first frame of an utterance, see Encoder.stream_state.
+        """Returns the state before the first frame of an utterance.
 
-        limits: max_position. Raises UserError for an encoder that sees the future.
+        `limits` are those of Encoder.stream_state. Raises UserError for an encoder that sees the
+        future.
         """
         return self.net.encoder.stream_state(chunk_size, left_chunks, **limits)
 
     @torch.no_grad()
     def stream(self, features, state, last: bool = False):
-        """features (1,n,F) -> encoded (1,m,D) of the chunks now complete, and the new state.
+        """Encodes the chunks that features (1,n,F) complete -> encoded (1,m,D), the new state.
 
         `last` also encodes the rest, see Encoder.stream.
         """
@@ -278,12 +276,12 @@ class U2(L.LightningModule):
         chunk_size: int = -1,
         left_chunks: int = -1,
     ):
-        """{"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
+        """Returns {"loss", "loss_ctc", "loss_att", "row_losses"} of U2Conformer.loss."""
         chunks = chunk_size, left_chunks
         return self.net.loss(features, feature_lengths, labels, label_lengths, *chunks)
 
     def init_from(self, checkpoint: dict) -> int:
-        """Takes the weights of a checkpoint with the same options. -> how many tokens it knew.
+        """Takes the weights of a checkpoint with equal options. Returns how many tokens it knew.
 
         Tokens that both tokenizers know, and special tokens by their role, take their rows from the
         checkpoint; the rows of other tokens stay as initialised.
@@ -338,11 +336,12 @@ class U2(L.LightningModule):
         return loss
 
     def sizes(self, batch):
-        """The rows, and the labels with eos, that this rank's losses are divided by.
+        """Returns the rows, and the labels with eos, by which this rank's losses are divided.
 
-        They are those of all ranks over the number of ranks; None on a single rank, whose batch
-        counts. DDP and FSDP take the mean of the ranks' gradients, as if all had equally many rows;
-        with this division the mean is the gradient that one process with all rows computes.
+        Both are sums over all ranks, divided by the number of ranks. On a single rank the batch
+        itself counts: None. DDP and FSDP take the mean of the ranks' gradients, as if all had
+        equally many rows; with this division the mean is the gradient that one process with all
+        rows computes.
         """
         ranks = self.trainer.world_size
         if ranks == 1:
@@ -418,10 +417,11 @@ class U2(L.LightningModule):
         """Throws away a gradient that is not finite, after unscaling and before clipping.
 
         An optimizer leaves a parameter without a gradient as it is, its moments and steps included.
-        The check is one kernel and one device sync. All ranks agree, and by the same message on the
-        largest request of any rank (see recovery.py).
+        The check is one kernel and one device sync. By one message all ranks agree on the answer,
+        and on the largest request of any rank (see recovery.py).
         """
-        if self.encoder_is_frozen:  # dropped here, because DDP waits for every gradient in backward
+        # A frozen encoder's gradients are dropped here, because in backward DDP waits for them.
+        if self.encoder_is_frozen:
             for parameter in self.net.encoder.parameters():
                 parameter.grad = None
         parameters = (p for group in optimizer.param_groups for p in group["params"])
@@ -442,7 +442,7 @@ class U2(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ):
-        """Clips by norm. Lightning itself refuses to for any fused optimizer, scaler or not."""
+        """Clips by norm. Lightning itself refuses to do so for any fused optimizer."""
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
@@ -464,7 +464,7 @@ class U2(L.LightningModule):
         self.report_skip(rows, bad_rows)
 
     def gather_window(self, window) -> tuple[list[int], list[int]]:
-        """Collects from all ranks (rows of the window, those of them whose loss is not finite)."""
+        """Collects from all ranks the window's rows, and its rows whose loss is not finite."""
         rows = [int(row) for batch_rows, *_ in window for row in batch_rows]
         finite = [bool(ok) for _, losses, _ in window for ok in losses.isfinite()]
         pairs = [pair for of_rank in gather(list(zip(rows, finite))) for pair in of_rank]
@@ -512,21 +512,19 @@ class U2(L.LightningModule):
             self.val_metrics["val_wer" + suffix].update(texts, references)
 
     def on_validation_epoch_end(self):
-        values = {
-            name: metric.compute() for name, metric in self.val_metrics.items()
-        }  # of all ranks
+        values = {name: metric.compute() for name, metric in self.val_metrics.items()}
         rates = [values["val_cer" + suffix] for suffix in VALIDATION_CHUNKS]
         values["val_cer_mean"] = sum(rates) / len(rates)
-        self.log_dict(values, sync_dist=True)  # alike on all ranks; without it Lightning would warn
+        # compute has joined all ranks; without sync_dist Lightning would warn.
+        self.log_dict(values, sync_dist=True)
         self.validated_step = self.global_step
         self.reset_metrics()
-        shown = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
-        epoch = self.current_epoch + (
-            self.trainer.state.fn == "fit"
-        )  # its training is over already
+        said = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
+        # While fitting, the epoch's training is over, though Lightning counts the epoch later.
+        epochs = self.current_epoch + (self.trainer.state.fn == "fit")
         rank_zero_info(
-            f"epoch {epoch}, step {self.global_step}: "
-            + "  ".join(f"{name} {float(values[name]):.4f}" for name in shown)
+            f"epoch {epochs}, step {self.global_step}: "
+            + "  ".join(f"{name} {float(values[name]):.4f}" for name in said)
         )
 
     def reset_metrics(self):
@@ -539,9 +537,9 @@ class U2(L.LightningModule):
     def decode(
         self, features, feature_lengths, mode: str, *, context=None, **search
     ) -> list[Hypothesis]:
-        """features (B,T,F), feature_lengths (B,) -> a Hypothesis for each utterance.
+        """Decodes features (B,T,F), feature_lengths (B,) -> a Hypothesis for each utterance.
 
-        (U2, section 3.3; U2++, section 3.1.) `search` holds fields of decode.SearchOptions, as
+        (U2, section 3.3; U2++, section 3.1.) `search` has fields of decode.SearchOptions, such as
         beam_size; context is a context.ContextGraph of hotwords. Raises UserError for values out of
         bounds and for what U2.search refuses, TypeError for a keyword that is no such field.
         """
@@ -559,10 +557,10 @@ class U2(L.LightningModule):
     def search(
         self, encoded, lengths, mode: str, search: SearchOptions = SearchOptions(), context=None
     ) -> list[Hypothesis]:
-        """encoded (B,T',D), lengths (B,) -> a Hypothesis for each: `decode` behind the encoder.
+        """Decodes encoded (B,T',D), lengths (B,) -> a Hypothesis for each, as in `decode`.
 
-        There is no text where CTC's best path has none. Raises UserError for a mode that is none of
-        decode.MODES, or that cannot favour the hotwords of `context`.
+        A Hypothesis has no text where CTC's best path has none. Raises UserError for a mode that is
+        none of decode.MODES, or that cannot favour the hotwords of `context`.
         """
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
@@ -629,8 +627,8 @@ class U2(L.LightningModule):
 
         Raises UserError where a weight is not finite.
         """
-        self.steps.flush()  # before the checkpoint: the log of a resumed run is never behind it
-        # The guard skips bad gradients, so that here a step was too long.
+        self.steps.flush()  # first, so that the log is never behind the checkpoint
+        # The guard has skipped bad gradients, so a step was too long.
         if name := not_finite(checkpoint):
             raise UserError(
                 f"step {self.global_step}: {name} is not finite any more, so that nothing is "
@@ -646,7 +644,7 @@ class U2(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint):
-        # The learning rate depends on the options and on how often it moved: that is taken over.
+        # The options and the number of its steps make the learning rate: only the number is kept.
         self.lr_steps = checkpoint["lr_schedulers"][0]["last_epoch"]
         checkpoint["lr_schedulers"] = []
         skips = checkpoint.get("skips", {"in_a_row": 0, "in_all": 0})  # older checkpoints have none
@@ -654,9 +652,9 @@ class U2(L.LightningModule):
 
 
 def load_checkpoint(path: str, device="cpu") -> tuple[U2, Tokenizer, Frontend]:
-    """(model in evaluation mode, tokenizer, frontend) of a checkpoint's path or name.
+    """Loads the model, in evaluation mode, the tokenizer and the frontend of a checkpoint.
 
-    Raises UserError for what read_checked refuses.
+    `path` may also name a model on the hub. Raises UserError for what read_checked refuses.
     """
     checkpoint = read_checked(path)
     options, optim, frontend, tokenizer = make_parts(checkpoint)

@@ -1,8 +1,9 @@
-"""The sizes of a model as data: the presets, and every option of the network with its bounds."""
+"""This file has the sizes of a model as data: the presets, and every option with its bounds."""
 
 from cli import UserError, option, options_class
 
-# A flag overrides the preset, and ModelOptions has what a preset does not name. Two tables:
+# A flag overrides the preset; an option that the preset does not name has its default below.
+# Ruff leaves both tables as they are:
 # fmt: off
 PRESETS = {
     "tiny": dict(output_size=64, linear_units=256, num_blocks=4, cnn_module_kernel=15,
@@ -19,7 +20,7 @@ PRESETS = {
 
 @options_class
 class ModelOptions:
-    """Architecture and loss, by WeNet's names. Raises UserError for sizes that do not fit."""
+    """Holds architecture and loss, by WeNet's names. Raises UserError for sizes that do not fit."""
 
     encoder: str = option("conformer", "blocks of the encoder",
                           choices=("conformer", "transformer"))

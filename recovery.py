@@ -37,12 +37,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from checkpoint import not_finite, read_weights_only
 from files import FULL, SMALL, parse_json, write_whole
 
-# U2.request is SAVE where last.ckpt is due, STOP + signal where the run must also end with that
-# number as its exit status.
+# U2.request is SAVE where last.ckpt is due, and STOP + the signal's number where the run must end,
+# too: the sum is its exit status.
 SAVE = 1
 STOP = 128
 
-# Any of these may come of a damaged checkpoint, wherever a part of it is used.
+# A damaged checkpoint may raise any of these errors, wherever a part of it is used.
 FAULTS = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError
 
 
@@ -167,8 +167,8 @@ class LastCheckpoint(Checkpoint):
     def listen(self, module):
         """Take the signals over from Lightning.
 
-        Its handlers end a run without saving, or hang on several ranks. A signal that the run was
-        started to ignore, as under nohup or in a script's background, stays ignored.
+        Lightning's handlers end a run without saving, or hang on several ranks. A signal that the
+        run was started to ignore, as under nohup or in a script's background, stays ignored.
         """
 
         def note(number, _):
@@ -207,13 +207,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit":  # else training has ended and is saved
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
-                    # This puts the trained weights back, after the average in their place.
+                    # This call puts the trained weights back, in whose place the average is.
                     callback.on_validation_epoch_end(trainer, module)
             self.save(trainer)
         raise Stopped(int(stop), trainer.global_step)
 
     def save(self, trainer):
-        # Without a value for weights_only Lightning logs a line each time.
+        # Where weights_only has no value, Lightning logs a line each time.
         trainer.save_checkpoint(self.path, weights_only=False)
         self.saved = time.monotonic()
 
@@ -298,7 +298,7 @@ class Average(WeightAveraging):
     def on_train_end(self, trainer, module):
         """Leave the trained weights in the model, where Lightning would put the average.
 
-        A validation may follow. Its best.ckpt must be able to go on, as last.ckpt is.
+        A validation may follow, and a run must be able to go on from its best.ckpt, too.
         """
 
 
@@ -306,11 +306,11 @@ class Place(NamedTuple):
     """Says where a checkpoint left its run."""
 
     path: str | None = None
-    epoch: int = 0  # the one that it was saved in
+    epoch: int = 0  # the epoch in which it was saved
     epochs: int = 0  # epochs that are over
-    batches: int = 0  # batches that each rank has seen of that epoch; 0 at its end
+    batches: int = 0  # batches of this epoch that each rank has seen; 0 at its end
     updates: int = 0
-    plan: dict | None = None  # what make_plan made; older checkpoints have none
+    plan: dict | None = None  # the result of make_plan; older checkpoints have none
 
 
 def find_place(path: str, checkpoint: dict) -> Place:
@@ -349,7 +349,7 @@ def damaged(path: str, part: str) -> UserError:
 
 @contextlib.contextmanager
 def refusing(path: str, part: str):
-    """Turn an error within the block into a UserError that names that part of the checkpoint."""
+    """Turn an error within the block into a UserError that names the part of the checkpoint."""
     try:
         yield
     except FAULTS as error:
@@ -507,7 +507,8 @@ def settle(loop: dict) -> None:
         progress["is_last_batch"] = False
         return
     for part in ("total", "current"):
-        epoch, batch = loop["epoch_progress"][part], progress[part]
+        epoch = loop["epoch_progress"][part]
+        batch = progress[part]
         epoch["processed"] = epoch["completed"] = epoch["ready"] - 1
         if progress["is_last_batch"]:
             batch["completed"] = batch["ready"]
@@ -517,11 +518,11 @@ def settle(loop: dict) -> None:
 
 
 class MemoryCheck(L.Callback):
-    """Runs the batches that need most memory before the first update; says what does not fit.
+    """Runs the batches that need most memory before the first update, and says which does not fit.
 
     The batches of train that are largest by frames and by labels run forward and backward, the
-    longest of dev runs as a validation does. Weights, statistics, gradients, optimizer and random
-    numbers stay as they are.
+    longest batch of dev runs as in a validation. Weights, statistics, gradients, optimizer and
+    random numbers stay as they are.
     """
 
     def on_train_start(self, trainer, module):
@@ -547,7 +548,7 @@ class MemoryCheck(L.Callback):
 
     @staticmethod
     def advice(options, batch) -> str:
-        """Return which flag to lower, and to what."""
+        """Return the advice which flag to lower, and to which number."""
         rows, frames, _ = batch.features.shape
         if rows == 1:
             name, now = "max_frame", frames
@@ -592,6 +593,6 @@ class MemoryCheck(L.Callback):
             loss = module.net.loss(
                 batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
             )["loss"]
-        # These gradients are apart from those of training, which stay unmade.
+        # These gradients are apart from the parameters, whose own gradients stay unmade.
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments

@@ -1,7 +1,7 @@
-"""Which rows make a batch, in what order, on which rank: plans are pure functions of (seed, epoch).
+"""Plans which rows make a batch, in which order, on which rank: pure functions of (seed, epoch).
 
-Both plans yield lists of keys (epoch, row). The epoch travels with the row, so a loader process
-needs no other state to draw this epoch's augmentation. Use a plan as
+A plan, for training or evaluation, yields lists of keys (epoch, row). The epoch travels with the
+row, so a loader process needs no other state to draw this epoch's augmentation. Use a plan as
 DataLoader(dataset, sampler=plan, batch_size=None).
 """
 
@@ -73,7 +73,7 @@ class LengthGroupedSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            # Nobody may have asked for the epoch before: it was resumed behind its last batch.
+            # A run that resumes behind an epoch's last batch may never iterate over the epoch.
             self.start_batch = 0
         self.epoch = epoch
 

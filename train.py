@@ -1,7 +1,7 @@
 """Trains a U2++ model: python train.py --data_root data/demo --output_dir runs/demo --preset tiny
 
-Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (what was run, and its
-metrics), steps.jsonl (loss and rows of every update), skipped.jsonl (updates that the guard
+Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (command, options
+and metrics), steps.jsonl (loss and rows of every update), skipped.jsonl (updates that the guard
 skipped) and TensorBoard logs.
 """
 
@@ -182,7 +182,7 @@ def main(argv):
     check_run(settings.run)
     check_unused(given, settings)
     check_source(source, settings)
-    check_sources_stay(settings.run, given["overwrite"])
+    check_overwrite(settings.run, given["overwrite"])
     tokenizer = label_tokenizer(settings.run.tokenizer, settings.run.data_root[0])
     place = check_resume(resume, checkpoint, given, settings, tokenizer) if resume else Place()
 
@@ -213,8 +213,8 @@ def main(argv):
 def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Settings, dict | None]:
     """Return the options of the run, and the checkpoint of --init_from in a new run.
 
-    A flag that is given counts most. What is not given is as in the checkpoint that the run goes on
-    from or, for model and frontend, in that of --init_from; else it is the default.
+    A flag that is given counts most. Another option is as in the checkpoint from which the run goes
+    on or, for model and frontend, as in the checkpoint of --init_from. Else it has its default.
     """
     before = options_of(checkpoint)
     run_options = build(RunOptions, given, **{**before, "output_dir": folder})
@@ -287,7 +287,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
         return folder, resume  # rank 0 checks the folder, and may have begun to write there
     check_folder(folder)
     there = os.listdir(folder) if os.path.isdir(folder) else ()
-    # What is left of a run that was killed before it began does not count.
+    # Files of a run that was killed before it began do not count.
     there = [
         name
         for name in there
@@ -373,7 +373,7 @@ def options_of(checkpoint: dict) -> dict:
 
 
 def without_rivals(given: dict, before: dict) -> dict:
-    """Return what was given, over what the run had.
+    """Return the flags that were given, over the options that the run had.
 
     One of --batch_size and --max_batch_seconds takes the place of the other.
     """
@@ -383,7 +383,7 @@ def without_rivals(given: dict, before: dict) -> dict:
 
 
 def check_run(options: RunOptions) -> None:
-    """Raise UserError for a run that would fail late, or not do what was asked."""
+    """Raise UserError for a run that would fail late, or not do as asked."""
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
@@ -410,7 +410,7 @@ def check_unused(given: dict, settings: Settings) -> None:
             raise UserError(f"--{name} has no effect {reason}; leave it out")
 
 
-def check_sources_stay(options: RunOptions, overwrite: bool) -> None:
+def check_overwrite(options: RunOptions, overwrite: bool) -> None:
     """Raise UserError where --overwrite would delete a file that the run is made from."""
     if not overwrite:
         return
@@ -467,7 +467,7 @@ def prepare_weights(
 
 
 def label_tokenizer(path: str | None, data_root: str) -> Tokenizer:
-    """Load the tokenizer that made the labels: the one at `path`, or that of the data root.
+    """Load the tokenizer that made the labels: from `path`, or else from the data root.
 
     Raises UserError where there is none, or where both are there and differ.
     """
@@ -580,7 +580,7 @@ def as_list(value):
 
 def say_schedule(checkpoint: dict, model: U2, place: Place) -> None:
     """Print that the length of a onecycle run has changed, and with it the learning rate."""
-    # configure_optimizers plans one step more than there are.
+    # configure_optimizers plans one step more than there are updates.
     planned = checkpoint["lr_schedulers"][0].get("total_steps", 0) - 1
     if model.optim.scheduler != "onecycle" or planned in (-1, model.total_steps):
         return
@@ -607,7 +607,7 @@ def only_writer(folder: str):
     try:
         with alone(os.path.join(folder, LOCK), f"--output_dir {folder}"):
             probe = aside(os.path.join(folder, "probe"))
-            # On a full disk this fails, before anything is deleted or TensorBoard's thread starts.
+            # On a full disk this write fails, before any deletion and before TensorBoard's thread.
             write_whole(probe, bytes(2**16))
             os.remove(probe)
             yield
@@ -624,7 +624,7 @@ def only_writer(folder: str):
 class Start(L.Callback):
     """Writes run.json and deletes old files just before the first update.
 
-    Nothing is refused any more by then. An attempt that fails before leaves everything as it was.
+    By then nothing is refused any more. An attempt that fails earlier changes no file.
     """
 
     def __init__(self, folder: str, overwrite: bool, place: Place, options: dict):
@@ -633,7 +633,7 @@ class Start(L.Callback):
         self.options = options
         self.record = None  # what run.json holds, on rank 0, once it is written
         self.begun = False
-        # Listed now, because Lightning begins the new log before it says that training starts.
+        # They are listed now, because Lightning begins the new log before on_train_start.
         self.old = [
             path for name in OUTPUTS if overwrite for path in files_of(os.path.join(folder, name))
         ]
@@ -665,7 +665,7 @@ def read_metrics(folder: str) -> dict:
 
 
 def files_of(path: str) -> list[str]:
-    """List the file `path`, or TensorBoard's files in the folder `path`, and no logs of others."""
+    """List the file `path`, or TensorBoard's files in the folder `path`, but no other logs."""
     within = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
@@ -711,7 +711,7 @@ def make_callbacks(settings: Settings, start: Start) -> list[L.Callback]:
 def make_trainer(settings: Settings, start: Start) -> L.Trainer:
     """Make Lightning's trainer. Raises UserError for options that Lightning refuses."""
     options = settings.run
-    # (The sampler makes our DataLoader resumable, though Lightning does not see that.)
+    # (The sampler makes our DataLoader resumable, though Lightning does not see it.)
     warnings.filterwarnings(
         "ignore",
         message=".*(does not have many workers|exists and is not empty|smaller than the logging "
@@ -737,8 +737,8 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
             log_every_n_steps=10,
             enable_model_summary=False,
         )
-    # Wrong values of --accelerator, --devices and --strategy raise a dozen kinds of errors.
     except Exception as error:
+        # Wrong values of --accelerator, --devices and --strategy raise a dozen kinds of errors.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Lightning refuses these options: {reason}") from error
 
@@ -746,7 +746,7 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
 def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
     """Raise UserError where torchrun and --devices disagree, or where a process would have no row.
 
-    Each process of torchrun would be a run of its own, or wait for others.
+    Otherwise each process of torchrun would be a run of its own, or wait for others.
     """
     told = trainer.num_devices * trainer.num_nodes
     there = os.environ.get("WORLD_SIZE")

@@ -1,5 +1,4 @@
-"""To the hub and back: in every command a folder of tensors and JSON is the checkpoint of which it
-was made."""
+"""In every command a folder for the hub stands for the checkpoint of which it was made."""
 
 import functools
 import json
@@ -95,8 +94,10 @@ def test_it_transcribes_like_the_checkpoint(made, tmp_path, capsys):
 
 
 def snapshot(monkeypatch, result):
-    """Makes huggingface_hub.snapshot_download give or raise `result`. Returns a list that gets the
-    arguments of each call."""
+    """Makes huggingface_hub.snapshot_download give or raise `result`.
+
+    Returns a list that gets the arguments of each call.
+    """
     calls = []
 
     def download(name, **options):
@@ -119,13 +120,12 @@ def test_a_name_on_the_hub_stands_for_a_checkpoint(made, tmp_path, monkeypatch):
     assert torch.equal(one, other)
     tokenizers = [load_tokenizer(name).to_dict() for name in ("org/a-model.v2", made[1], made[0])]
     assert tokenizers[0] == tokenizers[1] == tokenizers[2]
-    assert (
-        calls == [("org/a-model.v2", {"allow_patterns": list(HUB_FILES)})] * 2
-    )  # no code, no ONNX
+    # Neither code nor ONNX is asked for.
+    assert calls == [("org/a-model.v2", {"allow_patterns": list(HUB_FILES)})] * 2
 
 
 def test_the_copy_in_the_cache_serves_without_a_network(made, tmp_path, monkeypatch):
-    """huggingface_hub itself reads a cache that is laid out as its own caches are."""
+    """huggingface_hub itself reads a cache that has the layout of its own caches."""
     place = tmp_path / "models--org--name"
     (place / "snapshots").mkdir(parents=True)
     (place / "refs").mkdir()

@@ -154,7 +154,7 @@ def test_reverse_reads_each_row_backwards_within_its_length():
     assert reverse(rows, torch.tensor([4, 2]))[1, :2].tolist() == [5, 4]
 
 
-def test_loss_is_the_weighted_sum_of_its_branches_and_ignores_the_padding_of_targets():
+def test_loss_is_the_weighted_sum_of_its_branches_and_ignores_the_padding_of_labels():
     model = network()
     features, lengths = torch.randn(2, 60, 80), torch.tensor([60, 44])
     labels, label_lengths = torch.tensor([[4, 5, 6], [7, -1, 99]]), torch.tensor([3, 1])

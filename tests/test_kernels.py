@@ -18,7 +18,7 @@ from kernels import Dropout, Linear, attention, for_few_rows, in_eights
 
 
 def plain_kernels() -> types.ModuleType:
-    """Torch's own layers by the names of kernels.py."""
+    """Makes a module with torch's own layers, under the names that kernels.py gives them."""
 
     def attention(q, k, v, mask=None, p=0.0, is_causal=False, scale=None):
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale)
@@ -51,7 +51,7 @@ def plain_conformer(monkeypatch):
 
 @pytest.mark.parametrize("name", ["default", "not_causal", *VARIANTS])
 def test_with_torchs_own_layers_the_network_computes_the_same(plain_conformer, name):
-    """Losses, gradients, the encoder whole, under a chunk mask and as a stream, and a decoder."""
+    """It compares losses, gradients, the encoder in its three uses, and a decoder."""
     changes = {"default": {}, "not_causal": {"causal": False}, **VARIANTS}[name]
     o = {**vars(TWO_BLOCKS), **changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ import torch
 
 import files
 import train
+from conformer import U2Conformer
 from helpers import same
 from helpers_train import fine_tune, interrupted, ranks, run, signalled, weights
 from model import load_checkpoint
@@ -708,14 +709,13 @@ def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypat
 
 
 def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_path, monkeypatch):
-    original = train.U2.loss
+    original = U2Conformer.loss
 
     def loss(self, *arguments):
         losses = original(self, *arguments)
         return losses | {"loss": losses["loss"] + 100 * self.ctc.bias.sum()}
 
-    original = train.U2.__init__.__globals__["U2Conformer"].loss
-    monkeypatch.setattr("conformer.U2Conformer.loss", loss)
+    monkeypatch.setattr(U2Conformer, "loss", loss)
     words = (
         "--max_steps 1 --lr 1 --warmup_steps 0 --optimizer adam --weight_decay 0 --scheduler warmup"
     ).split()
