@@ -170,32 +170,29 @@ def plain_prefix_beam_search(
 
 # ------------------------------------------------ CTC prefix beam search: the same for a batch
 
-# Rows of Beam.prefixes: the prefix's number, that of the prefix without its last token, its last
-# token, and the state of the context (hotwords).
-PREFIX, PARENT, LAST, STATE = range(4)
+# Rows of Beam.numbers: the prefix, the prefix without its last token, its last token, and the state
+# of the context (hotwords); then the times of the likeliest path to a blank, of the likeliest path
+# to the last token, and of the latter path without its last time.
+PREFIX, PARENT, LAST, STATE, TIMES_BLANK, TIMES_TOKEN, TIMES_BEFORE = range(7)
 # Rows of Beam.scores, as in _Paths: all paths; those to a blank; those to the last token; the
 # likeliest one to a blank; the likeliest one to the last token; and the bonus of the context.
 TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
-# Rows of Beam.times: of the likeliest path to a blank, of the likeliest path to the last token, and
-# of the latter without its last time.
-TO_BLANK, TO_TOKEN, BEFORE_TOKEN = range(3)
 
 
 class Beam(NamedTuple):
-    """The N likeliest prefixes of each utterance, best first: all that the next frame needs.
+    """A beam holds the N likeliest prefixes of each utterance, best first, for the next frame.
 
-    A beam is a value: an old one stays valid, because `lists` only grows. Prefixes and times are
-    linked lists, each known by its number, equal lists by the same number; 0 is the empty list. N
-    is at most beam_size. Where an utterance has fewer prefixes, the number is -1 and the scores are
-    nan.
+    It is a value: an old beam stays valid, because `lists` only grows. Prefixes and times are
+    linked lists. Each list is known by its number, equal lists have the same number, and the empty
+    list has 0. N is at most beam_size. Where an utterance has fewer prefixes, the prefix's number
+    is -1 and its scores are nan.
     """
 
     lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
     context: object | None  # what favours phrases, see ctc_prefix_beam_search
     frames: int  # how many have been searched
-    prefixes: np.ndarray  # (4,B,N) int64
+    numbers: np.ndarray  # (7,B,N) int64
     scores: np.ndarray  # (6,B,N) float64
-    times: np.ndarray  # (3,B,N) int64, numbers of lists
 
 
 class _Offers(NamedTuple):
@@ -209,10 +206,10 @@ class _Offers(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """By which offered token the prefixes (B,N) that are there already can be reached again.
+    """How a token leads again to the prefixes (B,N) of the beam.
 
-    A prefix is reached by its own last token, which goes on, and by the extension of its parent
-    with this token, if the parent is in the beam, too.
+    The token is the prefix's last one. Either it goes on, or the prefix's parent, if the beam holds
+    it, too, is extended by it.
     """
 
     offered: np.ndarray  # bool: the frame offers the prefix's last token
@@ -222,11 +219,10 @@ class _Entries(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Prefixes for the next beam; `...` is (N,) for those that stay, (K,N) for longer ones."""
+    """Prefixes for the next beam, in Beam's rows; `...` is (N,) or, for longer ones, (K,N)."""
 
+    numbers: np.ndarray  # (7,B,...); PREFIX is -1 and TIMES_TOKEN 0 where there is no number yet
     scores: np.ndarray  # (6,B,...); TOTAL is nan where there is no such prefix
-    earlier: np.ndarray  # (B,...) the times before the last one on the likeliest path to the token
-    states: np.ndarray  # (B,...) of the context
 
 
 def ctc_prefix_beam_search(
@@ -252,18 +248,11 @@ def ctc_prefix_beam_search(
 
 def prefix_start(batch_size: int = 1, context=None) -> Beam:
     """The beam before the first frame of a stream: the empty prefix."""
-    root = np.zeros((batch_size, 1), np.int64)
-    nothing = np.full_like(root, -2)  # no prefix and no token has this number
-    certain = np.zeros((batch_size, 1))
-    impossible = np.full_like(certain, -math.inf)
-    return Beam(
-        lists={-1: 0},
-        context=context,
-        frames=0,
-        prefixes=np.stack((root, nothing, nothing, root)),
-        scores=np.stack((certain, certain, impossible, certain, impossible, certain)),
-        times=np.stack((root, root, root)),
-    )
+    numbers = np.zeros((7, batch_size, 1), np.int64)
+    numbers[[PARENT, LAST]] = -2  # no prefix and no token has this number
+    scores = np.zeros((6, batch_size, 1))
+    scores[[TOKEN, VITERBI_TOKEN]] = -math.inf
+    return Beam(lists={-1: 0}, context=context, frames=0, numbers=numbers, scores=scores)
 
 
 def prefix_advance(
@@ -286,11 +275,11 @@ def prefix_advance(
 
 def prefix_result(beam: Beam) -> list[Hypothesis]:
     """What the beam holds of each utterance, best first."""
-    prefixes = beam.prefixes[PREFIX]
+    prefixes = beam.numbers[PREFIX]
     totals = beam.scores[TOTAL] + beam.scores[BONUS]
     _, times = _viterbi(beam)
     if beam.context is not None:
-        totals = totals - beam.context.pending(beam.prefixes[STATE])
+        totals = totals - beam.context.pending(beam.numbers[STATE])
         rows = np.arange(len(totals))[:, None]
         order = np.argsort(-totals, axis=1, kind="stable")
         prefixes, totals, times = (part[rows, order] for part in (prefixes, totals, times))
@@ -350,7 +339,7 @@ def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
     """(B,N) score and times of the likeliest path; one to the token wins a tie, as in _Paths."""
     blank, token = beam.scores[[VITERBI_BLANK, VITERBI_TOKEN]]
     by_blank = blank > token
-    times = np.where(by_blank, beam.times[TO_BLANK], beam.times[TO_TOKEN])
+    times = np.where(by_blank, beam.numbers[TIMES_BLANK], beam.numbers[TIMES_TOKEN])
     return np.where(by_blank, blank, token), times
 
 
@@ -366,26 +355,25 @@ def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | Non
     if (
         beam.context is not None
         or total.shape[1] < beam_size
-        or (beam.prefixes[LAST][:, None] == offers.tokens[..., None]).any()
+        or (beam.numbers[LAST][:, None] == offers.tokens[..., None]).any()
         or not (total[:, -1:] + offers.blank > total[:, :1] + offers.best).all()
     ):
         return None
     viterbi, times = _viterbi(beam)
-    total = total + offers.blank
-    viterbi = viterbi + offers.blank
-    impossible = np.full_like(total, -math.inf)
-    scores = (total, total, impossible, viterbi, impossible, beam.scores[BONUS])
-    return beam._replace(
-        frames=beam.frames + 1,
-        scores=np.array(scores),
-        times=np.array((times, np.zeros_like(times), beam.times[BEFORE_TOKEN])),
-    )
+    numbers = beam.numbers.copy()
+    numbers[TIMES_BLANK] = times
+    numbers[TIMES_TOKEN] = 0
+    scores = np.full(beam.scores.shape, -math.inf)
+    scores[[TOTAL, BLANK]] = total + offers.blank
+    scores[VITERBI_BLANK] = viterbi + offers.blank
+    scores[BONUS] = beam.scores[BONUS]
+    return beam._replace(frames=beam.frames + 1, numbers=numbers, scores=scores)
 
 
 def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
     """The beam after a frame: the best of the prefixes that stay and of the longer ones."""
     # Where the offered token (K) is the last of the prefix (N).
-    repeats = beam.prefixes[LAST][:, None] == offers.tokens[..., None]  # (B,K,N)
+    repeats = beam.numbers[LAST][:, None] == offers.tokens[..., None]  # (B,K,N)
     viterbi = _viterbi(beam)
     entries = _find_entries(beam, repeats)
     longer = _extend(beam, offers, repeats, viterbi)
@@ -393,21 +381,20 @@ def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
     # An extension that is there already has been counted in `stay`: here it does not exist.
     row, place = entries.merges.nonzero()
     longer.scores[TOTAL, row, entries.rank[row, place], entries.source[row, place]] = math.nan
-    candidates = _Candidates._make(
-        np.concatenate((few, many.reshape(*few.shape[:-1], -1)), axis=-1)  # (..., N + K*N)
+    numbers, scores = (
+        np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (...,B,N+K*N)
         for few, many in zip(stay, longer)
     )
-    totals = candidates.scores[TOTAL] + candidates.scores[BONUS]
+    totals = scores[TOTAL] + scores[BONUS]
     best = np.lexsort((_order(offers, entries), -totals))[:, :beam_size]  # (B,N'), nan last
     rows = np.arange(len(best))[:, None]
-    chosen = _Candidates._make(part[..., rows, best] for part in candidates)
-    return _next_beam(beam, offers, chosen, best, ~np.isnan(totals[rows, best]), viterbi[1])
+    return _next_beam(beam, numbers[:, rows, best], scores[:, rows, best])
 
 
 def _find_entries(beam: Beam, repeats: np.ndarray) -> _Entries:
     """See _Entries; repeats (B,K,N) says where an offered token is the last of a prefix."""
     offered = repeats.any(1)
-    is_parent = beam.prefixes[PREFIX][:, :, None] == beam.prefixes[PARENT][:, None]  # (B,N,N)
+    is_parent = beam.numbers[PREFIX][:, :, None] == beam.numbers[PARENT][:, None]  # (B,N,N)
     merges = is_parent.any(1) & offered
     return _Entries(offered, repeats.argmax(1), is_parent.argmax(1), merges)
 
@@ -423,7 +410,7 @@ def _extend(
     total, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
     best, best_times = (part[:, None] for part in viterbi)  # (B,1,N) each
     log_probs = offers.log_probs[..., None]  # (B,K,1)
-    states = beam.prefixes[STATE][:, None]
+    states = beam.numbers[STATE][:, None]
     gain = 0.0
     if beam.context is not None:
         states, gain = beam.context.step(states, offers.tokens[..., None])  # (B,K,N) each
@@ -431,8 +418,13 @@ def _extend(
     scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, total) + log_probs
     scores[VITERBI_TOKEN] = np.where(repeats, viterbi_blank, best) + log_probs
     scores[BONUS] = bonus + gain
-    earlier = np.where(repeats, beam.times[TO_BLANK][:, None], best_times)
-    return _Candidates(scores, earlier, np.broadcast_to(states, repeats.shape))
+    numbers = np.zeros((len(beam.numbers), *repeats.shape), np.int64)
+    numbers[PREFIX] = -1
+    numbers[PARENT] = beam.numbers[PREFIX][:, None]
+    numbers[LAST] = offers.tokens[..., None]
+    numbers[STATE] = states
+    numbers[TIMES_BEFORE] = np.where(repeats, beam.numbers[TIMES_BLANK][:, None], best_times)
+    return _Candidates(numbers, scores)
 
 
 def _stay(
@@ -449,30 +441,32 @@ def _stay(
     """
     total, _, token, _, viterbi_token, bonus = beam.scores
     rows = np.arange(len(total))[:, None]
-    places = np.arange(total.shape[1])
-    by_rank = (rows, entries.rank)
+    own = np.where(entries.offered, offers.log_probs[rows, entries.rank], -math.inf)
     by_parent = (rows, entries.rank, entries.source)
-    goes_on = np.where(entries.offered, offers.log_probs[by_rank], -math.inf)
-    enters = np.where(entries.merges, longer.scores[TOKEN][by_parent], -math.inf)
-    viterbi_enters = np.where(entries.merges, longer.scores[VITERBI_TOKEN][by_parent], -math.inf)
-    viterbi_goes_on = viterbi_token + goes_on
+    entered = np.where(entries.merges, longer.scores[:, *by_parent], -math.inf)  # (6,B,N)
     blank = total + offers.blank
-    token = np.logaddexp(token + goes_on, enters)
+    token = np.logaddexp(token + own, entered[TOKEN])
     exists = entries.offered | (offers.blank_rank < offers.tokens.shape[1])
-    # WeNet keeps the times of a path that enters in this frame and is come upon first, because its
-    # parent stands before the prefix, even if the path that goes on is likelier.
-    first = (entries.source < places) & (viterbi_enters > -math.inf)
-    entered = (viterbi_enters > viterbi_goes_on) | first
+    goes_on = viterbi_token + own
+    enters = entered[VITERBI_TOKEN]
     scores = (
         np.where(exists, np.logaddexp(blank, token), math.nan),
         blank,
         token,
         viterbi[0] + offers.blank,
-        np.maximum(viterbi_enters, viterbi_goes_on),
+        np.maximum(enters, goes_on),
         bonus,
     )
-    earlier = np.where(entered, longer.earlier[by_parent], beam.times[BEFORE_TOKEN])
-    return _Candidates(np.array(scores), earlier, beam.prefixes[STATE])
+    # WeNet keeps the times of a path that enters in this frame if it comes upon this path first,
+    # because the parent stands before the prefix, even if the path that goes on is likelier.
+    first = (entries.source < np.arange(total.shape[1])) & (enters > -math.inf)
+    numbers = beam.numbers.copy()
+    numbers[TIMES_BLANK] = viterbi[1]
+    numbers[TIMES_TOKEN] = 0
+    numbers[TIMES_BEFORE] = np.where(
+        first | (enters > goes_on), longer.numbers[TIMES_BEFORE][by_parent], numbers[TIMES_BEFORE]
+    )
+    return _Candidates(numbers, np.array(scores))
 
 
 def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
@@ -493,34 +487,19 @@ def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
     return order
 
 
-def _next_beam(
-    beam: Beam,
-    offers: _Offers,
-    chosen: _Candidates,
-    best: np.ndarray,
-    exists: np.ndarray,
-    viterbi_times: np.ndarray,
-) -> Beam:
-    """The beam of the chosen candidates (B,N'), whose places among all N + K*N are `best`."""
-    rows = np.arange(len(best))[:, None]
-    rank, source = np.divmod(best, beam.prefixes.shape[2])  # rank 0 stays, k + 1 has token k behind
-    number, parent, last, _ = beam.prefixes[:, rows, source]
-    parent = np.where(rank > 0, number, parent)
-    last = np.where(rank > 0, offers.tokens[rows, rank - 1], last)
-    longer = (rank > 0) & exists
-    number[longer] = _link(beam.lists, parent[longer], last[longer])
-    number[~exists] = -1
-    parent[~exists] = -2
-    chosen.scores[:, ~exists] = math.nan
-    times = np.zeros_like(number)
-    reached = chosen.scores[VITERBI_TOKEN] > -math.inf
-    times[reached] = _link(beam.lists, chosen.earlier[reached], np.array(beam.frames))
-    return beam._replace(
-        frames=beam.frames + 1,
-        prefixes=np.array((number, parent, last, chosen.states)),
-        scores=chosen.scores,
-        times=np.array((viterbi_times[rows, source], times, chosen.earlier)),
+def _next_beam(beam: Beam, numbers: np.ndarray, scores: np.ndarray) -> Beam:
+    """The beam of the chosen candidates, (7,B,N') and (6,B,N'), whose new lists get numbers."""
+    exists = ~np.isnan(scores[TOTAL])
+    new = exists & (numbers[PREFIX] < 0)
+    numbers[PREFIX, new] = _link(beam.lists, numbers[PARENT, new], numbers[LAST, new])
+    numbers[PREFIX, ~exists] = -1
+    numbers[PARENT, ~exists] = -2
+    scores[:, ~exists] = math.nan
+    reached = scores[VITERBI_TOKEN] > -math.inf
+    numbers[TIMES_TOKEN, reached] = _link(
+        beam.lists, numbers[TIMES_BEFORE, reached], np.array(beam.frames)
     )
+    return beam._replace(frames=beam.frames + 1, numbers=numbers, scores=scores)
 
 
 # -------------------------------------------------------------- CTC's best path and alignment
