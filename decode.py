@@ -32,8 +32,8 @@ CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that 
 class SearchOptions:
     """How an utterance is decoded, in any mode; model.decode takes the fields as keywords.
 
-    A new option is a field here and its use below: all between hands the options on as they are.
-    Raises UserError.
+    A new option needs a field here and its use below, because the code in between hands the
+    options on whole. Raises UserError.
     """
 
     beam_size: int = option(10, "hypotheses that a beam search keeps", at_least=1, at_most=100)
@@ -90,10 +90,10 @@ def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[in
 
 @dataclass
 class _Paths:
-    """All CTC paths to one prefix: those that end in a blank, and those that end in its last token.
+    """Holds two kinds of CTC paths to a prefix: to a blank, and to the prefix's last token.
 
-    Each kind has the log-probability of all its paths, that of its likeliest single path (Viterbi),
-    and the frames at which this path has the prefix's tokens.
+    Each kind has the log-probability of all its paths, the log-probability of its likeliest single
+    path (Viterbi), and the frames at which this path has the prefix's tokens.
     """
 
     blank: float = -math.inf
@@ -126,7 +126,7 @@ def plain_prefix_beam_search(
     """CTC prefix beam search of one utterance (T,V), prefix by prefix in WeNet's order.
 
     This function is the definition: ctc_prefix_beam_search finds the same for a whole batch, to the
-    bit and with ties in the same order. Read this one to know what is searched for.
+    bit and with ties in the same order. Read this function to know the search.
     """
     beam = {(): _Paths(blank=0.0, viterbi_blank=0.0)}
     for frame, row in enumerate(log_probs):
@@ -189,7 +189,7 @@ class Beam(NamedTuple):
     """
 
     lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
-    context: object | None  # what favours phrases, see ctc_prefix_beam_search
+    context: object | None  # a context.ContextGraph of phrases to favour
     frames: int  # how many have been searched
     numbers: np.ndarray  # (7,B,N) int64
     scores: np.ndarray  # (6,B,N) float64
@@ -232,7 +232,7 @@ def ctc_prefix_beam_search(
     blank_id: int = 0,
     context=None,
 ) -> list[Hypothesis]:
-    """Finds the likeliest token sequences, each summed over its paths.
+    """Finds the likeliest token sequences; a sequence has the probability of all its paths.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance, with at most
     search.beam_size nbest. A frame offers only its beam_size likeliest tokens (first pruning), and
@@ -262,9 +262,9 @@ def prefix_advance(
     blank_id: int = 0,
     lengths: torch.Tensor | None = None,
 ) -> Beam:
-    """The beam after the next frames log_probs (B,T,V), T >= 0, of which lengths (B,) count.
+    """Searches the next frames, log_probs (B,T,V) with T >= 0, and returns the beam after them.
 
-    All frames count where lengths is None.
+    Of each utterance the first lengths (B,) frames count; all frames where lengths is None.
     """
     size = search.beam_size
     with np.errstate(invalid="ignore"):  # nan stands for what does not exist
@@ -274,7 +274,7 @@ def prefix_advance(
 
 
 def prefix_result(beam: Beam) -> list[Hypothesis]:
-    """What the beam holds of each utterance, best first."""
+    """Lists the beam's hypotheses of each utterance, best first."""
     prefixes = beam.numbers[PREFIX]
     totals = beam.scores[TOTAL] + beam.scores[BONUS]
     _, times = _viterbi(beam)
@@ -295,7 +295,7 @@ def prefix_result(beam: Beam) -> list[Hypothesis]:
 
 
 def _unlink(keys: list[int], number: int) -> list[int]:
-    """The items of the list with this number."""
+    """Reads the items of the list with this number."""
     items = []
     while number > 0:
         number, item = divmod(keys[number], 2**32)
@@ -304,14 +304,14 @@ def _unlink(keys: list[int], number: int) -> list[int]:
 
 
 def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list[int]:
-    """The numbers of the lists that continue those numbered `earlier` by `items`."""
+    """Puts `items` behind the lists with the numbers `earlier` -> the numbers of the new lists."""
     return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
 
 
 def _read_offers(
     log_probs: torch.Tensor, beam_size: int, blank_id: int, lengths: torch.Tensor | None
 ) -> Iterator[_Offers]:
-    """The offers of each frame, brought to the CPU in one transfer.
+    """Yields the offers of each frame, which come to the CPU in one transfer.
 
     An utterance that has ended is offered one certain blank, which changes nothing.
     """
@@ -321,9 +321,8 @@ def _read_offers(
         frames = torch.arange(values.shape[1], device=values.device)
         ended = frames >= lengths.to(values.device)[:, None]  # (B,T)
         # Token -1 at -inf stands for no offer.
-        silence = [[-1.0] * values.shape[2], [-math.inf] * values.shape[2]]
-        silence = both.new_tensor(silence)  # (2,K)
-        silence[:, 0] = both.new_tensor([blank_id, 0.0])
+        no_offers = values.shape[2] - 1
+        silence = both.new_tensor([[blank_id] + [-1] * no_offers, [0.0] + [-math.inf] * no_offers])
         both = torch.where(ended[..., None], silence[:, None, None], both)
     tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each
     is_blank = tokens == blank_id
@@ -344,12 +343,12 @@ def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | None:
-    """The beam after a frame in which only the blank matters, as in most frames; else None.
+    """Returns the beam after a frame in which only the blank matters, as in most frames, else None.
 
-    Two conditions make it so, in every utterance. No offered token is the last of a prefix, so that
-    no token leads to a prefix that is there already. And the blank keeps even the least prefix
-    above every longer one, which scores at most the best prefix with the best token. Then all
-    totals change by the blank's log-probability, which keeps their order.
+    Two conditions must hold in every utterance. No offered token is the last one of a prefix, so
+    no token leads to a prefix of the beam. And the blank keeps even the worst prefix above every
+    longer one, because a longer one scores at most the best prefix plus the best token. Then all
+    totals change by the blank's log-probability, and their order stays.
     """
     total = beam.scores[TOTAL]
     if (
@@ -371,14 +370,14 @@ def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | Non
 
 
 def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
-    """The beam after a frame: the best of the prefixes that stay and of the longer ones."""
-    # Where the offered token (K) is the last of the prefix (N).
+    """Returns the beam after a frame: the best of the prefixes that stay and of the longer ones."""
+    # True where the offered token (K) is the last one of the prefix (N).
     repeats = beam.numbers[LAST][:, None] == offers.tokens[..., None]  # (B,K,N)
     viterbi = _viterbi(beam)
     entries = _find_entries(beam, repeats)
     longer = _extend(beam, offers, repeats, viterbi)
     stay = _stay(beam, offers, entries, viterbi, longer)
-    # An extension that is there already has been counted in `stay`: here it does not exist.
+    # A longer prefix that the beam holds already is counted in `stay`, so it leaves `longer`.
     row, place = entries.merges.nonzero()
     longer.scores[TOTAL, row, entries.rank[row, place], entries.source[row, place]] = math.nan
     numbers, scores = (
@@ -392,7 +391,7 @@ def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
 
 
 def _find_entries(beam: Beam, repeats: np.ndarray) -> _Entries:
-    """See _Entries; repeats (B,K,N) says where an offered token is the last of a prefix."""
+    """Finds _Entries; repeats (B,K,N) is True where an offered token is the last of a prefix."""
     offered = repeats.any(1)
     is_parent = beam.numbers[PREFIX][:, :, None] == beam.numbers[PARENT][:, None]  # (B,N,N)
     merges = is_parent.any(1) & offered
@@ -402,7 +401,7 @@ def _find_entries(beam: Beam, repeats: np.ndarray) -> _Entries:
 def _extend(
     beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: tuple[np.ndarray, np.ndarray]
 ) -> _Candidates:
-    """Every prefix with every offered token behind it, (K,N); nan where the token is the blank.
+    """Puts every offered token behind every prefix, (K,N); nan where the token is the blank.
 
     Where the token repeats the prefix's last one, only the paths that end in a blank count: without
     a blank in between there would be one token, not two.
@@ -434,10 +433,10 @@ def _stay(
     viterbi: tuple[np.ndarray, np.ndarray],
     longer: _Candidates,
 ) -> _Candidates:
-    """The prefixes that stay, (N,), with all paths that lead to them in this frame.
+    """Sums for each prefix of the beam, (N,), all paths that lead to it in this frame.
 
-    A path stays by a blank, by the last token, which goes on, or enters from the parent, as one of
-    the `longer` candidates. TOTAL is nan where the frame offers neither the blank nor the token.
+    A path gets there by a blank, by the prefix's last token, which goes on, or from the parent, as
+    one of the `longer` candidates. TOTAL is nan where the frame offers neither blank nor token.
     """
     total, _, token, _, viterbi_token, bonus = beam.scores
     rows = np.arange(len(total))[:, None]
@@ -470,10 +469,10 @@ def _stay(
 
 
 def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
-    """When WeNet comes upon each candidate (B,N+K*N), which decides ties: the first one wins.
+    """Numbers the candidates (B,N+K*N) in WeNet's order; of candidates that tie, the first wins.
 
-    WeNet goes by token, and for each token by prefix. The step of token k and prefix n has the
-    number 2 * (k * N + n) for the prefix that stays, and one more for the longer one.
+    WeNet goes through the tokens, and for each token through the prefixes. With token k, prefix n
+    has the number 2 * (k * N + n) where it stays, and one more where it gets longer.
     """
     size = offers.tokens.shape[1]
     count = entries.rank.shape[1]
@@ -488,7 +487,7 @@ def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
 
 
 def _next_beam(beam: Beam, numbers: np.ndarray, scores: np.ndarray) -> Beam:
-    """The beam of the chosen candidates, (7,B,N') and (6,B,N'), whose new lists get numbers."""
+    """Makes a beam of the chosen candidates, (7,B,N') and (6,B,N'); new lists get their numbers."""
     exists = ~np.isnan(scores[TOTAL])
     new = exists & (numbers[PREFIX] < 0)
     numbers[PREFIX, new] = _link(beam.lists, numbers[PARENT, new], numbers[LAST, new])
@@ -511,8 +510,8 @@ def ctc_greedy_search(
     """Finds the best path: the likeliest token of each frame, repeats merged, blanks dropped.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance. Its score is the path's
-    log-probability, a token's time the frame of its run where it is likeliest. Frames beyond an
-    utterance's length are never looked at.
+    log-probability. A token's time is the frame of its run where the token is likeliest. Frames
+    beyond an utterance's length are not read.
     """
     best_log_probs, best_tokens = log_probs.max(dim=-1)  # (B,T) each
     rows = zip(best_log_probs.tolist(), best_tokens.tolist(), lengths.tolist())
@@ -523,7 +522,7 @@ def ctc_greedy_search(
 
 
 def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothesis:
-    """The hypothesis of a path, a token for each frame, with the log-probability of each."""
+    """Makes a hypothesis of a path, which has a token and its log-probability for each frame."""
     tokens = []
     times = []
     for token, run in groupby(range(len(path)), key=path.__getitem__):
@@ -539,9 +538,10 @@ def blank_wins(log_probs: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
 
 
 def without_text(hypothesis: Hypothesis) -> Hypothesis:
-    """The hypothesis of an utterance in which the blank wins every frame: it has no text.
+    """Empties the hypothesis of an utterance in which the blank wins every frame.
 
-    WeNet has text there: many unlikely paths add up, and an attention decoder hears words in noise.
+    WeNet finds text in such an utterance: many unlikely paths add up, and an attention decoder
+    hears words in noise.
     """
     return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
 
@@ -578,13 +578,13 @@ def attention_beam_search(
     """Beam search with an autoregressive decoder, all utterances and beams in one call per token.
 
     step(prefixes (B*N,L), state, parents (B*N,) | None) -> (log-probabilities of the next token
-    (B*N,V), new state). Row b*N+n is beam n of utterance b. `state` is the caller's own, None at
-    first. parents[i] is the row of the previous call that prefix i continues, so that a cache can
-    follow; None at first. An utterance ends when all its beams have ended in eos_id, or after
-    max_length tokens, one number or one for each utterance (B,), and then stays as it is. (WeNet
-    takes the encoder frames of the longest utterance; here each has its own, so that its
-    neighbours change nothing.) A score is the sum of log-probabilities over length**length_penalty.
-    Times are empty: attention has no alignment.
+    (B*N,V), new state). Row b*N+n is beam n of utterance b. `state` is the caller's own. parents[i]
+    is the row of the previous call that prefix i continues, so that a cache can follow. At first
+    both are None. An utterance ends when all its beams have ended in eos_id, or
+    after max_length tokens, one number or one for each utterance (B,). (WeNet takes the encoder
+    frames of the longest utterance; here each utterance has its own number, so that its neighbours
+    change nothing.) A score is the sum of log-probabilities over length**length_penalty. Times are
+    empty, because attention has no alignment.
     """
     beam_size = search.beam_size
     prefixes = torch.full((batch_size * beam_size, 1), sos_id, dtype=torch.long, device=device)
@@ -644,13 +644,14 @@ def _rank(
 
 
 class Tree(NamedTuple):
-    """The hypotheses of each utterance as a tree of P nodes, which has a common beginning once.
+    """Holds each utterance's hypotheses as a tree of P nodes, with a common beginning only once.
 
-    The first node is <sos>. The nodes behind an utterance's last are <eos> and see themselves only.
+    The first node is <sos>. The nodes behind an utterance's last one are <eos> and see only
+    themselves.
     """
 
     tokens: torch.Tensor  # (B,P)
-    positions: torch.Tensor  # (B,P) of the token in its hypotheses; that of <sos> is 0
+    positions: torch.Tensor  # (B,P) place of the token in its hypotheses; <sos> has place 0
     sees: torch.Tensor  # (B,P,P) bool: a node sees itself and the nodes that lead to it
 
 
@@ -662,13 +663,13 @@ def attention_rescoring(
     eos_id: int,
     device=None,
 ) -> list[Hypothesis]:
-    """Sorts each utterance's CTC n-best by what CTC and the attention decoders think of them.
+    """Sorts each utterance's CTC n-best anew, by the scores of CTC and of the attention decoders.
 
     score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree,
     by teacher forcing; `reverse` asks the right-to-left decoder, for a tree of the reversed
-    hypotheses. It is called once per direction, once in all if reverse_weight is 0. A new score is
-    (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC, each a sum
-    of log-probabilities, the decoders' with eos. Times stay those of the CTC search.
+    hypotheses. `score` is called once per direction, or only once where reverse_weight is 0. A new
+    score is (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC.
+    Each part is a sum of log-probabilities, with eos in the decoders'. Times stay those of CTC.
     """
     nbests = [hypothesis.nbest for hypothesis in hypotheses]
     totals = _teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)
@@ -686,7 +687,7 @@ def attention_rescoring(
 def _teacher_forced(
     nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device
 ) -> torch.Tensor:
-    """The sum of the decoder's log-probabilities of each sequence with its eos: (M,) float64."""
+    """Sums the decoder's log-probabilities of each sequence with its eos: (M,) float64."""
     tree, paths = _make_tree(nbests, sos_id, eos_id)
     log_probs = score(Tree(*(part.to(device) for part in tree)))  # (B,P,V)
     steps = [
@@ -703,7 +704,7 @@ def _teacher_forced(
 def _make_tree(
     nbests: list[list[list[int]]], sos_id: int, eos_id: int
 ) -> tuple[Tree, list[list[list[int]]]]:
-    """The tree, and for each sequence of each utterance its nodes, from that of <sos> on."""
+    """Makes the tree, and lists for each sequence of each utterance its nodes, <sos> first."""
     nodes, paths = zip(*map(_grow, nbests))
     batch_size = len(nbests)
     size = 1 + max(map(len, nodes))
@@ -719,7 +720,7 @@ def _make_tree(
 
 
 def _grow(nbest: list[list[int]]) -> tuple[dict[tuple[int, int], int], list[list[int]]]:
-    """({(node before, token): node}, the nodes of each sequence, from 0 for <sos> on)."""
+    """Grows a tree -> ({(node before, token): node}, the nodes of each sequence, 0 for <sos>)."""
     nodes = {}
     paths = []
     for tokens in nbest:
