@@ -71,7 +71,7 @@ class SearchOptions:
 
 
 class Hypothesis(NamedTuple):
-    """What a search found in one utterance. `tokens`, `score` and `times` are those of nbest[0]."""
+    """Holds one utterance's results. `tokens`, `score` and `times` are those of nbest[0]."""
 
     tokens: list[int]
     score: float  # log-probability, or the search's weighted sum of them; higher is better
@@ -109,21 +109,21 @@ class _Paths:
 
     @property
     def viterbi(self) -> tuple[float, tuple[int, ...]]:
-        """Log-probability and times of the likeliest path; one to the token wins a tie (WeNet)."""
+        """Finds the likeliest path's log-probability and times; in a tie, token wins (WeNet)."""
         if self.viterbi_blank > self.viterbi_token:
             return self.viterbi_blank, self.times_blank
         return self.viterbi_token, self.times_token
 
 
 def _log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b)), rounded as NumPy's logaddexp."""
+    """Computes log(exp(a) + exp(b)), rounded as NumPy's logaddexp."""
     return max(a, b) if min(a, b) == -math.inf else max(a, b) + math.log1p(math.exp(-abs(a - b)))
 
 
 def plain_prefix_beam_search(
     log_probs: torch.Tensor, beam_size: int, blank_id: int = 0
 ) -> Hypothesis:
-    """CTC prefix beam search of one utterance (T,V), prefix by prefix in WeNet's order.
+    """Searches one utterance (T,V) by CTC prefix beam search, prefix by prefix in WeNet's order.
 
     This function is the definition: ctc_prefix_beam_search finds the same for a whole batch, to the
     bit and with ties in the same order. Read this function to know the search.
@@ -180,9 +180,9 @@ TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
 
 
 class Beam(NamedTuple):
-    """A beam holds the N likeliest prefixes of each utterance, best first, for the next frame.
+    """Holds the N likeliest prefixes of each utterance, best first, for the next frame.
 
-    It is a value: an old beam stays valid, because `lists` only grows. Prefixes and times are
+    A beam is a value: an old beam stays valid, because `lists` only grows. Prefixes and times are
     linked lists. Each list is known by its number, equal lists have the same number, and the empty
     list has 0. N is at most beam_size. Where an utterance has fewer prefixes, the prefix's number
     is -1 and its scores are nan.
@@ -196,7 +196,7 @@ class Beam(NamedTuple):
 
 
 class _Offers(NamedTuple):
-    """The K likeliest tokens of a frame for each utterance, best first."""
+    """Holds the K likeliest tokens of a frame for each utterance, best first."""
 
     tokens: np.ndarray  # (B,K) int64
     log_probs: np.ndarray  # (B,K) float64; nan for the blank
@@ -206,10 +206,9 @@ class _Offers(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """How a token leads again to the prefixes (B,N) of the beam.
+    """Tells how a prefix's last token leads again to the prefix, for all prefixes (B,N).
 
-    The token is the prefix's last one. Either it goes on, or the prefix's parent, if the beam holds
-    it, too, is extended by it.
+    Either the token goes on, or it extends the prefix's parent, if the parent is in the beam, too.
     """
 
     offered: np.ndarray  # bool: the frame offers the prefix's last token
@@ -219,7 +218,7 @@ class _Entries(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Prefixes for the next beam, in Beam's rows; `...` is (N,) or, for longer ones, (K,N)."""
+    """Holds prefixes for the next beam, in Beam's rows; `...` is (N,), for longer ones (K,N)."""
 
     numbers: np.ndarray  # (7,B,...); PREFIX is -1 and TIMES_TOKEN 0 where there is no number yet
     scores: np.ndarray  # (6,B,...); TOTAL is nan where there is no such prefix
@@ -247,7 +246,7 @@ def ctc_prefix_beam_search(
 
 
 def prefix_start(batch_size: int = 1, context=None) -> Beam:
-    """The beam before the first frame of a stream: the empty prefix."""
+    """Makes the beam before the first frame, which holds the empty prefix."""
     numbers = np.zeros((7, batch_size, 1), np.int64)
     numbers[[PARENT, LAST]] = -2  # no prefix and no token has this number
     scores = np.zeros((6, batch_size, 1))
@@ -335,7 +334,7 @@ def _read_offers(
 
 
 def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
-    """(B,N) score and times of the likeliest path; one to the token wins a tie, as in _Paths."""
+    """Finds score and times (B,N) of the likeliest path; in a tie, token wins, as in _Paths."""
     blank, token = beam.scores[[VITERBI_BLANK, VITERBI_TOKEN]]
     by_blank = blank > token
     times = np.where(by_blank, beam.numbers[TIMES_BLANK], beam.numbers[TIMES_TOKEN])
@@ -381,7 +380,7 @@ def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
     row, place = entries.merges.nonzero()
     longer.scores[TOTAL, row, entries.rank[row, place], entries.source[row, place]] = math.nan
     numbers, scores = (
-        np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (...,B,N+K*N)
+        np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (7 or 6,B,N+K*N)
         for few, many in zip(stay, longer)
     )
     totals = scores[TOTAL] + scores[BONUS]

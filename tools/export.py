@@ -13,7 +13,7 @@ Before OUT appears, onnxruntime hears the sounds of --audio, whole and chunk by 
 log-probabilities must be those of the network and of stream.py to 1e-4, and int8 must hear the same
 tokens to --max_int8_cer. Otherwise OUT does not appear.
 
---hub_dir gets the weights, the options, the tokenizer, a model card, and in onnx/ all above.
+--hub_dir gets the weights, the options, the tokenizer, a model card, and in onnx/ the ONNX files.
 Fill in its README.md, then `hf upload ORG/NAME runs/demo/hub`. The folder, and after the upload
 ORG/NAME, can stand for a checkpoint in every command.
 """
@@ -29,13 +29,13 @@ from audio import read_audio
 from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
+from stream import piece_samples
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
 from tools.compare import as_cell, read_scores, score_columns, unusual
 from tools.onnx_checks import check_files, synthetic_sound
 from tools.onnx_graphs import (
     ChunkOptions,
     cache_inputs,
-    piece_samples,
     sherpa_graphs,
     waveform_graphs,
     wenet_graphs,

@@ -18,7 +18,8 @@ from torch import nn
 from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from frames import receptive_field, subsampled_length
 from model import U2
-from tools.onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
+from stream import piece_samples
+from tools.onnx_graphs import ChunkOptions, cache_inputs, window_frames
 from transforms import extract, feature_state, num_frames, stream_features
 
 TOLERANCE = 1e-4  # of log-probabilities

@@ -30,6 +30,7 @@ from torchmetrics.functional.text import char_error_rate
 
 from model import U2, load_checkpoint
 from score import ScoreOptions, load_data, waveforms_of
+from stream import piece_samples
 from tokenizer import BPE_SPACE
 from tools.compare import print_table
 from tools.export import check_supported, token_lines, write_onnx
@@ -43,7 +44,7 @@ from tools.onnx_checks import (
     open_session,
     streamed_features,
 )
-from tools.onnx_graphs import ChunkOptions, piece_samples, sherpa_graphs, write_graph
+from tools.onnx_graphs import ChunkOptions, sherpa_graphs, write_graph
 
 # Whose features are heard.
 OWN = "the model's"
