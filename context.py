@@ -1,11 +1,11 @@
-"""Hotwords: a file of phrases, and the automaton by which a prefix search favours them.
+"""Hotwords: this file reads phrases and makes the automaton by which a prefix search favours them.
 
 Every token that goes on with a phrase earns a bonus. Where a phrase breaks off, its bonus is given
-back, except for the part that the longest beginning of a phrase in the last tokens has earned. A
-phrase that is heard to its end keeps its bonus. This is as in WeNet and icefall, after Aho and
-Corasick 1975 (doi:10.1145/360825.360855): a trie with a link from each state to the state of that
-longest beginning. Phrases are sequences of tokens: where tokens are characters, a phrase is also
-found inside of longer words.
+back, except for one part: the last tokens may be the beginning of another phrase, and the longest
+such beginning keeps what it has earned. A phrase that is heard to its end keeps its bonus. WeNet
+and icefall do the same, after Aho and Corasick 1975 (doi:10.1145/360825.360855): the automaton is a
+trie with a link from each state to the state of this longest beginning. Phrases are sequences of
+tokens: where tokens are characters, a phrase is also found inside longer words.
 """
 
 import re
@@ -19,12 +19,12 @@ from files import read_text, why
 from tokenizer import quoted
 
 LARGEST_SCORE = 1000.0  # a token's bonus, in natural logarithms: no sound outweighs it
-MANY_TOKENS = 2**20  # all phrases together have at most so many
+MANY_TOKENS = 2**20  # the most tokens that all phrases together may have
 
 
 @options_class
 class HotwordOptions:
-    """Phrases that prefix beam search and the rescoring of its results favour. Raises UserError."""
+    """Names the phrases that prefix beam search and the rescoring favour. Raises UserError."""
 
     hotwords: str | None = option(
         None, "file of phrases to favour, one a line, which may end in its own score: new york :2"
@@ -53,7 +53,7 @@ class ContextGraph(NamedTuple):
     whole: np.ndarray  # (S,) bonus of all phrases that end here, to keep
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The states behind the tokens, and the bonus of the step; the arguments broadcast."""
+        """Gives the states behind the tokens, and the bonus of the step; arguments broadcast."""
         before = states
         targets = self.child(states, tokens)
         while (missing := (targets == 0) & (states > 0)).any():
@@ -62,21 +62,21 @@ class ContextGraph(NamedTuple):
         return targets, self.held[targets] - self.held[before] + self.whole[targets]
 
     def child(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """The states that the trie's steps lead to, 0 where it has no such step."""
+        """Gives the states to which the trie's steps lead, 0 where the trie has no such step."""
         keys = states * 2**32 + tokens
         places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(self.keys[places] == keys, self.targets[places], 0)
 
     def pending(self, states: np.ndarray) -> np.ndarray:
-        """The bonus to give back where the sequence ends in these states."""
+        """Gives the bonus that is taken back where the sequence ends in these states."""
         return self.held[states]
 
 
 def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
-    """The automaton of phrases (token ids, at least one; bonus per token).
+    """Makes the automaton of phrases, each of (token ids, at least one; bonus per token).
 
-    A token that several phrases share has the largest of their bonuses. Time and memory grow as the
-    number of tokens.
+    A token that several phrases share has the largest of their bonuses. Time and memory grow in
+    proportion to the number of tokens.
     """
     trie = {}  # 2**32 * state + token -> state; the states are 1, 2, ... in order of entry
     parents = [0]
@@ -99,7 +99,7 @@ def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
     held = [0.0] * len(parents)
     whole = [0.0] * len(parents)
     link = [0] * len(parents)
-    # A link leads to a state that is less deep, so that state must be done first.
+    # A link leads to a state that is less deep, so the less deep states come first.
     for state in sorted(range(1, len(parents)), key=depths.__getitem__):
         parent = link[parents[state]]
         while parent and 2**32 * parent + last[state] not in trie:
@@ -114,18 +114,18 @@ def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
 
 
 def make_context(options: HotwordOptions, tokenizer) -> ContextGraph | None:
-    """The automaton of the options' phrases, None where there are none; see load_hotwords."""
+    """Makes the automaton of the options' phrases, None without --hotwords; see load_hotwords."""
     if options.hotwords is None:
         return None
     return load_hotwords(options.hotwords, tokenizer, options.context_score)
 
 
 def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
-    """The automaton of the phrases in a file, a line each.
+    """Makes the automaton of the phrases in a file, one on each line.
 
-    `score` is the bonus per token of phrases that do not end in their own, ` :SCORE`. Raises
-    UserError for a file that cannot be read or has no phrase, and with its line for a phrase that
-    the tokenizer cannot spell.
+    A phrase may end in its own bonus per token, ` :SCORE`; `score` is the bonus of the others.
+    Raises UserError for a file that cannot be read or has no phrase, and, with the line's number,
+    for a phrase that the tokenizer cannot spell.
     """
     try:
         lines = re.split("\r\n?|\n", read_text(path))
@@ -153,7 +153,7 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
 
 
 def read_phrase(line: str, where: str, tokenizer, score: float) -> tuple[list[int], float]:
-    """The tokens of a phrase, and the bonus of each: `score` unless the line ends in its own."""
+    """Reads a phrase's tokens, and the bonus of each: `score` unless the line ends in another."""
     *words, last = line.split()
     if words and last.startswith(":"):
         line = " ".join(words)

@@ -32,8 +32,8 @@ CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that 
 class SearchOptions:
     """How an utterance is decoded, in any mode; model.decode takes the fields as keywords.
 
-    A new option is a field here and its use below: all between hands the options on as they are.
-    Raises UserError.
+    A new option needs a field here and its use below, because the code in between hands the
+    options on whole. Raises UserError.
     """
 
     beam_size: int = option(10, "hypotheses that a beam search keeps", at_least=1, at_most=100)
@@ -71,7 +71,7 @@ class SearchOptions:
 
 
 class Hypothesis(NamedTuple):
-    """What a search found in one utterance. `tokens`, `score` and `times` are those of nbest[0]."""
+    """Holds one utterance's results. `tokens`, `score` and `times` are those of nbest[0]."""
 
     tokens: list[int]
     score: float  # log-probability, or the search's weighted sum of them; higher is better
@@ -90,10 +90,10 @@ def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[in
 
 @dataclass
 class _Paths:
-    """All CTC paths to one prefix: those that end in a blank, and those that end in its last token.
+    """Holds two kinds of CTC paths to a prefix: to a blank, and to the prefix's last token.
 
-    Each kind has the log-probability of all its paths, that of its likeliest single path (Viterbi),
-    and the frames at which this path has the prefix's tokens.
+    Each kind has the log-probability of all its paths, the log-probability of its likeliest single
+    path (Viterbi), and the frames at which this path has the prefix's tokens.
     """
 
     blank: float = -math.inf
@@ -109,24 +109,24 @@ class _Paths:
 
     @property
     def viterbi(self) -> tuple[float, tuple[int, ...]]:
-        """Log-probability and times of the likeliest path; one to the token wins a tie (WeNet)."""
+        """Finds the likeliest path's log-probability and times; in a tie, token wins (WeNet)."""
         if self.viterbi_blank > self.viterbi_token:
             return self.viterbi_blank, self.times_blank
         return self.viterbi_token, self.times_token
 
 
 def _log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b)), rounded as NumPy's logaddexp."""
+    """Computes log(exp(a) + exp(b)), rounded as NumPy's logaddexp."""
     return max(a, b) if min(a, b) == -math.inf else max(a, b) + math.log1p(math.exp(-abs(a - b)))
 
 
 def plain_prefix_beam_search(
     log_probs: torch.Tensor, beam_size: int, blank_id: int = 0
 ) -> Hypothesis:
-    """CTC prefix beam search of one utterance (T,V), prefix by prefix in WeNet's order.
+    """Searches one utterance (T,V) by CTC prefix beam search, prefix by prefix in WeNet's order.
 
     This function is the definition: ctc_prefix_beam_search finds the same for a whole batch, to the
-    bit and with ties in the same order. Read this one to know what is searched for.
+    bit and with ties in the same order. Read this function to know the search.
     """
     beam = {(): _Paths(blank=0.0, viterbi_blank=0.0)}
     for frame, row in enumerate(log_probs):
@@ -170,36 +170,33 @@ def plain_prefix_beam_search(
 
 # ------------------------------------------------ CTC prefix beam search: the same for a batch
 
-# Rows of Beam.prefixes: the prefix's number, that of the prefix without its last token, its last
-# token, and the state of the context (hotwords).
-PREFIX, PARENT, LAST, STATE = range(4)
+# Rows of Beam.numbers: the prefix, the prefix without its last token, its last token, and the state
+# of the context (hotwords); then the times of the likeliest path to a blank, of the likeliest path
+# to the last token, and of the latter path without its last time.
+PREFIX, PARENT, LAST, STATE, TIMES_BLANK, TIMES_TOKEN, TIMES_BEFORE = range(7)
 # Rows of Beam.scores, as in _Paths: all paths; those to a blank; those to the last token; the
 # likeliest one to a blank; the likeliest one to the last token; and the bonus of the context.
 TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
-# Rows of Beam.times: of the likeliest path to a blank, of the likeliest path to the last token, and
-# of the latter without its last time.
-TO_BLANK, TO_TOKEN, BEFORE_TOKEN = range(3)
 
 
 class Beam(NamedTuple):
-    """The N likeliest prefixes of each utterance, best first: all that the next frame needs.
+    """Holds the N likeliest prefixes of each utterance, best first, for the next frame.
 
-    A beam is a value: an old one stays valid, because `lists` only grows. Prefixes and times are
-    linked lists, each known by its number, equal lists by the same number; 0 is the empty list. N
-    is at most beam_size. Where an utterance has fewer prefixes, the number is -1 and the scores are
-    nan.
+    A beam is a value: an old beam stays valid, because `lists` only grows. Prefixes and times are
+    linked lists. Each list is known by its number, equal lists have the same number, and the empty
+    list has 0. N is at most beam_size. Where an utterance has fewer prefixes, the prefix's number
+    is -1 and its scores are nan.
     """
 
     lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
-    context: object | None  # what favours phrases, see ctc_prefix_beam_search
+    context: object | None  # a context.ContextGraph of phrases to favour
     frames: int  # how many have been searched
-    prefixes: np.ndarray  # (4,B,N) int64
+    numbers: np.ndarray  # (7,B,N) int64
     scores: np.ndarray  # (6,B,N) float64
-    times: np.ndarray  # (3,B,N) int64, numbers of lists
 
 
 class _Offers(NamedTuple):
-    """The K likeliest tokens of a frame for each utterance, best first."""
+    """Holds the K likeliest tokens of a frame for each utterance, best first."""
 
     tokens: np.ndarray  # (B,K) int64
     log_probs: np.ndarray  # (B,K) float64; nan for the blank
@@ -209,10 +206,9 @@ class _Offers(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """By which offered token the prefixes (B,N) that are there already can be reached again.
+    """Tells how a prefix's last token leads again to the prefix, for all prefixes (B,N).
 
-    A prefix is reached by its own last token, which goes on, and by the extension of its parent
-    with this token, if the parent is in the beam, too.
+    Either the token goes on, or it extends the prefix's parent, if the parent is in the beam, too.
     """
 
     offered: np.ndarray  # bool: the frame offers the prefix's last token
@@ -222,11 +218,10 @@ class _Entries(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Prefixes for the next beam; `...` is (N,) for those that stay, (K,N) for longer ones."""
+    """Holds prefixes for the next beam, in Beam's rows; `...` is (N,), for longer ones (K,N)."""
 
+    numbers: np.ndarray  # (7,B,...); PREFIX is -1 and TIMES_TOKEN 0 where there is no number yet
     scores: np.ndarray  # (6,B,...); TOTAL is nan where there is no such prefix
-    earlier: np.ndarray  # (B,...) the times before the last one on the likeliest path to the token
-    states: np.ndarray  # (B,...) of the context
 
 
 def ctc_prefix_beam_search(
@@ -236,7 +231,7 @@ def ctc_prefix_beam_search(
     blank_id: int = 0,
     context=None,
 ) -> list[Hypothesis]:
-    """Finds the likeliest token sequences, each summed over its paths.
+    """Finds the likeliest token sequences; a sequence has the probability of all its paths.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance, with at most
     search.beam_size nbest. A frame offers only its beam_size likeliest tokens (first pruning), and
@@ -251,19 +246,12 @@ def ctc_prefix_beam_search(
 
 
 def prefix_start(batch_size: int = 1, context=None) -> Beam:
-    """The beam before the first frame of a stream: the empty prefix."""
-    root = np.zeros((batch_size, 1), np.int64)
-    nothing = np.full_like(root, -2)  # no prefix and no token has this number
-    certain = np.zeros((batch_size, 1))
-    impossible = np.full_like(certain, -math.inf)
-    return Beam(
-        lists={-1: 0},
-        context=context,
-        frames=0,
-        prefixes=np.stack((root, nothing, nothing, root)),
-        scores=np.stack((certain, certain, impossible, certain, impossible, certain)),
-        times=np.stack((root, root, root)),
-    )
+    """Makes the beam before the first frame, which holds the empty prefix."""
+    numbers = np.zeros((7, batch_size, 1), np.int64)
+    numbers[[PARENT, LAST]] = -2  # no prefix and no token has this number
+    scores = np.zeros((6, batch_size, 1))
+    scores[[TOKEN, VITERBI_TOKEN]] = -math.inf
+    return Beam(lists={-1: 0}, context=context, frames=0, numbers=numbers, scores=scores)
 
 
 def prefix_advance(
@@ -273,9 +261,9 @@ def prefix_advance(
     blank_id: int = 0,
     lengths: torch.Tensor | None = None,
 ) -> Beam:
-    """The beam after the next frames log_probs (B,T,V), T >= 0, of which lengths (B,) count.
+    """Searches the next frames, log_probs (B,T,V) with T >= 0, and returns the beam after them.
 
-    All frames count where lengths is None.
+    Of each utterance the first lengths (B,) frames count; all frames where lengths is None.
     """
     size = search.beam_size
     with np.errstate(invalid="ignore"):  # nan stands for what does not exist
@@ -285,12 +273,12 @@ def prefix_advance(
 
 
 def prefix_result(beam: Beam) -> list[Hypothesis]:
-    """What the beam holds of each utterance, best first."""
-    prefixes = beam.prefixes[PREFIX]
+    """Lists the beam's hypotheses of each utterance, best first."""
+    prefixes = beam.numbers[PREFIX]
     totals = beam.scores[TOTAL] + beam.scores[BONUS]
     _, times = _viterbi(beam)
     if beam.context is not None:
-        totals = totals - beam.context.pending(beam.prefixes[STATE])
+        totals = totals - beam.context.pending(beam.numbers[STATE])
         rows = np.arange(len(totals))[:, None]
         order = np.argsort(-totals, axis=1, kind="stable")
         prefixes, totals, times = (part[rows, order] for part in (prefixes, totals, times))
@@ -306,7 +294,7 @@ def prefix_result(beam: Beam) -> list[Hypothesis]:
 
 
 def _unlink(keys: list[int], number: int) -> list[int]:
-    """The items of the list with this number."""
+    """Reads the items of the list with this number."""
     items = []
     while number > 0:
         number, item = divmod(keys[number], 2**32)
@@ -315,14 +303,14 @@ def _unlink(keys: list[int], number: int) -> list[int]:
 
 
 def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list[int]:
-    """The numbers of the lists that continue those numbered `earlier` by `items`."""
+    """Puts `items` behind the lists with the numbers `earlier` -> the numbers of the new lists."""
     return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
 
 
 def _read_offers(
     log_probs: torch.Tensor, beam_size: int, blank_id: int, lengths: torch.Tensor | None
 ) -> Iterator[_Offers]:
-    """The offers of each frame, brought to the CPU in one transfer.
+    """Yields the offers of each frame, which come to the CPU in one transfer.
 
     An utterance that has ended is offered one certain blank, which changes nothing.
     """
@@ -332,9 +320,8 @@ def _read_offers(
         frames = torch.arange(values.shape[1], device=values.device)
         ended = frames >= lengths.to(values.device)[:, None]  # (B,T)
         # Token -1 at -inf stands for no offer.
-        silence = [[-1.0] * values.shape[2], [-math.inf] * values.shape[2]]
-        silence = both.new_tensor(silence)  # (2,K)
-        silence[:, 0] = both.new_tensor([blank_id, 0.0])
+        no_offers = values.shape[2] - 1
+        silence = both.new_tensor([[blank_id] + [-1] * no_offers, [0.0] + [-math.inf] * no_offers])
         both = torch.where(ended[..., None], silence[:, None, None], both)
     tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each
     is_blank = tokens == blank_id
@@ -347,67 +334,65 @@ def _read_offers(
 
 
 def _viterbi(beam: Beam) -> tuple[np.ndarray, np.ndarray]:
-    """(B,N) score and times of the likeliest path; one to the token wins a tie, as in _Paths."""
+    """Finds score and times (B,N) of the likeliest path; in a tie, token wins, as in _Paths."""
     blank, token = beam.scores[[VITERBI_BLANK, VITERBI_TOKEN]]
     by_blank = blank > token
-    times = np.where(by_blank, beam.times[TO_BLANK], beam.times[TO_TOKEN])
+    times = np.where(by_blank, beam.numbers[TIMES_BLANK], beam.numbers[TIMES_TOKEN])
     return np.where(by_blank, blank, token), times
 
 
 def _advance_by_blank(beam: Beam, offers: _Offers, beam_size: int) -> Beam | None:
-    """The beam after a frame in which only the blank matters, as in most frames; else None.
+    """Returns the beam after a frame in which only the blank matters, as in most frames, else None.
 
-    Two conditions make it so, in every utterance. No offered token is the last of a prefix, so that
-    no token leads to a prefix that is there already. And the blank keeps even the least prefix
-    above every longer one, which scores at most the best prefix with the best token. Then all
-    totals change by the blank's log-probability, which keeps their order.
+    Two conditions must hold in every utterance. No offered token is the last one of a prefix, so
+    no token leads to a prefix of the beam. And the blank keeps even the worst prefix above every
+    longer one, because a longer one scores at most the best prefix plus the best token. Then all
+    totals change by the blank's log-probability, and their order stays.
     """
     total = beam.scores[TOTAL]
     if (
         beam.context is not None
         or total.shape[1] < beam_size
-        or (beam.prefixes[LAST][:, None] == offers.tokens[..., None]).any()
+        or (beam.numbers[LAST][:, None] == offers.tokens[..., None]).any()
         or not (total[:, -1:] + offers.blank > total[:, :1] + offers.best).all()
     ):
         return None
     viterbi, times = _viterbi(beam)
-    total = total + offers.blank
-    viterbi = viterbi + offers.blank
-    impossible = np.full_like(total, -math.inf)
-    scores = (total, total, impossible, viterbi, impossible, beam.scores[BONUS])
-    return beam._replace(
-        frames=beam.frames + 1,
-        scores=np.array(scores),
-        times=np.array((times, np.zeros_like(times), beam.times[BEFORE_TOKEN])),
-    )
+    numbers = beam.numbers.copy()
+    numbers[TIMES_BLANK] = times
+    numbers[TIMES_TOKEN] = 0
+    scores = np.full(beam.scores.shape, -math.inf)
+    scores[[TOTAL, BLANK]] = total + offers.blank
+    scores[VITERBI_BLANK] = viterbi + offers.blank
+    scores[BONUS] = beam.scores[BONUS]
+    return beam._replace(frames=beam.frames + 1, numbers=numbers, scores=scores)
 
 
 def _advance(beam: Beam, offers: _Offers, beam_size: int) -> Beam:
-    """The beam after a frame: the best of the prefixes that stay and of the longer ones."""
-    # Where the offered token (K) is the last of the prefix (N).
-    repeats = beam.prefixes[LAST][:, None] == offers.tokens[..., None]  # (B,K,N)
+    """Returns the beam after a frame: the best of the prefixes that stay and of the longer ones."""
+    # True where the offered token (K) is the last one of the prefix (N).
+    repeats = beam.numbers[LAST][:, None] == offers.tokens[..., None]  # (B,K,N)
     viterbi = _viterbi(beam)
     entries = _find_entries(beam, repeats)
     longer = _extend(beam, offers, repeats, viterbi)
     stay = _stay(beam, offers, entries, viterbi, longer)
-    # An extension that is there already has been counted in `stay`: here it does not exist.
+    # A longer prefix that the beam holds already is counted in `stay`, so it leaves `longer`.
     row, place = entries.merges.nonzero()
     longer.scores[TOTAL, row, entries.rank[row, place], entries.source[row, place]] = math.nan
-    candidates = _Candidates._make(
-        np.concatenate((few, many.reshape(*few.shape[:-1], -1)), axis=-1)  # (..., N + K*N)
+    numbers, scores = (
+        np.concatenate((few, many.reshape(*few.shape[:2], -1)), axis=2)  # (7 or 6,B,N+K*N)
         for few, many in zip(stay, longer)
     )
-    totals = candidates.scores[TOTAL] + candidates.scores[BONUS]
+    totals = scores[TOTAL] + scores[BONUS]
     best = np.lexsort((_order(offers, entries), -totals))[:, :beam_size]  # (B,N'), nan last
     rows = np.arange(len(best))[:, None]
-    chosen = _Candidates._make(part[..., rows, best] for part in candidates)
-    return _next_beam(beam, offers, chosen, best, ~np.isnan(totals[rows, best]), viterbi[1])
+    return _next_beam(beam, numbers[:, rows, best], scores[:, rows, best])
 
 
 def _find_entries(beam: Beam, repeats: np.ndarray) -> _Entries:
-    """See _Entries; repeats (B,K,N) says where an offered token is the last of a prefix."""
+    """Finds _Entries; repeats (B,K,N) is True where an offered token is the last of a prefix."""
     offered = repeats.any(1)
-    is_parent = beam.prefixes[PREFIX][:, :, None] == beam.prefixes[PARENT][:, None]  # (B,N,N)
+    is_parent = beam.numbers[PREFIX][:, :, None] == beam.numbers[PARENT][:, None]  # (B,N,N)
     merges = is_parent.any(1) & offered
     return _Entries(offered, repeats.argmax(1), is_parent.argmax(1), merges)
 
@@ -415,7 +400,7 @@ def _find_entries(beam: Beam, repeats: np.ndarray) -> _Entries:
 def _extend(
     beam: Beam, offers: _Offers, repeats: np.ndarray, viterbi: tuple[np.ndarray, np.ndarray]
 ) -> _Candidates:
-    """Every prefix with every offered token behind it, (K,N); nan where the token is the blank.
+    """Puts every offered token behind every prefix, (K,N); nan where the token is the blank.
 
     Where the token repeats the prefix's last one, only the paths that end in a blank count: without
     a blank in between there would be one token, not two.
@@ -423,7 +408,7 @@ def _extend(
     total, blank, _, viterbi_blank, _, bonus = beam.scores[:, :, None]  # (B,1,N) each
     best, best_times = (part[:, None] for part in viterbi)  # (B,1,N) each
     log_probs = offers.log_probs[..., None]  # (B,K,1)
-    states = beam.prefixes[STATE][:, None]
+    states = beam.numbers[STATE][:, None]
     gain = 0.0
     if beam.context is not None:
         states, gain = beam.context.step(states, offers.tokens[..., None])  # (B,K,N) each
@@ -431,8 +416,13 @@ def _extend(
     scores[TOTAL] = scores[TOKEN] = np.where(repeats, blank, total) + log_probs
     scores[VITERBI_TOKEN] = np.where(repeats, viterbi_blank, best) + log_probs
     scores[BONUS] = bonus + gain
-    earlier = np.where(repeats, beam.times[TO_BLANK][:, None], best_times)
-    return _Candidates(scores, earlier, np.broadcast_to(states, repeats.shape))
+    numbers = np.zeros((len(beam.numbers), *repeats.shape), np.int64)
+    numbers[PREFIX] = -1
+    numbers[PARENT] = beam.numbers[PREFIX][:, None]
+    numbers[LAST] = offers.tokens[..., None]
+    numbers[STATE] = states
+    numbers[TIMES_BEFORE] = np.where(repeats, beam.numbers[TIMES_BLANK][:, None], best_times)
+    return _Candidates(numbers, scores)
 
 
 def _stay(
@@ -442,44 +432,46 @@ def _stay(
     viterbi: tuple[np.ndarray, np.ndarray],
     longer: _Candidates,
 ) -> _Candidates:
-    """The prefixes that stay, (N,), with all paths that lead to them in this frame.
+    """Sums for each prefix of the beam, (N,), all paths that lead to it in this frame.
 
-    A path stays by a blank, by the last token, which goes on, or enters from the parent, as one of
-    the `longer` candidates. TOTAL is nan where the frame offers neither the blank nor the token.
+    A path gets there by a blank, by the prefix's last token, which goes on, or from the parent, as
+    one of the `longer` candidates. TOTAL is nan where the frame offers neither blank nor token.
     """
     total, _, token, _, viterbi_token, bonus = beam.scores
     rows = np.arange(len(total))[:, None]
-    places = np.arange(total.shape[1])
-    by_rank = (rows, entries.rank)
+    own = np.where(entries.offered, offers.log_probs[rows, entries.rank], -math.inf)
     by_parent = (rows, entries.rank, entries.source)
-    goes_on = np.where(entries.offered, offers.log_probs[by_rank], -math.inf)
-    enters = np.where(entries.merges, longer.scores[TOKEN][by_parent], -math.inf)
-    viterbi_enters = np.where(entries.merges, longer.scores[VITERBI_TOKEN][by_parent], -math.inf)
-    viterbi_goes_on = viterbi_token + goes_on
+    entered = np.where(entries.merges, longer.scores[:, *by_parent], -math.inf)  # (6,B,N)
     blank = total + offers.blank
-    token = np.logaddexp(token + goes_on, enters)
+    token = np.logaddexp(token + own, entered[TOKEN])
     exists = entries.offered | (offers.blank_rank < offers.tokens.shape[1])
-    # WeNet keeps the times of a path that enters in this frame and is come upon first, because its
-    # parent stands before the prefix, even if the path that goes on is likelier.
-    first = (entries.source < places) & (viterbi_enters > -math.inf)
-    entered = (viterbi_enters > viterbi_goes_on) | first
+    goes_on = viterbi_token + own
+    enters = entered[VITERBI_TOKEN]
     scores = (
         np.where(exists, np.logaddexp(blank, token), math.nan),
         blank,
         token,
         viterbi[0] + offers.blank,
-        np.maximum(viterbi_enters, viterbi_goes_on),
+        np.maximum(enters, goes_on),
         bonus,
     )
-    earlier = np.where(entered, longer.earlier[by_parent], beam.times[BEFORE_TOKEN])
-    return _Candidates(np.array(scores), earlier, beam.prefixes[STATE])
+    # WeNet keeps the times of a path that enters in this frame if it comes upon this path first,
+    # because the parent stands before the prefix, even if the path that goes on is likelier.
+    first = (entries.source < np.arange(total.shape[1])) & (enters > -math.inf)
+    numbers = beam.numbers.copy()
+    numbers[TIMES_BLANK] = viterbi[1]
+    numbers[TIMES_TOKEN] = 0
+    numbers[TIMES_BEFORE] = np.where(
+        first | (enters > goes_on), longer.numbers[TIMES_BEFORE][by_parent], numbers[TIMES_BEFORE]
+    )
+    return _Candidates(numbers, np.array(scores))
 
 
 def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
-    """When WeNet comes upon each candidate (B,N+K*N), which decides ties: the first one wins.
+    """Numbers the candidates (B,N+K*N) in WeNet's order; of candidates that tie, the first wins.
 
-    WeNet goes by token, and for each token by prefix. The step of token k and prefix n has the
-    number 2 * (k * N + n) for the prefix that stays, and one more for the longer one.
+    WeNet goes through the tokens, and for each token through the prefixes. With token k, prefix n
+    has the number 2 * (k * N + n) where it stays, and one more where it gets longer.
     """
     size = offers.tokens.shape[1]
     count = entries.rank.shape[1]
@@ -493,34 +485,19 @@ def _order(offers: _Offers, entries: _Entries) -> np.ndarray:
     return order
 
 
-def _next_beam(
-    beam: Beam,
-    offers: _Offers,
-    chosen: _Candidates,
-    best: np.ndarray,
-    exists: np.ndarray,
-    viterbi_times: np.ndarray,
-) -> Beam:
-    """The beam of the chosen candidates (B,N'), whose places among all N + K*N are `best`."""
-    rows = np.arange(len(best))[:, None]
-    rank, source = np.divmod(best, beam.prefixes.shape[2])  # rank 0 stays, k + 1 has token k behind
-    number, parent, last, _ = beam.prefixes[:, rows, source]
-    parent = np.where(rank > 0, number, parent)
-    last = np.where(rank > 0, offers.tokens[rows, rank - 1], last)
-    longer = (rank > 0) & exists
-    number[longer] = _link(beam.lists, parent[longer], last[longer])
-    number[~exists] = -1
-    parent[~exists] = -2
-    chosen.scores[:, ~exists] = math.nan
-    times = np.zeros_like(number)
-    reached = chosen.scores[VITERBI_TOKEN] > -math.inf
-    times[reached] = _link(beam.lists, chosen.earlier[reached], np.array(beam.frames))
-    return beam._replace(
-        frames=beam.frames + 1,
-        prefixes=np.array((number, parent, last, chosen.states)),
-        scores=chosen.scores,
-        times=np.array((viterbi_times[rows, source], times, chosen.earlier)),
+def _next_beam(beam: Beam, numbers: np.ndarray, scores: np.ndarray) -> Beam:
+    """Makes a beam of the chosen candidates, (7,B,N') and (6,B,N'); new lists get their numbers."""
+    exists = ~np.isnan(scores[TOTAL])
+    new = exists & (numbers[PREFIX] < 0)
+    numbers[PREFIX, new] = _link(beam.lists, numbers[PARENT, new], numbers[LAST, new])
+    numbers[PREFIX, ~exists] = -1
+    numbers[PARENT, ~exists] = -2
+    scores[:, ~exists] = math.nan
+    reached = scores[VITERBI_TOKEN] > -math.inf
+    numbers[TIMES_TOKEN, reached] = _link(
+        beam.lists, numbers[TIMES_BEFORE, reached], np.array(beam.frames)
     )
+    return beam._replace(frames=beam.frames + 1, numbers=numbers, scores=scores)
 
 
 # -------------------------------------------------------------- CTC's best path and alignment
@@ -532,8 +509,8 @@ def ctc_greedy_search(
     """Finds the best path: the likeliest token of each frame, repeats merged, blanks dropped.
 
     log_probs (B,T,V), lengths (B,) frames -> one Hypothesis per utterance. Its score is the path's
-    log-probability, a token's time the frame of its run where it is likeliest. Frames beyond an
-    utterance's length are never looked at.
+    log-probability. A token's time is the frame of its run where the token is likeliest. Frames
+    beyond an utterance's length are not read.
     """
     best_log_probs, best_tokens = log_probs.max(dim=-1)  # (B,T) each
     rows = zip(best_log_probs.tolist(), best_tokens.tolist(), lengths.tolist())
@@ -544,7 +521,7 @@ def ctc_greedy_search(
 
 
 def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothesis:
-    """The hypothesis of a path, a token for each frame, with the log-probability of each."""
+    """Makes a hypothesis of a path, which has a token and its log-probability for each frame."""
     tokens = []
     times = []
     for token, run in groupby(range(len(path)), key=path.__getitem__):
@@ -560,9 +537,10 @@ def blank_wins(log_probs: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
 
 
 def without_text(hypothesis: Hypothesis) -> Hypothesis:
-    """The hypothesis of an utterance in which the blank wins every frame: it has no text.
+    """Empties the hypothesis of an utterance in which the blank wins every frame.
 
-    WeNet has text there: many unlikely paths add up, and an attention decoder hears words in noise.
+    WeNet finds text in such an utterance: many unlikely paths add up, and an attention decoder
+    hears words in noise.
     """
     return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
 
@@ -599,13 +577,13 @@ def attention_beam_search(
     """Beam search with an autoregressive decoder, all utterances and beams in one call per token.
 
     step(prefixes (B*N,L), state, parents (B*N,) | None) -> (log-probabilities of the next token
-    (B*N,V), new state). Row b*N+n is beam n of utterance b. `state` is the caller's own, None at
-    first. parents[i] is the row of the previous call that prefix i continues, so that a cache can
-    follow; None at first. An utterance ends when all its beams have ended in eos_id, or after
-    max_length tokens, one number or one for each utterance (B,), and then stays as it is. (WeNet
-    takes the encoder frames of the longest utterance; here each has its own, so that its
-    neighbours change nothing.) A score is the sum of log-probabilities over length**length_penalty.
-    Times are empty: attention has no alignment.
+    (B*N,V), new state). Row b*N+n is beam n of utterance b. `state` is the caller's own. parents[i]
+    is the row of the previous call that prefix i continues, so that a cache can follow. At first
+    both are None. An utterance ends when all its beams have ended in eos_id, or
+    after max_length tokens, one number or one for each utterance (B,). (WeNet takes the encoder
+    frames of the longest utterance; here each utterance has its own number, so that its neighbours
+    change nothing.) A score is the sum of log-probabilities over length**length_penalty. Times are
+    empty, because attention has no alignment.
     """
     beam_size = search.beam_size
     prefixes = torch.full((batch_size * beam_size, 1), sos_id, dtype=torch.long, device=device)
@@ -665,13 +643,14 @@ def _rank(
 
 
 class Tree(NamedTuple):
-    """The hypotheses of each utterance as a tree of P nodes, which has a common beginning once.
+    """Holds each utterance's hypotheses as a tree of P nodes, with a common beginning only once.
 
-    The first node is <sos>. The nodes behind an utterance's last are <eos> and see themselves only.
+    The first node is <sos>. The nodes behind an utterance's last one are <eos> and see only
+    themselves.
     """
 
     tokens: torch.Tensor  # (B,P)
-    positions: torch.Tensor  # (B,P) of the token in its hypotheses; that of <sos> is 0
+    positions: torch.Tensor  # (B,P) place of the token in its hypotheses; <sos> has place 0
     sees: torch.Tensor  # (B,P,P) bool: a node sees itself and the nodes that lead to it
 
 
@@ -683,13 +662,13 @@ def attention_rescoring(
     eos_id: int,
     device=None,
 ) -> list[Hypothesis]:
-    """Sorts each utterance's CTC n-best by what CTC and the attention decoders think of them.
+    """Sorts each utterance's CTC n-best anew, by the scores of CTC and of the attention decoders.
 
     score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree,
     by teacher forcing; `reverse` asks the right-to-left decoder, for a tree of the reversed
-    hypotheses. It is called once per direction, once in all if reverse_weight is 0. A new score is
-    (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC, each a sum
-    of log-probabilities, the decoders' with eos. Times stay those of the CTC search.
+    hypotheses. `score` is called once per direction, or only once where reverse_weight is 0. A new
+    score is (1 - reverse_weight) left-to-right + reverse_weight right-to-left + ctc_weight CTC.
+    Each part is a sum of log-probabilities, with eos in the decoders'. Times stay those of CTC.
     """
     nbests = [hypothesis.nbest for hypothesis in hypotheses]
     totals = _teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)
@@ -707,7 +686,7 @@ def attention_rescoring(
 def _teacher_forced(
     nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device
 ) -> torch.Tensor:
-    """The sum of the decoder's log-probabilities of each sequence with its eos: (M,) float64."""
+    """Sums the decoder's log-probabilities of each sequence with its eos: (M,) float64."""
     tree, paths = _make_tree(nbests, sos_id, eos_id)
     log_probs = score(Tree(*(part.to(device) for part in tree)))  # (B,P,V)
     steps = [
@@ -724,7 +703,7 @@ def _teacher_forced(
 def _make_tree(
     nbests: list[list[list[int]]], sos_id: int, eos_id: int
 ) -> tuple[Tree, list[list[list[int]]]]:
-    """The tree, and for each sequence of each utterance its nodes, from that of <sos> on."""
+    """Makes the tree, and lists for each sequence of each utterance its nodes, <sos> first."""
     nodes, paths = zip(*map(_grow, nbests))
     batch_size = len(nbests)
     size = 1 + max(map(len, nodes))
@@ -740,7 +719,7 @@ def _make_tree(
 
 
 def _grow(nbest: list[list[int]]) -> tuple[dict[tuple[int, int], int], list[list[int]]]:
-    """({(node before, token): node}, the nodes of each sequence, from 0 for <sos> on)."""
+    """Grows a tree -> ({(node before, token): node}, the nodes of each sequence, 0 for <sos>)."""
     nodes = {}
     paths = []
     for tokens in nbest:

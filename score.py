@@ -2,9 +2,9 @@
 
   python score.py --checkpoint runs/demo/best.ckpt --data_root data/demo
 
-Prints one JSON line per mode to stdout; progress goes to stderr. wer and cer are fractions over the
-whole split, as torchmetrics counts them. rtf is the time for features, encoder and search, without
-reading the data, over the duration of the audio.
+The command prints one JSON line per mode to stdout; progress goes to stderr. wer and cer are
+fractions over the whole split, as torchmetrics counts them. rtf is the time for features, encoder
+and search, without reading the data, over the duration of the audio.
 """
 
 import contextlib
@@ -124,13 +124,13 @@ def main(argv: list[str]) -> None:
 
 
 def what_was_scored(options: ScoreOptions, mode: str) -> dict:
-    """The first fields of a score."""
+    """Makes the first fields of a score."""
     names = ("checkpoint", "data_root", "split", "mode", "stream", "concatenate")
     return {name: getattr(options, name) for name in names} | {"mode": mode}
 
 
 def error_rates(references: list[str], hypotheses: list[str]) -> dict:
-    """The number of utterances, and word and character errors over the length of the references."""
+    """Counts the utterances, and word and character errors over the length of the references."""
     return {
         "utterances": len(references),
         "wer": float(word_error_rate(hypotheses, references)),
@@ -147,10 +147,10 @@ def print_results(scores: list[dict], references: list[str], hypotheses: list[st
 
 
 def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Dataset, list[str]]:
-    """The split, and each row's reference: its text, else its labels as the tokenizer spells them.
+    """Loads the split, and each row's reference: its text, else its labels, spelled out.
 
-    Raises UserError where no row has any text, and where the sample rate, or labels without text,
-    belong to another model.
+    Raises UserError where no row has any text, and where the sample rate, or the labels that stand
+    for missing text, belong to another model.
     """
     roots = [options.data_root]
     where = f"{options.data_root}, split {options.split}"
@@ -181,14 +181,14 @@ def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Data
 
 
 def unspelled(tokenizer, references: list[str]) -> str:
-    """A hint where words of the references cannot be spelled by the tokenizer, else "".
+    """Gives a hint where the tokenizer cannot spell words of the references, else "".
 
-    Such words count as errors whatever is heard. The hint says how many there are, and how to
-    prepare the data so that there are less than half as many.
+    Such words count as errors whatever is heard. The hint says how many there are, and which flags
+    of prepare.py make them less than half as many.
     """
 
     def lost(change=str) -> Counter:
-        """The words that the tokenizer spells otherwise, after a change of the references."""
+        """Counts the words that the tokenizer spells otherwise, after a change of all texts."""
         said = [change(text) for text in references]
         heard = [tokenizer.decode(tokenizer.encode(text)) for text in said]
         return Counter(" ".join(said).split()) - Counter(" ".join(heard).split())
@@ -219,7 +219,7 @@ def recognize(
     search: SearchOptions,
     context: ContextGraph | None,
 ) -> tuple[list[str], float]:
-    """(what was heard, a text per row, one in all with --concatenate; the seconds that it took)."""
+    """Hears all rows -> (a text per row, with --concatenate one text in all; the seconds taken)."""
     if options.concatenate:
         return recognize_as_one(model, dataset, search, context)
     if options.stream:
@@ -230,7 +230,7 @@ def recognize(
 def recognize_batches(
     model, dataset, mode: str, options: ScoreOptions, search: SearchOptions, context
 ) -> tuple[list[str], float]:
-    """As `recognize`, in batches, the longest utterances first: memory runs out early or never."""
+    """Hears rows in batches, the longest first, so that memory runs out early or never."""
     features_of = extract(model.frontend)
     most_samples = EVAL_SECONDS * model.frontend.sample_rate
     batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=most_samples)
@@ -253,7 +253,7 @@ def recognize_batches(
 
 
 def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
-    """As `recognize`, each row a stream of one utterance."""
+    """Hears each row as a stream of one utterance."""
     texts = []
     seconds = 0.0
     for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
@@ -266,7 +266,7 @@ def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[l
 
 
 def recognize_as_one(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
-    """As `recognize`, all rows one stream that is cut at its endpoints; gives one text in all."""
+    """Hears all rows as one stream that is cut at its endpoints, and gives one text in all."""
     began = time.perf_counter()
     waveforms = tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
     pieces = (piece for row in waveforms for piece in cut(model, row, search.chunk_size))
@@ -279,13 +279,13 @@ def recognize_as_one(model, dataset, search: SearchOptions, context) -> tuple[li
 
 
 def waveforms_of(dataset: datasets.Dataset) -> Iterator[torch.Tensor]:
-    """The samples (N,) float32 of each row."""
+    """Yields the samples (N,) float32 of each row."""
     for row, values in enumerate(dataset.select_columns(["input_values"]).with_format("numpy")):
         yield checked_waveform(row, values)
 
 
 def checked_waveform(row: int, values: dict) -> torch.Tensor:
-    """The samples (N,) float32 of a row. Raises UserError for samples that no microphone gives."""
+    """Returns a row's samples (N,) float32. Raises UserError where no microphone gives such."""
     samples = values["input_values"].astype(np.float32)
     if reason := check_samples(samples)[1]:
         raise UserError(
@@ -315,13 +315,13 @@ def check_details(options: ScoreOptions, hotwords: HotwordOptions) -> None:
 
 
 def beginning(path: str) -> bytes | None:
-    """The first bytes of a file, as many as DETAIL has; None where it cannot be read."""
+    """Reads the first len(DETAIL) bytes of a file; None where it cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(len(DETAIL))
 
 
 def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:
-    """A line of --details: one utterance."""
+    """Makes a line of --details for one utterance."""
     return {
         "row": row,
         "mode": mode,
@@ -333,8 +333,8 @@ def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:
 
 
 def count_errors(error_rate, hypothesis: str, reference: str, length: int) -> int:
-    """The edit distance, which torchmetrics divides by the reference's length."""
-    if length == 0:  # everything heard is an insertion
+    """Gives the edit distance, which torchmetrics divides by the reference's length."""
+    if length == 0:  # Everything heard is an insertion.
         return len(hypothesis.split()) if error_rate is word_error_rate else len(hypothesis)
     return round(float(error_rate([hypothesis], [reference])) * length)
 

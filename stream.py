@@ -1,6 +1,7 @@
-"""Recognition of speech in pieces: two passes with endpoints, on the stream of the model's encoder.
+"""Recognises speech that comes in pieces, in two passes, and finds where an utterance ends.
 
-Axes as in conformer.py. Times are in ms where a name says so, else in encoder frames.
+Axes are named as in conformer.py. Times are in encoder frames, or in ms or seconds where a name or
+a comment says so.
 """
 
 import math
@@ -15,35 +16,36 @@ import decode
 from frames import receptive_field
 from transforms import check_samples, feature_state, stream_features
 
-# WeNet's three rules: an utterance ends after so many ms of silence, of silence behind some text,
-# or of speech. A frame is silent when CTC's blank is likelier than WeNet's threshold.
+# WeNet has three rules. An utterance ends after SILENCE ms of silence, after SILENCE_AFTER_TEXT ms
+# of silence behind some text, or after LONGEST ms in all. A frame is silent when the probability of
+# CTC's blank is above BLANK_THRESHOLD.
 SILENCE = 5000
 SILENCE_AFTER_TEXT = 1000
 LONGEST = 20000
 BLANK_THRESHOLD = 0.8
-# Nothing is being said once the blank has won so many frames in a row (640 ms with conv2d).
+# Nobody speaks once the blank has won this many frames in a row (640 ms with conv2d).
 HUSH = 16
 
 
 class Heard(NamedTuple):
-    """What a stream says of the utterance that it is in."""
+    """Tells what was heard so far of the current utterance of a stream."""
 
     hypothesis: decode.Hypothesis  # its times count from the utterance's first encoder frame
-    first_frame: int  # the number of this frame since the stream began
+    first_frame: int  # the number of the utterance's first encoder frame since the stream began
     seconds: float  # how much of the stream has been heard
-    final: bool  # True: after the second pass. False: of CTC prefix search, and may change.
+    final: bool  # True after the second pass; False after CTC prefix search, which may change it
     encoded: torch.Tensor | None = None  # (1,m,D) of the utterance, where final
 
 
 class _Utterance(NamedTuple):
-    """An utterance as far as it has been heard."""
+    """Holds an utterance as far as it has been heard."""
 
-    first_frame: int  # number of its first encoder frame since the stream began
+    first_frame: int  # as in Heard
     beam: decode.Beam
     chunks: list[torch.Tensor]  # the encoder's output (1,m,D), chunk by chunk
     frames: int = 0  # in all chunks
     silent: int = 0  # silent frames at the end
-    # Frames of the last chunks in which the blank won throughout; an utterance begins in a hush.
+    # Frames of the last chunks in which the blank won every frame; an utterance begins in a hush.
     hushed: int = HUSH
 
 
@@ -56,12 +58,12 @@ def listen(
 ) -> Iterator[Heard]:
     """Recognises pieces (n,) of a waveform, of any length, as they come: U2, section 3.3.
 
-    model: a model.U2. After every chunk comes what was heard so far, by CTC prefix search; at the
-    end of an utterance the same comes once more, rescored by the attention decoders. Without
-    `endpoints` all pieces are one utterance. context: a context.ContextGraph of hotwords. Raises
-    UserError for a piece that is no waveform, or whose samples are not finite or louder than
-    transforms.LOUDEST; such an error, and any that `pieces` raises, comes after what was heard up
-    to there.
+    model: a model.U2. context: a context.ContextGraph of hotwords. After every chunk, a Heard has
+    the text so far, by CTC prefix search. At the end of an utterance, a final Heard has the text
+    that the attention decoders have rescored. Without `endpoints` all pieces are one utterance.
+    Raises UserError for a piece that is no waveform, or whose samples are not finite or louder than
+    transforms.LOUDEST. Such an error, and any error of `pieces`, comes after the final Heard of the
+    sound before it.
     """
     advance = stream_features(model.frontend)
     features_state = feature_state()
@@ -90,11 +92,11 @@ def listen(
 def _hear_chunk(
     model, utterance: _Utterance, encoded: torch.Tensor, search: decode.SearchOptions
 ) -> _Utterance:
-    """The utterance with one more chunk of the encoder's output, (1,m,D)."""
+    """Adds a chunk of the encoder's output, (1,m,D), to the utterance."""
     blank_id = model.net.blank_id
     size = encoded.size(1)
     log_probs = model.ctc_log_probs(encoded)  # (1,m,V)
-    # Many unlikely paths through silence would add up to text; in a hush the blank is certain.
+    # Many unlikely paths through silence would add up to text, so in a hush no frame is searched.
     quiet = bool(decode.blank_wins(log_probs, blank_id).all())
     hushed = utterance.hushed + size if quiet else 0
     heeded = torch.tensor([0 if hushed >= HUSH else size])
@@ -108,7 +110,7 @@ def _hear_chunk(
 
 
 def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The pieces, each with False, then an empty one with True, and only then any error."""
+    """Yields the pieces, each with False, then an empty one with True; an error comes after it."""
     error = None
     count = 0
     try:
@@ -129,7 +131,7 @@ def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bo
 
 
 def as_samples(piece) -> torch.Tensor:
-    """A piece of a waveform as (n,) float32 on the CPU. Raises UserError for anything else."""
+    """Returns a piece of a waveform as (n,) float32 on the CPU. Raises UserError for others."""
     if not isinstance(piece, torch.Tensor) or piece.dim() != 1 or not piece.is_floating_point():
         kind = type(piece).__name__
         if hasattr(piece, "shape"):
@@ -143,8 +145,8 @@ def in_chunks(
 ) -> Iterator[tuple[torch.Tensor, bool]]:
     """Cuts the output of with_last anew: `first` samples, then `later` at a time, then the rest.
 
-    stream_features normalises samples by the statistics up to their end. So cut, the same sound has
-    the same ends, and the pieces in which it came make no difference.
+    stream_features normalises the samples of a piece by the statistics up to the piece's end. After
+    this cut, the same sound always has the same ends, in whatever pieces it came.
     """
     waiting = []
     length = 0
@@ -165,7 +167,7 @@ def in_chunks(
 
 
 def piece_samples(model, chunk_size: int) -> tuple[float, float]:
-    """Samples that make the first chunk of a stream, and each one after it; inf at full context."""
+    """Counts the samples of a stream's first chunk and of each later one; inf at full context."""
     if chunk_size < 1:
         return math.inf, math.inf
     frontend = model.frontend
@@ -175,25 +177,25 @@ def piece_samples(model, chunk_size: int) -> tuple[float, float]:
 
 
 def frame_ms(model) -> int:
-    """Time from one encoder frame to the next."""
+    """Gives the milliseconds from one encoder frame to the next."""
     return receptive_field(model.options.input_layer)[1] * model.frontend.frame_shift
 
 
 def cut(model, waveform: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, ...]:
-    """Cuts a recording (N,) into chunks, as a microphone would give it; not at full context."""
+    """Cuts a recording (N,) into chunks, as from a microphone; at full context it stays whole."""
     samples = chunk_size * frame_ms(model) * model.frontend.sample_rate // 1000
     return waveform.split(samples) if chunk_size > 0 else (waveform,)
 
 
 def trailing_blanks(blank_log_probs: torch.Tensor, before: int) -> int:
-    """Counts the silent frames at the end; `before` of them stand in front of these (m,)."""
+    """Counts the silent frames at the end of (m,) frames; `before` silent ones stood in front."""
     for silent in (blank_log_probs.exp() > BLANK_THRESHOLD).tolist():
         before = before + 1 if silent else 0
     return before
 
 
 def is_endpoint(model, has_text: bool, silent_frames: int, frames: int) -> bool:
-    """True where any of WeNet's three rules ends the utterance."""
+    """Returns True where one of WeNet's three rules ends the utterance."""
     ms = frame_ms(model)
     return (
         silent_frames * ms >= SILENCE
@@ -206,7 +208,7 @@ def is_endpoint(model, has_text: bool, silent_frames: int, frames: int) -> bool:
 def second_pass(
     model, found: decode.Hypothesis, encoded: torch.Tensor, search: decode.SearchOptions
 ) -> decode.Hypothesis:
-    """The hypothesis rescored by the attention decoders, over the encoder's output (1,m,D)."""
+    """Rescores the hypothesis by the attention decoders, over the encoder's output (1,m,D)."""
     if not found.tokens or not encoded.size(1):
         return found
     lengths = torch.tensor([encoded.size(1)], device=encoded.device)

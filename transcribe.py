@@ -3,13 +3,13 @@
 A PATH is an audio file, a folder (every audio file in it, however deep), a pattern such as
 'talks/**/*.flac' (quote it), or - for standard input. Files may have any format that soundfile
 decodes, any rate, any number of channels and any length: a long one is cut where it is quietest.
-Prints a line per file, its path and what was heard, with a tab between; --format gives the times of
-the words, --output_dir a file for each. A file that cannot be read gets a line on stderr, the
-others are transcribed all the same, and the exit status is 2.
+The command prints a line per file: its path, a tab, and the text that was heard. --format adds the
+times of the words, and --output_dir makes a file for each recording. A file that cannot be read
+gets a line on stderr; the others are transcribed all the same, and the exit status is 2.
 
-With --stream a recording is heard as if it were being spoken: what was heard so far appears on
-stderr as it grows, after the seconds of audio that it took; a pause ends an utterance, which is
-then rescored. Ctrl-C ends standard input, and what came is heard to its end. From a microphone or
+With --stream a recording is heard as if it were being spoken: the text so far appears on stderr as
+it grows, behind the seconds of audio heard. A pause ends an utterance, which is then rescored.
+Ctrl-C ends standard input, and all sound that came before is still heard. From a microphone or
 anything else that ffmpeg reads:
 
   ffmpeg -loglevel error -i INPUT -f wav - |
@@ -61,8 +61,8 @@ from words import (
     join_words,
 )
 
-LINGER = 1.0  # seconds for which a pipe is heard after Ctrl-C, which its writer gets, too
-POOL = 8  # batches that are read ahead, so that the pieces of each can be of like lengths
+LINGER = 1.0  # seconds for which a pipe is read after Ctrl-C: its writer gets Ctrl-C, too, and ends
+POOL = 8  # batches that are read ahead, so that the pieces of a batch have similar lengths
 FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
 
@@ -107,14 +107,14 @@ class TranscribeOptions:
 
 
 class Recording(NamedTuple):
-    """A file to transcribe, or standard input, whose path is -."""
+    """Names a file to transcribe, or standard input, whose path is -."""
 
     path: str
-    name: str  # of its output, without extension: the path below the PATH that was given
+    name: str  # of its output, without extension: its path below the PATH of the command line
 
 
 class Piece(NamedTuple):
-    """A part of a recording, short enough to be heard at once."""
+    """Holds a part of a recording, short enough to be heard at once."""
 
     recording: int  # the recording's number
     offset: float  # seconds into the recording
@@ -122,7 +122,7 @@ class Piece(NamedTuple):
 
 
 class HeardPiece(NamedTuple):
-    """What was heard in a piece."""
+    """Holds the text and the words that were heard in a piece."""
 
     text: str
     words: list[Word]
@@ -130,7 +130,7 @@ class HeardPiece(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all recordings are heard with."""
+    """Holds the model and the options by which all recordings are heard."""
 
     model: object  # a model.U2
     options: TranscribeOptions
@@ -201,14 +201,14 @@ def check_given(given: dict, options: TranscribeOptions) -> None:
         raise UserError("--raw is for standard input; give - as the only PATH, or leave it out")
 
 
-# ---------------------------------------------------------------------- what comes and goes
+# ------------------------------------------------------------------------- input and output
 
 
 def recordings_at(path: str) -> list[Recording]:
-    """The audio files that a PATH of the command line means, in order.
+    """Lists the audio files that a PATH of the command line means, in order.
 
-    A PATH that means no file is given back as it is, and so is a folder that cannot be opened:
-    reading them will say why.
+    A PATH that means no file stays in the list as it is, and so does a folder that cannot be
+    opened: reading it will say why.
     """
     if os.path.isdir(path):
         closed = []
@@ -230,7 +230,7 @@ def recordings_at(path: str) -> list[Recording]:
 
 
 def named(paths: Iterable[str], folder: str) -> list[Recording]:
-    """The recordings at these paths, each named by its path from the folder."""
+    """Makes recordings of the paths, each named by its path from the folder."""
     recordings = []
     for path in paths:
         name = os.path.splitext(os.path.relpath(path, folder or "."))[0]
@@ -241,7 +241,7 @@ def named(paths: Iterable[str], folder: str) -> list[Recording]:
 def output_paths(
     recordings: list[Recording], options: TranscribeOptions, inputs: tuple[str, ...]
 ) -> list[str | None]:
-    """The file for the transcript of each recording, None for stdout.
+    """Names the file for the transcript of each recording, None for stdout.
 
     Raises UserError where a transcript would replace another one or a file that is read (`inputs`
     and the recordings), or would leave --output_dir.
@@ -299,7 +299,7 @@ def make_output_dir(folder: str) -> None:
 def deliver(transcript: Transcript, output: str | None, format: str) -> None:
     """Writes a transcript to its file, or to stdout. Raises UserError where writing fails."""
     text = FORMATS[format](transcript)
-    if format == "txt" and output:  # The file's name says of which recording it is.
+    if format == "txt" and output:  # The file's name already names the recording.
         text = text.split("\t")[1]
     if output is None:
         with tqdm.external_write_mode(file=sys.stdout):
@@ -315,7 +315,7 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
 
 
 def total_seconds(recordings: list[Recording]) -> float | None:
-    """How long all recordings are, for the progress bar; None if unknown or without a terminal."""
+    """Sums the recordings' seconds for the progress bar; None if unknown or without a terminal."""
     if not sys.stderr.isatty() or any(recording.path == "-" for recording in recordings):
         return None
     total = 0.0
@@ -324,7 +324,7 @@ def total_seconds(recordings: list[Recording]) -> float | None:
             continue
         with contextlib.suppress(OSError, RuntimeError):  # Reading the file will say what is wrong.
             info = soundfile.info(recording.path)
-            # Some FLAC files do not know their length: such a number is no length.
+            # A FLAC file that does not know its length has a number of 2**62 or more here.
             total += info.duration if info.frames < 2**62 else 0
     return round(total)
 
@@ -335,9 +335,9 @@ def total_seconds(recordings: list[Recording]) -> float | None:
 def transcribe_pieces(
     job: Job, recordings: list[Recording], failed: dict[int, int], bar: tqdm
 ) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of each recording that can be read, in order.
+    """Yields (number, transcript) of each recording that can be read, in order.
 
-    `failed` gets the number of each of the others, with its exit status.
+    `failed` gets the number of each other recording, with its exit status.
     """
     heard = defaultdict(list)  # number -> what was heard in the recording's pieces so far
     pool_size = POOL * job.options.batch_seconds * job.model.frontend.sample_rate
@@ -354,9 +354,9 @@ def transcribe_pieces(
 def assemble(
     number: int, recording: Recording, heard: list[HeardPiece], failed: dict[int, int]
 ) -> Iterator[tuple[int, Transcript]]:
-    """(number, transcript) of the recording; nothing where reading a file has failed.
+    """Yields (number, transcript) of the recording; nothing where reading a file has failed.
 
-    A file can be mended and heard again; what came from a pipe cannot.
+    A file can be mended and heard again; sound that came from a pipe cannot.
     """
     if number in failed and recording.path != "-":
         return
@@ -366,7 +366,7 @@ def assemble(
 
 
 def read_pieces(job: Job, recordings: list[Recording], failed: dict[int, int]) -> Iterator[Piece]:
-    """The pieces of all recordings, as far as they can be read, one recording after the other."""
+    """Yields the pieces of all recordings, one after the other, as far as they can be read."""
     rate = job.model.frontend.sample_rate
     for number, recording in enumerate(recordings):
         offset = 0
@@ -377,7 +377,7 @@ def read_pieces(job: Job, recordings: list[Recording], failed: dict[int, int]) -
 
 
 def recorded(job: Job, recording: Recording) -> Iterator[np.ndarray]:
-    """The recording's samples, block by block; where some are lost, a line on stderr says so."""
+    """Yields the recording's samples in blocks; where some are lost, a line on stderr says so."""
     if os.path.isdir(recording.path):
         try:
             os.listdir(recording.path)
@@ -398,7 +398,7 @@ def tell(kind: str, recording: Recording, what: str) -> None:
 def readable(
     blocks: Iterator[np.ndarray], number: int, recording: Recording, failed: dict[int, int]
 ) -> Iterator[np.ndarray]:
-    """The blocks up to an error, which is told and noted in `failed`.
+    """Yields the blocks up to an error, prints the error, and notes it in `failed`.
 
     Standard input also ends at a signal: a pipe from a microphone has no other end.
     """
@@ -418,10 +418,10 @@ def readable(
 
 @contextlib.contextmanager
 def ended_by_signals():
-    """Makes the first signal that would end the command end standard input instead.
+    """Lets the first signal end standard input, not the command, so that all sound is heard.
 
-    So all that came is heard. Gives a list that will hold the signal's number. A second signal ends
-    the command.
+    The context manager gives a list, which gets the signal's number. A second signal ends the
+    command.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
@@ -451,7 +451,7 @@ def ended_by_signals():
 
 
 def pour(source: int, into: int) -> None:
-    """Copies what comes from `source` within LINGER seconds to the pipe `into`, and closes it."""
+    """Copies the bytes that `source` gives within LINGER seconds to the pipe `into`; closes it."""
     ends = time.monotonic() + LINGER
     while (left := ends - time.monotonic()) > 0 and select.select([source], [], [], left)[0]:
         if not (content := os.read(source, 2**16)):
@@ -473,9 +473,9 @@ def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
 
 
 def batches(lengths: list[int], max_batch: float) -> Iterator[list[int]]:
-    """Batches of row numbers, longest rows first.
+    """Yields batches of row numbers, the longest rows first.
 
-    The rows times the longest of them are at most max_batch, or the row is alone.
+    The number of rows times the longest row is at most max_batch, or the row is alone.
     """
     batch = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -487,7 +487,7 @@ def batches(lengths: list[int], max_batch: float) -> Iterator[list[int]]:
 
 
 def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
-    """What is heard in each piece of the pool, in batches of pieces alike in length."""
+    """Hears each piece of the pool, in batches of pieces of similar lengths."""
     model = job.model
     rate = model.frontend.sample_rate
     features_of = extract(model.frontend)
@@ -506,7 +506,7 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
 
 @torch.no_grad()
 def recognize_batch(job: Job, features: list[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
-    """Features (T,F) of each piece -> its tokens and CTC's log-probabilities (T',V), on the CPU.
+    """Hears features (T,F) of pieces -> of each tokens and CTC's log-probabilities (T',V), on CPU.
 
     Raises UserError where the batch does not fit the memory.
     """
@@ -528,7 +528,7 @@ def recognize_batch(job: Job, features: list[torch.Tensor]) -> list[tuple[list[i
 
 
 def timed(job: Job, tokens: list[int], log_probs: torch.Tensor, offset: float) -> list[Word]:
-    """The words of tokens that were heard in log_probs (T',V); none for a format without words."""
+    """Finds the words of tokens in log_probs (T',V); none for a format that shows no words."""
     if job.options.format == "txt":
         return []
     model = job.model
@@ -542,16 +542,16 @@ def timed(job: Job, tokens: list[int], log_probs: torch.Tensor, offset: float) -
 def transcribe_streams(
     job: Job, recordings: list[Recording], failed: dict[int, int]
 ) -> Iterator[tuple[int, Transcript]]:
-    """As transcribe_pieces, but each recording is heard as it comes, as a stream."""
+    """Yields what transcribe_pieces yields, but hears each recording as a stream."""
     for number, recording in enumerate(recordings):
         blocks = readable(recorded(job, recording), number, recording, failed)
         transcript = transcribe_stream(job, recording.path, blocks)
-        if number not in failed or transcript.duration:  # What was shown is not lost.
+        if number not in failed or transcript.duration:  # Text that was shown is not lost.
             yield number, transcript
 
 
 def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Transcript:
-    """The transcript of a stream; its text so far goes to stderr whenever it changes."""
+    """Transcribes a stream; the text so far goes to stderr whenever it changes."""
     model = job.model
     frame = frame_ms(model)
     size = max(job.search.chunk_size, 0) * frame * model.frontend.sample_rate // 1000

@@ -1,8 +1,8 @@
-"""When each word was said, how sure the model is of it, and the formats: text, JSON, ctm, srt, vtt.
+"""Finds when each word was said and how sure the model is, and writes text, JSON, ctm, srt or vtt.
 
-Times come from CTC: the tokens are aligned to the encoder's frames (decode.align), and each frame
-sees a known part of the recording (FrameTimes). Axes: T encoder frames, V vocabulary. All times are
-in seconds.
+Times come from CTC: decode.align aligns the tokens to the encoder's frames, and each frame sees a
+known part of the recording (FrameTimes). Axes: T encoder frames, V vocabulary. All times are in
+seconds.
 """
 
 import math
@@ -29,24 +29,24 @@ ALONE = re.compile(
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001aff0-\U0001b16f"
     "\U00020000-\U0003ffff]"
 )
-# Signs that go on with a word as marks do: of long vowels and of voicing, and joiners.
+# Signs that belong to the character before, as marks do: for long vowels and voicing, and joiners.
 GOES_ON = "\u30fc\uff70\u309b\u309c\uff9e\uff9f\u200c\u200d"
 # Unicode's categories of punctuation that opens, and of punctuation that closes or ends.
 OPENING = ("Ps", "Pi")
 CLOSING = ("Pe", "Pf", "Po", "Pd", "Pc")
-# A cue of subtitles has at most so many columns in a line, lines, and seconds. It lasts at least
-# SHORTEST_CUE where the next cue leaves room, and a longer pause than PAUSE ends it.
+# A cue of subtitles has at most LINES lines of LINE columns, and lasts at most LONGEST_CUE seconds.
+# It lasts at least SHORTEST_CUE where the next cue leaves room. A pause of PAUSE or more ends it.
 LINE = 42
 LINES = 2
 LONGEST_CUE = 7.0
 SHORTEST_CUE = 1.0
 PAUSE = 0.7
-# A name in ctm must not have white space, the sign of escapes, or what makes its line a comment.
+# A name in ctm must not hold white space, the escape sign %, or a semicolon that begins a comment.
 NO_COLUMN = re.compile(rf"[%\s]|^;|{UNSHOWN.pattern}")
 
 
 class Word(NamedTuple):
-    """A word of what was heard.
+    """Holds a word that was heard.
 
     confidence: the probability, 0 .. 1, that CTC gives to the word's least likely token, at the
     frame where the alignment has this token. On 533 words heard in AN4's dev, the least likely
@@ -61,7 +61,7 @@ class Word(NamedTuple):
 
 
 class Transcript(NamedTuple):
-    """What was heard in a recording."""
+    """Holds the text and the words that were heard in a recording."""
 
     file: str
     text: str
@@ -70,14 +70,14 @@ class Transcript(NamedTuple):
 
 
 class FrameTimes(NamedTuple):
-    """Encoder frame k sees the recording from k * shift to k * shift + field seconds."""
+    """Says what encoder frame k sees of the recording: k * shift to k * shift + field seconds."""
 
     shift: float
     field: float
 
 
 def frame_times(input_layer: str, frontend: Frontend) -> FrameTimes:
-    """The times of a model's encoder frames."""
+    """Computes the times of a model's encoder frames."""
     field, rate = receptive_field(input_layer)
     shift = rate * frontend.frame_shift
     seen = (field - 1) * frontend.frame_shift + frontend.frame_length
@@ -85,7 +85,7 @@ def frame_times(input_layer: str, frontend: Frontend) -> FrameTimes:
 
 
 class Spelled(NamedTuple):
-    """A word of a token sequence."""
+    """Holds a word of a token sequence."""
 
     text: str
     places: list[int]  # where its tokens stand in the sequence
@@ -93,11 +93,11 @@ class Spelled(NamedTuple):
 
 
 def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
-    """The words of a token sequence; `text_of` puts them together as `tokenizer.decode` does.
+    """Splits a token sequence into words, which `text_of` joins as `tokenizer.decode` does.
 
-    Words end at spaces, whichever way the tokenizer has them. A Chinese or Japanese character is a
-    word of its own, with the punctuation and the combining marks that belong to it. Other scripts
-    without spaces (Thai) come as long words.
+    Words end at spaces, in whatever way the tokenizer writes a space. A Chinese or Japanese
+    character is a word of its own, with the punctuation and the combining marks that belong to it.
+    Other scripts without spaces (Thai) come as long words.
     """
     words = []
     spaced = True  # a space stands before the next character
@@ -126,14 +126,15 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
 
 
 def text_of(words: Iterable[Spelled | Word]) -> str:
-    """The words as one text."""
+    """Joins the words of one sequence to a text."""
     return "".join(f" {word.text}" if word.spaced else word.text for word in words).strip()
 
 
 def parted(before: Iterable[str], after: Iterable[str]) -> bool:
-    """False where Chinese or Japanese characters meet, punctuation aside: no space belongs there.
+    """Returns False where no space belongs between two texts that were heard apart.
 
-    The two texts were heard apart; their characters come from the meeting point on.
+    This is so where Chinese or Japanese characters meet, punctuation aside. The texts are given by
+    character from the meeting point on, so `before` runs backwards.
     """
     return not all(ALONE.match(next(filter(str.isalnum, side), "")) for side in (before, after))
 
@@ -147,9 +148,9 @@ def join(texts: Iterable[str]) -> str:
 
 
 def join_words(parts: Iterable[list[Word]]) -> list[Word]:
-    """Joins the words of texts that were heard apart, as `join` does their texts.
+    """Joins the words of texts that were heard apart, as `join` joins the texts.
 
-    No word ends behind the start of the next.
+    No word ends behind the start of the next one.
     """
     words = []
     for part in filter(None, parts):
@@ -170,14 +171,14 @@ def align_words(
     offset: float = 0.0,
     delay: float = 0.0,
 ) -> list[Word]:
-    """The words of `tokens`, as heard in log_probs (T,V) of a piece that begins at `offset`.
+    """Finds the words of `tokens` in log_probs (T,V) of a piece that begins at `offset`.
 
     A word starts where the frame of its first token begins to see. It ends half a shift behind the
-    middle of the frame of its last token, but not after the next word's start. Both rules are those
-    with the least error in `python -m tools.align`. `delay` is taken off both times: a CTC branch
-    that trains for long, above all a causal one, may wait for more of a word before it
-    writes the word. Where the tokens have no CTC path (too many for the frames), the words share
-    the piece in equal parts and have confidence 0.
+    middle of the frame of its last token, but not after the next word's start. These two rules had
+    the least error in `python -m tools.align`. `delay` is taken off both times: a CTC branch that
+    trains for long, above all a causal one, may wait for more of a word before it writes the word.
+    Where the tokens have no CTC path (too many for the frames), the words share the piece in equal
+    parts and have confidence 0.
     """
     spelled = spell(tokens, tokenizer)
     alone = decode.Hypothesis(tokens, 0.0, [], [tokens], [0.0], [[]])
@@ -207,7 +208,7 @@ def align_words(
 
 
 def as_txt(transcript: Transcript) -> str:
-    """One line: file and text, with a tab between.
+    """Writes one line: the file, a tab and the text.
 
     In both, tabs, line breaks and characters that a terminal obeys are escaped as in Python.
     """
@@ -215,7 +216,7 @@ def as_txt(transcript: Transcript) -> str:
 
 
 def as_json(transcript: Transcript) -> str:
-    """One line: file, text, duration and words, each with word, start, end and confidence."""
+    """Writes one line: file, text, duration and words with their start, end and confidence."""
     words = [
         {
             "word": word.text,
@@ -230,10 +231,10 @@ def as_json(transcript: Transcript) -> str:
 
 
 def as_ctm(transcript: Transcript) -> str:
-    """A line per word: file, channel, start, duration, word, confidence (NIST's ctm).
+    """Writes a line per word: file, channel, start, duration, word, confidence (NIST's ctm).
 
-    White space in `file` is escaped as in an address on the web, %20 for a space. So are %, control
-    characters, and a semicolon that would begin a comment. Two recordings never have one name.
+    White space in `file` is escaped as in a web address, %20 for a space. So are %, control
+    characters, and a semicolon that would begin a comment. Two recordings never get the same name.
     """
     name = NO_COLUMN.sub(lambda found: percent(found[0]), transcript.file)
     lines = []
@@ -246,13 +247,13 @@ def as_ctm(transcript: Transcript) -> str:
 
 
 def percent(character: str) -> str:
-    """%XX for each byte of the character; for a name that is not UTF-8, of the byte on disk."""
+    """Writes %XX for each byte of the character, as on disk where a name is not UTF-8."""
     errors = "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
     return quote(character.encode(errors=errors), safe="")
 
 
 def as_srt(transcript: Transcript) -> str:
-    """SubRip. It has no escapes for the arrow between its times, which becomes \u2192 in a text."""
+    """Writes SubRip, which cannot escape the arrow between its times: in a text it is \u2192."""
     parts = []
     for number, (start, end, text) in enumerate(cues(transcript.words), 1):
         text = text.replace("-->", "\u2192")
@@ -261,7 +262,7 @@ def as_srt(transcript: Transcript) -> str:
 
 
 def as_vtt(transcript: Transcript) -> str:
-    """WebVTT."""
+    """Writes WebVTT."""
     parts = ["WEBVTT\n\n"]
     for start, end, text in cues(transcript.words):
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -270,18 +271,18 @@ def as_vtt(transcript: Transcript) -> str:
 
 
 def printable(words: list[Word]) -> list[Word]:
-    """The words that are not blank, escaped by cli.shown: no word ends a line or a cue."""
+    """Escapes the words by cli.shown, so that no word ends a line or a cue; drops blank words."""
     return [word._replace(text=shown(word.text, math.inf)) for word in words if word.text.strip()]
 
 
 def clock(seconds: float, point: str) -> str:
-    """hh:mm:ss, then the format's decimal point, then milliseconds."""
+    """Writes hh:mm:ss, then the format's decimal point, then milliseconds."""
     rest, ms = divmod(round(seconds * 1000), 1000)
     return f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}{point}{ms:03}"
 
 
 def cues(words: list[Word]) -> list[tuple[float, float, str]]:
-    """(start, end, text) of subtitles; each takes all words that fit, up to a pause."""
+    """Makes subtitles (start, end, text); each takes all words that fit, up to a pause."""
     groups = []
     for word in printable(words):
         group = groups[-1] if groups else []
@@ -314,6 +315,6 @@ def lines_of(words: list[Word]) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """The width of a text: a wide character (Chinese, Korean, emoji) is 2 columns, a mark 0."""
+    """Counts a text's columns: a wide character (Chinese, Korean, emoji) has 2, a mark 0."""
     seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)

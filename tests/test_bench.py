@@ -39,7 +39,7 @@ def in_this_process(work, *arguments):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Less of everything that a test need not wait for."""
+    """Makes every measurement small, so that no test waits."""
     for name, value in {"GEMM": 64, "WARM_UP": 1, "ROUNDS": 2}.items():
         monkeypatch.setattr(bench, name, value)
     for name, value in {

@@ -1,4 +1,4 @@
-"""context.py equals its definition; hotwords act in the search and in the commands."""
+"""context.py gives the bonus of its definition; hotwords act in the search and in the commands."""
 
 import json
 import math
@@ -130,7 +130,7 @@ def test_score_hears_hotwords_and_says_that_it_was_given_them(world, capsys, tmp
     words = tmp_path / "words.txt"
     details = tmp_path / "details"
     words.write_text("fox\n")
-    # A beam of 20 is offered every token.
+    # With a beam of 20, a frame offers every token.
     argv = [*stream, "--beam_size", 20, "--details", details]
     (plain,) = score_json(capsys, world, *argv)
     assert "fox" not in details.read_text() and "hotwords" not in plain

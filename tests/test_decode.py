@@ -50,7 +50,7 @@ def test_prefix_beam_search_is_the_sum_over_all_paths_when_the_beam_holds_every_
     log_probs = random_log_probs(1, frames, vocabulary, seed=seed)
     expected = all_sequences(log_probs[0], blank_id)
     (found,) = ctc_prefix_beam_search(log_probs, torch.tensor([frames]), beams(1000), blank_id)
-    # Each sequence is there once, and none that is impossible.
+    # Each possible sequence is found once, and no impossible one.
     assert sorted(map(tuple, found.nbest)) == sorted(expected)
     for tokens, score in zip(found.nbest, found.nbest_scores):
         assert score == pytest.approx(math.log(expected[tuple(tokens)]), abs=1e-5)
@@ -229,7 +229,7 @@ def next_token_log_probs(prefix, vocabulary, salt=0):
 
 
 def make_step(vocabulary, beam_size, salts=(0,)):
-    """A decoder that checks the `parents` it is told: its state is what each row was given."""
+    """A decoder that checks `parents`: its state holds the prefix that each row was given."""
 
     def step(prefixes, state, parents):
         rows = prefixes.tolist()
@@ -248,7 +248,7 @@ def make_step(vocabulary, beam_size, salts=(0,)):
 
 
 def all_endings(vocabulary, max_length, salt):
-    """Score of every token sequence that ends in EOS or at max_length."""
+    """The score of every token sequence that ends in EOS or at max_length."""
     open_ends = {(): 0.0}
     endings = {}
     for _ in range(max_length):
@@ -333,7 +333,7 @@ def test_attention_length_penalty_favours_longer_hypotheses():
 
 
 def make_scorer(vocabulary, calls):
-    """Teacher forcing with next_token_log_probs, by what each node sees.
+    """Makes teacher forcing with next_token_log_probs, by the tokens that each node sees.
 
     Each direction and utterance has distributions of its own.
     """
@@ -429,7 +429,7 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
                     labels = torch.tensor([*said, 11])[:, None]
                     expected += weight * logits[0].log_softmax(-1).gather(1, labels).sum().item()
                 assert total == pytest.approx(expected, abs=1e-9)
-    # <sos> and 15 tokens, less those that two hypotheses begin (end) with.
+    # <sos> and the 15 tokens of a row, without those that an earlier hypothesis begins (ends) with.
     assert sizes == [1 + 9, 1 + 10]
 
 

@@ -1,5 +1,7 @@
-"""tools/demo.py speaks the same in every process, whatever was spoken before. Each voice and each
-sentence belongs to one split. prepare.py reads the corpus as any other."""
+"""tools/demo.py speaks the same in every process, whatever it spoke before.
+
+Each voice and each sentence belongs to one split. prepare.py reads the corpus as any other.
+"""
 
 import hashlib
 import subprocess
@@ -104,7 +106,7 @@ def test_prepare_writes_the_same_bytes_twice(few, tmp_path):
 
 
 def test_prepare_reads_every_utterance_as_it_was_spoken(few, tmp_path):
-    """The samples are those of the waveform that is resampled as a whole, to the bit."""
+    """The samples equal, to the bit, the waveform resampled as a whole."""
     demo.main(["--out", str(tmp_path / "source"), "--rows", "3"])
     prepare.main(["--source", str(tmp_path / "source"), "--data_root", str(tmp_path / "root")])
     for split, total in demo.UTTERANCES.items():

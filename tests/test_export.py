@@ -1,4 +1,4 @@
-"""What export.py writes hears what the network hears, in onnxruntime and in sherpa-onnx.
+"""The files that export.py writes hear what the network hears, in onnxruntime and sherpa-onnx.
 
 onnxruntime is called here as sherpa-onnx and WeNet's runtime call it.
 """
@@ -203,7 +203,7 @@ def stream_as_sherpa(session, x, chunks, offset=CACHE, cache=(2, 2, CACHE, 16), 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [7, 19, 60, 131])
 def test_chunk_by_chunk_it_is_the_masked_pass_over_the_whole(fbank, frames):
-    """The last chunk may be a part of one."""
+    """The last chunk may be shorter than the others."""
     model, folder, _ = fbank
     x = torch.randn(1, frames, 80, generator=torch.Generator().manual_seed(frames)) + 8
     expected = model.ctc_log_probs(model.encode(x, torch.tensor([frames]), CHUNK, LEFT)[0])
@@ -227,7 +227,7 @@ def test_an_endless_stream_is_that_of_stream_py(fbank, offset):
 class WenetRuntime:
     """Does what onnx_asr_model.cc does with encoder.onnx, ctc.onnx and decoder.onnx.
 
-    Of the model it knows their metadata alone.
+    It knows only the files' metadata, not the model.
     """
 
     def __init__(self, folder):
@@ -363,7 +363,7 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
 
 @torch.no_grad()
 def test_the_streaming_graph_forgets_as_a_stream_does(log_mel):
-    """The sound gets louder and quieter than a window ago, clicks, and has samples that are nan."""
+    """The sound gets louder and quieter from window to window, clicks, and has samples of nan."""
     model, folder, _ = log_mel
     sound = torch.cat([gain * SOUND for gain in (3, 3, 0.1, 30, 1)])  # two windows
     sound[100] = 1e4
@@ -430,7 +430,7 @@ def rows(fbank):
 @pytest.mark.parametrize("features", [parity.OWN, parity.SHERPA])
 @pytest.mark.parametrize("context", ["full", "chunk"])
 def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context, features):
-    """Of sherpa-onnx, which dithers whole recordings, the row counts in which dither is small."""
+    """sherpa-onnx dithers whole recordings, so the row counts in which dither is small."""
     alike = [
         row
         for row in rows
@@ -447,7 +447,7 @@ def test_every_runtime_hears_the_same_tokens_of_the_same_features(rows, context,
 
 
 def test_other_features_are_heard_otherwise(rows):
-    """Otherwise the test before would show nothing."""
+    """Without a difference here, the test before would show nothing."""
     for context in ("full", "chunk"):
         own, theirs = (
             next(row for row in rows if row[:3] == (context, kind, "torch"))
@@ -462,7 +462,7 @@ def test_other_features_are_heard_otherwise(rows):
 def refused(model, tmp_path, **options):
     with pytest.raises(UserError) as error:
         write(model, tmp_path, **options)
-    assert not list(tmp_path.glob("out*"))  # nor out.partial
+    assert not list(tmp_path.glob("*out*"))  # nor a hidden folder with half of the files
     return one_line(error)
 
 
@@ -470,7 +470,7 @@ def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
     true = Chunk.positions
 
     def shifted(before, size, first, width):
-        """As if sherpa-onnx's offset counted from the first frame on."""
+        """Computes positions as if sherpa-onnx's offset counted from the first frame on."""
         return true(before, size, first + CACHE, width)
 
     monkeypatch.setattr(Chunk, "positions", staticmethod(shifted))

@@ -195,7 +195,7 @@ def test_unknown_flags_and_modes_are_refused(world, capsys, command, argv):
 
 
 def test_score_streams_every_row(world, capsys, tmp_path):
-    """The text is not that of the whole: mean_var_norm's statistics grow with the stream."""
+    """The text differs from that of whole rows: a stream knows only the statistics so far."""
     (result,) = score_json(
         capsys, world, "--stream", "--chunk_size", 8, "--details", tmp_path / "details"
     )

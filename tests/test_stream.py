@@ -27,7 +27,7 @@ CONTEXTS = list(itertools.product((1, 4, 16, 25), (-1, 0, 1, 4)))
 
 @torch.no_grad()
 def streamed(encoder, features, chunk_size, left_chunks, pieces):
-    """The stream's output for features (1,T,F), cut into `pieces`; the last one may be empty."""
+    """The stream's output for features (1,T,F) that come in `pieces`, and an empty last one."""
     state = encoder.stream_state(chunk_size, left_chunks)
     outs = []
     for piece in features.split(pieces, dim=1):
@@ -141,13 +141,13 @@ def test_memory_is_flat_with_limited_left_chunks():
 
 
 def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distance():
-    """From max_position on, a chunk is as it would be in an utterance that began later."""
+    """From max_position on, a chunk is encoded as in an utterance that began later."""
     encoder = network(num_blocks=1, cnn_module_kernel=3).double().encoder
     features = noise(1, 403, 80)  # 100 encoder frames
     with torch.no_grad():
         late, _ = encoder.stream(features, encoder.stream_state(4, 2, max_position=20), last=True)
         absolute, _ = encoder.stream(features, encoder.stream_state(4, 2), last=True)
-        # 15 chunks later the same frames stand at the positions at which they stay in `late`
+        # An utterance that begins 15 chunks later has the positions at which `late` stays.
         shifted, _ = encoder.stream(features[:, 15 * 16 :], encoder.stream_state(4, 2), last=True)
     torch.testing.assert_close(late[:, :20], absolute[:, :20], rtol=0, atol=1e-9)
     assert (late[:, 24:] - absolute[:, 24:]).abs().max() > 1e-3
@@ -339,7 +339,7 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
 
 
 def mostly_blank(model, monkeypatch, spoken=()):
-    """Makes CTC say blank with 0.9, a token with 0.1; in frames `spoken` the other way round."""
+    """Makes CTC give the blank 0.9 and a token 0.1; in frames `spoken` the other way round."""
 
     def log_probs(encoded):
         probs = torch.full((*encoded.shape[:2], model.tokenizer.vocab_size), 1e-6)
@@ -386,7 +386,7 @@ def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model,
 
 @pytest.mark.parametrize("chunk_size", [2, 16])
 def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chunk_size):
-    # All is silence but for frame 100.
+    # All frames but frame 100 are silence.
     def log_probs(encoded, begins=itertools.count(step=chunk_size)):
         begin = next(begins) if encoded.size(1) else 0
         frames = torch.arange(encoded.size(1)) + begin

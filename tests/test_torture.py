@@ -1,4 +1,4 @@
-"""torture.py kills a few times here; `make torture` is the long version."""
+"""torture.py kills a training a few times here; `make torture` is the long version."""
 
 import re
 

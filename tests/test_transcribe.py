@@ -38,7 +38,7 @@ def hear(capsys, world, *argv):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with recordings of several lengths, and files that are none."""
+    """A folder with recordings of several lengths, and files that are no recordings."""
     root = tmp_path / "in"
     files = {
         "b.wav": [0],
@@ -491,7 +491,7 @@ def test_what_was_heard_before_a_sample_that_is_none_is_not_lost(
             (error,) = (line for line in err if "error" in line)
             assert status == 2 and f"error: {path}: samples " in error
             assert error.endswith(" after 0.9 s")
-            # a file can be mended and heard again, but as a stream it was shown already
+            # A file can be mended and heard again, so only a stream or a pipe prints its text.
             assert out == ([f"{path}\t{expected}"] if stream or path == "-" else []) and expected
 
 
@@ -542,7 +542,7 @@ def test_words_are_those_of_the_text_and_own_all_tokens_that_are_no_space(name):
     ],
 )
 def test_a_word_has_its_marks_and_its_punctuation_and_spaces_only_where_the_tokens_have_them(text):
-    """In `text`, _ stands for a space that is said, and a space for a word's end without one."""
+    """In `text`, _ stands for a space, and a space for the end of a word without a space."""
     said = text.replace(" ", "").replace("_", " ")
     tokenizer = train_char([said])
     spelled = words.spell(tokenizer.encode(said), tokenizer)
@@ -610,7 +610,7 @@ def test_texts_that_were_heard_apart_have_a_space_between_them_save_in_scripts_w
 
 
 def log_probs_of(path, tokenizer, probability):
-    """CTC that gives each frame's token its probability, and spreads the rest evenly."""
+    """Log-probabilities that give each frame's token its probability and spread the rest evenly."""
     probs = torch.full((len(path), tokenizer.vocab_size), 0.0)
     for frame, (token, sure) in enumerate(zip(path, probability)):
         probs[frame] = (1 - sure) / (tokenizer.vocab_size - 1)

@@ -1,4 +1,4 @@
-"""WeNet's experiments compute here what they compute there, and find the way back.
+"""WeNet's experiments compute here what they compute in WeNet, and can be exported again.
 
 tests/golden_wenet.pt holds four tiny experiments with random weights, and what WeNet (commit
 01546996) computes from them.
@@ -93,8 +93,8 @@ def check_streams(model, feats, expected):
 def batched_as_in_wenet(monkeypatch):
     """Hears batches as WeNet does, where the utterances of a batch influence one another.
 
-    There the attention search runs to the longest one's frames, and a convolution that is not
-    causal sees glu(bias) where padding follows.
+    In WeNet the attention search runs to the frames of the longest utterance, and a convolution
+    that is not causal sees glu(bias) in the padding.
     """
     search = decode.attention_beam_search
     depthwise = ConvolutionModule.depthwise
@@ -424,7 +424,7 @@ def test_every_weight_is_accounted_for(tmp_path, change, message):
 
 
 def test_weights_of_another_model_do_not_fit_quietly():
-    """A key that both kinds of decoder have cannot stand in for another's.
+    """A key that both kinds of decoder have is not enough to load one as the other.
 
     from_wenet compares the weights with the whole network.
     """

@@ -1,1 +1,1 @@
-"""Instruments and exchanges: run them as python -m tools.NAME; nothing above imports them."""
+"""Commands beside the trainer: run them as python -m tools.NAME. No file outside imports them."""

@@ -2,11 +2,11 @@
 
 espeak-ng speaks sentences of the demo corpus in the voices of a held-out split, and says when it
 speaks each word. A word starts with espeak-ng's event and ends where the pause behind the word
-begins; two words that are run together count as one. The command prints the mean absolute error of
-starts and ends, and by how much they are late on average (early: negative), in milliseconds: for
-the true text, aligned, and for the words that were heard right. The last line of stdout is JSON.
-Give its `delay` to transcribe.py --delay, and the true text is neither late nor early on average.
-Each checkpoint has its own delay, of which synthetic speech is only an estimate.
+begins; two words that are run together count as one. The command prints, in milliseconds, the mean
+absolute error of starts and ends, and by how much they are late on average (early: negative). It
+does so for the true text, aligned, and for the words that were heard right. The last line of stdout
+is JSON. With its `delay` in transcribe.py --delay, the true text is neither late nor early on
+average. Each checkpoint has its own delay; synthetic speech gives only an estimate of the delay.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,8 @@ class AlignOptions:
 
 def main(argv: list[str]) -> None:
     given = vars(make_parser(__doc__, AlignOptions, SearchOptions).parse_args(argv))
-    options, search = build(AlignOptions, given), build(SearchOptions, given)
+    options = build(AlignOptions, given)
+    search = build(SearchOptions, given)
     model, *_ = load_checkpoint(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     errors = {"true_text": [], "heard": []}  # (start, end) in seconds, found minus true
     plan = demo.plan(options.split, options.sentences)

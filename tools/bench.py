@@ -1,25 +1,25 @@
 """Measures what this project costs on your machine: python -m tools.bench WHAT [--json]
 
-WHAT is data, train, decode, stream or growth. Every figure is a median after a warm-up. Times are
+WHAT is data, train, decode, stream or growth. Figures are medians after a warm-up. Times are
 wall-clock times, so let nothing else run. With --json the last line of stdout is one JSON object.
 
-data    makes a corpus of --rows rows where --data_root has none. A row has 10 ms of noise, while
-        its `length` and labels are those of read speech, 1,300 hours in all. Measured are
-        setup('fit') in a fresh process (once, by its nature), the growth of its anonymous memory,
-        one epoch's batch plan, the padding at 16 rows, and how many times faster than real time
-        one loader process makes features of whole utterances, with all augmentation.
+data    makes a corpus of --rows rows where --data_root has none. A row has 10 ms of noise, but the
+        lengths and labels of read speech, 1,300 hours in all. It measures setup('fit') in a fresh
+        process (once, without a warm-up), how much the process's anonymous memory grows, one
+        epoch's batch plan, the padding at 16 rows, and how many times faster than real time one
+        loader process makes features of whole utterances, with all augmentation.
 train   measures forward and backward on 8 x 600 frames, 15 labels, vocabulary 4,233, float32, on
         the GPU where there is one. share is the rate at which the work of WeNet's code is done
         (357 GFLOP, preset base), over gemm_gflops, the rate of torch's product of two 2048 x 2048
-        float32 matrices. It can pass 1: the network's own product may be faster (linear_gflops).
-        audio_hours is how much sound an hour of such steps reads, peak_mb the most memory above
-        what was in use before.
+        float32 matrices. share can pass 1, where the network's own product is faster than torch's
+        (linear_gflops). audio_hours counts the hours of sound that an hour of such steps reads;
+        peak_mb is the most memory above the memory in use before.
 decode  measures ms per utterance of 10 s with one thread and V = 5,000: searches over made-up CTC
         output, which has 40 spikes among blanks or (flat) any token as likely as another, and the
         second pass over the n-best of the spikes. rtf is the time for features, encoder, prefix
         beam search and second pass, 16 utterances at once, over the length of the sound.
-stream  measures the encoder's ms per chunk "size/left" (in encoder frames and chunks) with one
-        thread and all left chunks there. rtf is for features, encoder and prefix beam search.
+stream  measures with one thread the encoder's ms per chunk, "size/left" in encoder frames and left
+        chunks, once all left chunks are there. rtf is for features, encoder, prefix beam search.
 growth  draws in --png the seconds and memory of a training step over the length of an utterance
         and over the batch; ms per chunk over an hour of streaming with 4 left chunks and over ten
         minutes with all of them; seconds of setup over rows.
@@ -64,7 +64,7 @@ class BenchOptions:
 
 @options_class
 class CorpusOptions:
-    """What only `data` and `growth` take."""
+    """Holds the options of `data` and `growth`."""
 
     data_root: str = option("data/bench", "where the made-up corpus is, or will be made")
     rows: int = option(620_000, "rows of it", at_least=100, at_most=10**8)
@@ -75,7 +75,7 @@ class CorpusOptions:
 
 @options_class
 class TrainOptions:
-    """What only `train` takes."""
+    """Holds the options of `train`."""
 
     frames: int = option(
         600, "frames of an utterance; share is for the default alone", at_least=50, at_most=10**5
@@ -89,7 +89,7 @@ class TrainOptions:
 
 @options_class
 class GrowthOptions:
-    """What only `growth` takes."""
+    """Holds the options of `growth`."""
 
     png: str = option("docs/growth.png", "where the picture goes")
     hours: float = option(1.0, "how much sound is streamed", above=0, at_most=100.0)
@@ -124,7 +124,7 @@ def as_table(results: dict) -> str:
 
 
 def timer_of(work, threads: int):
-    """Gives torch's timer of work(), which waits for the GPU where there is one."""
+    """Returns torch's timer of work(); it waits for the GPU where there is one."""
     from torch.utils.benchmark import Timer  # where CUDA is half installed, its import says so
 
     return Timer("work()", globals={"work": work}, num_threads=threads)
@@ -138,7 +138,7 @@ def median_seconds(work, options: BenchOptions, threads: int = 1) -> float:
 
 
 def gflops(product, options: BenchOptions) -> float:
-    """Gives the rate of a product of two GEMM x GEMM matrices in 10^9 operations per second."""
+    """Measures a product of two GEMM x GEMM matrices, in 10^9 operations per second."""
     return 2 * GEMM**3 / median_seconds(product, options, torch.get_num_threads()) / 1e9
 
 
@@ -226,23 +226,23 @@ def measure_loader(root: str, options: BenchOptions) -> dict:
 # ------------------------------------------------------------------------------------------ train
 
 
-def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
+def bench_train(options: BenchOptions, training: TrainOptions) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = memory_mb("VmRSS")
-    step = workloads.training_step(options.preset, device, workloads.ROWS, **asdict(work))
+    step = workloads.training_step(options.preset, device, workloads.ROWS, **asdict(training))
     for _ in range(WARM_UP):
         step()
     on_gpu = device.type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mb("VmHWM") - before
     step_s, gemm, linear = rates(step, device, options)
-    measured = (options.preset, work.frames, work.precision)
+    measured = (options.preset, training.frames, training.precision)
     is_reference = measured == ("base", workloads.FRAMES, "32")
     return {
         "gemm_gflops": gemm,
         "linear_gflops": linear,
         "step_s": step_s,
         "share": REFERENCE_GFLOP / step_s / gemm if is_reference else None,
-        "audio_hours": workloads.ROWS * work.frames / workloads.FRAMES_A_SECOND / step_s,
+        "audio_hours": workloads.ROWS * training.frames / workloads.FRAMES_A_SECOND / step_s,
         "peak_mb": peak_mb,
     }
 
@@ -250,7 +250,7 @@ def bench_train(options: BenchOptions, work: TrainOptions) -> dict:
 def rates(step, device, options: BenchOptions) -> list[float]:
     """Measures seconds of a step, and GFLOP/s of torch's matrix product and of Linear.
 
-    They are timed in turn, because a machine's rate changes while one measures.
+    The three are timed in turn, because a machine's speed changes while it is measured.
     """
     brief = replace(options, seconds=options.seconds / ROUNDS)
     timer = timer_of(step, torch.get_num_threads())
@@ -326,7 +326,7 @@ def bench_growth(options: BenchOptions, corpus: CorpusOptions, growth: GrowthOpt
 
 
 def measure_steps(sizes, options: BenchOptions) -> dict:
-    """Gives "rows x frames" -> [seconds, MB]; sizes rise, because VmHWM never falls."""
+    """Measures {"rows x frames": [seconds, MB]}; sizes must rise, because VmHWM never falls."""
     before = memory_mb("VmRSS")
     results = {}
     for rows, frames in sizes:
@@ -337,7 +337,7 @@ def measure_steps(sizes, options: BenchOptions) -> dict:
 
 
 def measure_stream(left: int, hours: float, options: BenchOptions) -> dict:
-    """Gives minute -> median encoder ms per chunk, for one utterance without end."""
+    """Measures {minute: median encoder ms per chunk} over one utterance without end."""
     torch.set_num_threads(1)
     model = workloads.make_model(options.preset)
     size = CHUNKS[-1][0]

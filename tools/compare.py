@@ -1,9 +1,9 @@
 """Tables runs side by side: python -m tools.compare [RUN_DIR ...]
 
-It reads each run's run.json, which train.py writes, and, where present, scores.jsonl, the JSON
-lines that score.py printed. It shows the last validation of each run, the options in which the runs
-differ, and the scores, with those options of score.py that change a score and are not its defaults.
-Rates are fractions.
+The command reads each run's run.json, which train.py writes, and, where present, scores.jsonl, the
+JSON lines that score.py printed. It shows the last validation of each run, the options in which the
+runs differ, and the scores, with each option of score.py that changes a score and is not its
+default. Rates are fractions.
 """
 
 import glob
@@ -68,10 +68,10 @@ def read_run(folder: str) -> dict:
 
 
 def read_scores(folder: str) -> list[dict]:
-    """Reads the scores of a run, of those with the same options the newest.
+    """Reads the scores of a run; of scores with the same options, only the newest.
 
-    Lines that are no scores, or are cut, are passed over. `checkpoint` becomes the name of its file
-    alone. Raises UserError where the file cannot be read.
+    Lines that are no scores, or are cut, are passed over. `checkpoint` becomes the bare name of its
+    file. Raises UserError where the file cannot be read.
     """
     path = os.path.join(folder, "scores.jsonl")
     if not os.path.lexists(path):

@@ -1,11 +1,11 @@
 """Makes the demo corpus, an hour of synthetic speech: python -m tools.demo --out data/demo_source
 
-It writes OUT/{train,dev,eval_clean}/metadata.csv (file_name, transcription, speaker) beside wavs of
-22.05 kHz and 16 bits: the layout of a corpus of your own. prepare.py --source OUT reads it. A small
-grammar makes the sentences. espeak-ng speaks them, in the same way on every machine; its library
-comes with the wheel espeakng-loader (GPL, loaded at run time, for the demo only). The demo shows
-that everything works. Its error rates say nothing about real speech. OUT appears when all of it is
-written, or not at all.
+The command writes OUT/{train,dev,eval_clean}/metadata.csv (file_name, transcription, speaker)
+beside wavs of 22.05 kHz and 16 bits. A corpus of your own has the same layout, and prepare.py
+--source OUT reads both. A small grammar makes the sentences, and espeak-ng speaks them in the same
+way on every machine. Its library comes with the wheel espeakng-loader (GPL, loaded at run time, for
+the demo only). The demo shows that everything works; its error rates say nothing about real speech.
+OUT appears when all of it is written, or not at all.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ RATE = 22050  # Hz, what espeak-ng synthesises
 # The pause between words, in units of about 10 ms. Without it spelled letters run into each other.
 WORD_GAP = 4
 
-# Voice variants of espeak-ng. A voice belongs to one split only. Left out are robots, whispers,
-# croaks and heavy echoes, the second of near twins, and voices whose breath is noise that the clock
-# seeds (f2, f3, f5, Alicia, sandro, victor, ...): tests/test_demo.py compares two processes.
+# Voice variants of espeak-ng. A voice belongs to one split only. Robots, whispers, croaks, heavy
+# echoes and the second of near twins are left out. So are voices whose breath is noise that the
+# clock seeds (f2, f3, f5, Alicia, sandro, victor, ...); tests/test_demo.py compares two processes.
 VOICES = {
     "train": (
         "Alex Andrea Andy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike "
@@ -75,9 +75,9 @@ class DemoOptions:
 
 
 class Utterance(NamedTuple):
-    """A sentence and its speaker.
+    """Holds a sentence and its speaker.
 
-    `spoken` goes to espeak-ng, letters to spell in capitals; `text` is the transcript.
+    `spoken` goes to espeak-ng, with letters to spell in capitals; `text` is the transcript.
     """
 
     spoken: str
@@ -90,7 +90,7 @@ class Utterance(NamedTuple):
         return self.spoken.lower()
 
 
-# Sentences
+# -------------------------------------------------------------------------------------- sentences
 
 
 def number_words(rng) -> str:
@@ -181,11 +181,11 @@ def plan(split: str, count: int | None = None) -> list[Utterance]:
     raise UserError(f"the demo corpus has no split {split}; it has {', '.join(UTTERANCES)}")
 
 
-# Speech
+# ----------------------------------------------------------------------------------------- speech
 
 
 class SpokenWord(NamedTuple):
-    """What espeak-ng speaks as one word: a word of the transcript, or two, such as "in the"."""
+    """Holds what espeak-ng speaks as one word: one word of the text, or two, such as "in the"."""
 
     text: str
     start: float  # seconds
@@ -239,7 +239,7 @@ def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]
         # 2: espeak-ng synthesises within the call; 0x8001: it reports phonemes, and does not exit.
         if library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE:
             raise UserError("espeak-ng did not start; reinstall the wheel espeakng-loader")
-        # For a variant that it lacks, espeak-ng would take the plain voice without a word.
+        # Where a variant is missing, espeak-ng would take the plain voice and say nothing.
         variant = os.path.join(data_path, b"voices", b"!v", utterance.voice.encode())
         named = library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode())
         if named != 0 or not os.path.exists(variant):
@@ -314,7 +314,7 @@ def _unload(library) -> None:
         ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
 
 
-# Files
+# ------------------------------------------------------------------------------------------ files
 
 
 def write_wavs(folder: str, utterances: list[Utterance]) -> None:

@@ -4,16 +4,16 @@
   python -m tools.export --checkpoint runs/demo/best.ckpt --hub_dir runs/demo/hub
 
 --out gets model.onnx (whole recordings), model-streaming.onnx (chunk by chunk), both also in int8,
-tokens.txt, and a README.md with the commands that run them. A model on fbank runs in sherpa-onnx,
-and its encoder.onnx, ctc.onnx and decoder.onnx in WeNet's onnxruntime runtime, which rescores.
-Neither computes log_mel, so a model on log_mel has its frontend inside the graphs: they take
-samples and run in onnxruntime alone.
+tokens.txt, and a README.md with the commands that run the models. A model on fbank runs in
+sherpa-onnx. Its encoder.onnx, ctc.onnx and decoder.onnx run in WeNet's onnxruntime runtime, which
+rescores. Neither runtime computes log_mel, so a model on log_mel has its frontend inside the
+graphs: they take samples and run in onnxruntime alone.
 
 Before OUT appears, onnxruntime hears the sounds of --audio, whole and chunk by chunk. Its
 log-probabilities must be those of the network and of stream.py to 1e-4, and int8 must hear the same
-tokens to --max_int8_cer. Otherwise nothing is left there.
+tokens to --max_int8_cer. Otherwise OUT does not appear.
 
---hub_dir gets the weights, the options, the tokenizer, a model card, and in onnx/ all of the above.
+--hub_dir gets the weights, the options, the tokenizer, a model card, and in onnx/ the ONNX files.
 Fill in its README.md, then `hf upload ORG/NAME runs/demo/hub`. The folder, and after the upload
 ORG/NAME, can stand for a checkpoint in every command.
 """
@@ -29,13 +29,13 @@ from audio import read_audio
 from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
+from stream import piece_samples
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
 from tools.compare import as_cell, read_scores, score_columns, unusual
 from tools.onnx_checks import check_files, synthetic_sound
 from tools.onnx_graphs import (
     ChunkOptions,
     cache_inputs,
-    piece_samples,
     sherpa_graphs,
     waveform_graphs,
     wenet_graphs,
@@ -187,14 +187,14 @@ print("".join(tokens[i] for i in heard).replace("\u2581", " "))
 
 
 def token_lines(tokenizer: Tokenizer) -> str:
-    """Writes tokens.txt, a line `token id` each. Raises UserError where tokens would look alike."""
+    """Makes tokens.txt, lines of `token id`. Raises UserError where two tokens would look alike."""
     tokens = [BPE_SPACE if token == tokenizer.space else token for token in tokenizer.tokens]
     tokens[tokenizer.blank_id] = BLANK
     return unit_lines(tokens, "tokens.txt")
 
 
 def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
-    """Writes tokens.txt and the files that say how to run the graphs, by file name."""
+    """Makes tokens.txt and the files that say how to run the graphs, by file name."""
     frontend = model.frontend
     first, later = piece_samples(model, chunks.chunk_size)
     first_least, later_least = piece_samples(model, 1)
@@ -226,7 +226,7 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
 
 
 def sherpa_flags(frontend: Frontend) -> str:
-    """Gives the flags by which sherpa-onnx's programs compute other features than their own."""
+    """Gives the flags by which sherpa-onnx's programs compute the features of this model."""
     flags = []
     if frontend.sample_rate != 16000:
         flags.append(f"--sample-rate={frontend.sample_rate}")
@@ -256,7 +256,7 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
         for graph in graphs(model, chunks) + more:
             write_graph(graph, folder)
     except Exception:
-        # On a full disk onnx writes half a file and fails reading it. This raises OSError there.
+        # On a full disk onnx writes half a file and fails to read it. The probe raises OSError.
         with open(os.path.join(folder, "probe"), "wb") as file:
             file.write(bytes(2**20))
         raise
@@ -265,9 +265,9 @@ def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
 def write_checked(
     model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str
 ) -> list[str]:
-    """Writes all files of --out, once checked -> what to say of them.
+    """Writes all files of --out and checks them -> lines for the user.
 
-    Raises UserError where they do not hear what the network hears, or OSError.
+    Raises UserError where the files do not hear what the network hears, or OSError.
     """
     check_supported(model)
     sounds = read_sounds(options, model.frontend.sample_rate)
@@ -321,9 +321,9 @@ Fill in: the licence of these weights, and of the recordings that they were trai
 
 
 def write_hub(model: U2, options: ExportOptions, chunks: ChunkOptions, folder: str) -> list[str]:
-    """Writes all files of --hub_dir -> what to say of them. Raises as write_checked does.
+    """Writes all files of --hub_dir -> lines for the user. Raises as write_checked does.
 
-    A model that the runtimes cannot run goes without ONNX files.
+    A model that the runtimes cannot run gets no ONNX files.
     """
     write_folder(read_checked(options.checkpoint), folder)
     try:
@@ -358,7 +358,7 @@ def score_table(checkpoint: str) -> str:
     """Tables in Markdown the scores of a best.ckpt, which score.py left beside it.
 
     Scores with hotwords, or with another beam or other weights than score.py's, are left out. Where
-    there are none, or they are older than the checkpoint, the command that makes them is given.
+    no score is left, or they are older than the checkpoint, the text names the command for scores.
     """
     folder, name = os.path.split(checkpoint)
     scores = []
@@ -384,7 +384,7 @@ def score_table(checkpoint: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Escapes text, as one line that Markdown shows as it is, in a table, too."""
+    """Makes one line that Markdown shows as the text is, also in a table."""
     return re.sub(r"[\\`*<>\[\]|&#!~$]|:(?=//)", r"\\\g<0>", one_line(text))
 
 
@@ -397,9 +397,9 @@ def is_newer(path: str, than: str) -> bool:
 
 
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:
-    """Writes OUT, or HUB_DIR where it is given, once everything in it is checked.
+    """Writes OUT, or HUB_DIR where it is given, once all its files are checked.
 
-    -> what to say of it. Raises UserError, and then the folder is as before.
+    -> lines for the user. Where it raises UserError, the folder is as before.
     """
     inputs = (options.checkpoint, *options.audio)
     path = options.hub_dir or options.out

@@ -18,7 +18,8 @@ from torch import nn
 from decode import SearchOptions, ctc_greedy_search, ctc_prefix_beam_search
 from frames import receptive_field, subsampled_length
 from model import U2
-from tools.onnx_graphs import ChunkOptions, cache_inputs, piece_samples, window_frames
+from stream import piece_samples
+from tools.onnx_graphs import ChunkOptions, cache_inputs, window_frames
 from transforms import extract, feature_state, num_frames, stream_features
 
 TOLERANCE = 1e-4  # of log-probabilities
@@ -26,7 +27,7 @@ UNFIT = "nothing was written; please report it with the checkpoint's options"
 
 
 def synthetic_sound(sample_rate: int, seconds: float = 6.0) -> torch.Tensor:
-    """(n,) float32, a sound that is like a voice over a little noise.
+    """Makes a sound (n,) float32 that is like a voice over a little noise.
 
     Gliding harmonics under moving formants come in syllables with pauses.
     """
@@ -49,7 +50,7 @@ def synthetic_sound(sample_rate: int, seconds: float = 6.0) -> torch.Tensor:
 
 
 def call(session, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Gives the outputs of an onnxruntime session for its inputs in order."""
+    """Runs an onnxruntime session on its inputs, given in order, and returns its outputs."""
     names = [node.name for node in session.get_inputs()]
     named = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
     outputs = session.run(None, named)
@@ -61,7 +62,7 @@ def open_session(path: str) -> onnxruntime.InferenceSession:
 
 
 def given_of(model: U2, sound: torch.Tensor) -> torch.Tensor:
-    """Gives what the model's graphs take for a sound (n,)."""
+    """Returns the input of the model's graphs for a sound (n,)."""
     return sound if model.frontend.frontend == "log_mel" else features_of(model, sound)
 
 
@@ -76,9 +77,9 @@ def greedy(model: U2, log_probs: torch.Tensor) -> list[int]:
 
 
 def network_whole(model: U2, given, chunk_size: int = -1, left_chunks: int = -1) -> torch.Tensor:
-    """Gives the network's log-probabilities (T',V) of the whole at once.
+    """Computes the network's log-probabilities (T',V) of the whole at once.
 
-    Frames see everything, or with a chunk size what the mask of chunks lets them see.
+    Frames see everything, or, with a chunk size, as much as the mask of chunks lets them see.
     """
     features = features_of(model, given)
     lengths = torch.tensor([features.size(1)])
@@ -109,7 +110,7 @@ def windows(model: U2, chunks: ChunkOptions, given) -> list[torch.Tensor]:
 
 
 def streamed_features(model: U2, chunks: ChunkOptions, given) -> torch.Tensor:
-    """(1,T,F), of samples as a stream computes them, which knows only the statistics so far."""
+    """Computes features (1,T,F) as a stream does, which knows only the statistics so far."""
     if given.dim() == 3:
         return given
     advance = stream_features(model.frontend)
@@ -129,7 +130,7 @@ def network_stream(model: U2, chunks: ChunkOptions, given) -> torch.Tensor:
 
 def graph_stream(model: U2, session, chunks: ChunkOptions, given) -> torch.Tensor:
     """Gives encoder.onnx's output (T',D), or model-streaming.onnx's log-probabilities (T',V)."""
-    is_scalar = not session.get_inputs()[-5].shape  # the offset, as WeNet's runtime has it
+    is_scalar = not session.get_inputs()[-5].shape  # WeNet's runtime has a scalar offset
     kept = []  # the state of a frontend inside the graph
     if given.dim() == 1:
         bins = model.frontend.num_mel_bins
@@ -147,9 +148,9 @@ def graph_stream(model: U2, session, chunks: ChunkOptions, given) -> torch.Tenso
 
 
 def compare_log_probs(file: str, theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> str:
-    """Says how far a file's log-probabilities are from the network's.
+    """Tells how far a file's log-probabilities are from the network's.
 
-    Raises UserError where that is too far.
+    Raises UserError where the distance is above TOLERANCE.
     """
     for a, b in zip(theirs, ours, strict=True):
         if a.shape != b.shape:
@@ -169,9 +170,9 @@ def compare_log_probs(file: str, theirs: list[torch.Tensor], ours: list[torch.Te
 def compare_tokens(
     model: U2, file: str, theirs: list[torch.Tensor], ours: list[torch.Tensor], limit: float
 ) -> str:
-    """Says how many tokens of greedy search an int8 file hears as the network does.
+    """Tells how many tokens of greedy search an int8 file hears otherwise than the network.
 
-    Raises UserError where a larger share than `limit` is heard otherwise.
+    Raises UserError where their share is above `limit`.
     """
     errors = 0
     total = 0
@@ -193,7 +194,7 @@ def compare_tokens(
 def check_files(
     model: U2, chunks: ChunkOptions, folder: str, sounds: list[torch.Tensor], max_int8_cer: float
 ) -> list[str]:
-    """Compares what onnxruntime hears with the files in `folder` with what the network hears.
+    """Compares the files in `folder`, run by onnxruntime, with the network.
 
     -> a line per file. Raises UserError for a file that hears otherwise.
     """
@@ -259,8 +260,8 @@ def check_second_pass(
 def decoder_scores(model: U2, session, encoded: torch.Tensor, nbest: list[list[int]]):
     """Scores the token lists `nbest` by decoder.onnx, and by the network's decoders.
 
-    encoded (1,T',D) -> for each a list with log-probabilities of every token behind sos and the
-    ones before, from left to right and, where the model weighs it, from right to left.
+    encoded (1,T',D) -> one list of log-probabilities for decoder.onnx and one for the network. Each
+    list goes from left to right and, where reverse_weight is above 0, also from right to left.
     """
     lengths = torch.tensor([len(tokens) + 1 for tokens in nbest])
     valid = torch.arange(lengths.max()) < lengths[:, None]  # (N,L)
@@ -275,6 +276,6 @@ def decoder_scores(model: U2, session, encoded: torch.Tensor, nbest: list[list[i
 
 
 def with_sos(model: U2, sequences: list[list[int]]) -> torch.Tensor:
-    """(N,L) with sos in front and eos behind the shorter ones."""
+    """Puts sos in front of the sequences, and pads the shorter ones with eos: (N,L)."""
     rows = [torch.tensor([model.net.sos_id, *tokens]) for tokens in sequences]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.net.eos_id)

@@ -1,8 +1,9 @@
-"""The networks as ONNX graphs, with the names, shapes and metadata of two runtimes.
+"""Makes ONNX graphs of the network, with the names, shapes and metadata of two runtimes.
 
-They are sherpa-onnx and WeNet's onnxruntime runtime. Code that is traced must not turn a size into
-a Python number, which would stay what it was in tracing. Axes are those of conformer.py; besides, S
-frames that attention sees, those of the cache and the chunk; K kernel of the convolution.
+The runtimes are sherpa-onnx and WeNet's onnxruntime runtime. Code that is traced must not turn a
+size into a Python number, because the graph would keep the number of the example. Axes are those of
+conformer.py, and two more: S frames that attention sees, in the cache and in the chunk; K kernel of
+the convolution.
 """
 
 import logging
@@ -39,7 +40,7 @@ OPSET = 17  # the first with LayerNormalization; onnxruntime 1.12 (2022) and lat
 
 @options_class
 class ChunkOptions:
-    """What a streaming graph is made for."""
+    """Holds the chunks that a streaming graph is made for."""
 
     chunk_size: int = option(
         16, "encoder frames in a chunk of the streaming model", at_least=1, at_most=1000
@@ -100,8 +101,8 @@ class Chunk(nn.Module):
         """x (1,T,F) -> (1,T',D), next_att_cache, next_conv_cache.
 
         attn_cache (blocks,H,C,2D/H) has keys and values side by side; conv_cache is
-        (blocks,1,D,K-1). offset counts the encoder frames before the chunk and starts at
-        required_cache_size, as both runtimes have it. attn_mask (1,1,>=S) is bool.
+        (blocks,1,D,K-1). offset counts the encoder frames before the chunk, and starts at
+        required_cache_size, as in both runtimes. attn_mask (1,1,>=S) is bool.
         """
         encoder = self.encoder
         x = encoder.subsample(x)
@@ -114,7 +115,7 @@ class Chunk(nn.Module):
         attn_caches = []
         conv_caches = []
         for i, block in enumerate(encoder.blocks):
-            # The convolution sees `silence` before the first frame, where the caches have zero.
+            # Before the first frame the convolution sees `silence`; there the caches hold zeros.
             silence = block.conv_module.silence(x)
             keys, values = attn_cache[i : i + 1].chunk(2, dim=-1)
             past = BlockState(keys, values, convolution=conv_cache[i] + silence)
@@ -126,10 +127,10 @@ class Chunk(nn.Module):
 
     @staticmethod
     def positions(before, size, first, width: int):
-        """(1,S,D) sinusoids of the frames in the cache and in the chunk.
+        """Computes sinusoids (1,S,D) for the frames in the cache and in the chunk.
 
-        `first` is the number of the chunk's first frame. An endless stream stays at MAX_POSITION,
-        as in Encoder.stream. Places of the cache before frame 0 are masked.
+        `first` is the number of the chunk's first frame. In an endless stream the numbers stop at
+        MAX_POSITION, as in Encoder.stream. Places of the cache before frame 0 are masked.
         """
         index = torch.arange(before + size) - before + first.clamp(max=MAX_POSITION - size)
         return sinusoids_at(index.clamp(min=0).float(), width)[None]
@@ -170,14 +171,14 @@ class Rescoring(nn.Module):
     def __init__(self, model: U2):
         super().__init__()
         self.net = model.net
-        # With weight 0 a right-to-left decoder may be there, but it is not trained.
+        # A right-to-left decoder whose weight is 0 may be there, but it is not trained.
         self.is_two_way = model.options.reverse_weight > 0
 
     def forward(self, hyps, hyps_lens, encoder_out):
-        """Gives the log-probabilities (N,L,V) of the tokens behind each, and right to left.
+        """Gives log-probabilities (N,L,V) of the token behind each, also from right to left.
 
         hyps (N,L) begin with sos, which hyps_lens (N,) count; encoder_out (1,T',D). Without a
-        right-to-left decoder the second output is one 0.
+        right-to-left decoder the second output is a single 0.
         """
         encoded = encoder_out.expand(hyps.size(0), -1, -1)
         lengths = torch.ones_like(hyps_lens) * encoder_out.size(1)
@@ -189,7 +190,7 @@ class Rescoring(nn.Module):
 
 
 class LogMel(nn.Module):
-    """Computes transforms.log_mel: samples (n,) -> (1,T,F), with convolutions for Fourier's."""
+    """Computes transforms.log_mel by convolutions, without an FFT: samples (n,) -> (1,T,F)."""
 
     def __init__(self, frontend: Frontend):
         super().__init__()
@@ -197,7 +198,7 @@ class LogMel(nn.Module):
         self.shift = frontend.shift_samples
         window, mel = log_mel_filters(frontend)  # (window,), (bins,F)
         bins = len(mel)
-        # The remainder keeps the angles below one turn, where float32 has them exactly enough.
+        # The remainder keeps the angles below one turn, where float32 is precise enough.
         turns = torch.arange(bins).outer(torch.arange(length)) % length * (2 * math.pi / length)
         waves = torch.cat((turns.double().cos(), turns.double().sin())) * window.double()
         self.register_buffer("waves", waves.float()[:, None])  # (2 bins,1,window)
@@ -268,7 +269,7 @@ class StreamingWaveform(nn.Module):
 
 
 class Graph(NamedTuple):
-    """A file to be written: `axes` names, for inputs and outputs, the axes that vary."""
+    """Describes a file to write; `axes` names, for inputs and outputs, the axes that vary."""
 
     file: str
     module: nn.Module
@@ -286,9 +287,9 @@ def window_frames(model: U2, chunk_size: int) -> int:
 
 
 def cache_inputs(model: U2, chunks: ChunkOptions, index: int) -> dict[str, torch.Tensor]:
-    """Gives what streaming graphs take behind the features for chunk number `index`.
+    """Makes the inputs of streaming graphs behind the features, for chunk number `index`.
 
-    The caches are empty, those of chunk 0.
+    The caches are empty, as for chunk 0.
     """
     o = model.options
     size = chunks.cache_size
@@ -499,7 +500,7 @@ def wenet_metadata(model: U2, chunks: ChunkOptions) -> dict:
 
 
 def write_graph(graph: Graph, folder: str) -> None:
-    """Writes a graph's file, and where it asks for int8 that file, too."""
+    """Writes a graph's file and, where the graph asks for int8, its int8 file, too."""
     path = os.path.join(folder, graph.file)
     with torch.no_grad(), warnings.catch_warnings():
         # The exporter warns of tracing and of itself; onnx_checks judges the file.
@@ -525,7 +526,7 @@ def write_graph(graph: Graph, folder: str) -> None:
 
 def write_int8(path: str) -> None:
     """Writes NAME.int8.onnx beside NAME.onnx, with its matrix products in int8."""
-    logging.disable(logging.WARNING)  # it recommends a pre-processing that changes nothing here
+    logging.disable(logging.WARNING)  # the warning recommends a step that changes nothing here
     quantize_dynamic(
         path,
         path.removesuffix(".onnx") + ".int8.onnx",

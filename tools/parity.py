@@ -2,15 +2,15 @@
 
 The table has the network in torch (with full context, under the mask of chunks, as a stream), its
 ONNX files in onnxruntime, and the same files in sherpa-onnx by its Python API, in float32 and in
-int8; all by greedy CTC. It says for each pair how many tokens are heard otherwise. Streams hear
-every recording with silence behind it to the end of a chunk.
+int8; all by greedy CTC. For each pair of rows it counts the tokens that are heard otherwise. In
+streams every recording has silence behind it, up to the end of a chunk.
 
 On the same features all float32 rows must hear the same tokens. By itself sherpa-onnx computes
-other features than a model was trained on: mirrored at the edges and with no mel filter above
-7,600 Hz (of 16 kHz). So each of the others hears those as well, and sherpa-onnx is also set to the
-model's. sherpa-onnx dithers whole recordings, which is random. In the rows "louder" the dither
-counts for nothing: the samples are multiplied by 4,096, and the mean of the features is moved by
-as much.
+other features than a model was trained on: the sound is mirrored at its edges, and no mel filter is
+above 7,600 Hz (of 16 kHz). So all programs hear both kinds: the others also hear sherpa-onnx's, and
+sherpa-onnx is also set to the model's. sherpa-onnx adds random dither to whole recordings. In the
+rows "louder" the dither has no effect: the samples are multiplied by 4,096, and the mean of the
+features is moved to match.
 """
 
 import copy
@@ -30,6 +30,7 @@ from torchmetrics.functional.text import char_error_rate
 
 from model import U2, load_checkpoint
 from score import ScoreOptions, load_data, waveforms_of
+from stream import piece_samples
 from tokenizer import BPE_SPACE
 from tools.compare import print_table
 from tools.export import check_supported, token_lines, write_onnx
@@ -43,7 +44,7 @@ from tools.onnx_checks import (
     open_session,
     streamed_features,
 )
-from tools.onnx_graphs import ChunkOptions, piece_samples, sherpa_graphs, write_graph
+from tools.onnx_graphs import ChunkOptions, sherpa_graphs, write_graph
 
 # Whose features are heard.
 OWN = "the model's"
@@ -65,7 +66,7 @@ class ParityOptions:
 
 
 class Outcome(NamedTuple):
-    """What one program heard, a row of the table."""
+    """Holds what one program heard, for a row of the table."""
 
     context: str  # full or chunk
     features: str
@@ -75,7 +76,7 @@ class Outcome(NamedTuple):
 
 
 class Sounds(NamedTuple):
-    """Recordings, of samples (n,) or features (1,T,F), as a whole and as streams hear them."""
+    """Holds recordings, samples (n,) or features (1,T,F), as they are and padded for streams."""
 
     whole: list[torch.Tensor]
     padded: list[torch.Tensor]
@@ -93,7 +94,7 @@ def to_chunks(model: U2, chunks: ChunkOptions, sound: torch.Tensor) -> torch.Ten
 
 
 def sherpa_features(model: U2, sound: torch.Tensor) -> torch.Tensor:
-    """(1,T,F) as sherpa-onnx computes them unless it is told otherwise, but without dither."""
+    """Computes (1,T,F) as sherpa-onnx does unless it is told otherwise, but without dither."""
     return kaldi.fbank(
         sound[None] * 32768,
         num_mel_bins=model.frontend.num_mel_bins,
@@ -176,8 +177,8 @@ def in_sherpa(
 def recognizer(kind, model: U2, folder: str, features: str, file: str, **sizes):
     """Makes a sherpa_onnx.OfflineRecognizer or OnlineRecognizer.
 
-    Its constructor has no arguments for other features than its own, so it is made once more from
-    a changed configuration.
+    Its constructor has no arguments for other features than sherpa-onnx's own, so it is made once
+    more from a changed configuration.
     """
     made = kind.from_wenet_ctc(
         tokens=f"{folder}/tokens.txt",
@@ -252,7 +253,7 @@ def all_outcomes(model: U2, chunks: ChunkOptions, recordings: list[torch.Tensor]
 
 
 def otherwise(a: Outcome, b: Outcome) -> int:
-    """Counts the tokens that the one heard and not the other: the edit distance."""
+    """Counts the tokens that the two heard otherwise: the edit distance."""
     return sum(torchaudio.functional.edit_distance(x, y) for x, y in zip(a.tokens, b.tokens))
 
 
@@ -281,7 +282,7 @@ def table(model: U2, outcomes: list[Outcome], references: list[str]) -> list[lis
 
 
 def verdict(outcomes: list[Outcome]) -> str:
-    """Says how float32 agrees with each context and features, outcomes with dither excepted."""
+    """Tells how float32 rows agree, by context and features; rows with dither do not count."""
     lines = []
     for context, features in dict.fromkeys(outcome[:2] for outcome in outcomes):
         alike = [

@@ -1,9 +1,9 @@
 """Kills a small training many times and resumes it each time: python -m tools.torture [--kills N]
 
 The kills (kill -9) come at random times, half of them while a checkpoint is saved. Every checkpoint
-found after a kill must load, and each run must end bit by bit as the same run that was never
-killed: weights, averages, optimizer, schedule, steps.jsonl. Exit status 1 where one does not. It
-trains on noise, on the CPU, in a temporary folder.
+that is there after a kill must load. Each run must end, to the bit, as the same run that was never
+killed: weights, averages, optimizer, schedule, steps.jsonl. Otherwise the exit status is 1. The
+training is on noise, on the CPU, in a temporary folder.
 """
 
 import os
@@ -57,13 +57,13 @@ class TortureOptions:
 
 
 def main(argv):
-    args = build(TortureOptions, vars(make_parser(__doc__, TortureOptions).parse_args(argv)))
+    options = build(TortureOptions, vars(make_parser(__doc__, TortureOptions).parse_args(argv)))
     torch.set_num_threads(1)  # a pool of threads would not survive the forks
     datasets.disable_progress_bars()
     counts = Counter()
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder) / "data")
-        torture(Path(folder), args, counts)
+        torture(Path(folder), options, counts)
     return 1 if counts["differ"] or counts["damaged"] else 0
 
 
@@ -125,7 +125,7 @@ def training_words(folder: Path, output: Path, kind: str) -> list[str]:
 def kill_until_done(words, output, seconds, rng, counts, most) -> float | None:
     """Starts, kills and resumes one run until it ends; `seconds` is how long it takes unbroken.
 
-    No kill comes after `most` of them. -> how long the run took, if it was never killed.
+    There are no more kills once counts has `most`. -> how long the run took, if it was not killed.
     """
     began = time.monotonic()
     before = counts["kills"]
@@ -149,8 +149,8 @@ def kill_until_done(words, output, seconds, rng, counts, most) -> float | None:
 def launch(words, output: Path, delay: float | None = None, in_save: bool = False) -> bool:
     """Trains in a forked process, which need not import anything again.
 
-    Kills it after `delay` seconds, with `in_save` at the next save from then on. -> whether it was
-    killed. Raises RuntimeError where it fails by itself.
+    Kills the process after `delay` seconds, with `in_save` at the next save after them. -> True if
+    it was killed. Raises RuntimeError where the training fails by itself.
     """
     child = os.fork()
     if not child:
@@ -192,7 +192,7 @@ def log_of(output: Path) -> Path:
 
 
 def remains(output: Path) -> list:
-    """Lists all that a training leaves behind and that must not depend on kills."""
+    """Lists all that a training leaves behind and kills must not change."""
     kept = [(output / "steps.jsonl").read_bytes()]
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint = read_checked(str(output / name))

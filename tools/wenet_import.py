@@ -1,13 +1,13 @@
-"""Models of WeNet, in and out: the same weights under other names.
+"""Imports models of WeNet and exports ours to WeNet: the same weights under other names.
 
   python -m tools.wenet_import EXP_DIR --out MODEL.ckpt            imports an experiment of WeNet
   python -m tools.wenet_import --export MODEL.ckpt --out EXP_DIR   is the way back
 
 MODEL.ckpt is a checkpoint like those of train.py. EXP_DIR holds final.pt, train.yaml, units.txt
 and, where train.yaml names them, global_cmvn and a sentencepiece model. The files are looked for in
-EXP_DIR first, whatever folder train.yaml puts them in. What we do not compute exactly as WeNet does
-is refused by name. Dropouts that are apart in WeNet (positions, the decoders') are the encoder's
-two here.
+EXP_DIR first, whatever folder train.yaml names for them. An option with which we would not compute
+exactly what WeNet computes is refused by name. WeNet has separate dropouts for positions and
+decoders; here the encoder's two dropouts serve for all.
 """
 
 import base64
@@ -122,10 +122,7 @@ UNITS = ("units.txt", "words.txt", "lang_char.txt")  # its names in WeNet's reci
 
 
 def wenet_names(name: str, net: U2Conformer) -> list[str]:
-    """Gives WeNet's name of our weight `name`, or the names of the keys' and the values' weights.
-
-    Those two are one weight here.
-    """
+    """Gives WeNet's name of our weight `name`; two names where it holds both keys and values."""
     left = "decoder." if net.right_decoder is None else "decoder.left_decoder."
     out = "embed.out.0." if net.options.input_layer == "conv2d" else "embed.linear."
     # WeNet counts the activations between the convolutions, too.
@@ -168,8 +165,8 @@ def position_tables(net: U2Conformer) -> list[str]:
 def from_wenet(weights: dict, net: U2Conformer) -> dict[str, torch.Tensor]:
     """Gives WeNet's weights under our names, for net.load_state_dict.
 
-    Where CMVN is absent, that of `net` stays. Raises UserError for a weight that is missing, left
-    over or of another shape.
+    Where the weights lack CMVN, `net` keeps its own. Raises UserError for a weight that is missing,
+    left over or of another shape.
     """
     expected = to_wenet(net)
     given = {name: value for name, value in weights.items() if name not in position_tables(net)}
@@ -406,8 +403,8 @@ def read_units(path: str) -> list[str]:
 def read_sentencepiece(config: dict, folder: str, tokens: list[str] | None) -> dict | None:
     """Reads what Tokenizer takes as `sentencepiece`, or gives None.
 
-    There is a model where train.yaml names one or, from before WeNet named it, where tokens are
-    pieces.
+    train.yaml names the model. An old train.yaml names none; then a model is needed where tokens
+    are pieces of more than one character.
     """
     kind = config.get("tokenizer")
     if kind == "char":
@@ -511,14 +508,14 @@ def cmvn_file(config: dict) -> str | None:
             return None
         choose(config, "cmvn", "", ["global_cmvn"])
         return section(config, "cmvn_conf").get("cmvn_file") or "global_cmvn"
-    return config.get("cmvn_file")  # of the time before WeNet had the section
+    return config.get("cmvn_file")  # where an older WeNet named it
 
 
 def load_cmvn(model: U2, config: dict, folder: str, weights: dict) -> None:
     """Sets the global CMVN of the file.
 
-    Where the weights hold CMVN, they are loaded after the file and win, as in WeNet; then the file
-    may be missing.
+    Where the weights hold CMVN, the file may be missing: the weights are loaded later and replace
+    its CMVN, as in WeNet.
     """
     is_held = any(name in weights for name in CMVN)
     name = cmvn_file(config)

@@ -1,6 +1,8 @@
-"""Work for tools/bench.py to measure, all of it made up: a corpus, a training step, CTC's output.
+"""Makes up the work that tools/bench.py measures: a corpus, a training step, decoding, streams.
 
-Lightning and datasets are imported where they are used: a training step needs neither.
+Most functions return the work as a function without arguments. Only the setup of a corpus is timed
+here, because it runs with made-up lengths (timed_setup). Lightning and datasets are imported where
+they are used, because a training step needs neither.
 """
 
 import tempfile
@@ -30,7 +32,7 @@ FRAMES_A_SECOND = 100  # of features
 BATCH = 16  # rows
 SHARD_ROWS = 2000  # as prepare.py has them
 LOADER_ROWS = 320  # rows with whole audio
-SHORT = 160  # samples of all other rows
+SHORT = 160  # samples of a row in all other corpora: 10 ms
 LABELS_A_SECOND = 14  # characters of read English
 AUGMENT = Augment(max_trim=50)  # every kind of augmentation
 
@@ -53,9 +55,9 @@ SPIKES = 40  # frames of an utterance in which CTC hears a token
 
 
 def made_corpus(data_root: str, rows: int) -> Path:
-    """Gives the folder of the corpus, which is made if it is not there, as a whole or not at all.
+    """Returns the folder of the corpus, and makes the corpus first if the folder is not there.
 
-    train and dev in it have short audio, loader/train and loader/dev whole audio.
+    train and dev in it have short audio; loader/train and loader/dev have whole audio.
     """
     root = Path(data_root)
     if not root.exists():
@@ -83,14 +85,14 @@ def write_shards(root: Path, train_rows: int, dev_rows: int, short: bool) -> Non
 
 
 def utterance_seconds(rng: np.random.Generator, rows: int) -> np.ndarray:
-    """(rows,) lengths of read sentences, log-normal."""
+    """Draws (rows,) lengths like those of read sentences, log-normal."""
     return np.clip(rng.lognormal(np.log(6.7), 0.55, rows), 0.8, 30)
 
 
 def make_table(rng: np.random.Generator, rows: int, tokenizer: Tokenizer, short: bool):
     """Makes a pyarrow Table with prepare.py's columns: noise, and words of five random letters.
 
-    whole_length holds the samples that a row would have if it were not short.
+    One more column, whole_length, counts the samples that a row would have if it were not short.
     """
     import pyarrow as pa
 
@@ -131,7 +133,7 @@ def data_module(root: str, **options):
 
 
 def timed_setup(data):
-    """Does what a training does before its first batch, as if the rows had their whole audio.
+    """Sets `data` up as a training does before its first batch, but with the whole lengths.
 
     -> the sampler, and the seconds until it was there.
     """
@@ -157,7 +159,7 @@ def setup_seconds(root: Path, rows: int) -> float:
 
 
 def padding_waste(lengths: np.ndarray, plan) -> float:
-    """Gives the share of all batches that is padding."""
+    """Returns the share of padding in all batches."""
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in plan)
     return 1 - int(lengths.sum()) / padded
 
@@ -174,7 +176,7 @@ def training_step(
     gradient_checkpointing: bool = False,
     compile: bool = False,
 ):
-    """Gives a function that does one step on rows x frames; 15 labels go with 600 frames."""
+    """Returns a function that does one step on rows x frames; 15 labels go with 600 frames."""
     if gradient_checkpointing:
         keep_freed_memory(SPARING)
     torch.manual_seed(0)
@@ -213,10 +215,10 @@ def make_model(preset: str):
 
 
 def ctc_output(spikes: bool) -> torch.Tensor:
-    """(B,T',V) log-probabilities.
+    """Draws log-probabilities (B,T',V).
 
-    With spikes they are like a trained model's: blanks, and now and then a token. Without, any
-    token is as likely as another, so that every frame brings new prefixes.
+    With spikes they are like a trained model's: mostly blanks, with a token now and then. Without
+    spikes any token is as likely as another, so that every frame brings new prefixes.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(UTTERANCES, ENCODER_FRAMES, PIECES, generator=generator)
@@ -230,9 +232,10 @@ def ctc_output(spikes: bool) -> torch.Tensor:
 
 
 def recognition(model, search):
-    """Gives a function that hears UTTERANCES waveforms at once; search(lengths) is the first pass.
+    """Returns a function that hears UTTERANCES waveforms at once.
 
-    It searches made-up log-probabilities, because those of random weights have no spikes.
+    search(lengths) is its first pass, over made-up log-probabilities, because the output of random
+    weights has no spikes.
     """
     waveforms = torch.randn(UTTERANCES, SAMPLES) * 0.1
     features_of = extract(model.frontend)
@@ -253,17 +256,17 @@ def feature_frames(model, encoder_frames: int) -> int:
 
 
 def chunk(model, size: int, left: int):
-    """Gives a function that encodes a chunk of `size` encoder frames and sees `left` chunks."""
+    """Returns a function that encodes a chunk of `size` encoder frames and sees `left` chunks."""
     features = torch.randn(1, feature_frames(model, size), 80)
     state = model.stream_state(size, left)
-    # After so many chunks the first one's look-ahead is there, and all that a chunk may see.
+    # After left + 2 chunks the state holds the look-ahead and all chunks that the next one sees.
     for _ in range(left + 2):
         _, state = model.stream(features, state)
     return lambda: model.stream(features, state)
 
 
 def listening(model, size: int, left: int):
-    """Gives a function that hears an utterance as a stream, in the first pass alone."""
+    """Returns a function that hears an utterance as a stream, in the first pass alone."""
     with torch.no_grad():
         model.net.ctc.bias[0] += 14  # blanks most of the time, as a trained CTC branch gives
     pieces = cut(model, torch.randn(SAMPLES) * 0.1, size)
