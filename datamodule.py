@@ -633,9 +633,8 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
             )
     if frontend and frontend.sample_rate != rate:
         raise UserError(
-            f"{first} has {rate} samples per second, the model hears "
-            f"{frontend.sample_rate}; prepare the data with --sample_rate "
-            f"{frontend.sample_rate}"
+            f"{first} has {rate} samples per second, the model hears {frontend.sample_rate}; "
+            f"prepare the data with --sample_rate {frontend.sample_rate}"
         )
     return rate
 

@@ -327,10 +327,9 @@ def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]
     if not tables:
         there = folder.left_out()
         raise UserError(
-            f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor "
-            f"parquet files{there and f', only {there}'}; lay the speech out as "
-            "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
-            "file_name and text"
+            f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor parquet "
+            f"files{there and f', only {there}'}; lay the speech out as SRC/train/metadata.csv and "
+            "SRC/dev/metadata.csv with the columns file_name and text"
         )
     splits = collections.defaultdict(list)
     shards = collections.Counter()
@@ -356,9 +355,8 @@ def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list
     kinds = {os.path.splitext(table.path)[1].lower(): table.path for table in tables}
     if len(kinds) > 1:
         raise UserError(
-            f"{folder.source}: split {name} has "
-            f"{' and '.join(sorted(kinds.values()))}; take one of them away, or move "
-            "it to a folder of its own"
+            f"{folder.source}: split {name} has {' and '.join(sorted(kinds.values()))}; take one "
+            "of them away, or move it to a folder of its own"
         )
     if is_parquet(tables[0].path):
         return [parquet_split(folder, name, table.path, options) for table in tables]
@@ -407,9 +405,8 @@ def first_usual(names: list[str], file: str) -> int | None:
     places = [place for place, name in enumerate(names) if usual(name)]
     if len({usual(names[place]) for place in places}) > 1:
         raise UserError(
-            f"{file}: it may belong to the split "
-            f"{' or '.join(names[place] for place in places)}; rename the file or its "
-            "folder"
+            f"{file}: it may belong to the split {' or '.join(names[place] for place in places)}; "
+            "rename the file or its folder"
         )
     return places[0] if places else None
 
@@ -549,9 +546,8 @@ def read_metadata(path: str) -> list[dict]:
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         other = "UTF-16" if error.object.startswith(marks) else "LATIN1"
         raise UserError(
-            f"{path} is not in UTF-8: line {line} has the byte "
-            f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
-            f"-t UTF-8, if it is in {other})"
+            f"{path} is not in UTF-8: line {line} has the byte 0x{error.object[error.start]:02x}; "
+            f"save it in UTF-8 (iconv -f {other} -t UTF-8, if it is in {other})"
         ) from None
     except (OSError, ValueError) as error:
         reason = why(error)
@@ -582,10 +578,9 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
         ):  # The header may have a mark, too.
             if found := swallowed(record, os.path.dirname(path)):
                 raise UserError(
-                    f"{path}: one field of the row in lines {line} to "
-                    f"{reader.line_num} holds {found!r}, which looks like a row of its "
-                    "own; close the quotation mark that is left open there, or put "
-                    "the text on one line"
+                    f"{path}: one field of the row in lines {line} to {reader.line_num} holds "
+                    f"{found!r}, which looks like a row of its own; close the quotation mark that "
+                    "is left open there, or put the text on one line"
                 )
             records.append(record)
             line = reader.line_num + 1
@@ -775,8 +770,7 @@ def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
     except Exception as error:  # `datasets` raises many kinds, some of them bare.
         raise UserError(
             f"cannot load {source}: {str(error).rstrip('.')}; give a folder with "
-            "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
-            "dataset"
+            "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub dataset"
         ) from None
 
     def batches(data, columns):
