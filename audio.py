@@ -202,9 +202,8 @@ def file_blocks(
                 rate = usable_rate(sound.samplerate)
                 levels = Levels(sound.channels)
                 blocks = blocks_of(sound) if sound.channels > 1 else ()
-                with contextlib.suppress(
-                    soundfile.LibsndfileError
-                ):  # the loop below meets the error again
+                # Mixing meets the same error again.
+                with contextlib.suppress(soundfile.LibsndfileError):
                     for block in within(blocks, longest, rate):
                         levels.add(block)
             with opened(source) as sound:
