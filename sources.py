@@ -1,8 +1,8 @@
-"""Sources give speech and transcripts: a folder, or a dataset on the hub.
+"""Reads speech and transcripts from a folder, or from a dataset on the hub.
 
 A source is {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet file
-is read; names alone decide which split a file belongs to. Splits that are joined under one name and
-files that are left out are named on standard output.
+is read. Its split is known by the names of file and folders, or else by its rows or by the README
+of a hub copy. Joined splits and files left out are named on standard output.
 """
 
 import codecs
