@@ -1,9 +1,9 @@
-"""Files and pipes to waveforms, in blocks, so in bounded memory.
+"""Turns files and pipes into waveforms, block by block, so that memory stays bounded.
 
 All commands read with read_blocks; read_audio joins its blocks. A block is (n,) float32, mono.
 `mono` makes one channel of several, and `resampled` changes the rate, for files and pipes alike.
-All of a file is decoded, whatever its header says (containers.py). Where sound is lost, that is an
-error or the caller is told how many seconds are left.
+All of a file is decoded, whatever its header says (containers.py). Lost sound is an error, or the
+caller is told how many seconds are left.
 """
 
 import bisect
@@ -32,21 +32,22 @@ from transforms import RATES, check_samples
 # Files with one of these endings are taken for recordings.
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"}
 EXTENSIONS |= {"aif", "aifc", "mp2", "oga", "opus", "sph"}
-# So many seconds are read at a time; on a pipe it waits for as many.
+# Seconds that are read at a time. On a pipe a block comes when it has as many.
 BLOCK = 0.2
-# So many seconds are resampled at a time, which takes several times their memory.
+# Seconds that are resampled at a time. Resampling takes several times their memory.
 SECONDS = 60
-# A recording that is read whole has at most so many seconds. No row is as long, and ten hours of
-# silence, which are 2 MB as a file, would take gigabytes.
+# The most seconds of a recording that is read whole. No training row is as long, and ten hours of
+# silence, a file of 2 MB, would take gigabytes.
 LONGEST = 3600
-# Loudness is measured over so many seconds to find a pause.
+# Seconds over which loudness is measured to find a pause.
 QUIET = 0.2
-# Channels cancel each other out where their mean has less than this share of the loudest's power.
+# Channels cancel each other out where their mean has less than this share of the power of the
+# loudest channel.
 CANCELLED = 0.01
-# Bytes of a sample, where samples are not compressed.
+# Bytes of a sample in the encodings that do not compress.
 WIDTHS = {"PCM_U8": 1, "PCM_S8": 1, "ULAW": 1, "ALAW": 1}
 WIDTHS |= {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
-# libsndfile's log says so of an Ogg stream without an end.
+# libsndfile's log has one of these lines for an Ogg stream without an end mark.
 NO_END = re.compile("^Ogg ?: (?:Last page lacks|Junk after|File ended)", re.MULTILINE)
 # These errors mean that a file cannot be decoded; soundfile's are among them.
 ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)
@@ -56,11 +57,10 @@ ERRORS = (OSError, RuntimeError, TypeError, ValueError, MemoryError)
 
 
 def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
-    """Waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes: the blocks of
-    read_blocks, joined.
+    """Returns the waveform (N,) float32, mono, at `sample_rate`, of a path or of a file's bytes.
 
     Raises UserError with the reason alone (no file name) where read_blocks raises it, where sound
-    is lost, and where the recording is longer than LONGEST seconds, of which no more is decoded.
+    is lost, and where the recording is longer than LONGEST seconds; the rest is not decoded.
     """
     samples = bytearray()
     for block in within(read_blocks(audio, sample_rate, longest=LONGEST), LONGEST, sample_rate):
@@ -69,7 +69,7 @@ def read_audio(audio: str | bytes, sample_rate: int = 16000) -> np.ndarray:
 
 
 def within(blocks: Iterable[np.ndarray], seconds: float, rate: int) -> Iterator[np.ndarray]:
-    """The blocks as they are. Raises UserError at the first sample beyond so many seconds."""
+    """Yields the blocks. Raises UserError at the first sample beyond `seconds`."""
     left = seconds * rate
     for block in blocks:
         left -= len(block)
@@ -85,16 +85,16 @@ def read_blocks(
     damaged: Callable[[str], None] | None = None,
     longest: float = math.inf,
 ) -> Iterator[np.ndarray]:
-    """Blocks (n,) float32, mono, at `sample_rate`, of a file, which is given as its path, as its
-    bytes, or as "-" for standard input.
+    """Yields the samples of a file as blocks (n,) float32, mono, at `sample_rate`.
 
-    A file may have any format that soundfile decodes. A pipe may have wav, aiff, au, caf or w64,
-    without compression; its header need not know the length.
+    audio: the path of the file, its bytes, or "-" for standard input. A file may have any format
+    that soundfile decodes. A pipe may have wav, aiff, au, caf or w64, without compression; its
+    header need not know the length.
     raw: standard input has no header, and 16-bit little-endian mono samples at `sample_rate`.
-    damaged: a function, called with the reason where a file that has begun cannot be read on or
-    ends too early; without it that is an error.
-    longest: a file of several channels may have so many seconds, because it is decoded once before
-    its first block to know the levels.
+    damaged: a function that is called with the reason where a file that has begun cannot be read on
+    or ends too early; without this function such a file is an error.
+    longest: the most seconds of a file of several channels, which is decoded once before its first
+    block to measure the levels.
 
     Raises UserError with the reason alone (no file name), at the start or after some blocks, where
     a file is missing, undecodable or empty, a sample is not finite or louder than any sound, or the
@@ -119,7 +119,7 @@ def read_blocks(
 
 
 def is_file(descriptor: int) -> bool:
-    """True for the descriptor of an open file in which one can seek, so not for a pipe's."""
+    """Returns whether one can seek in the open file of the descriptor; in a pipe one cannot."""
     try:
         return os.lseek(descriptor, 0, os.SEEK_CUR) >= 0
     except OSError:
@@ -127,7 +127,7 @@ def is_file(descriptor: int) -> bool:
 
 
 def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
-    """The samples of standard input as they come."""
+    """Yields the samples of standard input as they come."""
     if raw:
         head, promised = b"", 0
         how = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
@@ -149,10 +149,10 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
 
 
 def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterator[np.ndarray]:
-    """Blocks (n, channels) of the samples that follow the header `sound` on standard input.
+    """Yields blocks (n, channels) of the samples that follow the header `sound` on standard input.
 
-    width: bytes of a sample of all channels. promised: bytes of samples, by the header. Samples may
-    follow them where the header says 0 or was never written anew; chunks of metadata are left out.
+    width: bytes of a sample of all channels. promised: bytes of samples, by the header. More may
+    come where the header says 0 or was never written anew; chunks of metadata are left out.
     """
     order = "BIG" if sound.format in ("AIFF", "AU", "CAF") else "LITTLE"
     how = {
@@ -172,7 +172,7 @@ def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterato
 
 
 def pipe_bytes(size: int) -> bytes:
-    """The next `size` bytes of standard input, fewer at its end."""
+    """Returns the next `size` bytes of standard input, fewer at its end."""
     content = bytearray()
     while len(content) < size:
         select.select([0], [], [])  # the pipe may have been set not to wait
@@ -185,8 +185,9 @@ def pipe_bytes(size: int) -> bytes:
 def file_blocks(
     audio: str | bytes, sample_rate: int, damaged, longest: float
 ) -> Iterator[np.ndarray]:
-    """The samples of a file, one part after the other. A part of several channels is decoded twice:
-    first for its levels, then to mix it by them.
+    """Yields the samples of a file, one part after the other.
+
+    A part of several channels is decoded twice: first to measure its levels, then to mix it.
     """
     if isinstance(audio, bytes):
         file = io.BytesIO(audio)
@@ -200,12 +201,13 @@ def file_blocks(
             with opened(source) as sound:
                 rate = usable_rate(sound.samplerate)
                 levels = Levels(sound.channels)
-                blocks = blocks_of(sound, signals_wait) if sound.channels > 1 else ()
-                with contextlib.suppress(soundfile.LibsndfileError):  # it comes again below
+                blocks = blocks_of(sound) if sound.channels > 1 else ()
+                # Mixing meets the same error again.
+                with contextlib.suppress(soundfile.LibsndfileError):
                     for block in within(blocks, longest, rate):
                         levels.add(block)
             with opened(source) as sound:
-                blocks = mono(sound, blocks_of(sound, signals_wait), part, levels, damaged)
+                blocks = mono(sound, blocks_of(sound), part, levels, damaged)
                 yield from resampled(blocks, sound.samplerate, sample_rate)
             if source.error:
                 raise source.error
@@ -218,8 +220,9 @@ def opened(source: "Joined") -> "Forward":
 
 
 class Forward(soundfile.SoundFile):
-    """A file that is read from its start to its end, whatever number of frames its header promises.
-    soundfile would seek after every read of a seekable one.
+    """Reads a file from its start to its end, however many frames its header promises.
+
+    In a file that says it is seekable, soundfile would seek after every read.
     """
 
     def seekable(self) -> bool:
@@ -227,10 +230,10 @@ class Forward(soundfile.SoundFile):
 
 
 class Joined(io.RawIOBase):
-    """Pieces of a file, and bytes, as one file. State: the place in it, and the error of the disk.
+    """Joins pieces of a file, and bytes, to one file. State: the place in it, the disk's error.
 
-    libsndfile reads it, and could not pass an error on, so nothing is raised here. In a damaged
-    file it seeks places before the start.
+    libsndfile reads the joined file and could not pass an error on, so nothing is raised here. In a
+    damaged file libsndfile seeks places before the start.
     """
 
     def __init__(self, file: BinaryIO, pieces: list[bytes | tuple[int, int]]):
@@ -274,8 +277,9 @@ class Joined(io.RawIOBase):
 
 @contextlib.contextmanager
 def signals_wait():
-    """A context: within the block signals wait, and their handlers run after it. libsndfile reads
-    Joined in a callback, in which whatever a handler raises would be lost.
+    """Makes signals wait within a `with` block; their handlers run after the block.
+
+    libsndfile reads Joined in a callback, where an exception of a handler would be lost.
     """
     waiting = []
     handlers = {}
@@ -293,16 +297,17 @@ def signals_wait():
             handlers[call[0]](*call)
 
 
-def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Iterator[np.ndarray]:
-    """Blocks (n, channels) of BLOCK seconds each, the last one shorter, each read in the context
-    `guard`. Raises LibsndfileError after the samples that could be decoded.
+def blocks_of(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """Yields blocks (n, channels) of BLOCK seconds each, the last one shorter.
+
+    Raises LibsndfileError after the samples that could be decoded.
     """
     size = block_size(sound)
     left = sound.frames
-    while left > 0:  # reading more than is left would lose the start of what follows on a pipe
+    while left > 0:
         block = np.full((size, sound.channels), np.nan, np.float32)
         try:
-            with guard():
+            with signals_wait():
                 count = len(sound.read(min(size, left), out=block))
         except soundfile.LibsndfileError:
             # The samples that were decoded are no longer nan.
@@ -316,7 +321,7 @@ def blocks_of(sound: soundfile.SoundFile, guard=contextlib.nullcontext) -> Itera
 
 
 def block_size(sound: soundfile.SoundFile) -> int:
-    """Samples of a block: BLOCK seconds, or fewer where there are very many channels."""
+    """Returns the samples of a block: BLOCK seconds, or fewer where channels are very many."""
     return max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
 
 
@@ -327,10 +332,10 @@ def mono(
     levels: "Levels | None",
     damaged: Callable[[str], None] | None,
 ) -> Iterator[np.ndarray]:
-    """Blocks (n, channels) of a part as blocks (n,) of one channel, checked.
+    """Checks the blocks (n, channels) of a part, and yields blocks (n,) of one channel.
 
-    levels: of the whole part, or None on a pipe, where they are not known yet; then each block is
-    mixed by the levels so far. Where the blocks end too early, `damaged` is called with the reason;
+    levels: of the whole part, or None on a pipe, which cannot know them; then each block is mixed
+    by the levels so far. Where the blocks end too early, `damaged` is called with the reason;
     without `damaged`, UserError is raised.
     """
     known = levels is not None
@@ -350,7 +355,7 @@ def mono(
                 after = f" after {count / sound.samplerate:.1f} s" if damaged else ""
                 raise UserError(reason + after)
     except soundfile.LibsndfileError as failure:
-        if not 0 < count == part.frames:  # else all are there, and no sound follows them
+        if not 0 < count == part.frames:  # else all samples are there
             error = failure.error_string
     reason = loss(sound, part, count, error)
     if reason and (damaged is None or error and not count):
@@ -360,12 +365,12 @@ def mono(
 
 
 def loss(sound: soundfile.SoundFile, part: Part, count: int, error: str) -> str:
-    """What is lost of a part of which `count` samples were read, and then perhaps `error` came. ""
-    where nothing is lost."""
+    """Says what is lost of a part where `error`, or "", came after `count` samples; "": nothing."""
     rate = sound.samplerate
     promised = part.frames or (sound.frames if part.pieces and sound.frames < 2**62 else 0)
     promised = max(promised, count / part.share)
-    # A compressed file that lacks a byte lacks a block; else some decoders miscount by a frame.
+    # A compressed file that lacks a byte lacks a block. In whole files some decoders miscount by a
+    # frame, so there 0.1 s may be missing.
     in_blocks = part.share < 1 and sound.subtype not in WIDTHS
     there = f"{count / rate:.1f} s"
     lost = promised - count > (0 if in_blocks else rate / 10)
@@ -380,10 +385,9 @@ def loss(sound: soundfile.SoundFile, part: Part, count: int, error: str) -> str:
 
 
 class Levels:
-    """Makes one channel of several: their mean, or the loudest alone where the channels cancel each
-    other out in the mean.
+    """Makes one channel of several: their mean, or the loudest where the mean cancels them out.
 
-    State: how many samples there were, their sum in each channel, and the sum of the products of
+    State: how many samples were counted, their sum in each channel, and the sum of the products of
     each two channels, which also give the power of the mean.
     """
 
@@ -401,7 +405,7 @@ class Levels:
             self.products += wide.T @ wide
 
     def mix(self, block: np.ndarray) -> np.ndarray:
-        """A block (n, channels) as (n,), by the levels of all blocks that were counted."""
+        """Returns a block (n, channels) as (n,), by the levels of all blocks counted so far."""
         if block.shape[1] == 1:
             return block[:, 0]
         means = self.sums / self.count
@@ -415,15 +419,14 @@ class Levels:
 
 
 def usable_rate(rate: int) -> int:
-    """`rate` itself. Raises UserError for a rate beyond RATES."""
+    """Returns `rate`. Raises UserError for a rate beyond RATES."""
     if not RATES[0] <= rate <= RATES[1]:
         raise UserError(f"sample rate {rate}: it must be {RATES[0]} to {RATES[1]}")
     return rate
 
 
 def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.ndarray:
-    """(N,) float32 samples at `rate` Hz, as `resampled` makes them at `sample_rate` Hz. Raises
-    UserError for a rate beyond RATES."""
+    """Returns samples (N,) float32 at `rate` Hz as samples at `sample_rate` Hz, by `resampled`."""
     if rate == sample_rate:
         return samples
     return np.concatenate(list(resampled([samples], rate, sample_rate)))
@@ -432,31 +435,19 @@ def resample(samples: np.ndarray, rate: int, sample_rate: int = 16000) -> np.nda
 def resampled(
     blocks: Iterable[np.ndarray], rate: int, sample_rate: int, at_once: bool = False
 ) -> Iterator[np.ndarray]:
-    """Blocks (n,) at `rate` Hz, of any sizes, as blocks at `sample_rate` Hz of at most SECONDS,
-    without a seam. Raises UserError for a rate beyond RATES.
+    """Yields blocks (n,) at `rate` Hz, of any sizes, as blocks at `sample_rate` Hz.
 
-    torchaudio resamples windows that overlap by 0.04 s on both sides, where its filter is shorter.
-    The samples are the same to the bit, however the sound was cut into blocks. With at_once, which
-    a pipe needs, no sample waits for SECONDS of sound, and a sample may differ by 1.5e-7.
+    The blocks have at most SECONDS and no seam: the samples are the same to the bit, however the
+    sound was cut into blocks. With at_once, which a pipe needs, no sample waits for SECONDS of
+    sound, and a sample may differ by 1.5e-7. Raises UserError for a rate beyond RATES.
     """
     if rate == sample_rate:
         yield from blocks
         return
     # A rate such as 22254 would need a filter of gigabytes; a multiple of 25 is 0.02 % off.
     rate = round(usable_rate(rate) / 25) * 25
-    # 1/25 s and 1/5 s are whole numbers of samples at either rate, so nothing drifts.
-    margin = rate // 25
-    step = rate // 5
     resampler = torchaudio.transforms.Resample(rate, sample_rate)
-
-    def steps_of(samples: np.ndarray, least: int) -> Iterator[np.ndarray]:
-        """Yields what `least` steps or more become, and returns the samples that are left."""
-        while (steps := min((len(samples) - 2 * margin) // step, 5 * SECONDS)) >= least:
-            out = resampler(torch.from_numpy(samples[: steps * step + 2 * margin])).numpy()
-            yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
-            samples = samples[steps * step :]
-        return samples
-
+    margin = rate // 25
     waiting = [np.zeros(margin, np.float32)]
     count = margin
     least = 1 if at_once else 5 * SECONDS
@@ -465,12 +456,12 @@ def resampled(
         for block in blocks:
             waiting.append(block)
             count += len(block)
-            if count >= least * step + 2 * margin:
-                waiting = [(yield from steps_of(np.concatenate(waiting), least))]
+            if count >= least * (rate // 5) + 2 * margin:
+                waiting = [(yield from resampled_steps(resampler, np.concatenate(waiting), least))]
                 count = len(waiting[0])
-    except UserError as failure:  # the samples that came before it are heard to their end
+    except UserError as failure:  # the samples that came before the error are heard to their end
         error = failure
-    rest = yield from steps_of(np.concatenate(waiting), 1)
+    rest = yield from resampled_steps(resampler, np.concatenate(waiting), 1)
     length = -(-(len(rest) - margin) * sample_rate // rate)
     out = resampler(torch.from_numpy(np.pad(rest, (0, margin)))).numpy()
     yield out[sample_rate // 25 :][:length]
@@ -478,12 +469,32 @@ def resampled(
         raise error
 
 
+def resampled_steps(
+    resampler: torchaudio.transforms.Resample, samples: np.ndarray, least: int
+) -> Iterator[np.ndarray]:
+    """Yields steps of 0.2 s, resampled, while there are `least`. Returns the samples left over.
+
+    A step needs the 0.04 s before and behind it, which is more than the filter's length. 0.2 s and
+    0.04 s are whole numbers of samples at either rate, so nothing drifts.
+    """
+    rate = resampler.orig_freq
+    sample_rate = resampler.new_freq
+    margin = rate // 25
+    step = rate // 5
+    while (steps := min((len(samples) - 2 * margin) // step, 5 * SECONDS)) >= least:
+        out = resampler(torch.from_numpy(samples[: steps * step + 2 * margin])).numpy()
+        yield out[sample_rate // 25 :][: steps * (sample_rate // 5)]
+        samples = samples[steps * step :]
+    return samples
+
+
 # ---- Pieces
 
 
 def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The samples of the blocks (n,) in blocks of `size`, the last one shorter. There is a single
-    block where size is below 1.
+    """Yields the samples of the blocks (n,) in blocks of `size`, the last one shorter.
+
+    A size below 1 gives a single block.
     """
     waiting = []
     for block in blocks:
@@ -499,7 +510,7 @@ def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def cut_at_pauses(
     blocks: Iterator[np.ndarray], sample_rate: int, max_seconds: float
 ) -> Iterator[np.ndarray]:
-    """The samples of the blocks (n,) in pieces of at most max_seconds.
+    """Yields the samples of the blocks (n,) in pieces of at most max_seconds.
 
     A cut falls where the recording is quietest between half of max_seconds and all of it.
     """
@@ -520,8 +531,10 @@ def cut_at_pauses(
 
 
 def quietest(samples: np.ndarray, sample_rate: int) -> int:
-    """The place in (n,) samples that is the middle of the quietest QUIET seconds: there the frames
-    of 10 ms vary least. n where there is no whole frame."""
+    """Returns the middle of the quietest QUIET seconds of samples (n,), or n if n is below 10 ms.
+
+    These are the seconds in which the frames of 10 ms vary least.
+    """
     size = sample_rate // 100
     frames = samples[: len(samples) // size * size].reshape(-1, size)
     width = min(int(QUIET * 100), len(frames))

@@ -1,11 +1,11 @@
-"""What all commands share: options, errors of one clear line, signals and output.
+"""Holds what all commands share: options, errors of one clear line, signals and output.
 
 A command declares its options once, as the fields of a frozen dataclass: a field has the flag's
-name, type, default, bounds and help. `make_parser` makes argparse's flags of the fields, and
-`build` makes an instance of the flags that were given. `run` calls the command's main.
+name, type, default, bounds and help. `make_parser` turns the fields into argparse's flags, and
+`build` turns the flags that were given into an instance. `run` calls the command's main.
 
-This module is imported before all packages, and imports none itself, so that Ctrl-C is one line
-also in the seconds that torch takes to import.
+This module is imported before all packages, and imports none itself, so that Ctrl-C prints one line
+even in the seconds that torch takes to import.
 """
 
 import argparse
@@ -26,16 +26,18 @@ import types
 import typing
 import warnings
 
-# ---- Errors, and text that others wrote
+# ---- Errors, and text from outside
 
 
 class UserError(Exception):
-    """Bad input from outside. The message says in one line what is wrong, where, and what to do;
-    the command prints it and exits with status 2."""
+    """Reports bad input. Its one line says what is wrong, where, and what to do.
+
+    The command prints this line and exits with status 2.
+    """
 
 
-# These characters move a terminal's cursor, end a line, turn the direction of text round, or have
-# no bytes in any encoding.
+# These characters move a terminal's cursor, end a line, reverse the direction of text, or have no
+# bytes in any encoding.
 UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 BRIEF = reprlib.Repr()
 BRIEF.maxlevel = 2
@@ -43,9 +45,11 @@ BRIEF.maxstring = 200
 
 
 def shown(text, room: int = 1000) -> str:
-    """What a stranger wrote (a name on disk, a token, a value of a file), as one line that does
-    nothing to a terminal. Control characters are escaped as in Python. Of what is longer than
-    `room` characters, only the beginning and the end are kept."""
+    """Returns text from outside (a file's name, a token, a value) as one line, safe for a terminal.
+
+    Control characters are escaped as in Python. A text of more than `room` characters keeps only
+    its beginning and its end.
+    """
     if not isinstance(text, str):
         try:
             text = BRIEF.repr(text)
@@ -57,7 +61,7 @@ def shown(text, room: int = 1000) -> str:
 
 
 def one_line(message) -> str:
-    """A message as `shown` makes it, after its lines are joined by spaces."""
+    """Joins the lines of a message by spaces, and returns the message as `shown`."""
     return shown(" ".join(str(message).split()))
 
 
@@ -70,16 +74,18 @@ OUT_OF_MEMORY = (
 
 
 def out_of_memory(error: Exception) -> bool:
-    """True where the memory was too small. torch says so in the words of a RuntimeError."""
+    """Returns whether the memory was too small. torch says so in the words of a RuntimeError."""
     if isinstance(error, RuntimeError):
         return any(words in str(error) for words in OUT_OF_MEMORY)
     return isinstance(error, MemoryError)
 
 
 def bad_luck(error: Exception) -> str:
-    """What to say of an error that no other place has caught and that is no mistake of the program:
-    a file cannot be read or written, something is nested too deep, or the memory is too small.
-    "" for any other error."""
+    """Explains an error that is no mistake of the program, or returns "".
+
+    Such errors are: a file cannot be read or written, something is nested too deep, the memory is
+    too small.
+    """
     if isinstance(error, OSError):
         named = isinstance(error.filename, (str, bytes))
         where = f"{os.fsdecode(error.filename)}: " if named else ""
@@ -96,20 +102,19 @@ def bad_luck(error: Exception) -> str:
 
 
 def option(default, help: str, choices=None, at_least=None, above=None, at_most=None):
-    """A field of an options_class. It becomes the flag --NAME, and `help` says what the flag does.
+    """Declares a field of an options_class, and its flag --NAME; `help` says what the flag does.
 
     A field of numbers has two bounds: at_most, and either at_least or above, which does not allow
     the bound itself. Both are needed, so nan and the infinities lie outside. A field of text may
-    have `choices`. For a field of `tuple[X, ...]` each part is checked; a field of `X | None` takes
-    None beside what is allowed. A default of dict or list is an error: options are immutable.
+    have `choices`. For a field of `tuple[X, ...]` each part is checked; a field of `X | None` also
+    takes None. A default of dict or list is an error: options are immutable.
     """
     how = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most}
     return dataclasses.field(default=default, metadata={"help": help, **how})
 
 
 def options_class(cls):
-    """Makes `cls` a frozen dataclass that checks the values of every instance, wherever they come
-    from: flags, code or a checkpoint.
+    """Makes `cls` a frozen dataclass that checks its values, from flags, code or a checkpoint.
 
     Making an instance raises UserError where a value is not of its field's type, is none of the
     field's choices, or lies beyond its bounds. The __post_init__ of `cls` runs after these checks.
@@ -127,7 +132,7 @@ def options_class(cls):
 
 
 class Kind(typing.NamedTuple):
-    """What a field holds: a `type`, `many` of it in a tuple, or None, where that is `optional`."""
+    """Says what a field holds: a `type`, in a tuple if `many`, or perhaps None if `optional`."""
 
     type: type
     many: bool
@@ -136,7 +141,7 @@ class Kind(typing.NamedTuple):
 
 @functools.cache
 def kinds(cls) -> dict[str, Kind]:
-    """The kind of each field, by name."""
+    """Returns {name of a field: its kind}."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         optional = isinstance(hint, types.UnionType)  # int | None
@@ -156,7 +161,7 @@ LONGEST_PATH = 4096  # Linux takes no path of so many bytes
 
 
 def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
-    """Raises UserError where the field may not have the value."""
+    """Raises UserError where the field may not have this value."""
     if value is None and kind.optional:
         return
     if kind.many and not isinstance(value, tuple):
@@ -167,7 +172,7 @@ def check_option(field: dataclasses.Field, kind: Kind, value) -> None:
 
 
 def why_refused(field: dataclasses.Field, kind: type, value) -> str:
-    """Why the field may not have the value, or not as a part of its tuple. "" where it may."""
+    """Says why the field, or a part of its tuple, may not have this value; "" where it may."""
     choices = field.metadata["choices"]
     if not is_a(value, kind):
         return f"it must be {TYPES[kind]}"
@@ -179,7 +184,7 @@ def why_refused(field: dataclasses.Field, kind: type, value) -> str:
 
 
 def is_a(value, kind: type) -> bool:
-    """True where the value is of the type. A whole number is a float, too; True is no number."""
+    """Returns whether the value has the type. A whole number is a float, too; True is no number."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind is str:
@@ -199,7 +204,7 @@ def within_bounds(field: dataclasses.Field, value) -> bool:
 
 
 def bounds_of(field: dataclasses.Field) -> str:
-    """The bounds of a field in words, or "" where it has none."""
+    """Says the bounds of a field in words, or "" where it has none."""
     at_least, above, at_most = map(field.metadata.get, ("at_least", "above", "at_most"))
     if at_most is None:
         return ""
@@ -212,8 +217,10 @@ def bounds_of(field: dataclasses.Field) -> str:
 
 
 def make_parser(description: str, *classes) -> argparse.ArgumentParser:
-    """A parser with the flags of some options_classes. It raises UserError where argparse would
-    print its usage."""
+    """Makes a parser with the flags of some options_classes.
+
+    The parser raises UserError where argparse would print its usage.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         allow_abbrev=False,
@@ -224,7 +231,7 @@ def make_parser(description: str, *classes) -> argparse.ArgumentParser:
         raise UserError(f"{message} (--help lists the flags)")
 
     parser.error = error
-    # Arguments that are no field of a class, and that name no type, are text.
+    # An argument that is no field of a class, and that has no type, is text.
     parser.register("type", None, text)
     for cls in classes:
         add_options(parser, cls)
@@ -232,7 +239,7 @@ def make_parser(description: str, *classes) -> argparse.ArgumentParser:
 
 
 def text(value: str) -> str:
-    """The value of an argument that is no field. Raises argparse's error where it is no text."""
+    """Checks the value of an argument that is no field. Raises argparse's error for no text."""
     if not is_text(value):
         raise argparse.ArgumentTypeError(f"{shown(value, 100)}: it must be {TYPES[str]}")
     return value
@@ -256,8 +263,11 @@ def add_options(parser: argparse.ArgumentParser, cls) -> None:
 
 
 def build(cls, given: dict, /, **defaults):
-    """An instance of an options_class. The flags given on the command line go before `defaults`,
-    such as a preset, and these before the defaults of the fields. Other names are left out."""
+    """Makes an instance of an options_class. Names that are no field of it are left out.
+
+    The flags given on the command line go before `defaults`, such as a preset, and `defaults` go
+    before the defaults of the fields.
+    """
     names = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in {**defaults, **given}.items() if name in names}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -269,7 +279,7 @@ def build(cls, given: dict, /, **defaults):
 # The numbers of two parameters in glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-SPARING = 2**24  # for keep_freed_memory, where memory counts more than time
+SPARING = 2**24  # size for keep_freed_memory where memory counts more than time
 
 
 def keep_freed_memory(size: int = 2**30) -> None:
@@ -291,7 +301,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end_at_once(number, _) -> None:
-    """Handles a signal by ending the process: the command has done nothing yet."""
+    """Ends the process at a signal: the command has done nothing yet."""
     with contextlib.suppress(OSError):  # the terminal may be gone
         line = f"{os.path.basename(sys.argv[0])}: interrupted ({signal.Signals(number).name})\n"
         os.write(2, line.encode(errors="replace"))
@@ -299,21 +309,23 @@ def end_at_once(number, _) -> None:
 
 
 def is_command() -> bool:
-    """True where the program that runs lies in this folder or in tools/."""
+    """Returns whether the program that runs lies in this folder or in tools/."""
     program = getattr(sys.modules["__main__"], "__file__", None) or "/"
     ours = os.path.dirname(os.path.abspath(__file__))
     return os.path.dirname(os.path.abspath(program)) in (ours, os.path.join(ours, "tools"))
 
 
-# From here until `run` a command only imports, which takes seconds.
+# From here until `run` a command only imports packages, for some seconds.
 for _number in SIGNALS if is_command() else ():
     if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
         signal.signal(_number, end_at_once)
 
 
 def interrupt(number, _) -> None:
-    """Handles a signal by raising KeyboardInterrupt(number), so that the `finally` clauses of the
-    command run. Further signals do not disturb them."""
+    """Raises KeyboardInterrupt(number) at a signal, so that the command's `finally` clauses run.
+
+    Further signals do not disturb these clauses.
+    """
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
@@ -323,12 +335,11 @@ def interrupt(number, _) -> None:
 
 
 class Standard(io.TextIOWrapper):
-    """Standard output or standard error, where the disk may be full and the reader may have gone.
+    """Writes standard output or standard error, whose disk may be full and reader may be gone.
 
-    Standard output (`raises`) raises UserError where the disk is full, and
-    KeyboardInterrupt(SIGPIPE) where nobody reads on, as after `head`; whatever is written later is
-    lost. Standard error loses what it cannot take, without an error: nobody could be told, and the
-    work does not depend on it.
+    Standard output (`raises`) raises UserError for a full disk, and KeyboardInterrupt(SIGPIPE)
+    where nobody reads on, as after `head`; text that is written later is lost. Standard error loses
+    its text without an error: nobody could be told, and the work does not depend on this text.
     """
 
     def __init__(self, stream, raises: bool):
@@ -358,31 +369,30 @@ class Standard(io.TextIOWrapper):
 
 
 def send_nowhere(descriptor: int) -> None:
-    """Loses what is written to the file descriptor from now on, without an error."""
+    """Drops all that is written to the file descriptor from now on, without an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 class Line(logging.LogRecord):
-    """A library's log message, as one_line makes it."""
+    """Holds a library's log message, as one line."""
 
     def getMessage(self) -> str:
         return one_line(super().getMessage())
 
 
 def prepare_streams() -> None:
-    """Makes standard output and standard error a Standard each, and log messages and warnings one
-    line each.
+    """Replaces stdout and stderr by Standard, and makes log messages and warnings one line each.
 
-    A character that the encoding lacks is written as JSON escapes it. Where a stream was closed,
-    its number is taken, so that no file which the command opens gets that number.
+    A character that the encoding lacks is written as JSON escapes it. The number of a stream that
+    was closed is taken, so that no file of the command gets this number.
     """
     codecs.register_error("code_points", escape)
     for name, mode in (("stdin", os.O_WRONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         stream = getattr(sys, name)
         if stream is None:
-            # The stream is closed. In this mode stdin cannot be read, nor the others written.
+            # The stream was closed. In this mode stdin cannot be read, nor the others written.
             stream = open(os.open(os.devnull, mode), "r" if name == "stdin" else "w", closefd=False)
             setattr(sys, f"__{name}__", stream)
         if name != "stdin" and stream is getattr(sys, f"__{name}__"):
@@ -394,7 +404,7 @@ def prepare_streams() -> None:
 
 
 def escape(error: UnicodeEncodeError) -> tuple[str, int]:
-    """Handles an error of encoding: (the characters as JSON escapes them, where they end)."""
+    """Answers an error of encoding: (the characters as JSON escapes them, where they end)."""
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
@@ -406,11 +416,11 @@ def format_warning(message, category, file, line, _=None) -> str:
 
 
 def run(main) -> None:
-    """Calls main(argv) as the command that this process is.
+    """Calls main(argv), and turns errors and signals into one line on stderr and an exit status.
 
-    A UserError, or bad luck, becomes one line on stderr and exit status 2. A signal becomes one
-    line and exit status 128 + its number; there is no line where standard output has lost its
-    reader. Signals that the parent ignores, as nohup does, stay ignored.
+    A UserError, or bad luck, exits with status 2, and a signal with 128 + its number. Where
+    standard output has lost its reader there is no line. Signals that the parent ignores, as nohup
+    does, stay ignored.
     """
     keep_freed_memory()
     prepare_streams()
@@ -437,7 +447,7 @@ def run(main) -> None:
             print(f"{shown(program)}: interrupted ({signal.Signals(number).name})", file=sys.stderr)
         sys.exit(128 + number)
     finally:
-        # The first error has been printed already, and another one would hide it.
+        # The first error has been printed already, and another error would hide it.
         with contextlib.suppress(UserError, KeyboardInterrupt):
             sys.stdout.flush()
         for number, handler in before.items():

@@ -1,4 +1,4 @@
-"""Where the sound of an audio file lies: its parts, of which libsndfile decodes each to its end.
+"""Finds where the sound of an audio file lies: in parts, each of which libsndfile decodes whole.
 
 libsndfile believes headers. A recorder that crashed, a pipe and `cat a.mp3 b.mp3` leave headers
 that promise less or more than there is, or none at all. So `parts` finds the parts of a file by
@@ -12,19 +12,18 @@ from typing import BinaryIO, NamedTuple
 
 
 class Part(NamedTuple):
-    """What to decode as one file, and how to know whether all of it was there."""
+    """Says what to decode as one file, and how to know whether all of it was there."""
 
-    pieces: list[
-        bytes | tuple[int, int]
-    ]  # in order; (start, stop) stands for the bytes of the file
-    frames: int = 0  # so many samples must be there; 0: as many as the decoder says
-    share: float = 1.0  # of the bytes of samples that the header promises, this share is there
+    pieces: list[bytes | tuple[int, int]]  # in order; (start, stop) are places in the file
+    frames: int = 0  # samples that must be there; 0: as many as the decoder says
+    share: float = 1.0  # the share that is there of the bytes that the header promises
     flaw: str = ""  # why the part is not whole, where nothing says how much is lost
 
 
 def parts(file: BinaryIO) -> list[Part]:
-    """The parts of a file, and of the files that follow it in the same file. A file of a format
-    without a walk (WALKS) is one part, as it is.
+    """Returns the parts of a file, and of the files that were appended to it.
+
+    A file of a format without a walk (WALKS) is one part, as it is.
     """
     place = 0
     stop = file.seek(0, 2)
@@ -44,13 +43,13 @@ def parts(file: BinaryIO) -> list[Part]:
 
 
 def at(file: BinaryIO, place: int, size: int) -> bytes:
-    """The `size` bytes at a place, fewer at the end of the file."""
+    """Returns the `size` bytes at a place, fewer at the end of the file."""
     file.seek(place)
     return file.read(size)
 
 
 def matches(file: BinaryIO, pattern: bytes, start: int, stop: int) -> Iterator[int]:
-    """The places where a pattern of at most 16 bytes begins, in order."""
+    """Yields the places where a pattern of at most 16 bytes begins, in order."""
     block = 2**16
     for first in range(start, stop, block):
         content = at(file, first, min(block + 15, stop - first))
@@ -59,11 +58,11 @@ def matches(file: BinaryIO, pattern: bytes, start: int, stop: int) -> Iterator[i
                 yield first + found.start()
 
 
-# ---- Tags, which any format may have before or after it
+# ---- Tags, which may stand before and after a file of any format
 
 
 def tag_size(head: bytes) -> int:
-    """The size of the tag (ID3v2, ID3v1 or APE) that begins with the 32 bytes `head`, or 0."""
+    """Returns the size of the tag (ID3v2, ID3v1, APE) that begins with these 32 bytes, or 0."""
     if head[:3] == b"ID3" and len(head) >= 10:
         size = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
         return 10 + size + (10 if head[5] & 16 else 0)
@@ -74,7 +73,7 @@ def tag_size(head: bytes) -> int:
 
 
 def tag_before(file: BinaryIO, stop: int) -> int:
-    """The size of the tag (ID3v1 or APE) that ends at `stop`, or 0."""
+    """Returns the size of the tag (ID3v1 or APE) that ends at `stop`, or 0."""
     if stop >= 128 and at(file, stop - 128, 3) == b"TAG":
         return 128
     foot = at(file, stop - 32, 32) if stop >= 32 else b""
@@ -84,19 +83,19 @@ def tag_before(file: BinaryIO, stop: int) -> int:
     return size if 32 <= size <= stop else 0
 
 
-# ---- wav and other formats of chunks: a name, a size, so many bytes. One chunk has the samples.
+# ---- wav and other formats of chunks: a name, a size, as many bytes. One chunk has the samples.
 
 
 class Chunks(NamedTuple):
-    """How a format writes its chunks."""
+    """Says how a format writes its chunks."""
 
     first: int  # where the first chunk begins
     name: int  # bytes of a chunk's name
     size: int  # bytes of a chunk's size
-    order: str  # of the bytes of a size
-    align: int  # a chunk begins at a multiple of so many bytes
-    data: bytes = b"data"  # the name of the chunk with the samples begins so
-    ahead: int = 0  # bytes that this chunk has before the samples
+    order: str  # byte order of the size
+    align: int  # every chunk begins at a multiple of this number
+    data: bytes = b"data"  # how the name of the chunk with the samples begins
+    ahead: int = 0  # bytes before the samples in that chunk
 
 
 CHUNKS = {
@@ -109,34 +108,34 @@ CHUNKS = {
 }
 # A chunk's name has four letters or signs.
 NAME = re.compile(rb"[ -~]{4}")
-# By the bytes of a size field: a writer that does not know the size, as on a pipe, says so or more.
+# {bytes of a size field: the least size that means "unknown", as a writer on a pipe says}.
 UNKNOWN = {4: 0x7F000000, 8: 2**62}
 # Chunks with these names may follow the samples.
 METADATA = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ")
 METADATA += (b"fact", b"PEAK", b"smpl", b"JUNK", b"_PMX", b"cart")
-# The next file begins so.
+# How the next of several files begins.
 HEAD = (
     rb"R(?:IFF|IFX|F64).{4}WAVE|FORM.{4}AIF[FC]|caff\x00\x01\x00\x00|riff\x2e\x91\xcf\x11|"
     rb"\.snd\x00\x00"
 )
-# A wav file of one of these codes holds mp2 or mp3.
+# The format codes of wav files that hold mp2 or mp3.
 MPEG_IN_WAV = (0x50, 0x55)
-# A header on a pipe has at most so many bytes; a recorder may put a picture there.
+# The most bytes of a header on a pipe; a recorder may put a picture there.
 LONGEST_HEADER = 2**22
-# At most so many chunks follow the samples. Without a limit, walks from each of a file's heads to
-# its end would take the square of their number.
+# The most chunks behind the samples. Without a limit the time would grow with the square of the
+# number of heads in a file: from each head a walk would go to the end.
 MOST_CHUNKS = 64
 
 
 def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """(the parts of a file of chunks that begins at `start`, where the next file begins).
+    """Returns (the parts of a file of chunks that begins at `start`, where the next file begins).
 
     The size of the samples may be more than there is, because the file was cut short, or less,
     because its writer had no time to write the size.
     """
     kind = CHUNKS[at(file, start, 4)]
     place = start + kind.first
-    field = None  # where the size of the samples is written
+    field = None  # the place of the number that says how many bytes the samples have
     width = kind.size
     code = 0
     while True:
@@ -172,20 +171,23 @@ def chunk_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]
 
 
 def share_of(there: int, size: int, width: int) -> float:
-    """The share that `there` bytes are of the `size` bytes that a field of `width` bytes promises.
-    It is 1 where the field promises less, or says that the size is not known."""
+    """Returns what share `there` bytes are of the `size` that a field of `width` bytes promises.
+
+    The share is 1 where the field promises less, or says that the size is not known.
+    """
     return there / size if 0 < there < size < UNKNOWN[width] else 1.0
 
 
 def chunk_size(kind: Chunks, head: bytes) -> int:
-    """The bytes of a chunk, without its head of name and size."""
+    """Returns the bytes of a chunk, without its head of name and size."""
     size = int.from_bytes(head[kind.name :], kind.order)
     return max(size - 24, 0) if kind.name == 16 else size  # W64 counts the head, too
 
 
 def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
-    """Where the chunks from `place` on end: at `stop`, or where the next file begins. 0 where there
-    are no chunks, or more than MOST_CHUNKS.
+    """Returns where the chunks from `place` on end: at `stop`, or where the next file begins.
+
+    It returns 0 where there are no chunks, or more than MOST_CHUNKS.
     """
     for _ in range(MOST_CHUNKS):
         if stop - place < 4:
@@ -203,10 +205,10 @@ def end_of_chunks(file: BinaryIO, kind: Chunks, place: int, stop: int) -> int:
 
 
 def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
-    """(the header of a pipe as a file without samples, how many bytes of samples it promises).
+    """Returns (the header of a pipe as a file without samples, the bytes of samples it promises).
 
-    read(n) gives the next n bytes, fewer at the end. In a format that no pipe may have the header
-    is b"".
+    read(n) gives the next n bytes, fewer at the end. The header is b"" in a format that no pipe may
+    have.
     """
     head = read(8)
     if head[:4] in (b".snd", b"dns."):
@@ -237,7 +239,7 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
 
 
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """(the part of an au file that begins at `start`, where the next file begins)."""
+    """Returns (the part of an au file that begins at `start`, where the next file begins)."""
     head = at(file, start, 12)
     order = "big" if head[:4] == b".snd" else "little"
     size = int.from_bytes(head[8:12], order)
@@ -253,9 +255,9 @@ def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
 
 
 def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """(the part of a FLAC file that begins at `start`, where the next file begins).
+    """Returns (the part of a FLAC file that begins at `start`, where the next file begins).
 
-    A header says 0 samples where their number is not known. The part's header always does, so that
+    A header says 0 samples where their number is not known. The part gets such a header, so that
     all samples are decoded.
     """
     end = next(matches(file, rb"fLaC[\0\x80]\0\0\x22", start + 4, stop), stop)
@@ -269,7 +271,7 @@ def flac_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
 
 
 def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
-    """(the part of an Ogg stream that begins at `start`, where the next file begins).
+    """Returns (the part of an Ogg stream that begins at `start`, where the next file begins).
 
     The first pages of a stream may each open one of several streams that are mixed. A page that
     opens a stream later begins the next file.
@@ -293,7 +295,7 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
 # ---- mp3
 
 
-# In kbit/s, by (MPEG 1 or not, which is MPEG 2 and 2.5; layer).
+# {(True for MPEG 1, False for 2 and 2.5; layer): bit rates in kbit/s}.
 BITRATES = {
     (True, 1): range(32, 449, 32),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -305,7 +307,7 @@ BITRATES = {
 
 
 class SoundFrame(NamedTuple):
-    """What the header of an MPEG audio frame says. A decoder wants one `kind` throughout."""
+    """Holds what the header of an MPEG audio frame says. A decoder wants one `kind` throughout."""
 
     kind: tuple  # (layer, rate, True for mono, the bit rate where layer 1 or 2 has no Xing header)
     size: int  # in bytes; 0 in free format, where it ends at the next frame
@@ -314,7 +316,7 @@ class SoundFrame(NamedTuple):
 
 
 def frame_of(head: bytes) -> SoundFrame | None:
-    """The frame whose header the 4 bytes of `head` are, or None where they are no header."""
+    """Returns the frame whose header is the first 4 bytes of `head`, or None: it is no header."""
     if len(head) < 4 or head[0] != 255 or head[1] < 224:
         return None
     version = head[1] >> 3 & 3
@@ -337,8 +339,11 @@ def frame_of(head: bytes) -> SoundFrame | None:
 
 
 def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
-    """The frame at `place`, or None where neither another of its kind, nor a tag, nor the end
-    follows it."""
+    """Returns the frame at `place`, or None.
+
+    A frame of the same kind, a tag or the end must follow: four bytes of anything may look like the
+    header of a frame.
+    """
     head = at(file, place, 4)
     frame = sized(file, place, stop, frame_of(head), head)
     if frame is None or place + frame.size == stop:
@@ -351,8 +356,10 @@ def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
 def sized(
     file: BinaryIO, place: int, stop: int, frame: SoundFrame | None, head: bytes
 ) -> SoundFrame | None:
-    """The frame with its size. In free format the header does not tell the size, and the frame ends
-    where the next begins."""
+    """Returns the frame with its size.
+
+    In free format the header does not tell the size, and the frame ends where the next begins.
+    """
     if frame is None or frame.size:
         return frame
     like = re.escape(head[:2]) + b"[" + re.escape(bytes((head[2] & 0xFD, head[2] | 2))) + b"]"
@@ -360,13 +367,13 @@ def sized(
     return frame._replace(size=after - place)
 
 
-# So many samples a decoder of layer 3 leaves out at the start where it knows the length.
+# Samples that a decoder of layer 3 leaves out at the start where it knows the length.
 DECODER_DELAY = 529
 XING = (b"Xing", b"Info", b"VBRI")
 
 
 class Run:
-    """Frames to decode together. State: where they lie, and what their Xing header says."""
+    """Collects frames to decode together. State: where they lie, what their Xing header says."""
 
     def __init__(self, head: bytes, frame: SoundFrame):
         self.head = head[:4]
@@ -385,8 +392,9 @@ class Run:
         self.count += 1
 
     def part(self) -> Part:
-        """The frames behind a right Xing header, so that the decoder knows the length, and what to
-        leave out at either end.
+        """Returns the frames behind a right Xing header.
+
+        From this header the decoder knows the length, and what to leave out at either end.
         """
         lost = self.promised - self.count
         if not self.promised:  # bytes between the frames may have been frames
@@ -404,8 +412,10 @@ class Run:
 
 
 def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes:
-    """A frame without sound that says how many frames follow, and how many samples (before, after)
-    to leave out of them."""
+    """Makes a frame without sound that says how many frames follow.
+
+    trim: how many samples the decoder shall leave out of them, (before, after).
+    """
     # The highest bit rate makes the frame long enough.
     head = bytes((255, head[1] | 1, head[2] & 0x0C | 0xE0, head[3]))
     frame = frame_of(head)
@@ -415,8 +425,7 @@ def xing_header(head: bytes, frames: int, trim: tuple[int, int] | None) -> bytes
 
 
 def reads_xing(run: Run, frame: bytes) -> bool:
-    """True where a frame holds no sound but a Xing, Info or VBRI header, which then fills in what
-    `run` knows of it."""
+    """Returns whether a frame holds no sound but a Xing, Info or VBRI header, noted in `run`."""
     xing = frame[run.frame.info :]
     vbri = frame[36:]
     if vbri[:4] == b"VBRI":
@@ -434,8 +443,9 @@ def reads_xing(run: Run, frame: bytes) -> bool:
 
 
 def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
-    """The parts of MPEG audio: all frames, in runs. A run begins with each Xing header, and where
-    the kind of the frames changes.
+    """Yields the parts of MPEG audio: all frames, in runs.
+
+    A run begins with each Xing header, and where the kind of the frames changes.
     """
     place = start
     last = start  # where the last frame begins

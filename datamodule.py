@@ -1,8 +1,9 @@
-"""Turns shards on disk into batches: checks and joins shards, filters rows, groups them by length.
+"""Turns shards on disk into batches: checks and joins shards, filters rows, groups rows by length.
 
-A row of a HF dataset has input_values (audio; 16 kHz unless ROOT/prepare.json says otherwise),
-labels (token ids; a list, or a dict with input_ids) and perhaps length (= len(input_values)). A row
-number is a position in the concatenation of all shards. Transforms run whenever a row is read.
+A shard is a dataset saved by Hugging Face's save_to_disk. A row has input_values (audio; 16 kHz
+unless ROOT/prepare.json says otherwise), labels (token ids; a list, or a dict with input_ids) and
+perhaps length (= len(input_values)). A row number is a position in the concatenation of all shards.
+Transforms run whenever a row is read.
 Axes: B batch, T frames, F mel bins, U labels, N samples.
 """
 
@@ -44,9 +45,10 @@ from transforms import (
     train_transform,
 )
 
-# Seconds of audio, padding included, in a batch that is not trained on: less than a GB of memory
-# with preset base.
+# Seconds of audio, padding included, in a batch of evaluation: less than a GB of memory with preset
+# base.
 EVAL_SECONDS = 200.0
+CMVN_ROWS = 20_000  # rows that global CMVN is computed from: two minutes of one core
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
 
@@ -112,7 +114,7 @@ class Batch(NamedTuple):
     rows: torch.Tensor  # (B,) row numbers
 
     def __reduce__(self):
-        """Send small tensors inside the loader's message: a shared file costs 0.2 ms a tensor."""
+        """Sends small tensors inside the loader's message: a shared file would cost 0.2 ms each."""
         return unpack_batch, (self.features, *(tensor.numpy() for tensor in self[1:]))
 
 
@@ -124,11 +126,10 @@ def unpack_batch(features, *small) -> Batch:
 
 
 def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
-    """Join the shards ROOT/split/0, 1, ... (or 0/data ...) of all roots that have the split.
+    """Joins the shards ROOT/split/0, 1, ... (or 0/data ...) of all roots that have the split.
 
     Shards come in numeric order. Raises UserError for a missing root, a split that no root has, a
-    shard that comes twice, a damaged shard or one of a wrong schema (naming it), and roots whose
-    tokenizers differ.
+    shard that comes twice, is damaged or has a wrong schema, and roots whose tokenizers differ.
     """
     check_tokenizers(data_roots)
     roots = list(map(Path, data_roots))
@@ -152,14 +153,14 @@ def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
                     f"{path}: column {name} is {shard.features[name]} but in {paths[0]} it is "
                     f"{first.features[name]}; prepare both the same way"
                 )
-    # Selecting takes as long as opening, so it is done only where a column is left out.
+    # Selecting columns takes as long as opening a shard, so only shards with other columns pay.
     return datasets.concatenate_datasets(
         [shard if shard.column_names == names else shard.select_columns(names) for shard in shards]
     )
 
 
 def check_tokenizers(data_roots) -> None:
-    """Raise UserError where the tokenizer.json of two data roots differ, or one cannot be read."""
+    """Raises UserError where the tokenizer.json of two data roots differ, or one cannot be read."""
     contents = {}
     for path in (Path(root) / "tokenizer.json" for root in data_roots):
         try:
@@ -177,7 +178,7 @@ def check_tokenizers(data_roots) -> None:
 
 
 def check_twice(paths: list[Path]) -> None:
-    """Raise UserError where two of the paths are the same folder."""
+    """Raises UserError where two of the paths are the same folder."""
     seen = {}
     for path in paths:
         other = seen.setdefault(path.resolve(), path)
@@ -190,7 +191,10 @@ def check_twice(paths: list[Path]) -> None:
 
 
 def shard_paths(root: Path, split: str) -> list[Path]:
-    """List the shards of a split, and print what is left out. Raises UserError without any."""
+    """Lists the shards of a split, and prints which folders are left out.
+
+    Raises UserError where there is no shard.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: no such data root; prepare.py makes one")
     if not (root / split).is_dir():
@@ -217,7 +221,7 @@ def shard_paths(root: Path, split: str) -> list[Path]:
 
 
 def load_shard(path: Path) -> datasets.Dataset:
-    """Open a shard that save_to_disk wrote. Raises UserError where it cannot be read."""
+    """Opens a shard that save_to_disk wrote. Raises UserError where it cannot be read."""
     try:
         if not (path / "state.json").exists() and (path / "dataset_dict.json").exists():
             raise ValueError(
@@ -237,10 +241,10 @@ def load_shard(path: Path) -> datasets.Dataset:
 
 
 def check_files(path: Path) -> None:
-    """Raise OSError, ValueError or ArrowInvalid for files that the datasets library must not open.
+    """Raises OSError, ValueError or ArrowInvalid for files that the datasets library must not open.
 
-    It would read files outside the shard, wait for ever, fill the memory, or read memory that is
-    not its own.
+    The library would read files outside the shard, wait for ever, fill the memory, or read memory
+    of other data.
     """
     read_json(path / "dataset_info.json")
     for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
@@ -253,11 +257,10 @@ def check_files(path: Path) -> None:
 
 
 def check_arrow(path: str) -> None:
-    """Raise ValueError or ArrowInvalid for an Arrow stream that is not whole, or is compressed.
+    """Raises ValueError or ArrowInvalid for an Arrow stream that is not whole, or is compressed.
 
-    Its end may be missing, or its buffers may hold less than their headers say. Arrow believes
-    the offsets of lists when it reads. Its full validation, which is asked for here, looks at every
-    offset, but at no audio.
+    The end may be missing, or buffers may hold less than their headers say. Arrow believes the
+    offsets of lists when it reads. The full validation here looks at every offset, but at no audio.
     """
     name = os.path.basename(path)
     # A stream that was cut between two record batches looks to pyarrow like a whole, shorter one.
@@ -266,7 +269,7 @@ def check_arrow(path: str) -> None:
         if stream.read() != END_OF_STREAM:
             raise ValueError(f"{name} is truncated")
     head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))
-    # From a message of another type, pyarrow would read what is not there.
+    # pyarrow would read a message of another type beyond its end.
     if head.type != "schema" or head.metadata.size > SMALL:
         raise ValueError(f"{name} begins with no schema, or with one of more than {SMALL} bytes")
     schema = pa.ipc.read_schema(head)
@@ -276,17 +279,17 @@ def check_arrow(path: str) -> None:
         if message.metadata_version != pa.ipc.MetadataVersion.V5 or is_packed(message):
             raise ValueError(f"{name} is packed, which save_to_disk does not")
         batch = pa.ipc.read_record_batch(message, schema)
-        # Any number of empty lists, or of values that are missing, may be said to lie in no bytes.
+        # A header may promise any number of empty lists or missing values in no bytes at all.
         if batch.num_rows > message.body.size:
             raise ValueError(f"{name} promises {batch.num_rows} rows in {message.body.size} bytes")
         batch.validate(full=True)
 
 
 def is_packed(message: pa.ipc.Message) -> bool:
-    """Return whether the buffers of a record batch are compressed.
+    """Returns whether the buffers of a record batch are compressed.
 
-    pyarrow does not tell, so the field is read from the flatbuffer: Message.header.compression in
-    Arrow's format/Message.fbs.
+    pyarrow has no function for this, so the field is read from the flatbuffer:
+    Message.header.compression in Arrow's format/Message.fbs.
     """
     content = message.metadata.to_pybytes()
 
@@ -294,7 +297,7 @@ def is_packed(message: pa.ipc.Message) -> bool:
         return int.from_bytes(content[place : place + size], "little", signed=size == 4)
 
     def field(table: int, index: int) -> int:
-        """Return where field `index` of a flatbuffer's table lies, or 0."""
+        """Returns where field `index` of a flatbuffer's table lies, or 0."""
         vtable = table - number(table)
         entry = 4 + 2 * index
         offset = number(vtable + entry, 2) if entry < number(vtable, 2) else 0
@@ -305,7 +308,7 @@ def is_packed(message: pa.ipc.Message) -> bool:
 
 
 def check_schema(shard: datasets.Dataset, path: Path) -> None:
-    """Raise UserError where a column is missing or has a wrong type."""
+    """Raises UserError where a column is missing or has a wrong type."""
     schema = shard.data.schema
     for name in ("input_values", "labels"):
         if name not in schema.names:
@@ -330,7 +333,7 @@ def check_schema(shard: datasets.Dataset, path: Path) -> None:
 
 
 def check_values(shard: datasets.Dataset, path: Path) -> None:
-    """Raise UserError where a row has no value, or a length that its audio contradicts."""
+    """Raises UserError where a row has no value, or a length that its audio contradicts."""
     audio = shard.data.column("input_values")
     for name, column in (("input_values", audio), ("labels", label_column(shard))):
         if column.null_count:
@@ -359,7 +362,7 @@ def is_list(kind) -> bool:
 
 
 def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
-    """Return the samples of each row, (rows,) int64: the column `length`, or from list offsets."""
+    """Returns the samples of each row, (rows,) int64: the column `length`, or from list offsets."""
     if "length" in dataset.column_names:
         lengths = dataset.data.column("length").to_numpy().astype(np.int64)
     else:
@@ -371,13 +374,13 @@ def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Return the length of each list, (rows,) int64."""
+    """Returns the length of each list, (rows,) int64."""
     lengths = pa.compute.list_value_length(column)
     return lengths.to_numpy().astype(np.int64)
 
 
 def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
-    """Return the token ids of each row as lists, without the dict that may hold them."""
+    """Returns the token ids of each row as lists, without the dict that may hold them."""
     if dataset._indices is not None:
         dataset = dataset.select_columns("labels").flatten_indices()
     column = dataset.data.column("labels")
@@ -387,7 +390,7 @@ def label_column(dataset: datasets.Dataset) -> pa.ChunkedArray:
 
 
 def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return (labels, repeats), (rows,) int64 each.
+    """Returns (labels, repeats), (rows,) int64 each.
 
     A repeat is a label equal to the one before it, where CTC needs a blank between the two.
     """
@@ -405,7 +408,7 @@ def label_statistics(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]
 
 
 def label_checksum(dataset: datasets.Dataset) -> int:
-    """Return a checksum of the token ids in their rows, the same however they are stored."""
+    """Returns a checksum of the token ids in their rows, the same however they are stored."""
     checksum = 0
     # The values of all chunks come first, then the lengths of all chunks.
     for parts in zip(*map(label_values, label_column(dataset).chunks)):
@@ -415,19 +418,19 @@ def label_checksum(dataset: datasets.Dataset) -> int:
 
 
 def label_values(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return all token ids of the chunk's rows, one after the other, and how many each row has."""
+    """Returns all token ids of the chunk's rows, one after the other, and how many each row has."""
     return chunk.flatten().to_numpy(zero_copy_only=False), list_lengths(pa.chunked_array([chunk]))
 
 
 def check_token_ids(dataset: datasets.Dataset, tokenizer: Tokenizer, where: str) -> None:
-    """Raise UserError, naming the first row, for a token id that no label may hold.
+    """Raises UserError, naming the first row, for a token id that no label may hold.
 
-    That is an id outside the vocabulary, a missing one, or the blank.
+    Such an id lies outside the vocabulary, is missing, or is the blank.
     """
     first = 0  # row number of the chunk's first row
     for chunk in label_column(dataset).chunks:
         values, lengths = label_values(chunk)
-        # A missing id is nan, for which no comparison holds.
+        # A missing id is nan, for which >= is False.
         good = (values >= 0) & (values < tokenizer.vocab_size) & (values != tokenizer.blank_id)
         bad = np.flatnonzero(~good)
         if len(bad):
@@ -453,12 +456,12 @@ def filter_conformer_len_prob(
     input_layer: str,
     options: DataOptions,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which rows CTC can learn from, (rows,) bool, and how many are dropped for what reason.
+    """Returns the rows that CTC can learn from, (rows,) bool, and {reason: rows dropped for it}.
 
-    `lengths` (rows,) are samples; label_lengths and repeats are those of label_statistics. A row
-    stays when its feature frames lie within min_frame .. max_frame, and when its encoder frames in
-    the worst case (fastest speed, largest trim, this subsampling) times output_len_prob are at
-    least its labels plus repeats, the shortest CTC path (Graves et al. 2006).
+    `lengths` (rows,) are samples; label_lengths and repeats come from label_statistics. A row stays
+    where its feature frames lie within min_frame .. max_frame, and where its encoder frames in the
+    worst case (fastest speed, largest trim, this subsampling) times output_len_prob are at least
+    its labels plus repeats, the length of the shortest CTC path (Graves et al. 2006).
     """
     frames = num_frames(lengths, frontend)
     encoder_frames = subsampled_length(shortest_frames(lengths, frontend, augment), input_layer)
@@ -480,7 +483,7 @@ def filter_conformer_len_prob(
 
 
 class SpeechDataset(Dataset):
-    """Makes a Batch of keys (epoch, row). An example is a function of (seed, epoch, row) alone."""
+    """Makes a Batch of keys (epoch, row). An example depends on (seed, epoch, row) alone."""
 
     def __init__(self, dataset: datasets.Dataset, make_transform: Callable[[], Compose], seed: int):
         self.dataset = dataset.select_columns(["input_values", "labels"])
@@ -489,14 +492,14 @@ class SpeechDataset(Dataset):
 
     @cached_property
     def transform(self) -> Compose:
-        """Build the chain in the process that uses it: closures cannot be sent to a new process."""
+        """Builds the chain in the process that uses it: closures cannot go to a new process."""
         return self.make_transform()
 
     def __getitem__(self, keys) -> Batch:
         return collate([self.example(epoch, row) for epoch, row in keys])
 
     def example(self, epoch: int, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Return features (T,F), labels (U,) and the row number."""
+        """Returns features (T,F), labels (U,) and the row number."""
         waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
         labels = row_values(self.dataset, "labels", row).astype(np.int64)
         example = {"input_values": torch.from_numpy(waveform)}
@@ -505,7 +508,7 @@ class SpeechDataset(Dataset):
 
 
 def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
-    """Return a row's list as a view of the Arrow table.
+    """Returns a row's list as a view of the Arrow table.
 
     The NumPy format of datasets takes eight times as long.
     """
@@ -518,7 +521,7 @@ def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
 
 
 def collate(examples) -> Batch:
-    """Pad examples (features (T,F), labels (U,), row) with zeros to a Batch."""
+    """Pads examples (features (T,F), labels (U,), row) with zeros to a Batch."""
     features, labels, rows = zip(*examples)
     lengths = [len(frames) for frames in features]
     padded = empty_shared(len(features), max(lengths), features[0].size(1))
@@ -535,9 +538,9 @@ def collate(examples) -> Batch:
 
 
 def empty_shared(*shape: int) -> torch.Tensor:
-    """Make an empty float32 tensor; a loader process makes it in shared memory.
+    """Makes an empty float32 tensor, in a loader process in shared memory.
 
-    That spares a copy on the way to the training process, as in torch's own collate.
+    Shared memory spares a copy on the way to the training process, as in torch's own collate.
     """
     if get_worker_info() is None:
         return torch.empty(shape)
@@ -545,11 +548,11 @@ def empty_shared(*shape: int) -> torch.Tensor:
 
 
 def start_worker(_) -> None:
-    """Set up a loader process: one thread, and signals that end it no sooner than training."""
-    # With as many threads as cores, it would fight the training process for them.
+    """Sets up a loader process: one thread, and signals that end it no sooner than training."""
+    # With more threads, loader processes would fight the training process for the cores.
     torch.set_num_threads(1)
-    # Ctrl-C and many a SIGTERM reach all processes of a run. The training process finishes its step
-    # first, and needs its loader processes for that.
+    # Ctrl-C and often SIGTERM reach all processes of a run. The training process needs its loader
+    # processes to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -557,14 +560,14 @@ def start_worker(_) -> None:
 
 
 def obey_parent() -> None:
-    """End the loader process at a SIGTERM from the training process, and from nobody else."""
+    """Ends the loader process at a SIGTERM from the training process, and from nobody else."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def default_workers() -> int:
-    """Return how many loader processes there are by default: at least 1 for a GPU, else 0."""
+    """Returns how many loader processes there are by default: at least 1 for a GPU, else 0."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -578,7 +581,7 @@ def make_loader(
     seed: int,
     options: DataOptions,
 ) -> DataLoader:
-    """Make the DataLoader of the batches that `sampler` plans, lists of keys (epoch, row)."""
+    """Makes the DataLoader of the batches that `sampler` plans, lists of keys (epoch, row)."""
     workers = default_workers() if options.num_workers is None else options.num_workers
     return DataLoader(
         SpeechDataset(dataset, make_transform, seed),
@@ -595,7 +598,7 @@ def make_loader(
 def load_split(
     data_roots, split: str, tokenizer: Tokenizer, limit_rows: int | None = None
 ) -> datasets.Dataset:
-    """Join the shards of a split, its first limit_rows rows alone, and check its token ids.
+    """Joins the shards of a split, keeps its first limit_rows rows, and checks its token ids.
 
     Raises UserError where get_concat_dataset does, and for an empty split or a wrong token id.
     """
@@ -610,7 +613,7 @@ def load_split(
 
 
 def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
-    """Return the samples per second of the rows: what ROOT/prepare.json says, else 16,000.
+    """Returns the samples per second of the rows: the rate in ROOT/prepare.json, else 16,000.
 
     Raises UserError where the roots differ, or where `frontend` has another sample rate.
     """
@@ -633,9 +636,8 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
             )
     if frontend and frontend.sample_rate != rate:
         raise UserError(
-            f"{first} has {rate} samples per second, the model hears "
-            f"{frontend.sample_rate}; prepare the data with --sample_rate "
-            f"{frontend.sample_rate}"
+            f"{first} has {rate} samples per second, the model hears {frontend.sample_rate}; "
+            f"prepare the data with --sample_rate {frontend.sample_rate}"
         )
     return rate
 
@@ -643,9 +645,9 @@ def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
 def eval_plan(
     dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1
 ):
-    """Plan batches of every row of a split, longest first, as lists of keys (0, row).
+    """Plans batches of every row of a split, longest first, as lists of keys (0, row).
 
-    A batch lies within --max_batch_seconds, else within EVAL_SECONDS and --batch_size.
+    A batch has at most --max_batch_seconds, or else at most EVAL_SECONDS and --batch_size rows.
     """
     seconds = options.max_batch_seconds
     rows = math.inf if seconds else options.batch_size or 16
@@ -656,7 +658,7 @@ def eval_plan(
 def eval_loader(
     dataset, frontend: Frontend, options: DataOptions, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """Load the batches of eval_plan, with features that are not augmented."""
+    """Makes the loader of the batches of eval_plan, with features that are not augmented."""
     batches = eval_plan(dataset, frontend, options, rank, world_size)
     return make_loader(dataset, batches, partial(eval_transform, frontend), 0, options)
 
@@ -689,7 +691,7 @@ class SpeechDataModule(L.LightningDataModule):
         self.start_batch = 0  # batches of the first epoch that a resumed run has seen
 
     def setup(self, stage: str):
-        """Open the splits of `stage`, "fit" or "validate". Raises UserError for bad data."""
+        """Opens the splits of `stage`, "fit" or "validate". Raises UserError for bad data."""
         rows_rate(self.data_roots, self.frontend)
         for name in {"fit": ["train", "dev"], "validate": ["dev"]}[stage]:
             if name not in self.splits:
@@ -700,7 +702,7 @@ class SpeechDataModule(L.LightningDataModule):
             self.filter_train()
 
     def filter_train(self):
-        """Find the rows of train to keep. Raises UserError where none is left."""
+        """Finds the rows of train to keep. Raises UserError where none is left."""
         train = self.splits["train"]
         self.lengths = audio_lengths(train)
         self.label_lengths, repeats = label_statistics(train)
@@ -728,13 +730,12 @@ class SpeechDataModule(L.LightningDataModule):
                 f"({dropped}); see --min_frame, --max_frame, --output_len_prob"
             )
 
-    def cmvn(self, most_rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (mean, 1 / standard deviation), each (F,), of train without augmentation.
+    def cmvn(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (mean, 1 / standard deviation), each (F,), of train without augmentation.
 
-        Of a larger split, `most_rows` rows spread evenly over it are taken: 20,000 take two minutes
-        of one core.
+        Of a larger split, CMVN_ROWS rows are taken, spread evenly over it.
         """
-        places = np.linspace(0, len(self.kept) - 1, min(len(self.kept), most_rows))
+        places = np.linspace(0, len(self.kept) - 1, min(len(self.kept), CMVN_ROWS))
         loader = make_loader(
             self.splits["train"],
             [[(0, int(row))] for row in self.kept[places.astype(np.int64)]],
@@ -756,7 +757,7 @@ class SpeechDataModule(L.LightningDataModule):
         return mean.float(), variance.rsqrt().float()
 
     def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:
-        """Make the plan of train; after setup("fit")."""
+        """Makes the plan of train. setup("fit") must come before."""
         seconds = self.options.max_batch_seconds
         return LengthGroupedSampler(
             lengths=self.lengths[self.kept],
@@ -770,25 +771,25 @@ class SpeechDataModule(L.LightningDataModule):
         )
 
     def train_batches(self, world_size: int) -> int:
-        """Return the batches of one rank in an epoch; after setup("fit")."""
+        """Returns the batches of one rank in an epoch. setup("fit") must come before."""
         return len(self.sampler(0, world_size))
 
     def ranks(self) -> tuple[int, int]:
-        """Return this process's rank, and how many there are."""
+        """Returns this process's rank, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def next_epoch(self) -> int:
-        """Return the epoch that training begins with.
+        """Returns the epoch that training begins with.
 
-        Lightning tells the sampler, too, but in a resumed run only after the loader processes have
-        asked for their first batches.
+        Lightning tells the sampler this epoch, too, but in a resumed run only after the loader
+        processes have asked for their first batches.
         """
         return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
 
     def largest_batches(self) -> list[Batch]:
-        """Load the batches of this rank's next epoch that need most memory.
+        """Loads the batches of this rank's next epoch that need most memory.
 
-        They are the largest by frames and, if that is another one, the largest by labels.
+        They are the largest by frames and, if it is another batch, the largest by labels.
         """
         epoch = self.next_epoch()
         plan = self.sampler(*self.ranks()).plan(epoch)
@@ -801,13 +802,13 @@ class SpeechDataModule(L.LightningDataModule):
 
     @cached_property
     def dev_checksum(self) -> int:
-        """Compute the checksum of the lengths and labels of dev, which every checkpoint holds."""
+        """Computes the checksum of the lengths and labels of dev, which every checkpoint holds."""
         return zlib.crc32(
             audio_lengths(self.splits["dev"]).tobytes(), label_checksum(self.splits["dev"])
         )
 
     def longest_dev_batch(self) -> Batch:
-        """Load this rank's batch of dev that needs most memory: the first of its plan."""
+        """Loads this rank's batch of dev that needs most memory: the first of its plan."""
         batches = eval_plan(self.splits["dev"], self.frontend, self.options, *self.ranks())
         dataset = SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)
         return dataset[batches[0]]

@@ -1,9 +1,8 @@
-"""Files and folders on disk: small ones are read within bounds, and all are written whole or not at
-all, by one writer at a time.
+"""Reads small files within bounds, and writes files and folders whole or not at all.
 
 Reading: open_file, read_small, read_text, read_json, parse_json, parse_yaml.
-Text for others: json_text, csv_text. Writing: write_whole for a file, `published` for a folder,
-`alone` for a lock.
+Text for others: json_text, csv_text. Writing: write_whole for a file, `published` for a folder.
+Both hold the lock `alone`, so that one process writes at a time.
 """
 
 import contextlib
@@ -29,9 +28,9 @@ import yaml
 # ---- Reading
 
 
-# No vocabulary, list of words or set of options has so many bytes.
+# Bytes: more than any vocabulary, list of words or set of options has.
 SMALL = 2**24
-# No set of options has so many nodes of YAML.
+# Nodes of YAML: more than any set of options has.
 MANY_NODES = 2**18
 
 
@@ -55,8 +54,10 @@ def open_file(path: str):
 
 
 def read_small(path: str, limit: int = SMALL) -> bytes:
-    """The content of a file that somebody names. Raises OSError as open_file does, and ValueError
-    where the file is longer than `limit` bytes."""
+    """Returns the content of a file that somebody names.
+
+    Raises OSError as open_file does, and ValueError for a file of more than `limit` bytes.
+    """
     with open_file(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -65,19 +66,20 @@ def read_small(path: str, limit: int = SMALL) -> bytes:
 
 
 def read_text(path: str, limit: int = SMALL) -> str:
-    """The content as read_small gives it, as text without a byte order mark. Raises OSError and
-    ValueError."""
+    """Returns the content as text, without a byte order mark. Raises as read_small does."""
     return read_small(path, limit).decode("utf-8-sig")
 
 
 def why(error: OSError | ValueError):
-    """The reason for which one of these functions failed, without the file: the caller names it."""
+    """Returns why one of these functions failed, without the file's name, which the caller adds."""
     return getattr(error, "strerror", None) or error
 
 
 def parse_json(text: str):
-    """What the JSON `text` says. Raises ValueError where it is no JSON, is nested too deep, or
-    holds a number that is not finite."""
+    """Returns what a JSON text says.
+
+    Raises ValueError for no JSON, deep nesting, and a number that is not finite.
+    """
     try:
         return json.loads(text, parse_float=finite, parse_constant=finite)
     except RecursionError:
@@ -85,14 +87,14 @@ def parse_json(text: str):
 
 
 def finite(text: str) -> float:
-    """The number that a JSON text says. Raises ValueError where it is not finite."""
+    """Returns the number that a text says. Raises ValueError where the number is not finite."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text[:40]} is not finite")
     return value
 
 
 def read_json(path: str, limit: int = SMALL) -> dict:
-    """The JSON object in a file. Raises OSError, ValueError."""
+    """Returns the JSON object in a file. Raises OSError, ValueError."""
     data = parse_json(read_text(path, limit))
     if not isinstance(data, dict):
         raise ValueError(f"{os.path.basename(path)} holds no JSON object")
@@ -100,8 +102,11 @@ def read_json(path: str, limit: int = SMALL) -> dict:
 
 
 def parse_yaml(text: str):
-    """What the YAML `text` says. Raises ValueError, which quotes nothing of the text, where it is
-    no YAML, is nested too deep, or has aliases that stand for more than options ever say."""
+    """Returns what a YAML text says.
+
+    Raises ValueError, which quotes nothing of the text, for no YAML, deep nesting, and aliases that
+    stand for more than MANY_NODES.
+    """
     loader = None
     try:
         loader = yaml.SafeLoader(text)
@@ -122,8 +127,10 @@ def parse_yaml(text: str):
 
 
 def written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """The number of nodes that a node of YAML stands for when its aliases are written out. It is
-    infinite where the node holds itself. `known` has the numbers found before, by the node's id."""
+    """Counts the nodes that a node of YAML stands for when its aliases are written out.
+
+    The count of a node that holds itself is infinite. known: {id of a node: its count}, so far.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf
         parts = () if isinstance(node, yaml.ScalarNode) else node.value
@@ -136,14 +143,17 @@ def written_out(node: yaml.Node, known: dict[int, float]) -> float:
 # ---- Text for other programs
 
 
-# A spreadsheet finds a formula where a cell begins. Some take a semicolon, a tab or a line break
-# for the end of a cell, and wide forms of the signs for the signs.
+# A spreadsheet looks for a formula where a cell begins. Some programs end a cell at a semicolon, a
+# tab or a line break, and read wide forms of the signs as the signs.
 FORMULA = re.compile("(^|;)(?=\\s*[-+=@\uff0d\uff0b\uff1d\uff20]|[\t\r\n])")
 
 
 def json_text(data, **format) -> str:
-    """JSON, as json.dumps formats it. A number that is not finite becomes null, which other readers
-    than Python's know, and a character that a terminal would not just show is escaped."""
+    """Returns JSON, as json.dumps formats it.
+
+    A number that is not finite becomes null, because only Python reads NaN, and a character that a
+    terminal would not just show is escaped.
+    """
     data = json.loads(json.dumps(data), parse_constant=lambda name: None)
     return UNSHOWN.sub(
         lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}",
@@ -152,8 +162,11 @@ def json_text(data, **format) -> str:
 
 
 def csv_text(rows) -> str:
-    """Rows of strings as CSV. Cells are as `shown`, and a cell that a spreadsheet would take for a
-    formula gets an apostrophe before it, as OWASP advises."""
+    """Returns rows of strings as CSV, each cell as `shown`.
+
+    A cell that a spreadsheet would take for a formula gets an apostrophe before it, as OWASP
+    advises.
+    """
     text = io.StringIO(newline="")
     csv.writer(text).writerows(
         [shown(FORMULA.sub(r"\1'", cell), math.inf) for cell in row] for row in rows
@@ -164,15 +177,17 @@ def csv_text(rows) -> str:
 # ---- Writing a file
 
 
-# What waits beside a path to take the path's place has a name that ends so.
+# The end of the name of a file or folder that waits beside a path to take the path's place.
 ASIDE = ".lightning-u2"
-# A write fails with one of these where there is no room.
+# The errors of a write for which there is no room.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def aside(path: str) -> str:
-    """The path beside `path` under which its successor is written. The name is nobody else's, and
-    never too long."""
+    """Returns the path beside `path` at which its successor is written.
+
+    No other path has this name beside it, and the name is never too long.
+    """
     folder, name = os.path.split(path)
     if len(os.fsencode(name)) > 200:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -191,19 +206,17 @@ def check_utf8(path: str, flag: str, needs: str) -> None:
 
 
 def cannot_write(path: str, error: OSError) -> UserError:
-    """The error to raise where the file or folder that the user calls `path` cannot be written."""
+    """Makes the error for a file or folder, called `path` by the user, that cannot be written."""
     return UserError(
         f"{path}: cannot be written ({error.strerror or error}); make room or choose another place"
     )
 
 
 def write_whole(path: str, content) -> None:
-    """Writes bytes to `path`. The file is the old or the new one, whatever is killed or pulled
-    meanwhile.
+    """Writes bytes to `path`: even after a kill or a power cut the file is the old or the new one.
 
-    A symbolic link stays, and the file that it leads to is written. A new file has the permissions
-    of any new file. Raises UserError where the file cannot be written, as on a full disk; the old
-    one is still there.
+    A symbolic link stays, and the file at its end is written. Raises UserError where the file is
+    not written, as on a full disk; then the old file is still there.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -244,8 +257,10 @@ def _sync_folder(path: str) -> None:
 
 
 def identity(path: str | int) -> tuple[int, int] | None:
-    """A number pair that a file shares with no other file, whatever it is called. An open file may
-    be given by its descriptor. None where there is no such file."""
+    """Returns two numbers that only this file has, under any of its names; None for no file.
+
+    An open file may be given by its descriptor.
+    """
     try:
         return (found := os.stat(path)).st_dev, found.st_ino
     except (OSError, ValueError):
@@ -255,25 +270,23 @@ def identity(path: str | int) -> tuple[int, int] | None:
 # ---- Writing a folder
 
 
-# In a folder that `published` has written, this file lists what was written.
+# This file, in a folder that `published` has written, lists the files that were written.
 MARK = ".lightning-u2.json"
-# The datasets library leaves such files beside shards, and can make them again.
+# The datasets library leaves files with these names beside shards, and can make them again.
 CACHE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")
 
 
 @contextlib.contextmanager
 def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
-    """A context: gives a new folder to write into, which takes the place of `path` at the end of
-    the block.
+    """Gives a `with` block a new folder to write into, which takes the place of `path` at its end.
 
-    Whatever is killed, pulled or full meanwhile, the old folder or the new one is at `path`, whole,
-    or the old one is beside it, where the next call for `path` finds it and puts it back. Only
-    aside(path) is used beside `path`.
+    After a kill, a power cut or a full disk, the old folder or the new one is at `path`, whole, or
+    the old one is in aside(path), from where the next call for `path` puts it back.
 
     Raises UserError before the block where `path` cannot be moved or made, where it holds something
-    and `overwrite` is False, where it holds anything but what an earlier call with the same `what`
-    ("an export") has put there, or where it holds one of `inputs`. Raises UserError after the block
-    where the disk is full. In both cases everything is as it was before.
+    and `overwrite` is False, where it holds files that no earlier call with the same `what` ("an
+    export") has put there, or where it holds one of `inputs`. Raises UserError after the block for
+    a full disk. In both cases everything is as it was before.
     """
     try:
         root = os.path.realpath(path)
@@ -290,7 +303,7 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
                 os.makedirs(new)
                 yield new
                 _mark(new, what)
-                # The block may have taken hours, in which something may have come there.
+                # The block may have taken hours, and somebody may have put files there meanwhile.
                 _check_replaceable(path, root, what, overwrite, inputs)
                 try:
                     if os.path.isdir(root):
@@ -308,7 +321,7 @@ def published(path: str, what: str, overwrite: bool, inputs: tuple = ()):
 
 
 def _remove(path: str) -> None:
-    """Removes a folder. Raises UserError where it holds somebody else's files."""
+    """Removes a folder. Raises UserError where that fails, as for somebody else's files."""
     try:
         shutil.rmtree(path)
     except OSError as error:
@@ -318,13 +331,14 @@ def _remove(path: str) -> None:
 
 
 def _restore(root: str, old: str, gone: str) -> None:
-    """Ends the exchange of two folders, which a process that was killed may have left between two
-    steps. Afterwards the folder `old` is back at `root`, or it is gone because the new one is
-    there."""
+    """Ends the exchange of two folders that a killed process may have left between two steps.
+
+    Afterwards the folder `old` is back at `root`, or `old` is gone because the new one is there.
+    """
     if not os.path.lexists(old):
         return
     if os.path.isdir(root) and not os.listdir(root):
-        os.rmdir(root)  # made since, as a container makes the folders that it mounts
+        os.rmdir(root)  # made since the kill, as a container makes the folders that it mounts
     if not os.path.lexists(root):
         os.replace(old, root)
     elif os.path.exists(os.path.join(root, MARK)):
@@ -337,8 +351,10 @@ def _restore(root: str, old: str, gone: str) -> None:
 
 
 def _check_replaceable(path: str, root: str, what: str, overwrite: bool, inputs: tuple) -> None:
-    """Raises UserError where the folder `root`, which the user calls `path`, may not be replaced,
-    and OSError where it cannot be read."""
+    """Raises UserError where the folder `root`, called `path` by the user, may not be replaced.
+
+    Raises OSError where the folder cannot be read.
+    """
     try:
         os.lstat(root)  # os.path.lexists would say False for a name that is too long
     except FileNotFoundError:
@@ -368,8 +384,7 @@ def _within(path: str, folder: str) -> bool:
 
 
 def _foreign(root: str, what: str) -> str | None:
-    """The name of something in the folder `root` that `published` did not put there, or that was
-    changed since. None where there is nothing of the kind."""
+    """Names something in `root` that `published` did not write, or that has changed; else None."""
     try:
         mark = read_json(os.path.join(root, MARK), 2**28)
         written = dict(mark["files"]) if mark["what"] == what else {}
@@ -394,8 +409,10 @@ def _foreign(root: str, what: str) -> str | None:
 
 
 def _mounts() -> set[str]:
-    """The paths where something is mounted. os.path.ismount does not see a mounted file, nor a
-    mounted folder of the same disk."""
+    """Returns the paths where something is mounted.
+
+    os.path.ismount sees neither a mounted file nor a mounted folder of the same disk.
+    """
     try:
         with open("/proc/self/mountinfo", "rb") as file:  # Linux alone has it
             places = [line.split()[4] for line in file]
@@ -408,8 +425,10 @@ def _mounts() -> set[str]:
 
 
 def _inside(root: str):
-    """Yields (path, whether it is a folder) for everything below a folder. A link counts as no
-    folder. Raises OSError."""
+    """Yields (path, whether it is a folder, and no link) of everything below a folder.
+
+    Raises OSError.
+    """
 
     def fail(error):
         raise error
@@ -421,8 +440,10 @@ def _inside(root: str):
 
 
 def _look(path: str) -> list | None:
-    """The size of a file and a checksum of its first MB, which show later whether it was changed.
-    None where the path is no file."""
+    """Returns a file's size and a checksum of its first MB, to see later whether it has changed.
+
+    It returns None where the path is no file.
+    """
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return None
     with open(path, "rb") as file:
@@ -449,11 +470,10 @@ def _mark(folder: str, what: str) -> None:
 
 
 def _rehearse(path: str, root: str, trap: str) -> None:
-    """Raises UserError or OSError where `root` could not be moved or made when everything is
-    written later.
+    """Raises UserError or OSError where `root` could not be moved or made after the hours of work.
 
-    To find out, it tries to move `root` onto the folder `trap`, which has something in it. The
-    system refuses that, and its reason tells whether `root` could have been moved elsewhere.
+    To find out, the function tries to move `root` onto the folder `trap`, which is not empty. The
+    system refuses, and its reason tells whether `root` could have been moved elsewhere.
     """
     os.makedirs(os.path.join(trap, "something"))
     if not os.path.lexists(root):
@@ -477,18 +497,18 @@ def _rehearse(path: str, root: str, trap: str) -> None:
 # ---- Locks
 
 
-# For so many seconds a process that was killed may still hold a lock.
+# Seconds for which a process that was killed may still hold a lock.
 DYING = 2.0
 
 
 @contextlib.contextmanager
 def alone(path: str, what: str):
-    """A context: within the block no other process holds the lock file `path`, on this machine or
-    on one that shares a file system with POSIX locks.
+    """Holds the lock file `path` during a `with` block: no other process can hold it then.
 
-    The lock ends with the process, even if the process is killed, and children do not inherit it.
-    The file is removed afterwards. Raises UserError, which names `what`, where another process
-    holds the lock or the file cannot be made.
+    That is true on this machine, and on others that share a file system with POSIX locks. The lock
+    ends with the process, even a killed one, and children do not inherit it. The file is removed
+    afterwards. Raises UserError, which names `what`, where another process holds the lock or the
+    file cannot be made.
     """
     ends = time.monotonic() + DYING
     try:
@@ -509,7 +529,7 @@ def alone(path: str, what: str):
 
 
 def _lock(path: str):
-    """Opens and locks the file. None where another process holds it."""
+    """Opens and locks the file, or returns None where another process holds the lock."""
     while True:
         file = open(path, "a", opener=lambda *how: os.open(how[0], how[1] | os.O_NOFOLLOW, 0o666))
         try:

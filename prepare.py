@@ -3,8 +3,7 @@
 ROOT/{split}/{shard}/ are datasets saved with save_to_disk. A row has input_values (N,) float32 at
 --sample_rate, labels {input_ids: (U,) int32}, length N, text and, where known, speaker.
 ROOT/tokenizer.json holds the vocabulary, ROOT/rejected.csv the rows that could not be used, and
-ROOT/prepare.json a sample rate other than 16 kHz. ROOT appears when all of it is written, or not at
-all.
+ROOT/prepare.json a sample rate other than 16 kHz. ROOT appears whole, or not at all.
 """
 
 import collections
@@ -29,21 +28,20 @@ from audio import read_audio
 from sources import Row, SourceOptions, Split, note, open_source
 from transforms import RATES
 
-# After clean_text these are no white space, and nobody says or writes them.
+# Control characters: clean_text leaves those that are no white space, and nobody writes them.
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
-# These characters show nothing and are taken out of a text: soft hyphens, zero-width spaces, byte
-# order marks, directions. The characters of tk.NOTHING stay, where others are beside them.
+# Invisible characters that are taken out of a text: soft hyphens, zero-width spaces, byte order
+# marks, directions. The characters of tk.NOTHING stay where others are beside them.
 INVISIBLE = re.compile(
     "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )
-# Nobody says so many characters in an hour, and audio.py reads no longer recording whole.
+# Characters: more than anybody says in an hour, and audio.py reads no longer recording whole.
 LONGEST_TEXT = 2**16
-# In a recording that stays within so many steps of 16 bits nothing is said.
-SILENT = 20
+SILENT = 20  # steps of 16 bits: in a recording that stays within them nothing is said
 EDGE = 160  # samples: 10 ms
-# So many rows wait in memory to be written, or samples: 35 minutes at 16 kHz.
+# The most rows, and the most samples, that wait in memory to be written.
 BATCH_ROWS = 100
-BATCH_SAMPLES = 2**25
+BATCH_SAMPLES = 2**25  # 35 minutes at 16 kHz
 
 
 @options_class
@@ -71,17 +69,14 @@ class PrepareOptions(SourceOptions):
 
 
 class BadRow(Exception):
-    """Why one row cannot be used."""
+    """Says why one row cannot be used."""
 
 
-# One row
+# ---- One row
 
 
 def waveform_of(audio: str | bytes | None, sample_rate: int) -> np.ndarray:
-    """Returns the waveform (N,) float32, mono, at `sample_rate`, of a file. Raises BadRow.
-
-    audio: a path, or the bytes of a file.
-    """
+    """Returns the waveform (N,) float32, mono, of a file's path or bytes. Raises BadRow."""
     if audio is None:
         raise BadRow("no audio")
     try:
@@ -91,16 +86,16 @@ def waveform_of(audio: str | bytes | None, sample_rate: int) -> np.ndarray:
 
 
 def silence(samples: np.ndarray) -> str:
-    """Returns why nothing can be said in (N,) samples, or "".
+    """Returns why nothing can be said in samples (N,), or "".
 
-    The ends do not count: a constant rings there when it is resampled.
+    The ends do not count, because a constant signal rings there when it is resampled.
     """
     if not samples.any():
         return "silent: all samples are 0"
     inner = samples[EDGE:-EDGE] if len(samples) > 4 * EDGE else samples
     middle = np.median(inner)
     level = 32768 * np.quantile(np.abs(inner - middle), 0.999)
-    # A constant of full scale ripples by 15 steps when it is resampled.
+    # A constant signal of full scale ripples by 15 steps when it is resampled.
     if len(inner) == 1 or level > SILENT + 15 * abs(middle):
         return ""
     return (
@@ -110,7 +105,7 @@ def silence(samples: np.ndarray) -> str:
 
 
 def clean_text(text: str, options: PrepareOptions) -> str:
-    """Returns NFC with single spaces and no invisible characters, and "" where nothing shows.
+    """Returns text in NFC, with single spaces, without invisible characters; "" if nothing shows.
 
     The options say what becomes of case and punctuation.
     """
@@ -121,7 +116,7 @@ def clean_text(text: str, options: PrepareOptions) -> str:
             for c in text
         )
     if options.lowercase:
-        # lower() alone would leave a combining dot of a capital i with a dot.
+        # lower() alone would turn a capital i with a dot into an i and a combining dot.
         text = text.replace("\u0130", "i").lower()
     elif options.uppercase:
         text = text.upper()
@@ -130,7 +125,7 @@ def clean_text(text: str, options: PrepareOptions) -> str:
 
 
 def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> dict:
-    """Returns the row as it is written. Raises BadRow."""
+    """Returns the columns of a row, as they are written. Raises BadRow."""
     if row.reason:
         raise BadRow(row.reason)
     if len(row.text) > LONGEST_TEXT:
@@ -155,7 +150,7 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     }
 
 
-# Writing
+# ---- Writing
 
 
 def write_split(
@@ -187,7 +182,7 @@ def write_split(
 
 
 class Labels:
-    """Counts where the labels of a split say something else than their text. State: the counts."""
+    """Counts where the labels of a split differ from their text. State: the counts."""
 
     def __init__(self, split: str, tokenizer: tk.Tokenizer):
         self.split = split
@@ -356,12 +351,9 @@ def prepare_options(argv: list[str]) -> PrepareOptions:
 
 def main(argv: list[str]) -> None:
     options = prepare_options(argv)
-    datasets.disable_progress_bars()  # save_to_disk has one; ours counts rows.
-    for library in (
-        "datasets",
-        "huggingface_hub",
-        "fsspec",
-    ):  # Their errors become one line of ours.
+    datasets.disable_progress_bars()  # save_to_disk has one; ours counts rows
+    # The errors of these libraries become one line of ours.
+    for library in ("datasets", "huggingface_hub", "fsspec"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     kept, rejected = prepare(options)
     root = shown(options.data_root)

@@ -1,8 +1,8 @@
-"""Sources give speech and transcripts: a folder, or a dataset on the hub.
+"""Reads speech and transcripts from a folder, or from a dataset on the hub.
 
 A source is {split: [Split, ...]}. In a folder every metadata.csv, metadata.jsonl and parquet file
-is read; names alone decide which split a file belongs to. Splits that are joined under one name and
-files that are left out are named on standard output.
+is read. Its split is known by the names of file and folders, or else by its rows or by the README
+of a hub copy. Joined splits and files left out are named on standard output.
 """
 
 import codecs
@@ -29,8 +29,8 @@ import tokenizer as tk
 from audio import EXTENSIONS
 from files import parse_yaml, read_small, read_text, why
 
-# Our name of a split, the names in openslr/librispeech_asr (configurations all, clean, other), and
-# usual names on the hub.
+# {our name of a split: its names in openslr/librispeech_asr (configurations all, clean, other), and
+# usual names on the hub}.
 USUAL_NAMES = {
     "train": "train train.clean.100 train.clean.360 train.other.500 train.100 train.360 train.500",
     "dev": "dev validation validation.clean valid val",
@@ -47,17 +47,18 @@ AUDIO_COLUMNS = ("audio", "file_name", "path", "file")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
 # A data root holds these files beside its splits.
 BESIDE_SPLITS = ("tokenizer.json", "rejected.csv", "prepare.json")
-# No file in UTF-8 holds these: half of a pair, or a byte of a name that is not in UTF-8 on disk.
+# Characters that no file in UTF-8 holds: half of a surrogate pair, or a byte of a name on disk that
+# is not in UTF-8.
 SURROGATE = re.compile("[\ud800-\udfff]")
-# So many texts of a parquet file are read at a time, but one row with audio: more recordings need
-# not fit into memory.
+# Texts of a parquet file that are read at a time. Rows with audio are read one by one, because more
+# recordings may not fit into memory.
 TEXTS_AT_ONCE = 16
-# A column of a row group may take UNPACKED bytes in memory, and more than that only up to PACKED
-# times the bytes that it has in the file.
+# A column of a row group may take UNPACKED bytes in memory, and more only up to PACKED times its
+# bytes in the file.
 UNPACKED = 2**26
 PACKED = 100
-LARGEST_METADATA = 2**30  # bytes of a metadata.csv, which hold some millions of rows
-MOST_LINKS = 100  # links that lead to one folder: links to links could make as many paths as atoms
+LARGEST_METADATA = 2**30  # bytes of a metadata.csv, some millions of rows
+MOST_LINKS = 100  # links to one folder: with links to links the number of paths doubles each time
 DEEPEST = 100  # folders in folders
 
 
@@ -121,9 +122,8 @@ def open_source(options) -> tuple[dict[str, list[Split]], Callable[[], str]]:
 def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict[str, list[Split]]:
     """Renames splits: those of --split_map only, or all to the usual names.
 
-    Several may join under one name. A note says what --split_map does not: which splits are
-    renamed, joined or left out. A split that is left out is not opened: it may be damaged, or have
-    no text.
+    Several may join under one name. A note names the splits that are renamed, joined or left out.
+    A split that is left out is not opened: it may be damaged, or have no text.
     """
     wanted = dict(item.partition("=")[::2] for item in options.split_map)
     if len(wanted) < len(options.split_map):
@@ -153,7 +153,7 @@ def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict
 
 
 def usual(name: str) -> str | None:
-    """Returns our name for a split of a usual name, or None."""
+    """Returns our name for a split with a usual name, or None."""
     return SPLIT_NAMES.get(name.lower()) or SPLIT_NAMES.get(NUMBER.sub("", name.lower()))
 
 
@@ -172,10 +172,7 @@ def choose_column(
 
 
 def string(value, place: str) -> str:
-    """Returns a cell as text. A speaker is often a number, and None is an empty text.
-
-    Raises UserError for bytes, lists and dicts.
-    """
+    """Returns a cell as text; a speaker may be a number. Raises UserError for bytes and lists."""
     if isinstance(value, (bytes, list, dict)):
         raise UserError(
             f"{place}: a {type(value).__name__} is neither text nor speaker; name the "
@@ -184,11 +181,11 @@ def string(value, place: str) -> str:
     return "" if value is None else str(value)
 
 
-# A folder: which file is whose
+# ---- A folder: which file belongs to which split
 
 
 class Folder:
-    """The files of a source, but for hidden ones. State: which were read or named by a row."""
+    """Holds the files of a source but hidden ones. State: the files that were read or named."""
 
     def __init__(self, source: str):
         self.source = source
@@ -202,11 +199,10 @@ class Folder:
         self.read = set()
 
     def find(self, folder: str, name: str) -> tuple[str, str]:
-        """Returns (path, why it cannot be used or "") of the file that a row calls `name`.
+        """Returns (path, why it cannot be used or "") of the file that a row in `folder` names.
 
-        Names are relative to `folder`. A name may be composed otherwise than on disk (NFC, NFD): to
-        a reader they are the same. Another case, other slashes or another folder may mean another
-        file, so such a file is named in the reason, not taken.
+        A name in another Unicode form (NFC, NFD) than on disk is the same name. Another case, other
+        slashes or another folder may mean another file, which the reason then names.
         """
         path = os.path.normpath(os.path.join(folder, name))
         if not name.strip():
@@ -222,7 +218,7 @@ class Folder:
             same = [file for file in near if tk.nfc(file) == tk.nfc(path)]
             if near and len(same) != 1:
                 return path, f"file missing; there is {os.path.relpath(near[0], folder)}"
-            path = same[0] if same else path  # The decoder tells that a file is missing.
+            path = same[0] if same else path  # the decoder finds that it is missing
         self.read.add(path)
         return path, ""
 
@@ -234,9 +230,9 @@ class Folder:
         return names
 
     def left_out(self) -> str:
-        """Names the files that were neither read nor named, and empty folders.
+        """Names the files that were neither read nor named by a row, and empty folders.
 
-        Of each folder at the top and each ending it is one file, and how many more there are.
+        For each top folder and each ending it names one file, and says how many more there are.
         """
         kinds = collections.defaultdict(list)
         tops = set()
@@ -260,7 +256,7 @@ class Folder:
 def walk(
     folder: str, above: tuple[str, ...] = (), seen: collections.Counter | None = None
 ) -> Iterator[str]:
-    """Yields all files below a folder, also behind links, but for a link that leads back up.
+    """Yields all files below a folder, and behind links but those that lead back up.
 
     Raises UserError where more than MOST_LINKS links lead to a folder, and below DEEPEST folders.
     """
@@ -287,10 +283,9 @@ def walk(
 
 
 def alike(name: str) -> str:
-    """Returns the same for names that are easily taken for each other.
+    """Returns the same text for names that are easily taken for each other.
 
-    They differ in case, in their Unicode form, in a space at an end, or in bytes that are Latin-1,
-    not UTF-8, on disk.
+    Such names differ in case, in Unicode form, in spaces at the ends, or in bytes of Latin-1.
     """
     name = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), name)
     return tk.nfc(name).casefold().strip()
@@ -299,7 +294,7 @@ def alike(name: str) -> str:
 def outside(source: str, path: str) -> str:
     """Returns why `path` may not be read, or "".
 
-    A name must not lead out of `source`. A link in the source may: whoever put it there means it.
+    A name must not lead out of `source`. A link may: its maker had access to the source.
     """
     inside = os.path.abspath(path).startswith(os.path.join(os.path.abspath(source), ""))
     return "" if inside else f"lies outside {source}; move it there, or put a link to it there"
@@ -309,8 +304,7 @@ class Table(NamedTuple):
     config: str  # the folder that holds the splits, or a configuration of a hub copy's README
     split: str
     path: str
-    # Metadata above the splits was read to find the splits.
-    records: list[dict] | None = None
+    records: list[dict] | None = None  # rows, where metadata was read to find the splits
 
 
 def is_parquet(path: str) -> bool:
@@ -318,19 +312,18 @@ def is_parquet(path: str) -> bool:
 
 
 def folder_source(folder: Folder, options) -> dict[str, Callable[[], list[Split]]]:
-    """Returns the splits of a folder, to be opened. Raises UserError where there are none.
+    """Returns the splits of a folder, to be opened, and prints which parquet shards are missing.
 
-    Tells where a shard of a parquet file is missing.
+    Raises UserError where there are no splits.
     """
     tables = choose_config(find_tables(folder), folder.source, options.config)
     folder.read.update(table.path for table in tables)
     if not tables:
         there = folder.left_out()
         raise UserError(
-            f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor "
-            f"parquet files{there and f', only {there}'}; lay the speech out as "
-            "SRC/train/metadata.csv and SRC/dev/metadata.csv with the columns "
-            "file_name and text"
+            f"{folder.source} has neither SRC/{{split}}/metadata.csv (or .jsonl) nor parquet "
+            f"files{there and f', only {there}'}; lay the speech out as SRC/train/metadata.csv and "
+            "SRC/dev/metadata.csv with the columns file_name and text"
         )
     splits = collections.defaultdict(list)
     shards = collections.Counter()
@@ -356,9 +349,8 @@ def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list
     kinds = {os.path.splitext(table.path)[1].lower(): table.path for table in tables}
     if len(kinds) > 1:
         raise UserError(
-            f"{folder.source}: split {name} has "
-            f"{' and '.join(sorted(kinds.values()))}; take one of them away, or move "
-            "it to a folder of its own"
+            f"{folder.source}: split {name} has {' and '.join(sorted(kinds.values()))}; take one "
+            "of them away, or move it to a folder of its own"
         )
     if is_parquet(tables[0].path):
         return [parquet_split(folder, name, table.path, options) for table in tables]
@@ -368,9 +360,9 @@ def open_tables(folder: Folder, name: str, tables: list[Table], options) -> list
 def find_tables(folder: Folder) -> list[Table]:
     """Finds all metadata and parquet files, each with its split.
 
-    The split is the first usual name among a file's folders and, of a parquet file, in its own
-    name. Where no name is usual, metadata may name the split itself. Otherwise the split is the
-    name that stands beside usual ones, or else the first name.
+    The split is the first usual name among a file's folders (and a parquet file's own name). Where
+    no name is usual, the rows of metadata may name the split. Otherwise the split is the name
+    that stands beside usual names, or else the first name.
     """
     tables = readme_tables(folder)
     paths = {}  # {file: the names of its folders, and its own of a parquet file}
@@ -402,24 +394,23 @@ def find_tables(folder: Folder) -> list[Table]:
 def first_usual(names: list[str], file: str) -> int | None:
     """Returns the place of the first usual name of a split, or None.
 
-    Raises UserError where that of another split follows.
+    Raises UserError where a usual name of another split follows.
     """
     places = [place for place, name in enumerate(names) if usual(name)]
     if len({usual(names[place]) for place in places}) > 1:
         raise UserError(
-            f"{file}: it may belong to the split "
-            f"{' or '.join(names[place] for place in places)}; rename the file or its "
-            "folder"
+            f"{file}: it may belong to the split {' or '.join(names[place] for place in places)}; "
+            "rename the file or its folder"
         )
     return places[0] if places else None
 
 
 def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
-    """Divides the rows of metadata above the splits among the splits.
+    """Divides the rows of metadata that lies above the folders of the splits.
 
-    A column `split`, or the folder in each file_name, says which split a row belongs to. Metadata
-    in a folder below the source need not say so: then [] is returned, and the folder is the split.
-    Raises UserError where only some rows name a split, or none does at the top.
+    A column `split`, or the folder in each file_name, names the split of a row. Metadata in a
+    folder below the source need not: then [] is returned, and the folder is the split. Raises
+    UserError where only some rows name a split, or where none does at the top of the source.
     """
     if any("split" in record for record in records):
         names = [string(record.get("split"), path).strip() for record in records]
@@ -463,7 +454,7 @@ def readme_tables(folder: Folder) -> list[Table]:
             for part in data_files(config)
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []  # There is no README, or it says nothing of files.
+        return []  # there is no README, or it says nothing of files
     tables = []
     absent = []
     for config, split, pattern in said:
@@ -490,9 +481,9 @@ def readme_tables(folder: Folder) -> list[Table]:
     return list(dict.fromkeys(tables))
 
 
-@functools.lru_cache(2**16)  # Without the cache ** after ** would take for ever.
+@functools.lru_cache(2**16)  # without the cache ** after ** would take for ever
 def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the names of folders and a file follow a pattern, in which ** is any number of names.
+    """Returns whether the names of a path follow a pattern, in which ** is any number of names.
 
     glob itself would follow links in circles.
     """
@@ -504,7 +495,7 @@ def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def data_files(config: dict) -> Iterator[tuple[str, str]]:
-    """Yields (split, pattern of files) of a configuration, in whatever way it is written."""
+    """Yields (split, pattern of files) of a configuration, which may be written in many ways."""
     parts = config["data_files"]
     if isinstance(parts, dict):
         parts = [{"split": split, "path": paths} for split, paths in parts.items()]
@@ -517,7 +508,7 @@ def data_files(config: dict) -> Iterator[tuple[str, str]]:
 def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[Table]:
     """Returns the tables of the configuration `wanted`, or all where it is None.
 
-    Raises UserError where there is no such configuration, or where a split is in two of them all.
+    Raises UserError where `wanted` is absent, or where None is wanted and two have the same split.
     """
     configs = sorted({table.config for table in tables})
     if tables and wanted not in (None, *configs):
@@ -533,14 +524,13 @@ def choose_config(tables: list[Table], source: str, wanted: str | None) -> list[
     return [table for table in tables if wanted in (None, table.config)]
 
 
-# Metadata
+# ---- Metadata
 
 
 def read_metadata(path: str) -> list[dict]:
     """Reads the rows of a metadata.csv or metadata.jsonl.
 
-    Raises UserError, with the line where one is to blame, for a file that is not in UTF-8, has no
-    column file_name, or has no rows.
+    Raises UserError for a file that is not in UTF-8, has no column file_name, or has no rows.
     """
     try:
         content = read_small(path, LARGEST_METADATA).decode("utf-8-sig")
@@ -549,9 +539,8 @@ def read_metadata(path: str) -> list[dict]:
         marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         other = "UTF-16" if error.object.startswith(marks) else "LATIN1"
         raise UserError(
-            f"{path} is not in UTF-8: line {line} has the byte "
-            f"0x{error.object[error.start]:02x}; save it in UTF-8 (iconv -f {other} "
-            f"-t UTF-8, if it is in {other})"
+            f"{path} is not in UTF-8: line {line} has the byte 0x{error.object[error.start]:02x}; "
+            f"save it in UTF-8 (iconv -f {other} -t UTF-8, if it is in {other})"
         ) from None
     except (OSError, ValueError) as error:
         reason = why(error)
@@ -577,15 +566,13 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
         while reader.fieldnames == []:  # a blank line
             reader.fieldnames = None
         columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        for record in itertools.chain(
-            [{None: columns}], reader
-        ):  # The header may have a mark, too.
+        # A quotation mark may be left open in the header, too.
+        for record in itertools.chain([{None: columns}], reader):
             if found := swallowed(record, os.path.dirname(path)):
                 raise UserError(
-                    f"{path}: one field of the row in lines {line} to "
-                    f"{reader.line_num} holds {found!r}, which looks like a row of its "
-                    "own; close the quotation mark that is left open there, or put "
-                    "the text on one line"
+                    f"{path}: one field of the row in lines {line} to {reader.line_num} holds "
+                    f"{found!r}, which looks like a row of its own; close the quotation mark that "
+                    "is left open there, or put the text on one line"
                 )
             records.append(record)
             line = reader.line_num + 1
@@ -598,11 +585,10 @@ def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
 
 
 def swallowed(record: dict, folder: str) -> str:
-    """Returns a line that a stray quotation mark has drawn into a field, or "".
+    """Returns a line that an open quotation mark has drawn into a field, or "".
 
-    A text may have line breaks. But a line with the name of a file between its commas is a row, a
-    record with more fields than columns and two such names is two rows, and no header has two
-    lines.
+    A text may have line breaks. But a line with a file's name between commas is a row, a record
+    with too many fields and two such names is two rows, and a header has one line.
     """
     endings = EXTENSIONS | {ending(record.get("file_name") or "")} - {""}
     fields = [*record.get(None, []), *(v for v in record.values() if isinstance(v, str))]
@@ -643,7 +629,7 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
                 record["file_name"] = string(record["file_name"], f"{path}: line {number}")
             for name, value in record.items():
                 if name != "file_name" and isinstance(value, str):
-                    value.encode()  # This raises where JSON has half of a surrogate pair.
+                    value.encode()  # raises for half of a surrogate pair
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: line {number} is no JSON object in Unicode ({error}); write "
@@ -680,7 +666,7 @@ def metadata_rows(
     for record in records:
         name = record.get("file_name") or ""
         path, reason = folder.find(os.path.dirname(table), name)
-        if None in record:  # DictReader puts fields without a column there.
+        if None in record:  # DictReader puts fields without a column there
             reason = "more fields than columns; put a text with commas between quotation marks"
         yield Row(
             name,
@@ -692,9 +678,9 @@ def metadata_rows(
 
 
 def used_once(rows: list[Row]) -> Iterator[Row]:
-    """Yields the rows; of several that name one file, all but the first get a reason.
+    """Yields the rows. Where several name one file, all but the first get a reason.
 
-    Where their texts differ none can be trusted, and all get a reason.
+    Where the texts of these rows differ, none can be trusted, and all get a reason.
     """
     texts = collections.defaultdict(set)
     seen = set()
@@ -711,18 +697,18 @@ def used_once(rows: list[Row]) -> Iterator[Row]:
         yield row
 
 
-# Arrow's tables: parquet files, and datasets of the hub. The audio stays as it is stored: the
-# decoder of `datasets` is not used.
+# ---- Arrow's tables: parquet files, and datasets of the hub. audio.py decodes, not `datasets`.
 
 
 def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
     """Opens a parquet file of the split `name`. Raises UserError where the file is damaged."""
     try:
-        if not os.path.isfile(path):  # A pipe would be waited for.
+        if not os.path.isfile(path):  # to open a pipe could take for ever
             raise OSError("it is no file")
-        with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8.
+        with open(path, "rb") as file:  # pyarrow itself opens no path that is not in UTF-8
             parquet = pyarrow.parquet.ParquetFile(file)
-            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+            schema = parquet.schema_arrow
+            count = parquet.metadata.num_rows
             check_unpacked(parquet, os.path.getsize(path))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(
@@ -730,7 +716,7 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
         ) from None
 
     def batches(columns):
-        with open(path, "rb") as file:  # Page by page: a row group need not fit into memory.
+        with open(path, "rb") as file:  # page by page, as a row group may not fit into memory
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
             size = 1 if len(columns) > 1 else TEXTS_AT_ONCE
             yield from parquet.iter_batches(batch_size=size, columns=columns)
@@ -749,15 +735,15 @@ def parquet_split(folder: Folder, name: str, path: str, options) -> Split:
 def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
     """Raises ValueError where a column of a row group takes far more memory than its bytes.
 
-    `size` is that of the file. Compressed audio hardly shrinks again, and raw speech not by PACKED.
-    Raises OSError where the footer is damaged.
+    size: bytes of the file. Compressed audio hardly shrinks again, and no raw speech shrinks by
+    PACKED. Raises OSError where the footer is damaged.
     """
     metadata = parquet.metadata
     columns = range(metadata.num_columns)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        # A batch of no rows reads no page, only the footer's account of the columns. It raises an
-        # error where group.column would end the process.
+        # A batch of no rows reads the footer alone. For a damaged footer it raises an error, where
+        # group.column would end the process.
         list(parquet.reader.iter_batches(0, row_groups=[number], column_indices=list(columns)))
         for column in map(group.column, columns):
             unpacked = max(column.total_uncompressed_size, 4 * column.num_values)
@@ -769,14 +755,13 @@ def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
 
 
 def hub_source(source: str, options) -> dict[str, Callable[[], list[Split]]]:
-    """Loads a dataset of the hub. Returns its splits, to be opened. Raises UserError."""
+    """Loads a dataset of the hub, and returns its splits, to be opened. Raises UserError."""
     try:
         loaded = datasets.load_dataset(source, options.config)
-    except Exception as error:  # `datasets` raises many kinds, some of them bare.
+    except Exception as error:  # `datasets` raises many kinds, some of them bare
         raise UserError(
             f"cannot load {source}: {str(error).rstrip('.')}; give a folder with "
-            "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub "
-            "dataset"
+            "SRC/{split}/metadata.csv, a folder of parquet files or the id of a hub dataset"
         ) from None
 
     def batches(data, columns):
@@ -813,7 +798,7 @@ def arrow_split(
         try:
             for batch in batches(list(columns)):
                 yield from zip(*(batch[column] for column in columns))
-        except Exception as error:  # Those of pyarrow, fsspec and datasets have no common base.
+        except Exception as error:  # pyarrow's, fsspec's and datasets' have no common base
             raise UserError(f"cannot read {place} to its end: {error}; get {path} anew") from None
 
     def words(cell):
@@ -860,14 +845,15 @@ def sound_of(cell: pa.Scalar) -> tuple[bytes | None, str, str]:
     name = name_of(cell["path"]) if "path" in cell else ""
     if isinstance(content, bytes) or "array" not in cell or not cell["array"].is_valid:
         return content if isinstance(content, bytes) else None, name, ""
-    try:  # The array becomes the file that it could have been, and so meets the same checks.
+    try:  # the array becomes a wav file, and so meets the same checks
         array = cell["array"].values.to_numpy(zero_copy_only=False)
         array = array.astype("float32") if array.dtype.kind == "f" else array
         kind = "FLOAT" if array.dtype.kind == "f" else f"PCM_{8 * array.itemsize}"  # 16 or 32 bits
-        file, rate = io.BytesIO(), int(cell["sampling_rate"].as_py())
+        file = io.BytesIO()
+        rate = int(cell["sampling_rate"].as_py())
         soundfile.write(file, array, rate, kind, format="WAV")
         return file.getvalue(), name, ""
-    except Exception as error:  # NumPy, Arrow and soundfile raise many kinds.
+    except Exception as error:  # NumPy, Arrow and soundfile raise many kinds
         return None, name, f"cannot be decoded: its array is no waveform with a rate ({error})"
 
 

@@ -26,20 +26,21 @@ from checkpoint import TOKENIZER, locate, read_weights_only
 from files import parse_json, read_json, read_text, write_whole
 
 SPECIALS = ["<blank>", "<unk>", "<sos>", "<eos>"]
-# An unknown token reads so in a transcript: it is one character, so it costs one character error.
+# How an unknown token reads in a transcript: as one character, so it costs one character error.
 UNKNOWN_MARK = "\u2047"
 BPE_SPACE = "\u2581"
-# These characters show nothing alone: joiners, variation selectors and tags, which change the
-# characters beside them, and fillers.
+# Characters that show nothing alone: fillers, and the joiners, variation selectors and tags that
+# change the characters beside them.
 NOTHING = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u2800\u3164\ufe00-\ufe0f\uffa0"
     "\U000e0000-\U000e0fff]"
 )
-# No transcript and no line of a file holds controls, ends of lines, and halves of characters.
+# Characters that no transcript and no line of a file holds: controls, ends of lines, and halves of
+# surrogate pairs.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LONGEST_TOKEN = 256  # characters
 LARGEST_VOCABULARY = 2**21  # characters of all tokens
-# WeNet never hands these Chinese characters to sentencepiece.
+# The Chinese characters that WeNet never hands to sentencepiece.
 HAN = re.compile("([\u4e00-\u9fff])")
 # For each role: the option of transformers' Wav2Vec2CTCTokenizer that names its token, and usual
 # names of the token in a vocab.json. transformers appends missing tokens in this order.
@@ -55,7 +56,7 @@ WAV2VEC2_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-# The values that are supported of an option in tokenizer_config.json.
+# {an option in tokenizer_config.json: the values of it that are supported}.
 WAV2VEC2_OPTIONS = {
     "tokenizer_class": (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"),
     "replace_word_delimiter_char": (None, " "),
@@ -70,8 +71,8 @@ def normalize_text(text: str) -> str:
 def nfc(text: str) -> str:
     """Returns Unicode NFC.
 
-    Of a long text the combining marks are put in order here: for n marks on one letter unicodedata
-    takes a time that grows as n squared.
+    The combining marks of a long text are put in order here: unicodedata would take a time that
+    grows with the square of the marks on one letter.
     """
     if len(text) > 1000 and not text.isascii():
         parts = "".join(unicodedata.normalize("NFD", character) for character in text)
@@ -83,7 +84,7 @@ def nfc(text: str) -> str:
 
 
 def quoted(piece: str) -> str:
-    """Returns text for a message, in quotation marks, or as code points where some is not seen."""
+    """Returns text for a message, in quotation marks, or as code points if a part is invisible."""
     unseen = any(unicodedata.category(c)[0] == "M" or NOTHING.match(c) for c in piece)
     if piece.isprintable() and not unseen:
         return f"'{piece}'"
@@ -96,7 +97,7 @@ def brief(value) -> str:
 
 
 def most_frequent(unknown: collections.Counter, examples: dict[str, str] = {}) -> str:
-    """Says for a message what pieces a tokenizer did not know, how often each occurs, and where."""
+    """Says which pieces a tokenizer did not know, how often each occurs, and in which example."""
     told = [
         f"{quoted(piece)} x {count}" + (f" (as in {examples[piece]})" if piece in examples else "")
         for piece, count in unknown.most_common(10)
@@ -141,8 +142,8 @@ class Tokenizer:
     merges: the byte-pair merges, most frequent first; None for a tokenizer of characters.
     sentencepiece: None but for models from WeNet, {"model": a sentencepiece model in base64, "han":
     whether text goes to the model in upper case and without Chinese characters, each a token}.
-    wav2vec2: None but for transformers' vocabularies, {"do_lower_case": whether the tokens are in
-    upper case and texts in lower case, "added": the tokens that were added to the vocabulary}.
+    wav2vec2: None but for transformers' vocabularies, {"do_lower_case": whether texts are in lower
+    case and tokens in upper case, "added": the tokens that were added to the vocabulary}.
     Raises UserError for other types, ids beyond the vocabulary, and tokens that are very long or
     hold control characters.
     """
@@ -172,7 +173,7 @@ class Tokenizer:
         self.merges = merges
         self.sentencepiece = sentencepiece
         self.wav2vec2 = wav2vec2
-        # In pieces a space is part of a piece.
+        # In a tokenizer of pieces a space is part of a piece.
         self._of_pieces = merges is not None or sentencepiece is not None
         self._silent = {blank_id, sos_id, eos_id}
         specials = self._silent | {unk_id}
@@ -180,21 +181,24 @@ class Tokenizer:
         self._ids = {t: i for i, t in enumerate(self.tokens) if i not in specials}
         if space in self._ids and not self._of_pieces:
             self._ids[" "] = self._ids.pop(space)
-        self._characters = set("".join(self._ids))
-        if wav2vec2 and wav2vec2["do_lower_case"]:
-            self._characters |= set("".join(self._ids).lower())
-        marks = any(unicodedata.category(c)[0] == "M" for c in self._characters)
-        self._decomposed = marks and unicodedata.is_normalized("NFD", "\n".join(self._characters))
-        nfc = {unicodedata.normalize("NFC", c): c for c in self._characters}
-        self._not_nfc = {form: c for form, c in nfc.items() if form not in self._characters}
+        self._note_forms()
         if wav2vec2:
-            added = wav2vec2["added"]
-            whole = {token for token in self.tokens if len(token) > 1} | set(added)
-            self._whole = (whole | {self.tokens[i] for i in specials} | {space}) - {""}
-            self._ordered = sorted(self._whole)
-            self._added = set(added)
+            self._added = set(wav2vec2["added"])
+            whole = {token for token in self.tokens if len(token) > 1} | self._added
+            self._trie = Trie(whole | {self.tokens[i] for i in specials} | {space})
         self._bpe = None if merges is None else self._build_bpe()
         self._processor = None if sentencepiece is None else self._build_processor()
+
+    def _note_forms(self) -> None:
+        """Notes the characters of the tokens, and in which Unicode form they are."""
+        text = "".join(self._ids)
+        self._characters = set(text)
+        if self.wav2vec2 and self.wav2vec2["do_lower_case"]:
+            self._characters |= set(text.lower())
+        marks = any(unicodedata.category(c)[0] == "M" for c in self._characters)
+        self._decomposed = marks and unicodedata.is_normalized("NFD", "\n".join(self._characters))
+        forms = {unicodedata.normalize("NFC", c): c for c in self._characters}
+        self._not_nfc = {form: c for form, c in forms.items() if form not in self._characters}
 
     def _build_bpe(self):
         unknown = self.tokens[self.unk_id]
@@ -243,9 +247,9 @@ class Tokenizer:
         return [(piece, self._ids.get(piece, self.unk_id)) for piece in pieces]
 
     def _as_written(self, character: str) -> str:
-        """Returns the character, decomposed as far as the vocabulary needs.
+        """Returns the character, or its parts.
 
-        It is where the vocabulary is decomposed, or has only the parts of the character.
+        The parts are returned where the vocabulary is decomposed, or has only the parts.
         """
         if character in self._characters:
             return character
@@ -264,15 +268,15 @@ class Tokenizer:
         name of a special token is one piece, but never that token: no label may hold a blank.
         """
         pieces = []
-        parts = split_off(text, self._whole, self._ordered)
+        parts = self._trie.split(text)
         for i, part in enumerate(parts):
-            if part in self._whole and len(part) > 1 and part not in self._added:
+            if part in self._trie.tokens and len(part) > 1 and part not in self._added:
                 if i > 0:
                     parts[i - 1] = parts[i - 1].rstrip()
                 if i + 1 < len(parts):
                     parts[i + 1] = parts[i + 1].lstrip()
         for part in parts:
-            if part in self._whole:
+            if part in self._trie.tokens:
                 pieces.append(part)
             else:
                 pieces += part.upper() if self.wav2vec2["do_lower_case"] else part
@@ -290,7 +294,7 @@ class Tokenizer:
         return pieces
 
     def texts(self, ids) -> list[str]:
-        """Returns the text of each token id, to be joined. That of blank, sos and eos is empty."""
+        """Returns the text of each token id, to be joined. Blank, sos and eos have no text."""
         pieces = [
             "" if i in self._silent else UNKNOWN_MARK if i == self.unk_id else self.tokens[i]
             for i in ids
@@ -300,7 +304,7 @@ class Tokenizer:
         return [" " if piece == self.space else piece for piece in pieces]
 
     def written(self, text: str) -> str:
-        """Returns the joined `texts` as a transcript: with single spaces and in the texts' case."""
+        """Returns joined `texts` as a transcript: with single spaces and in the case of labels."""
         lower = self.wav2vec2 is not None and self.wav2vec2["do_lower_case"]
         return normalize_text(text.lower() if lower else text)
 
@@ -338,7 +342,7 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Tokenizer":
-        """Makes a tokenizer of what `to_dict` gave. Raises UserError where `data` is not that."""
+        """Makes a tokenizer of the data that `to_dict` gave. Raises UserError for other data."""
         try:
             return cls(**data)
         except Exception as error:  # tokenizers raises bare Exceptions for bad merges
@@ -347,62 +351,74 @@ class Tokenizer:
             ) from None
 
 
-def split_off(text: str, tokens: set[str], ordered: list[str] = []) -> list[str]:
-    """Cuts the text at the tokens in it, the leftmost first and of those the longest.
-
-    `ordered` holds the tokens sorted; to sort many for every text would take most of the time.
+class Trie:
+    """Cuts texts at the tokens in them: at the leftmost token and, of several there, the longest.
 
     This is transformers' Trie, with its flaw: where a token ends while a longer one to the left of
-    it breaks off, the search for the rest of the longer one skips that character, and the piece
-    that is cut out then is no token.
+    it breaks off, the search for the rest of the longer one skips a character, and the piece that
+    is cut out then is no token. The tokens are sorted once: sorting many for every text would take
+    most of the time.
     """
-    ordered = ordered or sorted(tokens)
 
-    def begins(seen: str) -> bool:
-        """Whether a token begins so."""
-        place = bisect.bisect_left(ordered, seen)
-        return seen != "" and place < len(ordered) and ordered[place].startswith(seen)
+    def __init__(self, tokens: set[str]):
+        self.tokens = tokens - {""}
+        self.ordered = sorted(self.tokens)
 
-    def longest(seen: str, at: int) -> int | None:
-        """Returns where the longest token that begins with `seen` and goes on at text[at] ends."""
-        end = at if seen in tokens else None
-        while at < len(text) and begins(seen + text[at]):
+    def begins(self, seen: str) -> bool:
+        """Returns whether a token begins with the characters `seen`."""
+        place = bisect.bisect_left(self.ordered, seen)
+        return seen != "" and place < len(self.ordered) and self.ordered[place].startswith(seen)
+
+    def longest(self, text: str, seen: str, at: int) -> int | None:
+        """Returns where the longest token ends that begins with `seen` and goes on at text[at]."""
+        end = at if seen in self.tokens else None
+        while at < len(text) and self.begins(seen + text[at]):
             seen += text[at]
             at += 1
-            end = at if seen in tokens else end
+            end = at if seen in self.tokens else end
         return end
 
-    cuts = [0]
-    begun = {}  # {a place where a token may have begun: its characters so far}
-    behind = 0  # where the last token ends
-    for here in range(len(text) + 1):
-        if here < behind:
-            continue
-        grown = {start: seen + text[here : here + 1] for start, seen in begun.items()}
-        whole = next((start for start, seen in begun.items() if seen in tokens), None)
+    def first(self, text: str, here: int, begun: dict[int, str]) -> tuple[int, int] | None:
+        """Returns (start, end) of the token to cut out, or None where no token ends before `here`.
+
+        begun: {a place where a token may have begun: its characters before `here`}.
+        """
+        whole = next((start for start, seen in begun.items() if seen in self.tokens), None)
         if whole is None:
-            begun = {start: seen for start, seen in grown.items() if begins(seen)}
-        else:
-            for start, seen in begun.items():
-                end = (
-                    longest(seen, here)
-                    if start == whole
-                    else longest(grown[start] if begins(grown[start]) else seen, here + 1)
-                )
-                if end is not None:
-                    break
-            cuts += [start, end]
-            begun = {}
-            behind = end
-        if behind <= here and begins(text[here : here + 1]):
-            begun[here] = text[here]
-    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
+            return None
+        for start, seen in begun.items():
+            if start == whole:
+                return start, self.longest(text, seen, here)
+            grown = seen + text[here : here + 1]
+            seen = grown if self.begins(grown) else seen
+            if (end := self.longest(text, seen, here + 1)) is not None:
+                return start, end
+        return None
+
+    def split(self, text: str) -> list[str]:
+        """Returns the parts of the text, tokens and what lies between them."""
+        cuts = [0]
+        begun = {}
+        behind = 0  # where the last token ends
+        for here in range(len(text) + 1):
+            if here < behind:
+                continue
+            if cut := self.first(text, here, begun):
+                cuts += cut
+                begun = {}
+                behind = cut[1]
+            else:
+                grown = {start: seen + text[here : here + 1] for start, seen in begun.items()}
+                begun = {start: seen for start, seen in grown.items() if self.begins(seen)}
+            if behind <= here and self.begins(text[here : here + 1]):
+                begun[here] = text[here]
+        return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)]) if start < end]
 
 
 def train_char(texts) -> Tokenizer:
-    """Makes a tokenizer of the characters in `texts`, in code point order, but for controls.
+    """Makes a tokenizer of the characters in `texts` but controls, in the order of code points.
 
-    Raises UserError where there are none.
+    Raises UserError where there are no characters.
     """
     characters = set()
     for text in texts:
@@ -417,8 +433,8 @@ def train_char(texts) -> Tokenizer:
 def train_bpe(texts, vocab_size: int) -> Tokenizer:
     """Trains byte-pair encoding (Sennrich et al. 2016) of at most vocab_size tokens.
 
-    The four special tokens are among them, and every character of `texts`. Raises UserError when
-    vocab_size has no room for them.
+    The four special tokens and all characters of `texts` are among the tokens. Raises UserError
+    where vocab_size has no room for them.
     """
     texts = list(texts)
     minimum = train_char(texts).vocab_size + 1  # BPE_SPACE is one more
@@ -433,7 +449,7 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=SPECIALS,
         show_progress=False,
-        max_token_length=LONGEST_TOKEN + 1,  # Tokens stay below this length.
+        max_token_length=LONGEST_TOKEN + 1,  # tokens stay below this length
     )
     bpe.train_from_iterator((CONTROLS.sub("", normalize_text(text)) for text in texts), trainer)
     model = json.loads(bpe.to_str())["model"]
@@ -452,8 +468,8 @@ def train_bpe(texts, vocab_size: int) -> Tokenizer:
 def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokenizer:
     """Makes the tokenizer of a Wav2Vec2 vocab.json {token: id}.
 
-    The ids stay; sos, eos and unk are appended where absent. added: {token: id} of the tokens that
-    were added to the vocabulary. config: the options in tokenizer_config.json. Raises UserError
+    The ids stay; sos, eos and unk are appended where absent. added: {token: id} of tokens that were
+    added to the vocabulary. config: the options in tokenizer_config.json. Raises UserError
     where the ids are not 0, 1, 2, ... or contradict each other, and where there is no pad token.
     """
     if vocabulary and all(isinstance(i, dict) for i in vocabulary.values()):
@@ -495,7 +511,7 @@ def from_vocab(vocabulary: dict, added: dict = {}, config: dict = {}) -> Tokeniz
 
 
 def from_folder(vocabulary: dict, added: dict, names: dict, config: dict) -> Tokenizer:
-    """Makes the tokenizer that Wav2Vec2CTCTokenizer.save_pretrained wrote, of its WAV2VEC2_FILES.
+    """Makes a tokenizer of the four WAV2VEC2_FILES of Wav2Vec2CTCTokenizer.save_pretrained.
 
     Raises UserError where the files contradict each other or have options that are not supported.
     """
@@ -583,7 +599,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def check_maker(tokenizer: Tokenizer, name: str, data_root: str) -> None:
-    """Raises UserError where DATA_ROOT/tokenizer.json, which made the labels, is another one."""
+    """Raises UserError where DATA_ROOT/tokenizer.json, which made the labels, differs."""
     path = os.path.join(data_root, "tokenizer.json")
     if os.path.exists(path) and load_tokenizer(path).to_dict() != tokenizer.to_dict():
         raise UserError(

@@ -25,7 +25,7 @@ from files import parse_json, read_text
 RATES = (4000, 384_000)  # samples per second; a resampling filter of others may take gigabytes
 WINDOWS = {"hamming": torch.hamming_window, "hann": torch.hann_window}
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
-LOUDEST = 2.0**31  # float files may hold the steps of integers; the squares of larger ones overflow
+LOUDEST = 2.0**31  # float files may hold steps of integers; squares of larger samples overflow
 
 
 @options_class
@@ -81,7 +81,7 @@ class Frontend:
 
     @property
     def is_wenets(self) -> bool:
-        """True where WeNet and its runtime compute the same features."""
+        """Returns whether WeNet and its runtime compute the same features."""
         return self.frontend == "fbank" and self.high_freq == 0
 
     @property
@@ -137,11 +137,11 @@ class Augment:
 
 
 def check_samples(samples: np.ndarray) -> tuple[int, str]:
-    """Find the first of the samples (N,) or (N, channels) that no microphone gives.
+    """Finds the first of the samples (N,) or (N, channels) that no microphone gives.
 
     Returns how many samples come before it, and what is wrong with it; (N, "") where all are sound.
     """
-    # A nan fails this comparison, too.
+    # nan fails this comparison, too.
     if max(samples.max(initial=0), -samples.min(initial=0)) <= LOUDEST:
         return len(samples), ""
     first = int((~(np.abs(samples) <= LOUDEST)).reshape(len(samples), -1).any(axis=1).argmax())
@@ -151,44 +151,41 @@ def check_samples(samples: np.ndarray) -> tuple[int, str]:
     return first, f"samples as large as {loudest:.0e}; full scale is 1"
 
 
-# Lengths are known before any audio is read. These functions take Python ints and NumPy arrays.
+# ---- Lengths, known before any audio is read. These functions take Python ints and NumPy arrays.
 
 
 def num_frames(num_samples, frontend: Frontend):
-    """Return the frames of `num_samples` samples without padding: 0 for less than a window.
-
-    (The transforms pad such a waveform to one frame.)
-    """
+    """Returns the frames of `num_samples` samples without padding: 0 for less than a window."""
     window, shift = frontend.window_samples, frontend.shift_samples
     return (num_samples >= window) * (1 + (num_samples - window) // shift)
 
 
 def _speed_ratio(speed: float) -> tuple[int, int]:
-    """Return (from, to) of the resampling: (9, 10) at speed 0.9, where 9 samples become 10."""
+    """Returns (from, to) of the resampling: (9, 10) at speed 0.9, where 9 samples become 10."""
     ratio = Fraction(speed).limit_denominator(100)
     return ratio.numerator, ratio.denominator
 
 
 def speed_length(num_samples, speed: float):
-    """Return how many samples speed_perturb makes: exactly ceil(num_samples / speed)."""
+    """Returns how many samples speed_perturb makes: exactly ceil(num_samples / speed)."""
     orig, new = _speed_ratio(speed)
     return -(-num_samples * new // orig)
 
 
 def shortest_frames(num_samples, frontend: Frontend, augment: Augment):
-    """Return the fewest frames that augmentation can leave: fastest speed, largest trim."""
+    """Returns the fewest frames that augmentation can leave: fastest speed, largest trim."""
     if augment.speeds:
         num_samples = speed_length(num_samples, max(augment.speeds))
     frames = num_frames(num_samples, frontend)
-    # spec_trim leaves an example alone where half or more would go: it takes at most (T-1) // 2.
+    # spec_trim cuts at most (T-1) // 2 frames: it leaves an example alone where half would go.
     return frames - np.clip((frames - 1) // 2, 0, augment.max_trim)
 
 
-# Randomness
+# ---- Randomness
 
 
 def make_generator(seed: int, epoch: int, row: int) -> torch.Generator:
-    """Make the generator of one example in one epoch.
+    """Makes the generator of one example in one epoch.
 
     SeedSequence mixes the three numbers, so neighbouring rows and epochs share no draws.
     """
@@ -197,15 +194,15 @@ def make_generator(seed: int, epoch: int, row: int) -> torch.Generator:
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:
-    """Draw a uniform integer, both ends included."""
+    """Draws a uniform integer, both ends included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-# Waveform -> waveform
+# ---- Waveform -> waveform
 
 
 def speed_perturb(speeds: tuple[float, ...]):
-    """Play the example at a speed drawn from `speeds`, which changes its pitch, too."""
+    """Plays the example at a speed drawn from `speeds`, which changes its pitch, too."""
     ratios = [_speed_ratio(speed) for speed in speeds]
     resamplers = [None if orig == new else _resampler(orig, new) for orig, new in ratios]
 
@@ -221,7 +218,7 @@ def speed_perturb(speeds: tuple[float, ...]):
 
 
 def _resampler(orig: int, new: int):
-    """Make torchaudio's Resample(orig, new), orig != new: (N,) -> (n,), n at least N * new / orig.
+    """Makes torchaudio's Resample(orig, new), orig != new: (N,) -> (n,), n at least N * new / orig.
 
     A matrix product takes two thirds of the time of torchaudio's convolution, if the matrix has at
     least 16 columns. So a row of it makes several periods of `new` samples at once.
@@ -243,7 +240,7 @@ def _resampler(orig: int, new: int):
 
 
 def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
-    """Give the waveform zero mean and unit variance, as transformers' Wav2Vec2FeatureExtractor."""
+    """Gives the waveform zero mean and unit variance, as transformers' Wav2Vec2FeatureExtractor."""
     waveform = example["input_values"]
     if not len(waveform):
         return example
@@ -252,11 +249,11 @@ def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
     return {**example, "input_values": centred.mul_(torch.rsqrt(variance + 1e-7))}
 
 
-# Waveform -> features
+# ---- Waveform -> features
 
 
 def frames_of(waveform: torch.Tensor, frontend: Frontend) -> torch.Tensor:
-    """Cut a waveform (N,) into windows (T, window), a view.
+    """Cuts a waveform (N,) into windows (T, window), a view.
 
     Less than one window is padded with zeros to one, so T >= 1.
     """
@@ -267,7 +264,7 @@ def frames_of(waveform: torch.Tensor, frontend: Frontend) -> torch.Tensor:
 
 
 def power_of(spectrum: torch.Tensor) -> torch.Tensor:
-    """Return |spectrum|^2, of the same shape."""
+    """Returns |spectrum|^2, of the same shape."""
     squares = torch.view_as_real(spectrum).square()  # eight times as fast as abs().square()
     return squares[..., 0] + squares[..., 1]
 
@@ -277,7 +274,7 @@ BAND = 16  # mel filters a product: most weights are zeros, and narrow bands lea
 
 
 def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> torch.Tensor:
-    """Return the mel power (T,F) of a waveform (N,).
+    """Returns the mel power (T,F) of a waveform (N,).
 
     `filters` is log_mel_filters or fbank_filters. `spectrum` is a function of frames (T, window)
     and window (window,), and gives (T, bins).
@@ -294,7 +291,7 @@ def mel_power(waveform: torch.Tensor, frontend: Frontend, filters, spectrum) -> 
 
 @cache
 def mel_bands(filters, frontend: Frontend):
-    """Return the window (window,) of filters(frontend), and its mel filters in bands of BAND.
+    """Returns the window (window,) of filters(frontend), and its mel filters in bands of BAND.
 
     A band is (bins, columns, weights): these bins of the power spectrum times the weights are
     these columns of the features.
@@ -311,7 +308,7 @@ def mel_bands(filters, frontend: Frontend):
 
 
 def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the window (window,) and the mel filters (bins, F) of log_mel."""
+    """Returns the window (window,) and the mel filters (bins, F) of log_mel."""
     window = WINDOWS[frontend.window](frontend.window_samples, periodic=False)
     mel = torchaudio.functional.melscale_fbanks(
         frontend.window_samples // 2 + 1,
@@ -324,7 +321,7 @@ def log_mel_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_mel(frontend: Frontend):
-    """Make "features" (F,T), log(1 + mel power spectrum), of "input_values" (N,).
+    """Makes "features" (F,T), log(1 + mel power spectrum), of "input_values" (N,).
 
     Frame t covers samples [t * shift, t * shift + window), without centring. Audio shorter than a
     window is padded with zeros to one frame, so T >= 1. log1p keeps silence at 0, the value that
@@ -342,12 +339,12 @@ def log_mel(frontend: Frontend):
 
 
 def fbank_fft(frontend: Frontend) -> int:
-    """Return the length of fbank's FFT: Kaldi's takes powers of two."""
+    """Returns the length of fbank's FFT: Kaldi's takes powers of two."""
     return 1 << (frontend.window_samples - 1).bit_length()
 
 
 def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the window (window,), povey, and the mel filters (bins, F) of fbank."""
+    """Returns the window (window,), povey, and the mel filters (bins, F) of fbank."""
     size = fbank_fft(frontend)
     mel, _ = kaldi.get_mel_banks(
         frontend.num_mel_bins,
@@ -364,12 +361,12 @@ def fbank_filters(frontend: Frontend) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fbank(frontend: Frontend, dither: float = 0.0):
-    """Make "features" (F,T), Kaldi's log mel filter bank, natural log, of "input_values" (N,).
+    """Makes "features" (F,T), Kaldi's log mel filter bank, natural log, of "input_values" (N,).
 
-    They are those of torchaudio.compliance.kaldi.fbank (povey window, snip_edges) of samples x
-    32768. Where Kaldi has no frame, for less than a window of samples, zeros are appended to make
-    one. Dither goes on the samples and not on each frame (2.5 times fewer draws); it needs the
-    generator and is left out without one.
+    The features equal torchaudio.compliance.kaldi.fbank (povey window, snip_edges) of samples x
+    32768. Less than a window of samples, of which Kaldi makes no frame, is padded with zeros to one
+    frame. Dither is added to the samples, not to each frame (2.5 times fewer draws), and is left
+    out where there is no generator.
     """
     floor = torch.finfo(torch.float32).eps
 
@@ -393,9 +390,9 @@ def fbank(frontend: Frontend, dither: float = 0.0):
 
 
 def parse_cmvn(text: str):
-    """Return (sums (F,), sums of squares (F,), frames) of WeNet's JSON or Kaldi's text matrix.
+    """Returns (sums (F,), sums of squares (F,), frames) of WeNet's JSON or Kaldi's text matrix.
 
-    Kaldi's is [ sums .. frames, new line, sums of squares .. 0 ].
+    Kaldi's matrix is [ sums .. frames, new line, sums of squares .. 0 ].
     """
     if text.lstrip().startswith("{"):
         sums = parse_json(text)
@@ -406,7 +403,7 @@ def parse_cmvn(text: str):
 
 
 def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (mean, 1 / standard deviation), each (F,) float32, of a global_cmvn file.
+    """Returns (mean, 1 / standard deviation), each (F,) float32, of a global_cmvn file.
 
     Raises UserError where the file is neither WeNet's JSON nor Kaldi's text, or has no frames.
     """
@@ -424,7 +421,7 @@ def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise UserError(
             f"{path}: {error.strerror}; name a global_cmvn file, or leave it out"
         ) from None
-    # Their texts are left out: they quote the file, which may hold another's secret.
+    # The texts of these errors quote the file, which may hold a secret, so they are left out.
     except (ValueError, LookupError, TypeError, ArithmeticError):
         raise UserError(
             f"{path}: no global CMVN, sums over at least one frame in JSON or Kaldi's text; name a "
@@ -433,11 +430,11 @@ def read_cmvn(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(mean), torch.from_numpy(istd)
 
 
-# Features -> features
+# ---- Features -> features
 
 
 def spec_aug(augment: Augment):
-    """Zero stretches of time and bands of frequency (SpecAugment, arXiv:1904.08779, no warping)."""
+    """Zeroes bands of time and of frequency (SpecAugment, arXiv:1904.08779, without warping)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"].clone()  # (F, T)
@@ -455,7 +452,7 @@ def spec_aug(augment: Augment):
 
 
 def spec_sub(augment: Augment):
-    """Replace stretches of time by earlier frames (U2++, arXiv:2106.05642, section 3.2.3)."""
+    """Replaces stretches of time by earlier frames (U2++, arXiv:2106.05642, section 3.2.3)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         # (F, T). Every stretch is copied from here, never from an earlier replacement.
@@ -472,7 +469,7 @@ def spec_sub(augment: Augment):
 
 
 def spec_trim(augment: Augment):
-    """Cut up to max_trim frames off the end, but not half of them (TrimTail, arXiv:2211.00522)."""
+    """Cuts up to max_trim frames off the end, but not half of them (TrimTail, arXiv:2211.00522)."""
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"]  # (F, T)
@@ -485,11 +482,11 @@ def spec_trim(augment: Augment):
 
 
 def transpose(example: dict, generator: torch.Generator | None) -> dict:
-    """Turn features (F,T) into (T,F), the order in which batches are padded."""
+    """Turns features (F,T) into (T,F), the order in which batches are padded."""
     return {**example, "features": example["features"].T.contiguous()}
 
 
-# Chains
+# ---- Chains
 
 
 class Compose:
@@ -505,14 +502,14 @@ class Compose:
 
 
 def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
-    """List the transforms from waveform to features that the frontend asks for."""
+    """Lists the transforms from waveform to features that the frontend asks for."""
     if frontend.frontend == "fbank":
         return [fbank(frontend, dither)]
     return ([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend)]
 
 
 def train_transform(frontend: Frontend, augment: Augment) -> Compose:
-    """Make the chain of training: speed before the frontend, masks after it.
+    """Makes the chain of training: speed before the frontend, masks after it.
 
     A part that is switched off is left out.
     """
@@ -525,45 +522,47 @@ def train_transform(frontend: Frontend, augment: Augment) -> Compose:
 
 
 def eval_transform(frontend: Frontend) -> Compose:
-    """Make the chain of evaluation: normalisation and features only. It needs no generator."""
+    """Makes the chain of evaluation, normalisation and features only. It needs no generator."""
     return Compose([*features_chain(frontend), transpose])
 
 
 def extract(frontend: Frontend):
-    """Make eval_transform a function: waveform (N,) float32 in [-1, 1] -> (T,F) float32, T >= 1."""
+    """Makes a function of eval_transform: waveform (N,) float32, within +-1, -> (T,F) float32."""
     transform = eval_transform(frontend)
     return lambda waveform: transform({"input_values": waveform}, None)["features"]
 
 
-# Seconds that the mean and variance of a stream are taken over; the documentation has what was
-# measured. Checkpoints do not hold this number, so every model streams with it.
+# ---- Streams
+
+# Seconds over which the mean and variance of a stream are taken; docs/numbers.md has what this
+# window costs. Checkpoints do not hold this number, so every model streams with it.
 STREAM_WINDOW = 5.0
-# Every sample of a stream counts up to PEAK: full scale is 1, and lossy formats overshoot a little.
+# The most that a sample of a stream counts: full scale is 1, and lossy formats overshoot a little.
 PEAK = 2.0
 
 
 def bounded(samples: torch.Tensor) -> torch.Tensor:
-    """Return the samples (n,) within +-1e9, 0 for nan: none can spoil the rest of its stream."""
+    """Clamps samples (n,) to +-1e9, and nan to 0, so that none can spoil the rest of its stream."""
     return samples.nan_to_num(0.0).clamp(-1e9, 1e9)
 
 
 def peak_of(samples: torch.Tensor) -> torch.Tensor:
-    """Return the most, () float64, that one of the samples (n,) counts in a stream's statistics.
+    """Returns the most, () float64, that one of the samples (n,) counts in a stream's statistics.
 
-    It is PEAK, or 100 times the median of the levels where that is more: a louder click is clipped,
-    while samples in steps of 16-bit integers pass. Every 16th sample makes the median.
+    It is PEAK, or 100 times the median level where this is more. So a click is clipped, while
+    samples in steps of 16-bit integers pass. The median is taken over every 16th sample.
     """
     levels = torch.cat((samples.new_zeros(1), samples[::16].abs())).sort().values
     return (100 * levels[levels.size(0) // 2]).double().clamp(min=PEAK)
 
 
 def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak) -> torch.Tensor:
-    """Return the statistics (3,) float64 of a waveform: number, sum and sum of squares of samples.
+    """Returns the statistics (3,) float64 of a waveform: number, sum and sum of squares of samples.
 
     `past` (3,) has the statistics of the samples before `samples` (n,), which are clipped to
-    [-peak, peak]. All samples weigh the same until there are `window` of them. From then on each
-    new sample scales all until then, itself included, by window / (window + 1), which keeps their
-    number. A waveform cut into pieces of any length gives the same statistics.
+    [-peak, peak]. The first `window` samples weigh the same. From then on each new sample scales
+    all sums so far, its own part included, by window / (window + 1), so their number stays
+    `window`. A waveform cut into pieces of any length gives the same statistics.
     """
     wide = samples.double().clamp(-peak, peak)
     # (n+1,), before each sample and behind the last: samples, and how often the past was scaled.
@@ -576,7 +575,7 @@ def moments(samples: torch.Tensor, past: torch.Tensor, window: float, peak) -> t
 
 
 def normalize(samples: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-    """Scale samples (n,) by `statistics` (3,) to zero mean and unit variance, as mean_var_norm."""
+    """Scales samples (n,) by `statistics` (3,) to zero mean and unit variance, as mean_var_norm."""
     mean = statistics[1] / statistics[0]
     variance = (statistics[2] / statistics[0] - mean * mean).clamp(min=0)
     return (samples - mean.float()) * (variance + 1e-7).rsqrt().float()
@@ -590,17 +589,17 @@ class FeatureState(NamedTuple):
 
 
 def feature_state() -> FeatureState:
-    """Return the state before the first sample."""
+    """Returns the state before the first sample."""
     return FeatureState(torch.zeros(0), torch.zeros(3, dtype=torch.float64))
 
 
 def stream_features(frontend: Frontend):
-    """Make a function (samples (n,), state) -> (features (T,F), new state), n >= 0.
+    """Makes a function (samples (n,), state) -> (features (T,F), new state), n >= 0.
 
-    The features are those of the frames that are now complete. fbank gives the frames of `extract`,
-    to rounding. mean_var_norm wants the whole utterance; here it takes the last STREAM_WINDOW
-    seconds up to the end of `samples`. So the first frames of a log_mel stream are scaled by fewer
-    samples than later ones, above all where the first piece is short.
+    The features are of the frames that are now complete. fbank gives the frames of `extract`, to
+    rounding. mean_var_norm needs the whole utterance; here it takes the last STREAM_WINDOW seconds
+    up to the end of `samples`. So fewer samples scale the first frames of a log_mel stream than
+    later frames, above all where the first piece is short.
     """
     normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
     window = STREAM_WINDOW * frontend.sample_rate

@@ -27,7 +27,7 @@ RATE = 16000
 
 
 def speech(seconds=2.0, rate=RATE, seed=0):
-    """Soft noise under a tone that comes and goes."""
+    """Makes soft noise under a tone that comes and goes."""
     time = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).normal(0, 0.003, len(time))
     tone = np.sin(2 * np.pi * 3 * time) * np.sin(2 * np.pi * 300 * time)
@@ -35,7 +35,7 @@ def speech(seconds=2.0, rate=RATE, seed=0):
 
 
 def without_xing(mp3):
-    """An mp3 file without its first frame, which LAME writes and which holds no sound."""
+    """Returns an mp3 file without its first frame, in which LAME writes no sound."""
     assert mp3[frame_of(mp3).info :][:4] in (b"Xing", b"Info")
     return mp3[frame_of(mp3).size :]
 
@@ -49,20 +49,20 @@ def constant(samples, level, rate=RATE):
 
 
 def told(content):
-    """(the samples that read_blocks gives, the reasons that it tells)."""
+    """Returns (the samples that read_blocks gives, the reasons that it tells)."""
     reasons = []
     return np.concatenate(list(read_blocks(content, RATE, damaged=reasons.append))), reasons
 
 
 def heard(content):
-    """All samples of a file of which nothing is lost; read_blocks and read_audio agree on them."""
+    """Returns all samples of a whole file, on which read_blocks and read_audio agree."""
     samples, reasons = told(content)
     assert reasons == [] and np.array_equal(samples, read_audio(content))
     return samples
 
 
 def loss(content):
-    """What read_blocks says, and read_audio, too, of a file of which something is lost."""
+    """Returns what read_blocks and read_audio say of a file of which something is lost."""
     samples, (reason,) = told(content)
     with pytest.raises(UserError) as refused:
         read_audio(content)
@@ -89,7 +89,7 @@ UNKNOWN_SIZE = {
 
 
 def size_field(content, format):
-    """Where a file says how many bytes of samples it has, or 0."""
+    """Returns the place where a file says how many bytes of samples it has, or 0."""
     if format in ("AU", "FLAC", "OGG", "MP3"):
         return 8 if format == "AU" else 0
     name = b"SSND" if format == "AIFF" else b"ds64" if format == "RF64" else b"data"
@@ -98,7 +98,7 @@ def size_field(content, format):
 
 @st.composite
 def recordings(draw):
-    """(content, kind of damage, the contents of its parts)"""
+    """Draws (content, kind of damage, the contents of its parts)."""
     format, subtype = draw(st.sampled_from(FORMATS))
     whole = []
     for seed in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
@@ -218,7 +218,7 @@ def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
 
 
 def power(samples):
-    """The power of each 0.05 s of samples at RATE."""
+    """Returns the power of each 0.05 s of samples at RATE."""
     return np.square(samples[: len(samples) // 800 * 800].reshape(-1, 800)).sum(axis=1)
 
 

@@ -494,7 +494,7 @@ def test_every_form_of_the_data_gives_the_same_batches(root, tmp_path, options):
 
 
 def test_what_transformers_feature_extractor_gives_is_accepted(tmp_path):
-    """It gives lists of float64, and its tokenizer plain lists of labels; a length is absent."""
+    """A feature extractor gives lists of float64, its tokenizer lists of labels, and no length."""
     waveform = audio(9000).astype(np.float64)
     dataset = datasets.Dataset.from_dict({"input_values": [waveform.tolist()], "labels": [[4, 5]]})
     assert dataset.features["input_values"].feature.dtype == "float64"

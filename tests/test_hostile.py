@@ -83,7 +83,7 @@ def publish(root, text="old", overwrite=False, **kwargs) -> None:
 
 @contextlib.contextmanager
 def no_room(size):
-    """A context: the disk has room for no file of more than `size` bytes."""
+    """Lets the disk have no room for a file of more than `size` bytes, in a `with` block."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
@@ -97,8 +97,10 @@ STEPS = "replace", "mkdir", "rmdir", "unlink", "remove", "fsync"
 
 
 def killed_at(number, act) -> bool:
-    """Runs `act` in a process that is killed before its step `number`. True where it was killed,
-    False where it had fewer steps."""
+    """Runs `act` in a process that is killed before its step `number`.
+
+    Returns whether the process was killed; it was not where it had fewer steps.
+    """
     if not (child := os.fork()):
         step = itertools.count()
 
@@ -294,7 +296,7 @@ def test_what_is_read_or_was_put_there_meanwhile_is_not_replaced(tmp_path):
 
 
 def test_what_cannot_be_removed_beside_a_folder_is_named(tmp_path, monkeypatch):
-    """Such as a file that somebody else has put into the old folder."""
+    """Somebody else may have put such a file into the old folder."""
     (tmp_path / ".root.lightning-u2").mkdir()
 
     def denied(_):
@@ -455,8 +457,10 @@ def test_transcripts_stay_below_their_folder_and_off_what_is_read(tmp_path, monk
 
 
 def refusal(function, *arguments, memory=2**30) -> str:
-    """The UserError with which a function ends in a forked process, which may take `memory` bytes
-    more than this one has, and DEADLINE seconds."""
+    """Returns the UserError with which a function ends in a forked process.
+
+    The process may take `memory` bytes more than this one has, and DEADLINE seconds.
+    """
     receive, send = os.pipe()
     if not (child := os.fork()):
         said = "no end"
@@ -494,8 +498,7 @@ def nested(opening, middle, closing, deep=10_000):
 
 
 def billion(first, line, count=9):
-    """Nine lines of YAML, each of which names the line before it nine times: 363 bytes that stand
-    for 9^9 words."""
+    """Returns nine lines of YAML, each naming the line before nine times: 363 bytes, 9^9 words."""
     names = "abcdefghij"
     lines = (
         line.format(name=name, before=", ".join([f"*{before}"] * 9))
@@ -509,7 +512,7 @@ def read_hotwords(path):
 
 
 def read_folder(name):
-    """A reader that takes the path of a file, gives the file this name, and reads its folder."""
+    """Makes a reader of a path that gives the file this name, and reads its folder."""
     readers = {
         "run.json": compare.read_run,
         "train.yaml": wenet_import.load_wenet,
@@ -692,7 +695,7 @@ def test_the_tokenizer_of_a_data_root_is_read_within_bounds(text, tmp_path):
 
 
 def pickled(program: bytes, **records) -> bytes:
-    """A .ckpt whose pickle is `program`."""
+    """Makes a .ckpt whose pickle is `program`."""
     content = {"data.pkl": b"\x80\x02" + program + b".", "byteorder": b"little", "version": b"3\n"}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -707,7 +710,7 @@ def torch_file(data) -> bytes:
 
 
 def rewritten(content: bytes, change, compression=zipfile.ZIP_STORED) -> bytes:
-    """An archive after `change`, which gets it open for writing with all of its records in it."""
+    """Returns an archive with all of its records after `change`, a function of the open archive."""
     old = zipfile.ZipFile(io.BytesIO(content))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as new:
@@ -814,7 +817,7 @@ JUNK = (
 
 
 def places_in(data, path=()):
-    """The path of each value in dicts, and of the first two in each list, as a tuple of keys."""
+    """Yields the keys to each value in dicts, and to the first two in each list, as a tuple."""
     if isinstance(data, dict):
         keys = list(data)
     else:
@@ -1042,7 +1045,7 @@ def test_a_damaged_recording_is_refused_or_gives_samples(kind):
 
 
 def folder_of(path, text="a b") -> Path:
-    """A source of one split that is as it should be."""
+    """Writes a source of one sound split."""
     (path / "train").mkdir(parents=True)
     for name in ("a.wav", "b.wav"):
         (path / "train" / name).write_bytes(sound_file())
@@ -1051,7 +1054,7 @@ def folder_of(path, text="a b") -> Path:
 
 
 def prepared(source) -> list[str]:
-    """The lines of rejected.csv."""
+    """Returns the lines of rejected.csv."""
     prepare.main(["--source", str(source), "--data_root", f"{source}-out"])
     return (Path(f"{source}-out") / "rejected.csv").read_text().splitlines()[1:]
 
@@ -1118,13 +1121,15 @@ configs:
 
 
 def sound_bytes(*contents: bytes) -> pa.StructArray:
-    """A column of audio files."""
+    """Makes a column of audio files."""
     return pa.StructArray.from_arrays([pa.array(contents)], ["bytes"])
 
 
 def parquet(path, readme="", packed="zstd", **columns) -> Path:
-    """A source of one parquet file, which has these columns besides or instead. readme: the path of
-    the data in its README.md."""
+    """Writes a source of one parquet file, with these columns besides or instead.
+
+    readme: the path of the data in its README.md.
+    """
     table = {"audio": sound_bytes(sound_file(NOISE[::-1]), sound_file()), "text": ["a b", "b c"]}
     path.mkdir()
     pyarrow.parquet.write_table(
@@ -1418,7 +1423,7 @@ class Reached(Exception):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with data, a source of data, and a checkpoint on fbank with random weights."""
+    """Makes a folder with data, a source of data, and a checkpoint on fbank of random weights."""
     folder = tmp_path_factory.mktemp("place")
     rng = np.random.default_rng(0)
     for split in ("train", "dev"):
@@ -1436,7 +1441,7 @@ def place(tmp_path_factory):
 
 
 def flags(name) -> list:
-    """The actions of a command's parser."""
+    """Returns the actions of a command's parser."""
     found = []
 
     def parse_args(parser, _):
@@ -1464,7 +1469,7 @@ def train_a_little(trainer, model, datamodule, **_):
 
 
 def small(**given):
-    """A U2, whose weights have numbers where it takes little memory and time."""
+    """Makes a U2, whose weights have numbers where that takes little memory and time."""
     options = given["options"]
     if max(options.num_blocks, options.decoder_num_blocks, options.r_num_blocks) > 20:
         raise Reached
@@ -1494,7 +1499,7 @@ def work_is_short(patch):
 
 
 def outcome(name, argv, capsys) -> str | None:
-    """None where the command `name` runs, or the line with which it ends in status 2."""
+    """Returns None where the command runs, or the line with which it ends in status 2."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *argv])
         try:
@@ -1606,7 +1611,7 @@ def test_a_run_that_may_not_be_changed_is_seen_before_anything_is_deleted(
 
 
 def starts(place, folder) -> list[list[str]]:
-    """The arguments of two trainings that go on from last.ckpt in a folder."""
+    """Returns the arguments of two trainings that go on from last.ckpt in a folder."""
     data = ["--data_root", str(place / "data")]
     new = ["--output_dir", str(folder / "new")]
     return [
@@ -1720,7 +1725,7 @@ def test_no_sound_deafens_a_stream_for_good(attack, frontend):
 
 @pytest.fixture
 def pipe():
-    """A function that feeds pieces of bytes, of which there may be no end, to standard input."""
+    """Returns a function that feeds pieces of bytes, perhaps without end, to standard input."""
     saved = os.dup(0)
     threads = []
 

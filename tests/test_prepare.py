@@ -32,7 +32,7 @@ PREPARE = Path(prepare.__file__)
 
 
 def tone(seconds=0.5, rate=16000, channels=1, frequency=300.0):
-    """A sine of amplitude 0.5; with two channels the second is silent."""
+    """Makes a sine of amplitude 0.5; with two channels the second is silent."""
     wave = 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate).astype(
         np.float32
     )
@@ -154,9 +154,9 @@ def spoiled(value, at=50):
 
 
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(500)
-# This one was written to a pipe, where the size was not known.
+# This file was written to a pipe, where the size was not known.
 STREAMED = encoded(tone())[:40] + b"\xff\xff\xff\xff" + encoded(tone())[44:]
-# This one promises 2^36 - 1 samples.
+# This file promises 2^36 - 1 samples.
 UNENDING = encoded(tone(), format="FLAC")[:21] + b"\xff" * 5 + encoded(tone(), format="FLAC")[26:]
 ODD = {  # name: (content, samples kept or reason)
     "8 bit.wav": (encoded(tone(), subtype="PCM_U8"), 8000),

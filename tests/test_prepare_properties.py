@@ -57,7 +57,7 @@ SPOILS = (None, None, None, np.nan, np.inf, -np.inf, 3e38)
 
 @st.composite
 def files(draw):
-    """(content, frames at 16 kHz that it must have, or None where anything may come of it)"""
+    """Draws (content, frames at 16 kHz that it must have, or None where it may have any)."""
     rate = draw(st.sampled_from((*RATES, 16000, 16000)))
     channels = draw(st.sampled_from((1, 1, 2, 8)))
     length = draw(st.one_of(st.sampled_from((0, 1, 2)), st.integers(3, 3000), st.integers(3, 3000)))

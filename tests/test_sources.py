@@ -473,7 +473,7 @@ SWALLOWED = {  # content: lines
     'file_name,text\r\n0.wav,a\r\n1.wav,"hello\r\n2.wav,bye"\r\n': "3 to 4",
     'file_name,text,speaker\n1.wav,"hello,anna\n2.wav,bye",anna\n': "2 to 3",
     'text,file_name\na,0.wav\n"hello,1.wav\nbye",2.wav\n': "3 to 4",
-    # Two rows are in one that has a field too many.
+    # One record, with a field too many, holds two rows.
     'file_name,text\n1.wav,"hello\n2.wav",bye\n': "2 to 3",
     'text,file_name\nhello,"1.wav\nbye",2.wav\n': "2 to 3",
     '"file_name",text\n"1.wav,hello\n2.wav",bye\n': "2 to 3",

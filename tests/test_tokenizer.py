@@ -170,7 +170,7 @@ PRINTED = [
 
 
 def saved(folder, config=None, **files):
-    """What Wav2Vec2CTCTokenizer.save_pretrained writes of SPANISH after add_tokens(["un", "q"])."""
+    """Writes what Wav2Vec2CTCTokenizer.save_pretrained does, after add_tokens(["un", "q"])."""
     flags = {
         "lstrip": False,
         "rstrip": False,
@@ -226,7 +226,7 @@ def test_a_saved_folder_gives_the_ids_that_transformers_gave(tmp_path):
     assert [bare.encode(text) for text, _ in PRINTED[:-3]] == [ids for _, ids in PRINTED[:-3]]
 
 
-# The parts are as transformers prints them. Those of the last are there by its flaw.
+# The parts are as transformers prints them. The last text shows the flaw of its Trie.
 @pytest.mark.parametrize(
     "text, parts",
     [
@@ -239,7 +239,7 @@ def test_a_saved_folder_gives_the_ids_that_transformers_gave(tmp_path):
     ],
 )
 def test_a_text_is_cut_where_transformers_cuts_it(text, parts):
-    assert tk.split_off(text, {"abcd", "bc"}) == parts
+    assert tk.Trie({"abcd", "bc"}).split(text) == parts
 
 
 def test_no_text_becomes_a_blank_or_the_end_of_a_sentence(tmp_path):
@@ -268,7 +268,7 @@ def test_a_vocabulary_in_any_form_spells_text_in_any_form(form):
     not_nfc = of_letters("\u09df", "\u0958", "\u212b")
     assert not_nfc.encode(unicodedata.normalize(form, "\u09df\u0958\u212b")) == [2, 3, 4]
     ascii_only = of_letters("e")
-    # One character is one error.
+    # A character that is unknown is one error, however it is composed.
     assert ascii_only.encode("\u00e9") == ascii_only.encode("e\u0301") == [1]
 
 
