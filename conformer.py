@@ -31,7 +31,7 @@ from frames import (
 from kernels import Dropout, Linear, attention, conv_relu, depthwise
 from presets import ModelOptions
 
-# ---------------------------------------------------------------------------------- building blocks
+# ---- Building blocks
 
 ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
 
@@ -237,7 +237,7 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm2(x))), state
 
 
-# -------------------------------------------------------------------------------------- the encoder
+# ---- The encoder
 
 
 class Subsampling(nn.Module):
@@ -384,7 +384,7 @@ class Encoder(nn.Module):
         return self.after_norm(x), new_states
 
 
-# ------------------------------------------------------------------------------------- the decoders
+# ---- The decoders
 
 
 class DecoderBlock(nn.Module):
@@ -467,7 +467,7 @@ class Decoder(nn.Module):
         return valid[:, None, None]  # (B,1,1,T')
 
 
-# ------------------------------------------------------------------------------ the model, its loss
+# ---- The model, its loss
 
 
 def decoder_io(labels, label_lengths, sos_id: int, eos_id: int):

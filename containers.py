@@ -83,7 +83,7 @@ def tag_before(file: BinaryIO, stop: int) -> int:
     return size if 32 <= size <= stop else 0
 
 
-# ---- wav and other formats of chunks: a name, a size, as many bytes. One chunk has the samples.
+# ---- Wav and other formats of chunks: a name, a size, as many bytes. One chunk has the samples.
 
 
 class Chunks(NamedTuple):
@@ -292,7 +292,7 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     return [Part([(start, min(place, stop))])], min(place, stop)
 
 
-# ---- mp3
+# ---- Mp3
 
 
 # {(True for MPEG 1, False for 2 and 2.5; layer): bit rates in kbit/s}.

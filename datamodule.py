@@ -122,7 +122,7 @@ def unpack_batch(features, *small) -> Batch:
     return Batch(features, *map(torch.from_numpy, small))
 
 
-# ------------------------------------------------------------------------------------------ shards
+# ---- Shards
 
 
 def get_concat_dataset(data_roots, split: str) -> datasets.Dataset:
@@ -358,7 +358,7 @@ def is_list(kind) -> bool:
     )
 
 
-# --------------------------------------------------------- lengths, from Arrow offsets, never audio
+# ---- Lengths, from Arrow offsets, never audio
 
 
 def audio_lengths(dataset: datasets.Dataset) -> np.ndarray:
@@ -479,7 +479,7 @@ def filter_conformer_len_prob(
     return keep, {reason: count for reason, count in counts.items() if count}
 
 
-# -------------------------------------------------------------------------------- rows and batches
+# ---- Rows and batches
 
 
 class SpeechDataset(Dataset):

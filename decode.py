@@ -85,7 +85,7 @@ def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[in
     return Hypothesis(nbest[0], scores[0], times[0], nbest, scores, times)
 
 
-# ------------------------------------------------- CTC prefix beam search: the plain definition
+# ---- CTC prefix beam search: the plain definition
 
 
 @dataclass
@@ -168,7 +168,7 @@ def plain_prefix_beam_search(
     )
 
 
-# ------------------------------------------------ CTC prefix beam search: the same for a batch
+# ---- CTC prefix beam search: the same for a batch
 
 # Rows of Beam.numbers: the prefix, the prefix without its last token, its last token, and the state
 # of the context (hotwords); then the times of the likeliest path to a blank, of the likeliest path
@@ -500,7 +500,7 @@ def _next_beam(beam: Beam, numbers: np.ndarray, scores: np.ndarray) -> Beam:
     return beam._replace(frames=beam.frames + 1, numbers=numbers, scores=scores)
 
 
-# -------------------------------------------------------------- CTC's best path and alignment
+# ---- CTC's best path and alignment
 
 
 def ctc_greedy_search(
@@ -568,7 +568,7 @@ def _align(tokens: list[int], log_probs: torch.Tensor, blank_id: int) -> list[in
     return _collapse(scores[0].tolist(), path[0].tolist(), blank_id).times
 
 
-# ------------------------------------------------------------------------- attention decoders
+# ---- Attention decoders
 
 
 def attention_beam_search(

@@ -297,7 +297,7 @@ class U2(L.LightningModule):
         self.load_state_dict(state)
         return len(set(ours))
 
-    # ------------------------------------------------------------------------------------- training
+    # ---- Training
 
     def setup(self, stage):
         self.net.encoder.gradient_checkpointing = self.optim.gradient_checkpointing
@@ -411,7 +411,7 @@ class U2(L.LightningModule):
         if not self.update_skipped and not ended:
             scheduler.step()
 
-    # ----------------------------------------------------------- the guard: skip what is not finite
+    # ---- The guard: skip what is not finite
 
     def on_before_optimizer_step(self, optimizer):
         """Throws away a gradient that is not finite, after unscaling and before clipping.
@@ -495,7 +495,7 @@ class U2(L.LightningModule):
     def on_train_end(self):
         self.steps.flush()
 
-    # ----------------------------------------------------------------------------------- validation
+    # ---- Validation
 
     def validation_step(self, batch, batch_idx):
         references = [
@@ -531,7 +531,7 @@ class U2(L.LightningModule):
         for metric in self.val_metrics.values():
             metric.reset()
 
-    # ------------------------------------------------------------------------------------- decoding
+    # ---- Decoding
 
     @torch.no_grad()
     def decode(
@@ -620,7 +620,7 @@ class U2(L.LightningModule):
             step, len(lengths), lengths, search, net.sos_id, net.eos_id, encoded.device
         )
 
-    # ----------------------------------------------------------------------------------- checkpoint
+    # ---- Checkpoint
 
     def on_save_checkpoint(self, checkpoint):
         """Adds options, frontend and tokenizer as plain data, all that a later command needs.

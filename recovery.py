@@ -47,7 +47,7 @@ FAULTS = LookupError, TypeError, ValueError, ArithmeticError, AttributeError, Ru
 
 
 def cut_log(path: str, step: int) -> None:
-    """Cut a log of JSON lines before the first that is broken, or of update `step` or later."""
+    """Cuts a log of JSON lines before the first that is broken, or of update `step` or later."""
     with open(path, "rb+") as file:
         end = 0
         for line in iter(lambda: file.readline(SMALL), b""):
@@ -76,7 +76,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def way_on(folder: str, begun: bool = True) -> str:
-    """Say how to go on with a run that has ended early; `begun`: after it began to write."""
+    """Says how to go on with a run that has ended early; `begun`: after it began to write."""
     if not begun:
         return "then give the same command again: nothing was changed"
     if os.path.exists(os.path.join(folder, "last.ckpt")):
@@ -90,14 +90,14 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_endings(trainer, folder, begun):
-    """Turn signals, full disks and unreadable files into one line and the right exit status.
+    """Turns signals, full disks and unreadable files into one line and the right exit status.
 
     No process is left behind. `begun()` says whether the run has begun to write.
     """
     hook = threading.excepthook
 
     def quietly(failure):
-        """Drop an OSError of TensorBoard's thread: the trainer's next number raises it again."""
+        """Drops an OSError of TensorBoard's thread: the trainer's next number raises it again."""
         if not isinstance(failure.exc_value, OSError):
             hook(failure)
 
@@ -165,7 +165,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def listen(self, module):
-        """Take the signals over from Lightning.
+        """Takes the signals over from Lightning.
 
         Lightning's handlers end a run without saving, or hang on several ranks. A signal that the
         run was started to ignore, as under nohup or in a script's background, stays ignored.
@@ -229,7 +229,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def leave_terminal() -> None:
-    """Send output nowhere where its terminal has hung up: printing there would raise an error."""
+    """Sends output nowhere where its terminal has hung up: printing there would raise an error."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             send_nowhere(descriptor)
@@ -264,7 +264,7 @@ class BestCheckpoint(Checkpoint):
 
 
 def best_score(path: str) -> float:
-    """Return the val_cer_mean of the best.ckpt at `path`; infinity if it is absent or damaged."""
+    """Returns the val_cer_mean of the best.ckpt at `path`; infinity if it is absent or damaged."""
     try:
         checkpoint = read_weights_only(path, mmap=True)
         if not_finite(checkpoint):
@@ -296,7 +296,7 @@ class Average(WeightAveraging):
             super().on_load_checkpoint(trainer, module, checkpoint)
 
     def on_train_end(self, trainer, module):
-        """Leave the trained weights in the model, where Lightning would put the average.
+        """Leaves the trained weights in the model, where Lightning would put the average.
 
         A validation may follow, and a run must be able to go on from its best.ckpt, too.
         """
@@ -314,7 +314,7 @@ class Place(NamedTuple):
 
 
 def find_place(path: str, checkpoint: dict) -> Place:
-    """Read the place off a checkpoint. Raises UserError where the checkpoint does not say it."""
+    """Reads the place off a checkpoint. Raises UserError where the checkpoint does not say it."""
     with refusing(path, "loops"):
         loop = checkpoint["loops"]["fit_loop"]
         epoch = loop["epoch_progress"]["current"]["ready"] - 1
@@ -328,7 +328,7 @@ def find_place(path: str, checkpoint: dict) -> Place:
 
 
 def fits(given, like) -> bool:
-    """Return whether a part of a checkpoint has the names and types of `like`.
+    """Returns whether a part of a checkpoint has the names and types of `like`.
 
     Its numbers must lie within 0 .. 2**53.
     """
@@ -349,7 +349,7 @@ def damaged(path: str, part: str) -> UserError:
 
 @contextlib.contextmanager
 def refusing(path: str, part: str):
-    """Turn an error within the block into a UserError that names the part of the checkpoint."""
+    """Turns an error within the block into a UserError that names the part of the checkpoint."""
     try:
         yield
     except FAULTS as error:
@@ -357,7 +357,7 @@ def refusing(path: str, part: str):
 
 
 def check_state(path: str, checkpoint: dict) -> None:
-    """Raise UserError where a part that a resumed run reads before training is not as runs save it.
+    """Raises UserError where a part that a resumed run reads first is not as runs save it.
 
     The weights have been checked before, and check_restored looks at the rest.
     """
@@ -383,7 +383,7 @@ def check_state(path: str, checkpoint: dict) -> None:
 
 
 def check_restored(trainer, module, checkpoint: dict) -> None:
-    """Raise UserError where a part that Lightning restores is not of the kind that it saves.
+    """Raises UserError where a part that Lightning restores is not of the kind that it saves.
 
     These are the states of the loops, the callbacks, the precision plugin and the optimizer.
     """
@@ -417,7 +417,7 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
 
 
 def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
-    """Return all that the order of rows depends on, and checksums of the rows.
+    """Returns all that the order of rows depends on, and checksums of the rows.
 
     `data` is a SpeechDataModule after setup("fit"). The keys are shown to users.
     """
@@ -438,7 +438,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
-    """Raise UserError where a resumed run cannot go on by `plan`; say how the plan has changed.
+    """Raises UserError where a resumed run cannot go on by `plan`, and says how the plan has changed.
 
     At the end of an epoch any plan will do. Within an epoch, the rest of the epoch must stay the
     same: with the same plan, or with other processes and batch sizes that make the same batches of
@@ -473,7 +473,7 @@ def check_plan(place: Place, plan: dict, data) -> None:
 
 
 def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
-    """Return whether both plans make the same batches of all processes in the place's epoch."""
+    """Returns whether both plans make the same batches of all processes in the place's epoch."""
     sizes = ("batch_size", "max_batch_seconds")
     if not differ <= {*sizes, "processes"}:
         return False
@@ -485,7 +485,7 @@ def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
 
 
 def epoch_is_over(loop: dict) -> bool:
-    """Return whether a checkpoint's state of the fit loop is that after an epoch's validation."""
+    """Returns whether a checkpoint's state of the fit loop is that after an epoch's validation."""
     epoch = loop["epoch_progress"]["current"]
     return (
         epoch["processed"] == epoch["ready"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
@@ -493,7 +493,7 @@ def epoch_is_over(loop: dict) -> bool:
 
 
 def settle(loop: dict) -> None:
-    """Change a checkpoint's state of the fit loop so that Lightning goes on where it was saved.
+    """Changes a checkpoint's state of the fit loop so that Lightning goes on where it was saved.
 
     By itself Lightning would leave out the validation of an epoch that was saved before it, the
     rest of an epoch that max_steps cut short and, in a run with max_steps, the whole epoch that
@@ -548,7 +548,7 @@ class MemoryCheck(L.Callback):
 
     @staticmethod
     def advice(options, batch) -> str:
-        """Return the advice which flag to lower, and to which number."""
+        """Returns the advice which flag to lower, and to which number."""
         rows, frames, _ = batch.features.shape
         if rows == 1:
             name, now = "max_frame", frames
@@ -559,7 +559,7 @@ class MemoryCheck(L.Callback):
         return f"lower --{name}, for example to {now / 2:.0f}"
 
     def reason(self, trainer, module, run, batch, advice) -> str | None:
-        """Run the batch. Return why it does not fit the memory, or None where it does."""
+        """Runs the batch. Returns why it does not fit the memory, or None where it does."""
         rows, frames, _ = batch.features.shape
         buffers = module.keep_buffers()
         try:

@@ -81,7 +81,7 @@ class LengthGroupedSampler(Sampler):
         return self.count
 
     def __iter__(self):
-        """Yield the keys of each batch of this rank, from start_batch on in a resumed epoch."""
+        """Yields the keys of each batch of this rank, from start_batch on in a resumed epoch."""
         epoch = self.epoch
         start = self.start_batch
         self.start_batch = 0
@@ -89,11 +89,11 @@ class LengthGroupedSampler(Sampler):
             yield [(epoch, int(row)) for row in batch]
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """Return the batches of this rank in `epoch`, as row numbers."""
+        """Returns the batches of this rank in `epoch`, as row numbers."""
         return [step[self.rank :: self.world_size] for step in self.steps(epoch)]
 
     def steps(self, epoch: int) -> list[np.ndarray]:
-        """Return the batches of all ranks together: the row numbers of each step.
+        """Returns the batches of all ranks together: the row numbers of each step.
 
         The ranks take the rows of a step in turn.
         """
@@ -111,13 +111,13 @@ class LengthGroupedSampler(Sampler):
         return [rows[borders[i] : borders[i + 1]] for i in sequence]
 
     def _bands(self) -> np.ndarray:
-        """Return the band of every row, (n,) uint8."""
+        """Returns the band of every row, (n,) uint8."""
         if (1 - max(BANDS)) * len(self.lengths) < BAND_MEGABATCHES * self.megarows:
             return np.zeros(len(self.lengths), np.uint8)
         return np.searchsorted(np.quantile(self.lengths, BANDS), self.lengths).astype(np.uint8)
 
     def _order(self, epoch: int, draw: int) -> np.ndarray:
-        """Draw a permutation; with group_by_length, megabatches are sorted by falling length."""
+        """Draws a permutation; with group_by_length, megabatches are sorted by falling length."""
         order = np.random.default_rng((self.seed, epoch, 0, draw)).permutation(len(self.lengths))
         if not self.group_by_length:
             return order
@@ -126,7 +126,7 @@ class LengthGroupedSampler(Sampler):
         return order[np.lexsort((-self.lengths[order], megabatch))]
 
     def _borders(self, order) -> list[int]:
-        """Return where the batches of all ranks together begin, and the end.
+        """Returns where the batches of all ranks together begin, and the end.
 
         Each of these batches has at least one row for every rank.
         """
@@ -139,7 +139,7 @@ class LengthGroupedSampler(Sampler):
         return end_of_borders(borders, len(order), self.world_size)
 
     def _split(self, borders: list[int]) -> np.ndarray:
-        """Halve the batches with most rows until there are `count`, or none can be halved."""
+        """Halves the batches with most rows until there are `count`, or none can be halved."""
         borders = np.asarray(borders)
         while (short := self.count - (len(borders) - 1)) > 0:
             sizes = np.diff(borders)
@@ -158,7 +158,7 @@ def borders_by_duration(
     batch_size: float = math.inf,
     megarows: float = math.inf,
 ) -> list[int]:
-    """Return where the batches of all ranks together begin.
+    """Returns where the batches of all ranks together begin.
 
     A batch takes as many rows as keep rows * longest of every rank within max_batch, and at most
     batch_size rows a rank. No batch crosses a multiple of `megarows`.
@@ -180,7 +180,7 @@ def borders_by_duration(
 
 
 def end_of_borders(borders: list[int], size: int, world_size: int) -> list[int]:
-    """Return the borders with the end behind them; the last batch has a row for every rank, too."""
+    """Returns the borders and the end; the last batch has a row for every rank, too."""
     if len(borders) > 1 and size - borders[-1] < world_size:
         # Too few rows are left for all ranks, so the last batch takes some from the one before.
         borders[-1] = size - world_size
@@ -190,7 +190,7 @@ def end_of_borders(borders: list[int], size: int, world_size: int) -> list[int]:
 
 
 def check_share(rows: int, world_size: int, split: str = "") -> None:
-    """Raise UserError where a rank would have no row."""
+    """Raises UserError where a rank would have no row."""
     if rows < world_size:
         raise UserError(
             f"{rows} rows{split and f' of {split}'} cannot be spread over {world_size} processes; "
@@ -201,7 +201,7 @@ def check_share(rows: int, world_size: int, split: str = "") -> None:
 def eval_batches(
     lengths, batch_size: float, rank: int = 0, world_size: int = 1, max_batch: float = math.inf
 ) -> list[list[tuple[int, int]]]:
-    """Return batches of keys (0, row): every row once, by falling length.
+    """Returns batches of keys (0, row): every row once, by falling length.
 
     Every rank gets equally many batches, at least one, because Lightning stops with a traceback
     where a rank has none. A batch has at most `batch_size` rows and, unless it is one row, at most

@@ -150,14 +150,14 @@ class Settings(NamedTuple):
     frontend: Frontend
 
     def by_name(self) -> dict:
-        """Return all options by the names of their flags."""
+        """Returns all options by the names of their flags."""
         return {
             name: value for options in self for name, value in dataclasses.asdict(options).items()
         }
 
 
 def read_flags(argv) -> dict:
-    """Return the flags that were given, and `overwrite`."""
+    """Returns the flags that were given, and `overwrite`."""
     parser = make_parser(__doc__, *OPTIONS)
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
@@ -211,7 +211,7 @@ def main(argv):
 
 
 def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Settings, dict | None]:
-    """Return the options of the run, and the checkpoint of --init_from in a new run.
+    """Returns the options of the run, and the checkpoint of --init_from in a new run.
 
     A flag that is given counts most. Another option is as in the checkpoint from which the run goes
     on or, for model and frontend, as in the checkpoint of --init_from. Else it has its default.
@@ -239,7 +239,7 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
 
 
 def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
-    """Open, check and filter the data. Raises UserError for data that cannot be used."""
+    """Opens, checks and filters the data. Raises UserError for data that cannot be used."""
     data = SpeechDataModule(
         data_roots=settings.run.data_root,
         tokenizer=tokenizer,
@@ -255,7 +255,7 @@ def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
 
 
 def new_model(settings: Settings, data: SpeechDataModule, world_size: int, place: Place) -> U2:
-    """Make the model with random weights, and the logs that it writes."""
+    """Makes the model with random weights, and the logs that it writes."""
     folder = settings.run.output_dir
     return U2(
         options=settings.model,
@@ -270,7 +270,7 @@ def new_model(settings: Settings, data: SpeechDataModule, world_size: int, place
 
 
 def find_run(given: dict) -> tuple[str, str | None]:
-    """Return OUTPUT_DIR, and the checkpoint to resume from or None.
+    """Returns OUTPUT_DIR, and the checkpoint to resume from or None.
 
     Raises UserError where another run lies in OUTPUT_DIR: only its own continuation or --overwrite
     may change a run.
@@ -309,7 +309,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
 
 
 def check_folder(folder: str) -> None:
-    """Raise UserError where the run could not write all of its files; write and remove nothing."""
+    """Raises UserError where the run could not write all of its files; writes and removes nothing."""
     check_utf8(folder, "--output_dir", "TensorBoard")
     there = folder
     while True:
@@ -328,7 +328,7 @@ def check_folder(folder: str) -> None:
 
 
 def check_outputs(folder: str) -> None:
-    """Raise UserError where the run could not replace a file of its own in `folder`."""
+    """Raises UserError where the run could not replace a file of its own in `folder`."""
     halves = [aside(name) for name in WHOLE]
     locks = [LOCK, *(f"{name}.lock" for name in halves)]
     for name in (*OUTPUTS, *halves, *locks):
@@ -350,7 +350,7 @@ def check_outputs(folder: str) -> None:
 
 
 def check_writable(path: str, kind: str, folder: str) -> None:
-    """Raise UserError where `path` is no file or folder, as `kind` says, or may not be changed."""
+    """Raises UserError where `path` is no file or folder, as `kind` says, or may not be changed."""
     if not (os.path.isdir if kind == "folder" else os.path.isfile)(path):
         raise UserError(
             f"--output_dir {folder}: {path} is no {kind}; move it away, or choose another"
@@ -362,7 +362,7 @@ def check_writable(path: str, kind: str, folder: str) -> None:
 
 
 def options_of(checkpoint: dict) -> dict:
-    """Return the options of a checkpoint's run by name; older checkpoints lack some."""
+    """Returns the options of a checkpoint's run by name; older checkpoints lack some."""
     parts = ("model_options", "optim_options", "frontend", "run_options")
     options = {}
     for part in parts:
@@ -373,7 +373,7 @@ def options_of(checkpoint: dict) -> dict:
 
 
 def without_rivals(given: dict, before: dict) -> dict:
-    """Return the flags that were given, over the options that the run had.
+    """Returns the flags that were given, over the options that the run had.
 
     One of --batch_size and --max_batch_seconds takes the place of the other.
     """
@@ -383,7 +383,7 @@ def without_rivals(given: dict, before: dict) -> dict:
 
 
 def check_run(options: RunOptions) -> None:
-    """Raise UserError for a run that would fail late, or not do as asked."""
+    """Raises UserError for a run that would fail late, or not do as asked."""
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
@@ -397,7 +397,7 @@ def check_run(options: RunOptions) -> None:
 
 
 def check_unused(given: dict, settings: Settings) -> None:
-    """Raise UserError for a flag that has no effect beside the others."""
+    """Raises UserError for a flag that has no effect beside the others."""
     frontend = settings.frontend.frontend
     others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
     unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
@@ -411,7 +411,7 @@ def check_unused(given: dict, settings: Settings) -> None:
 
 
 def check_overwrite(options: RunOptions, overwrite: bool) -> None:
-    """Raise UserError where --overwrite would delete a file that the run is made from."""
+    """Raises UserError where --overwrite would delete a file that the run is made from."""
     if not overwrite:
         return
     doomed = [os.path.realpath(os.path.join(options.output_dir, name)) for name in OUTPUTS]
@@ -426,7 +426,7 @@ def check_overwrite(options: RunOptions, overwrite: bool) -> None:
 
 
 def check_source(source: dict | None, settings: Settings) -> None:
-    """Raise UserError where the weights of --init_from do not fit the model or its features."""
+    """Raises UserError where the weights of --init_from do not fit the model or its features."""
     if not source:
         return
     for name, (saved, asked) in differences(source, settings).items():
@@ -437,7 +437,7 @@ def check_source(source: dict | None, settings: Settings) -> None:
 
 
 def differences(checkpoint: dict, settings: Settings) -> dict[str, tuple]:
-    """Return {name: (saved, asked)} of the model's and frontend's options that differ."""
+    """Returns {name: (saved, asked)} of the model's and frontend's options that differ."""
     asked = dataclasses.asdict(settings.model) | dataclasses.asdict(settings.frontend)
     # An option that is newer than the checkpoint counts as its default.
     saved = dataclasses.asdict(ModelOptions()) | dataclasses.asdict(Frontend())
@@ -448,7 +448,7 @@ def differences(checkpoint: dict, settings: Settings) -> dict[str, tuple]:
 def prepare_weights(
     model: U2, source: dict | None, cmvn: str | None, data: SpeechDataModule
 ) -> None:
-    """Give a new model the weights of --init_from and the global CMVN of fbank."""
+    """Gives a new model the weights of --init_from and the global CMVN of fbank."""
     if source:
         known = model.init_from(source)
         rank_zero_info(
@@ -467,7 +467,7 @@ def prepare_weights(
 
 
 def label_tokenizer(path: str | None, data_root: str) -> Tokenizer:
-    """Load the tokenizer that made the labels: from `path`, or else from the data root.
+    """Loads the tokenizer that made the labels: from `path`, or else from the data root.
 
     Raises UserError where there is none, or where both are there and differ.
     """
@@ -485,7 +485,7 @@ def label_tokenizer(path: str | None, data_root: str) -> Tokenizer:
 
 
 def read_resumable(path: str) -> dict:
-    """Read a checkpoint to resume from. Raises UserError where a run cannot go on from it."""
+    """Reads a checkpoint to resume from. Raises UserError where a run cannot go on from it."""
     checkpoint = read_checked(path)
     if "loops" not in checkpoint:
         raise UserError(
@@ -498,7 +498,7 @@ def read_resumable(path: str) -> dict:
 
 
 def check_options(path: str, checkpoint: dict) -> None:
-    """Raise UserError, naming `path`, where the options in a checkpoint are not valid."""
+    """Raises UserError, naming `path`, where the options in a checkpoint are not valid."""
     try:
         for kind in OPTIONS:
             build(kind, {}, **options_of(checkpoint))
@@ -507,7 +507,7 @@ def check_options(path: str, checkpoint: dict) -> None:
 
 
 def check_resume(path: str, checkpoint: dict, given: dict, settings: Settings, tokenizer) -> Place:
-    """Return where the checkpoint left its run, and print which options change from there on.
+    """Returns where the checkpoint left its run, and prints which options change from there on.
 
     Raises UserError where it belongs to another model, frontend or tokenizer, or where an option
     would not change anything any more.
@@ -539,7 +539,7 @@ def check_resume(path: str, checkpoint: dict, given: dict, settings: Settings, t
 
 
 def check_same_model(path: str, checkpoint: dict, settings: Settings, tokenizer) -> None:
-    """Raise UserError where the checkpoint has another model, frontend or tokenizer."""
+    """Raises UserError where the checkpoint has another model, frontend or tokenizer."""
     differ = [
         f"{name} {saved}, not {asked}"
         for name, (saved, asked) in differences(checkpoint, settings).items()
@@ -556,7 +556,7 @@ def check_same_model(path: str, checkpoint: dict, settings: Settings, tokenizer)
 
 
 def check_goes_on(place: Place, options: RunOptions, changed: bool) -> None:
-    """Raise UserError where nothing is left to train, though options were changed or lowered."""
+    """Raises UserError where nothing is left to train, though options were changed or lowered."""
     reached = [
         f"--{name} {most}"
         for name, most, done in (
@@ -574,12 +574,12 @@ def check_goes_on(place: Place, options: RunOptions, changed: bool) -> None:
 
 
 def as_list(value):
-    """Return a tuple as a list: flags give lists, checkpoints hold tuples."""
+    """Returns a tuple as a list: flags give lists, checkpoints hold tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def say_schedule(checkpoint: dict, model: U2, place: Place) -> None:
-    """Print that the length of a onecycle run has changed, and with it the learning rate."""
+    """Prints that the length of a onecycle run has changed, and with it the learning rate."""
     # configure_optimizers plans one step more than there are updates.
     planned = checkpoint["lr_schedulers"][0].get("total_steps", 0) - 1
     if model.optim.scheduler != "onecycle" or planned in (-1, model.total_steps):
@@ -595,7 +595,7 @@ def say_schedule(checkpoint: dict, model: U2, place: Place) -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: str):
-    """Keep other trainings out of `folder`. Raises UserError where one is there."""
+    """Keeps other trainings out of `folder`. Raises UserError where one is there."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -656,7 +656,7 @@ class Start(L.Callback):
 
 
 def read_metrics(folder: str) -> dict:
-    """Return the metrics in run.json, which a resumed run keeps until it has its own."""
+    """Returns the metrics in run.json, which a resumed run keeps until it has its own."""
     try:
         metrics = read_json(os.path.join(folder, "run.json")).get("metrics")
     except (OSError, ValueError):
@@ -665,7 +665,7 @@ def read_metrics(folder: str) -> dict:
 
 
 def files_of(path: str) -> list[str]:
-    """List the file `path`, or TensorBoard's files in the folder `path`, but no other logs."""
+    """Lists the file `path`, or TensorBoard's files in the folder `path`, but no other logs."""
     within = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
@@ -676,7 +676,7 @@ def files_of(path: str) -> list[str]:
 
 
 def clear_output(folder: str, old: list[str], step: int) -> None:
-    """Remove what the run will not go on with.
+    """Removes what the run will not go on with.
 
     These are the files `old`, half-written files, and log lines from `step` on: a killed run wrote
     such lines after its last checkpoint, and the resumed run writes them again.
@@ -691,7 +691,7 @@ def clear_output(folder: str, old: list[str], step: int) -> None:
 
 
 def make_callbacks(settings: Settings, start: Start) -> list[L.Callback]:
-    """List the callbacks in the order in which Lightning calls them."""
+    """Lists the callbacks in the order in which Lightning calls them."""
     options = settings.run
     of_the_run = {
         name: value for name, value in settings.by_name().items() if name not in OF_THE_MACHINE
@@ -709,7 +709,7 @@ def make_callbacks(settings: Settings, start: Start) -> list[L.Callback]:
 
 
 def make_trainer(settings: Settings, start: Start) -> L.Trainer:
-    """Make Lightning's trainer. Raises UserError for options that Lightning refuses."""
+    """Makes Lightning's trainer. Raises UserError for options that Lightning refuses."""
     options = settings.run
     # (The sampler makes our DataLoader resumable, though Lightning does not see it.)
     warnings.filterwarnings(
@@ -744,7 +744,7 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
 
 
 def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
-    """Raise UserError where torchrun and --devices disagree, or where a process would have no row.
+    """Raises UserError where torchrun and --devices disagree, or where a process would have no row.
 
     Otherwise each process of torchrun would be a run of its own, or wait for others.
     """
@@ -761,7 +761,7 @@ def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
 
 
 def check_epoch(trainer: L.Trainer, data: SpeechDataModule, place: Place) -> None:
-    """Raise UserError where a resumed run cannot go on within its epoch."""
+    """Raises UserError where a resumed run cannot go on within its epoch."""
     check_plan(place, make_plan(data, trainer.world_size, trainer.accumulate_grad_batches), data)
     if place.batches > data.train_batches(trainer.world_size):
         raise UserError(
@@ -771,7 +771,7 @@ def check_epoch(trainer: L.Trainer, data: SpeechDataModule, place: Place) -> Non
 
 
 def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int, place: Place) -> int:
-    """Return the updates of the whole run, those before a resume included.
+    """Returns the updates of the whole run, those before a resume included.
 
     OneCycleLR must know them beforehand. (Lightning's own estimate, estimated_stepping_batches,
     loads the data loaders early and drops their state.)
@@ -794,7 +794,7 @@ def count_steps(options: RunOptions, data: SpeechDataModule, world_size: int, pl
 
 
 def commit() -> str:
-    """Return the git commit of this code, or "unknown"."""
+    """Returns the git commit of this code, or "unknown"."""
     here = os.path.dirname(os.path.abspath(__file__))
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
@@ -803,7 +803,7 @@ def commit() -> str:
 
 
 def write_run(folder: str, record: dict) -> dict:
-    """Write OUTPUT_DIR/run.json, whole or not at all, and return what it holds."""
+    """Writes OUTPUT_DIR/run.json, whole or not at all, and returns what it holds."""
     record = {
         "command": " ".join(sys.argv),
         "commit": commit(),
@@ -815,7 +815,7 @@ def write_run(folder: str, record: dict) -> dict:
 
 
 def save_best(trainer, model, data) -> float:
-    """Return the best mean CER.
+    """Returns the best mean CER.
 
     A run that ended between two validations is validated once more, so best.ckpt is always there.
     """
@@ -829,7 +829,7 @@ def save_best(trainer, model, data) -> float:
 
 
 def finish(trainer, model, best, folder, record) -> None:
-    """Write the metrics to run.json and print the result."""
+    """Writes the metrics to run.json and prints the result."""
     metrics = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()

@@ -201,7 +201,7 @@ def check_given(given: dict, options: TranscribeOptions) -> None:
         raise UserError("--raw is for standard input; give - as the only PATH, or leave it out")
 
 
-# ------------------------------------------------------------------------- input and output
+# ---- Input and output
 
 
 def recordings_at(path: str) -> list[Recording]:
@@ -329,7 +329,7 @@ def total_seconds(recordings: list[Recording]) -> float | None:
     return round(total)
 
 
-# --------------------------------------------------------------------------- piece by piece
+# ---- Piece by piece
 
 
 def transcribe_pieces(
@@ -536,7 +536,7 @@ def timed(job: Job, tokens: list[int], log_probs: torch.Tensor, offset: float) -
     return align_words(tokens, log_probs, model.tokenizer, times, offset, job.options.delay)
 
 
-# ------------------------------------------------------------------------------- as a stream
+# ---- As a stream
 
 
 def transcribe_streams(

@@ -204,7 +204,7 @@ def align_words(
     return join_words([words])
 
 
-# ----------------------------------------------------------------------------------- formats
+# ---- Formats
 
 
 def as_txt(transcript: Transcript) -> str:

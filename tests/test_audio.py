@@ -214,7 +214,7 @@ def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
             signal.signal(changed, handler)
 
 
-# ---- mp3
+# ---- Mp3
 
 
 def power(samples):

@@ -1,4 +1,4 @@
-"""Every command of bench.py prints its figures, here at tiny sizes; and padding is little."""
+"""Every command of tools.bench prints its figures, here at tiny sizes; and padding is little."""
 
 import json
 import math

@@ -398,7 +398,7 @@ def test_other_sizes_and_kinds(tmp_path):
     assert "--sample-rate=8000 --feat-dim=40" in said and "--wenet-ctc-num-left-chunks=1" in said
 
 
-# ------------------------------------------------------------------------------------ sherpa-onnx
+# ---- Sherpa-onnx
 
 
 def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tmp_path):
@@ -456,7 +456,7 @@ def test_other_features_are_heard_otherwise(rows):
         assert parity.otherwise(own, theirs) > 0
 
 
-# --------------------------------------------------------------------------------------- refusals
+# ---- Refusals
 
 
 def refused(model, tmp_path, **options):

@@ -120,7 +120,7 @@ def as_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------- measuring
+# ---- Measuring
 
 
 def timer_of(work, threads: int):
@@ -178,7 +178,7 @@ def in_fresh_process(work, *arguments):
         return fresh.submit(work, *arguments).result()
 
 
-# ------------------------------------------------------------------------------------------- data
+# ---- Data
 
 
 def bench_data(options: BenchOptions, corpus: CorpusOptions) -> dict:
@@ -223,7 +223,7 @@ def measure_loader(root: str, options: BenchOptions) -> dict:
     return {"loader_x_realtime": seconds / median_seconds(epoch, options)}
 
 
-# ------------------------------------------------------------------------------------------ train
+# ---- Train
 
 
 def bench_train(options: BenchOptions, training: TrainOptions) -> dict:
@@ -263,7 +263,7 @@ def rates(step, device, options: BenchOptions) -> list[float]:
     return [statistics.median(values) for values in zip(*rounds)]
 
 
-# ------------------------------------------------------------------------------ decode and stream
+# ---- Decode and stream
 
 
 def bench_decode(options: BenchOptions) -> dict:
@@ -301,7 +301,7 @@ def bench_stream(options: BenchOptions) -> dict:
     return {"chunk_ms": chunk_ms, "rtf": median_seconds(listen, options) / workloads.SECONDS}
 
 
-# ----------------------------------------------------------------------------------------- growth
+# ---- Growth
 
 
 def bench_growth(options: BenchOptions, corpus: CorpusOptions, growth: GrowthOptions) -> dict:

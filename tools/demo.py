@@ -90,7 +90,7 @@ class Utterance(NamedTuple):
         return self.spoken.lower()
 
 
-# -------------------------------------------------------------------------------------- sentences
+# ---- Sentences
 
 
 def number_words(rng) -> str:
@@ -181,7 +181,7 @@ def plan(split: str, count: int | None = None) -> list[Utterance]:
     raise UserError(f"the demo corpus has no split {split}; it has {', '.join(UTTERANCES)}")
 
 
-# ----------------------------------------------------------------------------------------- speech
+# ---- Speech
 
 
 class SpokenWord(NamedTuple):
@@ -314,7 +314,7 @@ def _unload(library) -> None:
         ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
 
 
-# ------------------------------------------------------------------------------------------ files
+# ---- Files
 
 
 def write_wavs(folder: str, utterances: list[Utterance]) -> None:

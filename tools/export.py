@@ -88,8 +88,7 @@ def check_supported(model: U2) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------
-# The folder of ONNX files
+# ---- The folder of ONNX files
 
 SHERPA_README = """# A speech recognition model in ONNX
 
@@ -280,8 +279,7 @@ def write_checked(
     return [f"checked on {heard}, {seconds:.1f} s:", *lines]
 
 
-# --------------------------------------------------------------------------------------------------
-# The folder for the hub
+# ---- The folder for the hub
 
 CARD = """---
 library_name: lightning-u2
@@ -392,8 +390,7 @@ def is_newer(path: str, than: str) -> bool:
     return os.path.isfile(path) and os.path.getmtime(path) >= os.path.getmtime(than)
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
+# ---- The command
 
 
 def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]:

@@ -264,8 +264,7 @@ class StreamingWaveform(nn.Module):
         return log_probs, samples_left, statistics, features_left, *caches
 
 
-# --------------------------------------------------------------------------------------------------
-# The files
+# ---- The files
 
 
 class Graph(NamedTuple):

@@ -105,8 +105,7 @@ def sherpa_features(model: U2, sound: torch.Tensor) -> torch.Tensor:
     )[None]
 
 
-# --------------------------------------------------------------------------------------------------
-# The programs
+# ---- The programs
 
 
 def in_torch(model: U2, chunks: ChunkOptions, features: str, given: Sounds) -> list[Outcome]:
@@ -230,8 +229,7 @@ def ids_of(model: U2, tokens: list[str]) -> list[int]:
     return [ids[token] for token in tokens]
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
+# ---- The table
 
 
 @torch.no_grad()

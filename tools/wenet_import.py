@@ -117,8 +117,7 @@ CMVN = ("encoder.global_cmvn.mean", "encoder.global_cmvn.istd")
 UNITS = ("units.txt", "words.txt", "lang_char.txt")  # its names in WeNet's recipes and releases
 
 
-# --------------------------------------------------------------------------------------------------
-# Weights
+# ---- Weights
 
 
 def wenet_names(name: str, net: U2Conformer) -> list[str]:
@@ -234,8 +233,7 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-# --------------------------------------------------------------------------------------------------
-# train.yaml
+# ---- Train.yaml
 
 
 def read_config(path: str) -> dict:
@@ -365,8 +363,7 @@ def read_frontend(config: dict) -> Frontend:
     return Frontend(frontend="fbank", sample_rate=rate, **fbank)
 
 
-# --------------------------------------------------------------------------------------------------
-# The other files
+# ---- The other files
 
 
 def find_file(folder: str, named, *usual: str) -> str:
@@ -561,8 +558,7 @@ def load_wenet(exp_dir: str) -> tuple[U2, Tokenizer, Frontend]:
     return model.eval(), tokenizer, frontend
 
 
-# --------------------------------------------------------------------------------------------------
-# The way back
+# ---- The way back
 
 
 def wenet_config(model: U2, has_cmvn: bool) -> dict:
@@ -692,8 +688,7 @@ def weights_file(net: U2Conformer, has_cmvn: bool) -> bytes:
     return buffer.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
+# ---- The command
 
 
 def import_model(exp_dir: str, out: str) -> str:

@@ -51,7 +51,7 @@ PIECES = 5000  # tokens of the vocabulary
 SPIKES = 40  # frames of an utterance in which CTC hears a token
 
 
-# -------------------------------------------------------------------------------------- the corpus
+# ---- The corpus
 
 
 def made_corpus(data_root: str, rows: int) -> Path:
@@ -61,7 +61,7 @@ def made_corpus(data_root: str, rows: int) -> Path:
     """
     root = Path(data_root)
     if not root.exists():
-        with published(str(root), "a corpus of bench.py", overwrite=False) as folder:
+        with published(str(root), "a corpus of tools.bench", overwrite=False) as folder:
             write_shards(Path(folder), rows, rows // 100, short=True)
             write_shards(Path(folder) / "loader", min(rows, LOADER_ROWS), 1, short=False)
     return root
@@ -164,7 +164,7 @@ def padding_waste(lengths: np.ndarray, plan) -> float:
     return 1 - int(lengths.sum()) / padded
 
 
-# ---------------------------------------------------------------------------- training and decoding
+# ---- Training and decoding
 
 
 def training_step(
