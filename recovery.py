@@ -438,7 +438,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
-    """Raises UserError where a resumed run cannot go on by `plan`, and says how the plan has changed.
+    """Raises UserError where a resumed run cannot go on by `plan`; says how the plan has changed.
 
     At the end of an epoch any plan will do. Within an epoch, the rest of the epoch must stay the
     same: with the same plan, or with other processes and batch sizes that make the same batches of

@@ -309,7 +309,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
 
 
 def check_folder(folder: str) -> None:
-    """Raises UserError where the run could not write all of its files; writes and removes nothing."""
+    """Raises UserError where the run could not write all of its files; changes nothing."""
     check_utf8(folder, "--output_dir", "TensorBoard")
     there = folder
     while True:
