@@ -25,10 +25,10 @@ class LengthGroupedSampler(Sampler):
     """Makes batches of rows alike in length: random megabatches, each sorted by length and cut.
 
     A megabatch has the rows of `megabatch` batches of every rank. Its rows are of one band of
-    length (BANDS) where there are enough rows, else of any length. The batches come in random
-    order behind the one with the longest row. This order has no other purpose any more than to keep
-    the measured figures as they are: it is recovery.MemoryCheck that runs the largest batches before
-    the first update, so that memory runs out there or never.
+    length (BANDS) where there are enough rows, else of any length. The batch with the longest row
+    is the first of an epoch, the others come in random order. Memory needs no such order, because
+    recovery.MemoryCheck runs the largest batches before the first update. The order stays because
+    all measured figures depend on it.
 
     lengths (n,) may be in any unit; `rows` (n,) are the row numbers to yield, by default 0 .. n-1.
     A batch has `batch_size` rows or, with `max_batch`, as many as keep rows * longest within it (in
