@@ -90,7 +90,7 @@ def test_readmes_idea_works_as_it_is_written(monkeypatch):
     code = (ROOT / "transforms.py").read_text()
     for block, place in (
         (field, "    max_trim: int = option("),
-        (function, "# Chains\n"),
+        (function, "# ---- Chains\n"),
         (link, "    chain += features_chain("),
     ):
         assert code.count(place) == 1
