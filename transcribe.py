@@ -45,6 +45,7 @@ from decode import MODES, SearchOptions
 from files import FULL, identity, write_whole
 from model import load_checkpoint
 from recovery import leave_terminal
+from sampler import eval_batches
 from stream import frame_ms, listen
 from transforms import extract
 from words import (
@@ -472,20 +473,6 @@ def pools(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
         yield pool
 
 
-def batches(lengths: list[int], max_batch: float) -> Iterator[list[int]]:
-    """Yields batches of row numbers, the longest rows first.
-
-    The number of rows times the longest row is at most max_batch, or the row is alone.
-    """
-    batch = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_batch:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
-
-
 def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     """Hears each piece of the pool, in batches of pieces of similar lengths."""
     model = job.model
@@ -493,7 +480,8 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     features_of = extract(model.frontend)
     results = [None] * len(pool)
     lengths = [len(piece.samples) for piece in pool]
-    for rows in batches(lengths, job.options.batch_seconds * rate):
+    for keys in eval_batches(lengths, math.inf, max_batch=job.options.batch_seconds * rate):
+        rows = [row for _, row in keys]
         features = [features_of(torch.from_numpy(pool[row].samples)) for row in rows]
         for row, (tokens, log_probs) in zip(rows, recognize_batch(job, features)):
             words = timed(job, tokens, log_probs, pool[row].offset)

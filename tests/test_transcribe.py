@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import struct
@@ -24,6 +25,7 @@ import transcribe
 import words
 from decode import MODES
 from helpers_model import TEXTS, call, score_json, waveform
+from sampler import eval_batches
 from tokenizer import from_vocab, train_bpe, train_char
 from tools import align, demo
 from transforms import Frontend
@@ -166,7 +168,7 @@ def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, fol
         texts.append([json.loads(line)["text"] for line in out])
     assert texts[0] == texts[1] == texts[2] and any(texts[0])
     lengths = np.random.default_rng(0).integers(1, 100, 200).tolist()
-    batches = list(transcribe.batches(lengths, 300))
+    batches = [[row for _, row in keys] for keys in eval_batches(lengths, math.inf, max_batch=300)]
     assert sorted(row for batch in batches for row in batch) == list(range(200))
     assert all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches)
     assert len(batches) < 60
