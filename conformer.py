@@ -360,10 +360,9 @@ class Encoder(nn.Module):
             seen = state.left_chunks * state.chunk_size if state.chunk_size > 0 else -1
             blocks = tuple(block.newest(seen) for block in blocks)
             state = state._replace(offset=state.offset + size, blocks=blocks)
+        state = state._replace(features=features)
         if last:
             state = self.stream_state(state.chunk_size, state.left_chunks, state.max_position)
-        else:
-            state = state._replace(features=features)
         return torch.cat(encoded, dim=1), state
 
     def forward_chunk(self, features, offset: int, states):
@@ -375,7 +374,8 @@ class Encoder(nn.Module):
         valid = x.new_ones(1, x.size(1), 1)
         # All blocks lack the same positions: the chunk's and, if the past has moved, the past's.
         keys, _, projected, _ = states[0]
-        lacking = keys.size(2) if projected is None and keys is not None else 0
+        relative = self.options.selfattention_layer_type == "rel_selfattn"
+        lacking = keys.size(2) if relative and projected is None and keys is not None else 0
         positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device)
         new_states = []
         for block, state in zip(self.blocks, states):

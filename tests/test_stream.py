@@ -9,6 +9,7 @@ from cli import UserError
 import pytest
 import torch
 
+import conformer
 import decode
 import helpers
 from conformer import U2Conformer
@@ -138,6 +139,21 @@ def test_memory_is_flat_with_limited_left_chunks():
             kept = [state.features, *itertools.chain(*state.blocks)]
             sizes.append(sum(part.untyped_storage().nbytes() for part in kept))
     assert max(sizes[5:]) <= 2 * sizes[4] and sizes[-1] == sizes[-3]
+
+
+@pytest.mark.parametrize("kind", ["rel_selfattn", "selfattn"])
+def test_a_chunk_makes_the_positions_of_its_own_frames_alone(kind, monkeypatch):
+    sizes = []
+    made = conformer.sinusoids
+
+    def counted(size, *rest):
+        sizes.append(size)
+        return made(size, *rest)
+
+    model = network(selfattention_layer_type=kind)
+    monkeypatch.setattr(conformer, "sinusoids", counted)
+    streamed(model.encoder, noise(1, 190, 80, dtype=torch.float32), 4, -1, 50)
+    assert len(sizes) > 10 and max(sizes) == 4
 
 
 def test_positions_stay_where_they_may_go_and_the_visible_past_keeps_its_distance():
