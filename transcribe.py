@@ -138,6 +138,11 @@ class Job(NamedTuple):
     search: SearchOptions
     context: ContextGraph | None  # of hotwords
 
+    @property
+    def shows_words(self) -> bool:
+        """True for a format that has words, which CTC's log-probabilities time."""
+        return self.options.format != "txt"
+
 
 def main(argv: list[str]) -> None:
     parser = make_parser(__doc__, TranscribeOptions, SearchOptions, HotwordOptions)
@@ -493,10 +498,13 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
 
 
 @torch.no_grad()
-def recognize_batch(job: Job, features: list[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
+def recognize_batch(
+    job: Job, features: list[torch.Tensor]
+) -> list[tuple[list[int], torch.Tensor | None]]:
     """Hears features (T,F) of pieces -> of each tokens and CTC's log-probabilities (T',V), on CPU.
 
-    Raises UserError where the batch does not fit the memory.
+    The log-probabilities are None for a format that shows no words. Raises UserError where the
+    batch does not fit the memory.
     """
     model = job.model
     lengths = torch.tensor([len(frames) for frames in features], device=model.device)
@@ -506,18 +514,20 @@ def recognize_batch(job: Job, features: list[torch.Tensor]) -> list[tuple[list[i
             padded, lengths, job.search.chunk_size, job.search.left_chunks
         )
         found = model.search(encoded, lengths, job.options.mode, job.search, job.context)
-        log_probs = model.ctc_log_probs(encoded).cpu()
+        log_probs = model.ctc_log_probs(encoded).cpu() if job.shows_words else None
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch_seconds {job.options.batch_seconds:g} does not fit the memory; give fewer"
         ) from None
+    if log_probs is None:
+        return [(hypothesis.tokens, None) for hypothesis in found]
     rows = zip(found, log_probs, lengths.tolist())
     return [(hypothesis.tokens, row[:length]) for hypothesis, row, length in rows]
 
 
-def timed(job: Job, tokens: list[int], log_probs: torch.Tensor, offset: float) -> list[Word]:
-    """Finds the words of tokens in log_probs (T',V); none for a format that shows no words."""
-    if job.options.format == "txt":
+def timed(job: Job, tokens: list[int], log_probs: torch.Tensor | None, offset: float) -> list[Word]:
+    """Finds the words of tokens in log_probs (T',V); none without log_probs."""
+    if log_probs is None:
         return []
     model = job.model
     times = frame_times(model.options.input_layer, model.frontend)
@@ -554,7 +564,9 @@ def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Tran
         seconds = heard.seconds
         if heard.final:
             texts.append(text)
-            log_probs = model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
+            log_probs = None
+            if job.shows_words:
+                log_probs = model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
             words.append(timed(job, tokens, log_probs, heard.first_frame * frame / 1000))
         if text and (heard.final or text != before):
             show_heard(text, seconds, heard.final)

@@ -25,6 +25,7 @@ import transcribe
 import words
 from decode import MODES
 from helpers_model import TEXTS, call, score_json, waveform
+from model import U2
 from sampler import eval_batches
 from tokenizer import from_vocab, train_bpe, train_char
 from tools import align, demo
@@ -172,6 +173,22 @@ def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, fol
     assert sorted(row for batch in batches for row in batch) == list(range(200))
     assert all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches)
     assert len(batches) < 60
+
+
+@pytest.mark.parametrize("words, timed", [((), 0), (("--format", "json"), 1)])
+def test_ctc_is_asked_once_more_only_for_the_times_of_words(
+    world, capsys, folder, monkeypatch, words, timed
+):
+    asked = []
+    answer = U2.ctc_log_probs
+
+    def counted(self, encoded):
+        asked.append(encoded)
+        return answer(self, encoded)
+
+    monkeypatch.setattr(U2, "ctc_log_probs", counted)
+    assert hear(capsys, world, *words, folder / "a.flac")[0] == 0
+    assert len(asked) == timed
 
 
 def test_a_long_recording_is_what_its_pieces_are(world, capsys, folder):
