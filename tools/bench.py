@@ -167,8 +167,10 @@ def watched_anon_mb():
             seen.append(memory_mb("RssAnon"))
 
     threading.Thread(target=watch, daemon=True).start()
-    yield seen
-    done.set()
+    try:
+        yield seen
+    finally:
+        done.set()
     seen.append(memory_mb("RssAnon"))
 
 
@@ -354,13 +356,10 @@ def measure_stream(left: int, hours: float, options: BenchOptions) -> dict:
 
 
 def draw(results: dict, path: str, preset: str) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure  # which needs no screen, unlike pyplot
 
-    matplotlib.use("agg")  # files only, wherever this runs
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    (by_length, by_batch), (streaming, setup) = axes
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (by_length, by_batch), (streaming, setup) = figure.subplots(2, 2)
     draw_steps(by_length, results["length"], 1, f"{workloads.ROWS} utterances (preset {preset})")
     draw_steps(by_batch, results["batch"], 0, f"utterances of {workloads.FRAMES} frames")
     for left in ("4 left", "all left"):
