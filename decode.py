@@ -709,12 +709,12 @@ def _make_tree(
     size = 1 + max(map(len, nodes))
     tokens = np.full((batch_size, size), eos_id)
     positions = np.zeros((batch_size, size), np.int64)
-    sees = np.eye(size, dtype=bool)[None].repeat(batch_size, axis=0)
+    sees = np.eye(size, dtype=np.bool_)[None].repeat(batch_size, axis=0)
     for row, row_paths in enumerate(paths):
         tokens[row, : 1 + len(nodes[row])] = [sos_id, *(token for _, token in nodes[row])]
         for path in row_paths:
             positions[row, path] = np.arange(len(path))
-            sees[row][np.ix_(path, path)] = np.tri(len(path), dtype=bool)
+            sees[row][np.ix_(path, path)] = np.tri(len(path), dtype=np.bool_)
     return Tree(*map(torch.from_numpy, (tokens, positions, sees))), paths
 
 
