@@ -31,7 +31,18 @@ from frames import (
     subsampled_length,
     valid_mask,
 )
-from kernels import Dropout, Linear, attention, conv_relu, depthwise, label_smoothing_loss
+from kernels import (
+    Activation,
+    Dropout,
+    LayerNorm,
+    Linear,
+    Residual,
+    attention,
+    attention_mask,
+    conv_relu,
+    depthwise,
+    label_smoothing_loss,
+)
 from presets import ModelOptions
 
 # ---- Building blocks
@@ -110,6 +121,37 @@ class RelativeAttention(SelfAttention):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
+    def forward(self, x, positions=None, mask=None, state=BlockState(), is_causal=False):
+        if x.is_cuda and self.training and state.keys is None:
+            return self.whole(x, positions, mask), BlockState()
+        return super().forward(x, positions, mask, state, is_causal)
+
+    def whole(self, x, positions, mask=None):
+        """Computes `forward` of a whole sequence with fewer and wider products, for a GPU.
+
+        The term is (q+u).(k+p) + (v-u).p. So u joins the bias of q, and the last dimension of the
+        key is the same in all rows. Zeros in the weights make heads as wide as the kernel takes.
+        """
+        q, kv, out = self.linear_q, self.linear_kv, self.linear_out
+        u, v = self.pos_bias_u, self.pos_bias_v
+        heads, size = u.shape
+        more = 8 - size % 8
+        weight = torch.cat((q.weight, kv.weight)).unflatten(0, (-1, size))  # (3H,D/H,D)
+        bias = torch.cat((q.bias + u.flatten(), kv.bias)).unflatten(0, (-1, size))  # (3H,D/H)
+        ends = bias.new_zeros(3 * heads, more)
+        ends[:heads, 0] = 1.0
+        weight, bias = F.pad(weight, (0, 0, 0, more)), torch.cat((bias, ends), dim=1)
+        x = F.linear(x, weight.flatten(0, 1), bias.flatten())  # (B,T,3HW), each head W wide
+        parts = x.unflatten(-1, (3, heads, -1)).unbind(2)  # (B,T,H,W)
+        q, k, values = (part.transpose(1, 2) for part in parts)  # (B,H,T,W)
+        p = self.project(positions)
+        term = (p * (v - u)[:, None]).sum(-1, keepdim=True)
+        p = F.pad(torch.cat((p, term.to(p.dtype)), dim=-1), (0, more - 1))
+        rate = self.dropout if self.training else 0.0
+        y = attention(q, k + p, values, mask, rate, scale=1 / math.sqrt(size))
+        weight = F.pad(out.weight.unflatten(1, (heads, size)), (0, more)).flatten(1)  # (D,HW)
+        return F.linear(y.transpose(1, 2).flatten(2), weight, out.bias)
+
     def project(self, positions):
         return self.split(self.linear_pos(positions))
 
@@ -126,11 +168,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w_1 = Linear(width, hidden)
         self.w_2 = Linear(hidden, width)
-        self.dropout = Dropout(dropout)
-        self.activation = activation
+        self.activation = Activation(dropout, activation)
 
     def forward(self, x):
-        return self.w_2(self.dropout(self.activation(self.w_1(x))))
+        return self.w_2(self.activation(self.w_1(x)))
 
 
 class ConvolutionModule(nn.Module):
@@ -143,7 +184,7 @@ class ConvolutionModule(nn.Module):
         self.kernel = o.cnn_module_kernel
         self.pointwise_conv1 = Linear(width, 2 * width)
         self.depthwise_conv = nn.Conv1d(width, width, self.kernel, groups=width)
-        self.norm = (nn.BatchNorm1d if o.cnn_module_norm == "batch_norm" else nn.LayerNorm)(width)
+        self.norm = (nn.BatchNorm1d if o.cnn_module_norm == "batch_norm" else LayerNorm)(width)
         self.activation = ACTIVATIONS[o.activation_type]
         self.pointwise_conv2 = Linear(width, width)
 
@@ -152,8 +193,11 @@ class ConvolutionModule(nn.Module):
 
         If causal, these inputs (B,D,kernel-1) are the next call's `past`, which begins as None.
         """
-        x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
-        if not (self.causal or self.training and isinstance(self.norm, nn.BatchNorm1d)):
+        batch_norm = isinstance(self.norm, nn.BatchNorm1d)
+        # A causal convolution takes nothing from padding, which follows the last frame.
+        silent = batch_norm or not self.causal
+        x = F.glu(self.pointwise_conv1(x * valid if silent else x), dim=-1)  # (B,T,2D) -> (B,T,D)
+        if not (self.causal or self.training and batch_norm):
             # Zeros follow the last frame, padding or not. (WeNet has glu(bias) in padding; batch
             # norm learns its statistics from such frames, so there training does as WeNet does.)
             x = x * valid
@@ -163,11 +207,12 @@ class ConvolutionModule(nn.Module):
             x = torch.cat((before.transpose(1, 2), x), dim=1)  # (B,kernel-1+T,D)
             last = x[:, x.size(1) - self.kernel + 1 :].transpose(1, 2)
         x = self.depthwise(x, few=past is not None)  # (B,T,D)
-        if isinstance(self.norm, nn.BatchNorm1d):  # in training over padding too, as in WeNet
+        if batch_norm:  # in training over padding too, as in WeNet
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)  # (B,T,D) -> (B,D,T) -> (B,T,D)
         else:
             x = self.norm(x)
-        return self.pointwise_conv2(self.activation(x)) * valid, last
+        x = self.pointwise_conv2(self.activation(x))
+        return x * valid if silent else x, last
 
     def depthwise(self, x, few: bool = False):
         """Convolves x (B,T,D) -> (B,T',D). T' is T or, if causal, T-kernel+1: x brings its past."""
@@ -195,30 +240,29 @@ class ConformerBlock(nn.Module):
     def __init__(self, o: ModelOptions):
         super().__init__()
         d = o.output_size
-        self.norm_ff_macaron = nn.LayerNorm(d)
-        self.norm_mha = nn.LayerNorm(d)
-        self.norm_conv = nn.LayerNorm(d)
-        self.norm_ff = nn.LayerNorm(d)
-        self.norm_final = nn.LayerNorm(d)
+        self.norm_ff_macaron = LayerNorm(d)
+        self.norm_mha = LayerNorm(d)
+        self.norm_conv = LayerNorm(d)
+        self.norm_ff = LayerNorm(d)
+        self.norm_final = nn.LayerNorm(d)  # no product follows
         activation = ACTIVATIONS[o.activation_type]
         self.feed_forward_macaron = FeedForward(d, o.linear_units, o.dropout_rate, activation)
         self.self_attn = self_attention(o)
         self.conv_module = ConvolutionModule(o)
         self.feed_forward = FeedForward(d, o.linear_units, o.dropout_rate, activation)
-        self.dropout = Dropout(o.dropout_rate)
+        self.add = Residual(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, state=BlockState()):
         """Transforms x (B,T,D), where valid (B,T,1) is 0 in padding -> (B,T,D), the new state.
 
         positions (1,N,D) and mask (B,1,T,S): see SelfAttention. Without mask every frame sees all.
         """
-        y = self.feed_forward_macaron(self.norm_ff_macaron(x))
-        x = torch.add(x, self.dropout(y), alpha=0.5)
+        x = self.add(x, self.feed_forward_macaron(self.norm_ff_macaron(x)), 0.5)
         y, state = self.self_attn(self.norm_mha(x), positions, mask, state)
-        x = x + self.dropout(y)
+        x = self.add(x, y)
         y, last = self.conv_module(self.norm_conv(x), valid, state.convolution)
-        x = x + self.dropout(y)
-        x = torch.add(x, self.dropout(self.feed_forward(self.norm_ff(x))), alpha=0.5)
+        x = self.add(x, y)
+        x = self.add(x, self.feed_forward(self.norm_ff(x)), 0.5)
         return self.norm_final(x), BlockState(*state[:3], last)
 
 
@@ -228,17 +272,17 @@ class TransformerBlock(nn.Module):
     def __init__(self, o: ModelOptions):
         super().__init__()
         d = o.output_size
-        self.norm1 = nn.LayerNorm(d)
-        self.norm2 = nn.LayerNorm(d)
+        self.norm1 = LayerNorm(d)
+        self.norm2 = LayerNorm(d)
         self.self_attn = self_attention(o)
         activation = ACTIVATIONS[o.activation_type]
         self.feed_forward = FeedForward(d, o.linear_units, o.dropout_rate, activation)
-        self.dropout = Dropout(o.dropout_rate)
+        self.add = Residual(o.dropout_rate)
 
     def forward(self, x, positions, mask, valid, state=BlockState()):
         y, state = self.self_attn(self.norm1(x), positions, mask, state)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.feed_forward(self.norm2(x))), state
+        x = self.add(x, y)
+        return self.add(x, self.feed_forward(self.norm2(x))), state
 
 
 # ---- The encoder
@@ -273,13 +317,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.options = o
         self.gradient_checkpointing = False  # True: backward computes every block once more
+        self.compiled = False
         # Global CMVN, (features - mean) * istd; as made, it changes nothing.
         self.register_buffer("cmvn_mean", torch.zeros(num_mel_bins))
         self.register_buffer("cmvn_istd", torch.ones(num_mel_bins))
         self.embed = Subsampling(o.input_layer, num_mel_bins, o.output_size)
         kind = {"conformer": ConformerBlock, "transformer": TransformerBlock}[o.encoder]
         self.blocks = nn.ModuleList(kind(o) for _ in range(o.num_blocks))
-        self.after_norm = nn.LayerNorm(o.output_size)
+        self.after_norm = LayerNorm(o.output_size)
         self.dropout = Dropout(o.dropout_rate)
 
     def frames(self, features) -> int:
@@ -302,9 +347,10 @@ class Encoder(nn.Module):
         mask = valid[:, None, :] | ~valid[:, :, None]  # (B,T',T')
         if seen is not None:
             mask = mask & seen
+        mask = mask[:, None] if self.compiled else attention_mask(mask[:, None], x)
         recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            inputs = x, positions, mask[:, None], valid[..., None].to(x.dtype)
+            inputs = x, positions, mask, valid[..., None].to(x.dtype)
             x, _ = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         # The decoders see one padded frame of an utterance that has none: zeros, in every batch.
         return self.after_norm(x).masked_fill((lengths == 0)[:, None, None], 0.0), lengths
@@ -315,6 +361,7 @@ class Encoder(nn.Module):
         On CPUs layout_optimization would give all tensors the convolution's layout, and inductor
         would take their strides for constant.
         """
+        self.compiled = True
         for block in self.blocks:
             block.compile(dynamic=True, options={"layout_optimization": False})
 
@@ -402,13 +449,13 @@ class DecoderBlock(nn.Module):
         super().__init__()
         d = o.output_size
         heads = o.decoder_attention_heads or o.attention_heads
-        self.norm1 = nn.LayerNorm(d)
-        self.norm2 = nn.LayerNorm(d)
-        self.norm3 = nn.LayerNorm(d)
+        self.norm1 = LayerNorm(d)
+        self.norm2 = LayerNorm(d)
+        self.norm3 = LayerNorm(d)
         self.self_attn = SelfAttention(d, heads, o.attention_dropout_rate)
         self.src_attn = Attention(d, heads, o.attention_dropout_rate)
         self.feed_forward = FeedForward(d, o.decoder_linear_units, o.dropout_rate, F.relu)
-        self.dropout = Dropout(o.dropout_rate)
+        self.add = Residual(o.dropout_rate)
 
     def forward(self, x, source, source_mask, mask=None, state=BlockState()):
         """Transforms x (B,U,D) -> (B,U,D), and the new state, which has x.
@@ -418,9 +465,9 @@ class DecoderBlock(nn.Module):
         """
         is_causal = mask is None and state.keys is None
         y, state = self.self_attn(self.norm1(x), None, mask, state, is_causal)
-        x = x + self.dropout(y)
-        x = x + self.dropout(self.src_attn(self.norm2(x), *source, source_mask))
-        return x + self.dropout(self.feed_forward(self.norm3(x))), state
+        x = self.add(x, y)
+        x = self.add(x, self.src_attn(self.norm2(x), *source, source_mask))
+        return self.add(x, self.feed_forward(self.norm3(x))), state
 
 
 class Decoder(nn.Module):
@@ -430,7 +477,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, o.output_size)
         self.blocks = nn.ModuleList(DecoderBlock(o) for _ in range(num_blocks))
-        self.after_norm = nn.LayerNorm(o.output_size)
+        self.after_norm = LayerNorm(o.output_size)
         self.output_layer = Linear(o.output_size, vocab_size)
         self.dropout = Dropout(o.dropout_rate)
 
@@ -472,7 +519,7 @@ class Decoder(nn.Module):
     def source_mask(encoded, encoded_lengths):
         # An utterance without an encoder frame attends to a padded one, so that no row is empty.
         valid = valid_mask(encoded_lengths.clamp(min=1), encoded.size(1))
-        return valid[:, None, None]  # (B,1,1,T')
+        return attention_mask(valid[:, None, None], encoded)  # (B,1,1,T')
 
 
 # ---- The model, its loss

@@ -6,7 +6,9 @@ F.conv1d with a group for each channel. tests/test_kernels.py puts torch's layer
 finds the same numbers. Axes: B batch, T frames, D width, H heads, S keys; images are (B,C,T,F).
 """
 
+import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +119,91 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
+@functools.cache
+def proven(device):
+    """Returns the module of Triton kernels if they compute torch's numbers on a GPU, else None."""
+    try:
+        import fused
+
+        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            wrong = [name for name, check in fused.CHECKS if not check(device) < 1e-4]
+    except ImportError:  # Triton comes with torch on Linux alone
+        return None
+    except Exception as error:  # as of a machine without a C compiler, which Triton's launcher needs
+        wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    if wrong:
+        warnings.warn(f"torch's own operations take the place of Triton's kernels: {wrong}")
+    return None if wrong else fused
+
+
+def by_triton(x):
+    """Returns the module of Triton kernels for training on a GPU, and None otherwise.
+
+    torch.compile makes its own.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    return proven(x.device)
+
+
+def product_type(x):
+    """Returns the type in which a GPU multiplies x: autocast's, or that of x."""
+    autocast = torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if autocast else x.dtype
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computes nn.LayerNorm in front of products: a GPU that trains makes their type at once."""
+
+    def forward(self, x):
+        if triton := by_triton(x):
+            return triton.norm(x, self.weight, self.bias, self.eps, product_type(x))[0]
+        return super().forward(x)
+
+
+class Residual(nn.Dropout):
+    """Computes x + scale * dropout(y)."""
+
+    def forward(self, x, y, scale: float = 1.0):
+        p = self.p if self.training else 0.0
+        if p and (triton := by_triton(y)):
+            return triton.add_dropped(x, y, p, scale)
+        return torch.add(x, dropout(y, p) if p else y, alpha=scale)
+
+
+class Activation(nn.Dropout):
+    """Computes dropout(F.silu(x)) or dropout(F.relu(x))."""
+
+    def __init__(self, p: float, activation):
+        super().__init__(p)
+        self.activation = activation
+
+    def forward(self, x):
+        p = self.p if self.training else 0.0
+        if p and (triton := by_triton(x)):
+            return triton.activate(x, None, triton.draw(x), p, self.activation is F.silu)
+        x = self.activation(x)
+        return dropout(x, p) if p else x
+
+
+def attention_mask(mask, x):
+    """Makes of a bool mask (...,S), for x, what a GPU's fused attention wants; elsewhere nothing.
+
+    It wants numbers to add, in rows of whole eights. Made here, one mask serves all layers.
+    """
+    if not x.is_cuda:
+        return mask
+    size = mask.size(-1)
+    nothing = torch.zeros((), dtype=product_type(x), device=x.device)
+    return torch.where(F.pad(mask, (0, -size % 8)), nothing, -math.inf)[..., :size]
+
+
 def attention(
     q, k, v, mask=None, p: float = 0.0, is_causal: bool = False, scale: float | None = None
 ):
     """Computes scaled_dot_product_attention: q (B,H,T,d), k, v (B,H,S,d) -> (B,H,T,d).
 
-    p is the dropout of the attention weights. On a CPU torch has no fused kernel with dropout, and
+    mask is bool or, of attention_mask, numbers. p is the dropout of the attention weights. On a CPU torch has no fused kernel with dropout, and
     its random draws are slow, so attention with dropout is written out there.
     """
     scale = scale or 1 / math.sqrt(q.size(-1))

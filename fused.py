@@ -1,0 +1,299 @@
+"""Triton kernels for training on a GPU: each reads and writes once what torch's operations read and
+write several times.
+
+kernels.py says when they run, and has torch's operations for all other cases; these define the
+numbers. The kernels are plain: rows, or numbers in a line, with masks at the edges and without
+tuning. All compute in float32 and store in the output's type. Those that drop keep no mask for
+backward: they draw it again from the same seed. A seed is a tensor, so that a CUDA graph draws anew
+at each replay. Axes: R rows, D width, N numbers, B batch, T frames, V vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LINE = 1024  # numbers to a program
+TILE = 4096  # numbers to a program that takes whole rows
+
+
+@triton.jit
+def kept(seed, place, p):
+    """Draws for each place (uint32) whether dropout keeps it: 1 / (1 - p), or 0.
+
+    The numbers are a hash of place and seed (lowbias32 by C. Wellons, twice).
+    """
+    x = place
+    for word in tl.static_range(2):
+        x = x ^ tl.load(seed + word).to(tl.uint32)
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        x = x ^ (x >> 16)
+    uniform = (x >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit
+def line(n, LINE: tl.constexpr):
+    """Returns the places of a program among n numbers, and which of these exist."""
+    place = tl.program_id(0).to(tl.int64) * LINE + tl.arange(0, LINE)
+    return place, place < n
+
+
+@triton.jit
+def add_kernel(x, y, seed, out, n, p, scale, HAS_X: tl.constexpr, LINE: tl.constexpr):
+    """Computes x + scale * dropout(y), or, without x, scale * dropout(y), which is its gradient."""
+    place, real = line(n, LINE)
+    value = tl.load(y + place, mask=real, other=0.0).to(tl.float32)
+    value = value * scale * kept(seed, place.to(tl.uint32), p)
+    if HAS_X:
+        value += tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + place, value, mask=real)
+
+
+@triton.jit
+def activate_kernel(
+    x, grad, seed, out, n, p, SILU: tl.constexpr, BACKWARD: tl.constexpr, LINE: tl.constexpr
+):
+    """Computes dropout(activation(x)), or backward its gradient."""
+    place, real = line(n, LINE)
+    value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    if SILU:
+        gate = 1.0 / (1.0 + tl.exp(-value))
+        slope = gate * (1.0 + value * (1.0 - gate))
+        active = value * gate
+    else:
+        slope = tl.where(value > 0, 1.0, 0.0)
+        active = tl.maximum(value, 0.0)
+    keep = kept(seed, place.to(tl.uint32), p)
+    if BACKWARD:
+        active = tl.load(grad + place, mask=real, other=0.0).to(tl.float32) * slope
+    tl.store(out + place, active * keep, mask=real)
+
+
+@triton.jit
+def norm_kernel(x, weight, bias, out, mean, rstd, rows, width, eps, R: tl.constexpr, D: tl.constexpr):
+    """Normalises R rows of x (rows,width) to a program; keeps mean and rstd (rows,)."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    real = (row < rows)[:, None] & (column < width)[None, :]
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    center = tl.sum(value, 1) / width
+    value = tl.where(real, value - center[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / width + eps)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out + place, value * scale[:, None] * w[None, :] + b[None, :], mask=real)
+    tl.store(mean + row, center, mask=row < rows)
+    tl.store(rstd + row, scale, mask=row < rows)
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad, x, weight, mean, rstd, out, of_weight, of_bias, rows, width, R: tl.constexpr, D: tl.constexpr
+):
+    """Computes the gradient of x, and its rows' sums for weight and bias, (programs,width)."""
+    strip = tl.program_id(0)
+    row = strip * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    real = (row < rows)[:, None] & (column < width)[None, :]
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    center = tl.load(mean + row, mask=row < rows, other=0.0)
+    scale = tl.load(rstd + row, mask=row < rows, other=0.0)
+    value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    value = tl.where(real, (value - center[:, None]) * scale[:, None], 0.0)
+    g = tl.load(grad + place, mask=real, other=0.0).to(tl.float32)
+    tl.store(of_weight + strip * width + column, tl.sum(g * value, 0), mask=column < width)
+    tl.store(of_bias + strip * width + column, tl.sum(g, 0), mask=column < width)
+    w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    g = g * w[None, :]
+    along = tl.sum(g * value, 1) / width
+    level = tl.sum(g, 1) / width
+    g = (g - level[:, None] - value * along[:, None]) * scale[:, None]
+    tl.store(out + place, g, mask=real)
+
+
+def draw(like) -> torch.Tensor:
+    """Draws a seed on the device of `like`."""
+    return torch.empty(2, dtype=torch.int64, device=like.device).random_(2**31)
+
+
+def lines(n: int) -> tuple[int]:
+    return (triton.cdiv(n, LINE),)
+
+
+@torch.library.custom_op("u2::dropped", mutates_args=())
+def dropped(
+    x: torch.Tensor | None,
+    y: torch.Tensor,
+    seed: torch.Tensor,
+    p: float,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Computes x + scale * dropout(y) in dtype; without x only the latter. Shapes are alike."""
+    y = y.contiguous()
+    x = x if x is None else x.contiguous()
+    out = y.new_empty(y.shape, dtype=dtype)
+    n = y.numel()
+    add_kernel[lines(n)](x, y, seed, out, n, p, scale, HAS_X=x is not None, LINE=LINE)
+    return out
+
+
+@dropped.register_fake
+def _(x, y, seed, p, scale, dtype):
+    return y.new_empty(y.shape, dtype=dtype)
+
+
+def keep_dropped(ctx, inputs, output):
+    x, y, seed, ctx.p, ctx.scale, _ = inputs
+    ctx.types = x.dtype, y.dtype
+    ctx.save_for_backward(seed)
+
+
+def dropped_backward(ctx, grad):
+    of_x, of_y = ctx.types
+    return grad.to(of_x), dropped(None, grad, *ctx.saved_tensors, ctx.p, ctx.scale, of_y), *[None] * 4
+
+
+dropped.register_autograd(dropped_backward, setup_context=keep_dropped)
+
+
+def add_dropped(x, y, p: float, scale: float):
+    """Computes x + scale * dropout(y), in the wider type of both."""
+    return dropped(x, y, draw(y), p, scale, torch.promote_types(x.dtype, y.dtype))
+
+
+@torch.library.custom_op("u2::activate", mutates_args=())
+def activate(
+    x: torch.Tensor, grad: torch.Tensor | None, seed: torch.Tensor, p: float, silu: bool
+) -> torch.Tensor:
+    """Computes dropout(activation(x)), SiLU or ReLU; of `grad`, if given, the gradient of x."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    grad = grad if grad is None else grad.contiguous()
+    n = x.numel()
+    backward = grad is not None
+    activate_kernel[lines(n)](x, grad, seed, out, n, p, SILU=silu, BACKWARD=backward, LINE=LINE)
+    return out
+
+
+@activate.register_fake
+def _(x, grad, seed, p, silu):
+    return x.new_empty(x.shape)
+
+
+def keep_activate(ctx, inputs, output):
+    x, _, seed, ctx.p, ctx.silu = inputs
+    ctx.save_for_backward(x, seed)
+
+
+def activate_backward(ctx, grad):
+    x, seed = ctx.saved_tensors
+    return activate(x, grad, seed, ctx.p, ctx.silu), None, None, None, None
+
+
+activate.register_autograd(activate_backward, setup_context=keep_activate)
+
+
+def tile(width: int) -> dict:
+    """Returns the rows and columns, powers of two, of a program that takes whole rows."""
+    columns = triton.next_power_of_2(width)
+    return dict(R=max(TILE // columns, 1), D=columns, num_warps=8)
+
+
+@torch.library.custom_op("u2::norm", mutates_args=())
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes layer_norm(x) (...,D) in dtype; also returns mean and 1 / deviation, (R,)."""
+    x = x.contiguous()
+    out, mean, rstd = new_norm(x, weight, bias, eps, dtype)
+    rows, size = mean.numel(), tile(x.size(-1))
+    grid = (triton.cdiv(rows, size["R"]),)
+    norm_kernel[grid](x, weight, bias, out, mean, rstd, rows, x.size(-1), eps, **size)
+    return out, mean, rstd
+
+
+@norm.register_fake
+def new_norm(x, weight, bias, eps, dtype):
+    rows = x.shape[:-1].numel()
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), mean, rstd
+
+
+@torch.library.custom_op("u2::norm_backward", mutates_args=())
+def norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, x = grad.contiguous(), x.contiguous()
+    out, of_weight, of_bias = new_norm_backward(grad, x, weight, mean, rstd)
+    rows, width = mean.numel(), x.size(-1)
+    norm_backward_kernel[(len(of_weight),)](
+        grad, x, weight, mean, rstd, out, of_weight, of_bias, rows, width, **tile(width)
+    )
+    return out, of_weight, of_bias
+
+
+@norm_backward.register_fake
+def new_norm_backward(grad, x, weight, mean, rstd):
+    strips = triton.cdiv(mean.numel(), tile(x.size(-1))["R"])
+    sums = (x.new_empty(strips, x.size(-1), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), *sums
+
+
+def keep_norm(ctx, inputs, output):
+    x, weight, *_ = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+
+
+def backward_of_norm(ctx, grad, *_):
+    x, of_weight, of_bias = norm_backward(grad, *ctx.saved_tensors)
+    kind = ctx.saved_tensors[1].dtype  # of the weight; the bias has the same
+    return x, of_weight.sum(0).to(kind), of_bias.sum(0).to(kind), None, None
+
+
+norm.register_autograd(backward_of_norm, setup_context=keep_norm)
+
+
+# ---- Checks: a GPU that computes other numbers than torch does without these kernels
+
+
+def difference(ours, theirs, inputs) -> float:
+    """Returns the largest difference of two outputs and of their gradients, made of equal grads."""
+    grad = torch.linspace(-1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
+    pairs = [(ours, theirs)]
+    pairs += zip(*(torch.autograd.grad(y, inputs, grad.to(y.dtype)) for y in (ours, theirs)))
+    return max(float((one - other).abs().max()) for one, other in pairs)
+
+
+def numbers(device, *shape, seed: int = 0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return x.requires_grad_()
+
+
+def check_norm(device) -> float:
+    inputs = numbers(device, 3, 37, 144), numbers(device, 144), numbers(device, 144, seed=1)
+    theirs = torch.nn.functional.layer_norm(inputs[0], (144,), *inputs[1:])
+    return difference(norm(*inputs, 1e-5, torch.float32)[0], theirs, inputs)
+
+
+def check_activate(device) -> float:
+    x, seed = numbers(device, 3, 37, 31), torch.ones(2, dtype=torch.int64, device=device)
+    keep = dropped(None, torch.ones_like(x), seed, 0.25, 1.0, x.dtype)
+    return max(
+        difference(activate(x, None, seed, 0.25, silu), act(x) * keep, [x])
+        for silu, act in ((True, torch.nn.functional.silu), (False, torch.relu))
+    )
+
+
+def check_add(device) -> float:
+    x, y = numbers(device, 3, 37, 31), numbers(device, 3, 37, 31, seed=1)
+    seed = torch.ones(2, dtype=torch.int64, device=device)
+    keep = dropped(None, torch.ones_like(x), seed, 0.25, 0.5, x.dtype)
+    share = float((keep == 0).float().mean())  # of 3441 numbers, so the deviation is 0.0074
+    ours = dropped(x, y, seed, 0.25, 0.5, x.dtype)
+    return difference(ours, x + y * keep, [x, y]) + (not 0.2 < share < 0.3)
+
+
+CHECKS = [("norm", check_norm), ("activate", check_activate), ("add", check_add)]
