@@ -40,8 +40,10 @@ from kernels import (
     attention,
     attention_mask,
     conv_relu,
+    ctc_loss,
     depthwise,
     label_smoothing_loss,
+    log_softmax,
 )
 from presets import ModelOptions
 
@@ -556,8 +558,7 @@ class U2Conformer(nn.Module):
 
     def ctc_log_probs(self, encoded):
         """Returns the CTC branch's log-softmax: (B,T',D) -> (B,T',V), float32 or wider."""
-        logits = self.ctc(encoded)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_softmax(self.ctc(encoded))
 
     def loss(
         self,
@@ -606,9 +607,9 @@ class U2Conformer(nn.Module):
 
     def ctc_losses(self, encoded, feature_lengths, labels, label_lengths):
         """Returns each utterance's CTC loss, (B,), 0 where the labels have no path, as in WeNet."""
-        log_probs = self.ctc_log_probs(encoded.transpose(0, 1))  # (T',B,V)
+        logits = self.ctc(encoded.transpose(0, 1))  # (T',B,V)
         lengths = subsampled_length(feature_lengths, self.options.input_layer), label_lengths
-        return F.ctc_loss(log_probs, labels, *lengths, self.blank_id, "none", zero_infinity=True)
+        return ctc_loss(logits, labels, *lengths, self.blank_id)
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):
         """Returns each utterance's attention loss, (B,): both decoders' losses, weighted."""

@@ -113,6 +113,39 @@ def norm_backward_kernel(
     tl.store(out + place, g, mask=real)
 
 
+@triton.jit
+def rows_kernel(x, lse, total, V: tl.constexpr, LINE: tl.constexpr):
+    """Computes the logarithm of the sum of exponentials, and the sum, of a row of x (R,V)."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, LINE)
+    top = tl.full((LINE,), float("-inf"), tl.float32)
+    for start in range(0, V, LINE):
+        real = start + place < V
+        value = tl.load(x + row * V + start + place, mask=real, other=float("-inf"))
+        top = tl.maximum(top, value.to(tl.float32))
+    highest = tl.max(top, 0)
+    exponentials = tl.zeros((LINE,), tl.float32)
+    values = tl.zeros((LINE,), tl.float32)
+    for start in range(0, V, LINE):
+        real = start + place < V
+        value = tl.load(x + row * V + start + place, mask=real, other=0.0).to(tl.float32)
+        exponentials += tl.where(real, tl.exp(value - highest), 0.0)
+        values += value
+    tl.store(lse + row, highest + tl.log(tl.sum(exponentials, 0)))
+    tl.store(total + row, tl.sum(values, 0))
+
+
+@triton.jit
+def rows_backward_kernel(x, lse, of_lse, of_total, out, V: tl.constexpr, LINE: tl.constexpr):
+    """Computes the gradient of a row of x from those of its two numbers."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * LINE + tl.arange(0, LINE)
+    value = tl.load(x + row * V + place, mask=place < V, other=0.0).to(tl.float32)
+    softmax = tl.exp(value - tl.load(lse + row))
+    grad = tl.load(of_lse + row) * softmax + tl.load(of_total + row)
+    tl.store(out + row * V + place, grad, mask=place < V)
+
+
 def draw(like) -> torch.Tensor:
     """Draws a seed on the device of `like`."""
     return torch.empty(2, dtype=torch.int64, device=like.device).random_(2**31)
@@ -256,6 +289,59 @@ def backward_of_norm(ctx, grad, *_):
 norm.register_autograd(backward_of_norm, setup_context=keep_norm)
 
 
+@torch.library.custom_op("u2::rows", mutates_args=())
+def rows(
+    x: torch.Tensor, tokens: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns log-sum-exp and sum of the rows of x (...,V), and x at tokens (...,L), in float32.
+
+    first (...,L) says where in `tokens` the same token stands first. Only there x has a gradient
+    through the third result.
+    """
+    x = x.contiguous()
+    lse, total, _ = new_rows(x, tokens, first)
+    rows_kernel[(lse.numel(),)](x, lse, total, V=x.size(-1), LINE=LINE)
+    return lse, total, x.gather(-1, tokens).float()
+
+
+@rows.register_fake
+def new_rows(x, tokens, first):
+    lse, total = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return lse, total, x.new_empty(tokens.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("u2::rows_backward", mutates_args=())
+def rows_backward(
+    x: torch.Tensor, lse: torch.Tensor, of_lse: torch.Tensor, of_total: torch.Tensor
+) -> torch.Tensor:
+    x, of_lse, of_total = x.contiguous(), of_lse.contiguous(), of_total.contiguous()
+    out = torch.empty_like(x)
+    grid = lse.numel(), triton.cdiv(x.size(-1), LINE)
+    rows_backward_kernel[grid](x, lse, of_lse, of_total, out, V=x.size(-1), LINE=LINE)
+    return out
+
+
+@rows_backward.register_fake
+def _(x, lse, of_lse, of_total):
+    return x.new_empty(x.shape)
+
+
+def keep_rows(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[0], output[2])
+
+
+def backward_of_rows(ctx, of_lse, of_total, of_picked):
+    x, tokens, first, lse, picked = ctx.saved_tensors
+    grad = rows_backward(x, lse, of_lse, of_total)
+    # A token's gradient is the small difference of two numbers, so it is not rounded in between.
+    at_tokens = of_lse[..., None] * (picked - lse[..., None]).exp() + of_total[..., None]
+    at_tokens = at_tokens + of_picked.gather(-1, first)
+    return grad.scatter_(-1, tokens, at_tokens.to(grad.dtype)), None, None
+
+
+rows.register_autograd(backward_of_rows, setup_context=keep_rows)
+
+
 # ---- Checks: a GPU that computes other numbers than torch does without these kernels
 
 
@@ -264,7 +350,7 @@ def difference(ours, theirs, inputs) -> float:
     grad = torch.linspace(-1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
     pairs = [(ours, theirs)]
     pairs += zip(*(torch.autograd.grad(y, inputs, grad.to(y.dtype)) for y in (ours, theirs)))
-    return max(float((one - other).abs().max()) for one, other in pairs)
+    return max(float((one - other).detach().abs().max()) for one, other in pairs)
 
 
 def numbers(device, *shape, seed: int = 0):
@@ -296,4 +382,13 @@ def check_add(device) -> float:
     return difference(ours, x + y * keep, [x, y]) + (not 0.2 < share < 0.3)
 
 
-CHECKS = [("norm", check_norm), ("activate", check_activate), ("add", check_add)]
+def check_rows(device) -> float:
+    x, tokens = numbers(device, 3, 37, 2000), torch.arange(111, device=device).view(3, 37, 1) * 15
+    weights = numbers(device, 3, 37, 3, seed=1).detach()
+    theirs = torch.stack((x.logsumexp(-1), x.sum(-1), x.gather(-1, tokens)[..., 0]), dim=-1)
+    ours = rows(x, tokens, torch.zeros_like(tokens))
+    ours = torch.stack((*ours[:2], ours[2][..., 0]), dim=-1)
+    return difference(ours * weights, theirs * weights, [x])
+
+
+CHECKS = [("rows", check_rows), ("norm", check_norm), ("activate", check_activate), ("add", check_add)]

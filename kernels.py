@@ -75,6 +75,8 @@ class Linear(nn.Linear):
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()
         ):
+            # A GPU multiplies and adds in one kernel only if x lies in one piece.
+            x = x.contiguous() if x.is_cuda else x
             return F.linear(x, self.weight, self.bias)
         return (Product.apply if torch.is_grad_enabled() else product)(x, self.weight, self.bias)
 
@@ -309,11 +311,53 @@ def label_smoothing_loss(logits, labels, valid, smoothing: float):
 
     The label's share is 1 - smoothing; the other V - 1 tokens share the rest, as in WeNet.
     """
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     others = logits.size(-1) - 1
     share = smoothing / others
-    hit = log_probs.gather(-1, labels[..., None]).squeeze(-1)
-    cross = -(1 - smoothing - share) * hit - share * log_probs.sum(-1)
+    if triton := by_triton(logits):
+        tokens = labels[..., None]
+        lse, total, hit = triton.rows(logits, tokens, torch.zeros_like(tokens))
+        cross = lse - (1 - smoothing - share) * hit[..., 0] - share * total
+    else:
+        log_probs = log_softmax(logits)
+        hit = log_probs.gather(-1, labels[..., None]).squeeze(-1)
+        cross = -(1 - smoothing - share) * hit - share * log_probs.sum(-1)
     counts = (1, 1 - smoothing), (others, share)
     entropy = sum(n * p * math.log(p) for n, p in counts if p > 0)
     return (cross + entropy).masked_fill(~valid, 0.0).sum(-1)
+
+
+def log_softmax(logits):
+    """Computes log_softmax over the last axis in float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def ctc_loss(logits, labels, lengths, label_lengths, blank: int):
+    """Returns CTC's loss of each row, (B,), 0 without a path: logits (T,B,V), labels (B,U)."""
+    if triton := by_triton(logits):
+        return ctc_loss_of_few(triton, logits, labels, lengths, label_lengths, blank)
+    log_probs = log_softmax(logits)
+    return F.ctc_loss(log_probs, labels, lengths, label_lengths, blank, "none", zero_infinity=True)
+
+
+def ctc_loss_of_few(triton, logits, labels, lengths, label_lengths, blank: int):
+    """Computes ctc_loss over a row's own tokens alone: blank, and its labels at 1 .. U.
+
+    The other tokens count in log-sum-exp only, so no float32 copy of (T,B,V) is made.
+    """
+    tokens = F.pad(labels, (1, 0), value=blank)  # (B,1+U)
+    place = torch.arange(tokens.size(1), device=labels.device)
+    same = tokens[:, :, None] == tokens[:, None, :]
+    first = torch.where(same, place, len(place)).amin(-1)  # equal labels need one number
+    everywhere = len(logits), -1, -1
+    lse, _, picked = triton.rows(logits, tokens.expand(everywhere), first.expand(everywhere))
+    log_probs = picked - lse[..., None]  # (T,B,1+U)
+    losses = F.ctc_loss(
+        log_probs, first[:, 1:], lengths, label_lengths, 0, "none", zero_infinity=True
+    )
+    # Torch's gradient already is that of the logits: softmax less the path's share of a token. Of
+    # log_probs it would be the share alone, from which log-sum-exp makes the softmax once more.
+    frames = torch.arange(len(logits), device=logits.device)[:, None] < lengths.to(
+        logits.device, non_blocking=True
+    )
+    softmax = (log_probs.exp().sum(-1) * (frames & (losses > 0))).sum(0)
+    return losses - (softmax - softmax.detach())
