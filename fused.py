@@ -278,6 +278,7 @@ def new_norm_backward(grad, x, weight, mean, rstd):
 def keep_norm(ctx, inputs, output):
     x, weight, *_ = inputs
     ctx.save_for_backward(x, weight, *output[1:])
+    ctx.set_materialize_grads(False)  # mean and rstd have none
 
 
 def backward_of_norm(ctx, grad, *_):
