@@ -329,10 +329,12 @@ def _(x, lse, of_lse, of_total):
 
 def keep_rows(ctx, inputs, output):
     ctx.save_for_backward(*inputs, output[0], output[2])
+    ctx.set_materialize_grads(False)  # the sum often has none
 
 
 def backward_of_rows(ctx, of_lse, of_total, of_picked):
     x, tokens, first, lse, picked = ctx.saved_tensors
+    of_total = torch.zeros_like(lse) if of_total is None else of_total
     grad = rows_backward(x, lse, of_lse, of_total)
     # A token's gradient is the small difference of two numbers, so it is not rounded in between.
     at_tokens = of_lse[..., None] * (picked - lse[..., None]).exp() + of_total[..., None]

@@ -134,10 +134,7 @@ def backward(loss) -> None:
         found = gradients.pop(node)
         if node.name().endswith("AccumulateGrad"):
             continue
-        wanted = node._input_metadata
-        inputs = [found.get(i) for i in range(len(wanted))]
-        if getattr(node, "materialize_grads", False):
-            inputs = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) if x is None else x for x, m in zip(inputs, wanted)]
+        inputs = [found.get(i) for i in range(len(node._input_metadata))]
         call = getattr(node, "apply", node)
         outputs = call(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
