@@ -259,13 +259,14 @@ class ConformerBlock(nn.Module):
 
         positions (1,N,D) and mask (B,1,T,S): see SelfAttention. Without mask every frame sees all.
         """
-        x = self.add(x, self.feed_forward_macaron(self.norm_ff_macaron(x)), 0.5)
-        y, state = self.self_attn(self.norm_mha(x), positions, mask, state)
-        x = self.add(x, y)
-        y, last = self.conv_module(self.norm_conv(x), valid, state.convolution)
-        x = self.add(x, y)
-        x = self.add(x, self.feed_forward(self.norm_ff(x)), 0.5)
-        return self.norm_final(x), BlockState(*state[:3], last)
+        y = self.feed_forward_macaron(self.norm_ff_macaron(x))
+        x, y = self.add.then(self.norm_mha, x, y, 0.5)
+        y, state = self.self_attn(y, positions, mask, state)
+        x, y = self.add.then(self.norm_conv, x, y)
+        y, last = self.conv_module(y, valid, state.convolution)
+        x, y = self.add.then(self.norm_ff, x, y)
+        _, x = self.add.then(self.norm_final, x, self.feed_forward(y), 0.5)
+        return x, BlockState(*state[:3], last)
 
 
 class TransformerBlock(nn.Module):
@@ -283,8 +284,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, positions, mask, valid, state=BlockState()):
         y, state = self.self_attn(self.norm1(x), positions, mask, state)
-        x = self.add(x, y)
-        return self.add(x, self.feed_forward(self.norm2(x))), state
+        x, y = self.add.then(self.norm2, x, y)
+        return self.add(x, self.feed_forward(y)), state
 
 
 # ---- The encoder
@@ -467,9 +468,9 @@ class DecoderBlock(nn.Module):
         """
         is_causal = mask is None and state.keys is None
         y, state = self.self_attn(self.norm1(x), None, mask, state, is_causal)
-        x = self.add(x, y)
-        x = self.add(x, self.src_attn(self.norm2(x), *source, source_mask))
-        return self.add(x, self.feed_forward(self.norm3(x))), state
+        x, y = self.add.then(self.norm2, x, y)
+        x, y = self.add.then(self.norm3, x, self.src_attn(y, *source, source_mask))
+        return self.add(x, self.feed_forward(y)), state
 
 
 class Decoder(nn.Module):

@@ -71,46 +71,61 @@ def activate_kernel(
 
 
 @triton.jit
-def norm_kernel(x, weight, bias, out, mean, rstd, rows, width, eps, R: tl.constexpr, D: tl.constexpr):
-    """Normalises R rows of x (rows,width) to a program; keeps mean and rstd (rows,)."""
+def norm_kernel(
+    x, y, seed, weight, bias, total, out, mean, rstd, rows, width, eps, p, scale,
+    HAS_Y: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Normalises R rows to a program, of x (rows,width) or of total = x + scale * dropout(y)."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.arange(0, D)
     real = (row < rows)[:, None] & (column < width)[None, :]
     place = row.to(tl.int64)[:, None] * width + column[None, :]
     value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    if HAS_Y:
+        added = tl.load(y + place, mask=real, other=0.0).to(tl.float32)
+        value += added * scale * kept(seed, place.to(tl.uint32), p)
+        tl.store(total + place, value, mask=real)
     center = tl.sum(value, 1) / width
     value = tl.where(real, value - center[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / width + eps)
+    factor = 1.0 / tl.sqrt(tl.sum(value * value, 1) / width + eps)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out + place, value * scale[:, None] * w[None, :] + b[None, :], mask=real)
+    tl.store(out + place, value * factor[:, None] * w[None, :] + b[None, :], mask=real)
     tl.store(mean + row, center, mask=row < rows)
-    tl.store(rstd + row, scale, mask=row < rows)
+    tl.store(rstd + row, factor, mask=row < rows)
 
 
 @triton.jit
 def norm_backward_kernel(
-    grad, x, weight, mean, rstd, out, of_weight, of_bias, rows, width, R: tl.constexpr, D: tl.constexpr
-):
-    """Computes the gradient of x, and its rows' sums for weight and bias, (programs,width)."""
-    strip = tl.program_id(0)
-    row = strip * R + tl.arange(0, R)
+    grad, of_total, x, seed, weight, mean, rstd, of_x, of_y, of_weight, of_bias, rows, width, p,
+    scale, HAS_TOTAL: tl.constexpr, HAS_Y: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Computes the gradients of what norm_kernel takes; x is what it normalised.
+
+    For weight and bias these are sums over the program's rows, (programs,width).
+    """
+    program = tl.program_id(0)
+    row = program * R + tl.arange(0, R)
     column = tl.arange(0, D)
     real = (row < rows)[:, None] & (column < width)[None, :]
     place = row.to(tl.int64)[:, None] * width + column[None, :]
     center = tl.load(mean + row, mask=row < rows, other=0.0)
-    scale = tl.load(rstd + row, mask=row < rows, other=0.0)
+    factor = tl.load(rstd + row, mask=row < rows, other=0.0)
     value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
-    value = tl.where(real, (value - center[:, None]) * scale[:, None], 0.0)
+    value = tl.where(real, (value - center[:, None]) * factor[:, None], 0.0)
     g = tl.load(grad + place, mask=real, other=0.0).to(tl.float32)
-    tl.store(of_weight + strip * width + column, tl.sum(g * value, 0), mask=column < width)
-    tl.store(of_bias + strip * width + column, tl.sum(g, 0), mask=column < width)
+    tl.store(of_weight + program * width + column, tl.sum(g * value, 0), mask=column < width)
+    tl.store(of_bias + program * width + column, tl.sum(g, 0), mask=column < width)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     g = g * w[None, :]
     along = tl.sum(g * value, 1) / width
     level = tl.sum(g, 1) / width
-    g = (g - level[:, None] - value * along[:, None]) * scale[:, None]
-    tl.store(out + place, g, mask=real)
+    g = (g - level[:, None] - value * along[:, None]) * factor[:, None]
+    if HAS_TOTAL:
+        g += tl.load(of_total + place, mask=real, other=0.0).to(tl.float32)
+    tl.store(of_x + place, g, mask=real)
+    if HAS_Y:
+        tl.store(of_y + place, g * scale * kept(seed, place.to(tl.uint32), p), mask=real)
 
 
 @triton.jit
@@ -186,7 +201,11 @@ def keep_dropped(ctx, inputs, output):
 
 def dropped_backward(ctx, grad):
     of_x, of_y = ctx.types
-    return grad.to(of_x), dropped(None, grad, *ctx.saved_tensors, ctx.p, ctx.scale, of_y), *[None] * 4
+    return (
+        grad.to(of_x),
+        dropped(None, grad, *ctx.saved_tensors, ctx.p, ctx.scale, of_y),
+        *[None] * 4,
+    )
 
 
 dropped.register_autograd(dropped_backward, setup_context=keep_dropped)
@@ -237,57 +256,99 @@ def tile(width: int) -> dict:
 
 @torch.library.custom_op("u2::norm", mutates_args=())
 def norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Computes layer_norm(x) (...,D) in dtype; also returns mean and 1 / deviation, (R,)."""
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    rates: list[float],
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes layer_norm (...,D), in dtype, of total = x + scale * dropout(y), or of x.
+
+    rates: eps, p, scale. Returns it, total, which is empty without y, mean and 1 / deviation.
+    """
     x = x.contiguous()
-    out, mean, rstd = new_norm(x, weight, bias, eps, dtype)
-    rows, size = mean.numel(), tile(x.size(-1))
-    grid = (triton.cdiv(rows, size["R"]),)
-    norm_kernel[grid](x, weight, bias, out, mean, rstd, rows, x.size(-1), eps, **size)
-    return out, mean, rstd
+    y = y if y is None else y.contiguous()
+    out, total, mean, rstd = new_norm(x, y, seed, weight, bias, rates, dtype)
+    count, width = mean.numel(), x.size(-1)
+    size = tile(width)
+    norm_kernel[(triton.cdiv(count, size["R"]),)](
+        x, y, seed, weight, bias, total, out, mean, rstd, count, width, *rates,
+        HAS_Y=y is not None, **size,
+    )  # fmt: skip
+    return out, total, mean, rstd
 
 
 @norm.register_fake
-def new_norm(x, weight, bias, eps, dtype):
-    rows = x.shape[:-1].numel()
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=dtype), mean, rstd
+def new_norm(x, y, seed, weight, bias, rates, dtype):
+    mean, rstd = (x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2))
+    wide = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
+    total = x.new_empty(0 if y is None else x.shape, dtype=wide)
+    return x.new_empty(x.shape, dtype=dtype), total, mean, rstd
 
 
 @torch.library.custom_op("u2::norm_backward", mutates_args=())
 def norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: torch.Tensor,
+    of_total: torch.Tensor | None,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    rates: list[float],
+    of_x: torch.dtype,
+    of_y: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of x and y, in these types, and partial sums of weight's and bias's."""
     grad, x = grad.contiguous(), x.contiguous()
-    out, of_weight, of_bias = new_norm_backward(grad, x, weight, mean, rstd)
-    rows, width = mean.numel(), x.size(-1)
-    norm_backward_kernel[(len(of_weight),)](
-        grad, x, weight, mean, rstd, out, of_weight, of_bias, rows, width, **tile(width)
-    )
-    return out, of_weight, of_bias
+    of_total = of_total if of_total is None else of_total.contiguous()
+    found = new_norm_backward(grad, of_total, x, seed, weight, mean, rstd, rates, of_x, of_y)
+    norm_backward_kernel[(len(found[2]),)](
+        grad, of_total, x, seed, weight, mean, rstd, *found, mean.numel(), x.size(-1), *rates[1:],
+        HAS_TOTAL=of_total is not None, HAS_Y=seed is not None, **tile(x.size(-1)),
+    )  # fmt: skip
+    return found
 
 
 @norm_backward.register_fake
-def new_norm_backward(grad, x, weight, mean, rstd):
-    strips = triton.cdiv(mean.numel(), tile(x.size(-1))["R"])
-    sums = (x.new_empty(strips, x.size(-1), dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x), *sums
+def new_norm_backward(grad, of_total, x, seed, weight, mean, rstd, rates, of_x, of_y):
+    programs = triton.cdiv(mean.numel(), tile(x.size(-1))["R"])
+    of_weight, of_bias = (x.new_empty(programs, x.size(-1), dtype=torch.float32) for _ in range(2))
+    grad_y = x.new_empty(0 if seed is None else x.shape, dtype=of_y or of_x)
+    return x.new_empty(x.shape, dtype=of_x), grad_y, of_weight, of_bias
 
 
 def keep_norm(ctx, inputs, output):
-    x, weight, *_ = inputs
-    ctx.save_for_backward(x, weight, *output[1:])
-    ctx.set_materialize_grads(False)  # mean and rstd have none
+    x, y, seed, weight, _, ctx.rates, _ = inputs
+    _, total, mean, rstd = output
+    ctx.types = x.dtype, None if y is None else y.dtype
+    ctx.save_for_backward(x if y is None else total, seed, weight, mean, rstd)
+    ctx.set_materialize_grads(False)  # mean and rstd have none, and total may have none
 
 
-def backward_of_norm(ctx, grad, *_):
-    x, of_weight, of_bias = norm_backward(grad, *ctx.saved_tensors)
-    kind = ctx.saved_tensors[1].dtype  # of the weight; the bias has the same
-    return x, of_weight.sum(0).to(kind), of_bias.sum(0).to(kind), None, None
+def backward_of_norm(ctx, grad, of_total, *_):
+    saved = ctx.saved_tensors
+    of_total = None if saved[1] is None else of_total
+    x, y, *sums = norm_backward(grad, of_total, *saved, ctx.rates, *ctx.types)
+    of_weight, of_bias = (part.sum(0).to(saved[2].dtype) for part in sums)
+    return x, y if ctx.types[1] else None, None, of_weight, of_bias, None, None
 
 
 norm.register_autograd(backward_of_norm, setup_context=keep_norm)
+
+
+def layer_norm(x, layer, dtype):
+    """Computes the LayerNorm `layer` of x, in dtype."""
+    return norm(x, None, None, layer.weight, layer.bias, [layer.eps, 0.0, 0.0], dtype)[0]
+
+
+def add_and_norm(x, y, layer, p: float, scale: float, dtype):
+    """Returns x + scale * dropout(y) and the LayerNorm `layer` of it, in dtype."""
+    rates = [layer.eps, p, scale]
+    out, total, *_ = norm(x, y, draw(y), layer.weight, layer.bias, rates, dtype)
+    return total, out
 
 
 @torch.library.custom_op("u2::rows", mutates_args=())
@@ -350,25 +411,36 @@ rows.register_autograd(backward_of_rows, setup_context=keep_rows)
 
 def difference(ours, theirs, inputs) -> float:
     """Returns the largest difference of two outputs and of their gradients, made of equal grads."""
-    grad = torch.linspace(-1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
+    weights = torch.linspace(-1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
     pairs = [(ours, theirs)]
-    pairs += zip(*(torch.autograd.grad(y, inputs, grad.to(y.dtype)) for y in (ours, theirs)))
+    pairs += zip(*(torch.autograd.grad(y, inputs, weights, True) for y in (ours, theirs)))
     return max(float((one - other).detach().abs().max()) for one, other in pairs)
 
 
-def numbers(device, *shape, seed: int = 0):
+def random(device, *shape, seed: int = 0):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
     return x.requires_grad_()
 
 
 def check_norm(device) -> float:
-    inputs = numbers(device, 3, 37, 144), numbers(device, 144), numbers(device, 144, seed=1)
-    theirs = torch.nn.functional.layer_norm(inputs[0], (144,), *inputs[1:])
-    return difference(norm(*inputs, 1e-5, torch.float32)[0], theirs, inputs)
+    weights = random(device, 144), random(device, 144, seed=1)
+    x, y = random(device, 3, 37, 144), random(device, 3, 37, 144, seed=2)
+    seed = torch.ones(2, dtype=torch.int64, device=device)
+    keep = dropped(None, torch.ones_like(x), seed, 0.25, 0.5, x.dtype)
+    total = x + y * keep
+    first = norm(x, None, None, *weights, [1e-5, 0.0, 0.0], x.dtype)[0]
+    out, ours, *_ = norm(x, y, seed, *weights, [1e-5, 0.25, 0.5], x.dtype)
+    after = [torch.nn.functional.layer_norm(z, (144,), *weights) for z in (x, total)]
+    inputs = [x, y, *weights]
+    return max(
+        difference(first, after[0], [x, *weights]),
+        difference(out, after[1], inputs),
+        difference(torch.cat((ours, out)), torch.cat((total, after[1])), inputs),
+    )
 
 
 def check_activate(device) -> float:
-    x, seed = numbers(device, 3, 37, 31), torch.ones(2, dtype=torch.int64, device=device)
+    x, seed = random(device, 3, 37, 31), torch.ones(2, dtype=torch.int64, device=device)
     keep = dropped(None, torch.ones_like(x), seed, 0.25, 1.0, x.dtype)
     return max(
         difference(activate(x, None, seed, 0.25, silu), act(x) * keep, [x])
@@ -377,7 +449,7 @@ def check_activate(device) -> float:
 
 
 def check_add(device) -> float:
-    x, y = numbers(device, 3, 37, 31), numbers(device, 3, 37, 31, seed=1)
+    x, y = random(device, 3, 37, 31), random(device, 3, 37, 31, seed=1)
     seed = torch.ones(2, dtype=torch.int64, device=device)
     keep = dropped(None, torch.ones_like(x), seed, 0.25, 0.5, x.dtype)
     share = float((keep == 0).float().mean())  # of 3441 numbers, so the deviation is 0.0074
@@ -386,12 +458,17 @@ def check_add(device) -> float:
 
 
 def check_rows(device) -> float:
-    x, tokens = numbers(device, 3, 37, 2000), torch.arange(111, device=device).view(3, 37, 1) * 15
-    weights = numbers(device, 3, 37, 3, seed=1).detach()
+    x, tokens = random(device, 3, 37, 2000), torch.arange(111, device=device).view(3, 37, 1) * 15
+    weights = random(device, 3, 37, 3, seed=1).detach()
     theirs = torch.stack((x.logsumexp(-1), x.sum(-1), x.gather(-1, tokens)[..., 0]), dim=-1)
     ours = rows(x, tokens, torch.zeros_like(tokens))
     ours = torch.stack((*ours[:2], ours[2][..., 0]), dim=-1)
     return difference(ours * weights, theirs * weights, [x])
 
 
-CHECKS = [("rows", check_rows), ("norm", check_norm), ("activate", check_activate), ("add", check_add)]
+CHECKS = [
+    ("rows", check_rows),
+    ("norm", check_norm),
+    ("activate", check_activate),
+    ("add", check_add),
+]

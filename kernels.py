@@ -131,7 +131,9 @@ def proven(device):
             wrong = [name for name, check in fused.CHECKS if not check(device) < 1e-4]
     except ImportError:  # Triton comes with torch on Linux alone
         return None
-    except Exception as error:  # as of a machine without a C compiler, which Triton's launcher needs
+    except (
+        Exception
+    ) as error:  # as of a machine without a C compiler, which Triton's launcher needs
         wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
     if wrong:
         warnings.warn(f"torch's own operations take the place of Triton's kernels: {wrong}")
@@ -159,7 +161,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         if triton := by_triton(x):
-            return triton.norm(x, self.weight, self.bias, self.eps, product_type(x))[0]
+            return triton.layer_norm(x, self, product_type(x))
         return super().forward(x)
 
 
@@ -171,6 +173,15 @@ class Residual(nn.Dropout):
         if p and (triton := by_triton(y)):
             return triton.add_dropped(x, y, p, scale)
         return torch.add(x, dropout(y, p) if p else y, alpha=scale)
+
+    def then(self, norm: nn.LayerNorm, x, y, scale: float = 1.0):
+        """Returns z = x + scale * dropout(y), and norm(z)."""
+        if triton := by_triton(y):
+            wide = torch.promote_types(x.dtype, y.dtype)
+            dtype = product_type(y) if isinstance(norm, LayerNorm) else wide
+            return triton.add_and_norm(x, y, norm, self.p if self.training else 0.0, scale, dtype)
+        x = self(x, y, scale)
+        return x, norm(x)
 
 
 class Activation(nn.Dropout):

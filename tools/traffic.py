@@ -22,9 +22,28 @@ from presets import PRESETS, ModelOptions
 from conformer import U2Conformer
 
 RATE = 3.35e12  # bytes a second, an H100's memory
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot", "_efficient_att", "_flash")
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "scaled_dot",
+    "_efficient_att",
+    "_flash",
+)
 # Without a kernel of their own. The fake tensors do not tell that a reshape is a view.
-FREE = ("empty", "view", "detach", "lift", "alias", "_local_scalar", "_reshape_alias", "new_empty", "_unsafe_view")
+FREE = (
+    "empty",
+    "view",
+    "detach",
+    "lift",
+    "alias",
+    "_local_scalar",
+    "_reshape_alias",
+    "new_empty",
+    "_unsafe_view",
+)
 
 
 def touched(tensor) -> int:
@@ -50,6 +69,8 @@ class Traffic(TorchDispatchMode):
         name = op._schema.name.split("::")[1]
         if op.namespace in ("aten", "u2") and not op.is_view and not name.startswith(FREE):
             made = name.startswith("new_") or name.endswith("_like")  # reads nothing
+            if name in ("gather", "scatter_"):  # few of the numbers of their first argument
+                args = args[1:]
             leaves = tree_leaves(y if made else (args, kwargs, y))
             found = [x for x in leaves if isinstance(x, torch.Tensor) and x.device.type == "cuda"]
             if found:
@@ -68,7 +89,12 @@ def step(options: ModelOptions, rows: int, frames: int, labels: int, vocab: int,
         return Ctc.apply(log_probs)
 
     traffic = Traffic()
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.nn.functional.ctc_loss", fake_ctc), mock.patch("kernels.proven", lambda device: __import__("fused")), mock.patch("torch.nn.functional.scaled_dot_product_attention", efficient_attention):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch("torch.nn.functional.ctc_loss", fake_ctc),
+        mock.patch("kernels.proven", lambda device: __import__("fused")),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", efficient_attention),
+    ):
         for module in net.modules():
             for name, x in module._parameters.items():
                 if x is not None:
@@ -165,14 +191,21 @@ class Ctc(torch.autograd.Function):
 
 if __name__ == "__main__":
     import sys
+
     t = step(ModelOptions(**PRESETS["base"]), 48, 1000, 28, 4233, torch.bfloat16)
     total = Counter()
     for name, b in t.bytes.most_common():
-        kind = "products" if name.lstrip("_").startswith(PRODUCTS) or name.startswith(PRODUCTS) else "rest"
+        kind = (
+            "products"
+            if name.lstrip("_").startswith(PRODUCTS) or name.startswith(PRODUCTS)
+            else "rest"
+        )
         total[kind] += b
         total[kind + " n"] += t.launches[name]
-        print(f"{kind:9} {name:45} {t.launches[name]:6} {b/1e6:10.0f} MB {b/RATE*1e3:7.2f} ms")
+        print(
+            f"{kind:9} {name:45} {t.launches[name]:6} {b / 1e6:10.0f} MB {b / RATE * 1e3:7.2f} ms"
+        )
         if len(sys.argv) > 1:
             for w, n in t.where[name].most_common(4):
-                print("        ", f"{n/1e6:.0f}", w)
+                print("        ", f"{n / 1e6:.0f}", w)
     print(total, total["rest"] / RATE * 1e3)
