@@ -17,34 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from frames import (
-    MAX_POSITION,
-    SUBSAMPLING,
-    BlockState,
-    StreamState,
-    chunk_mask,
-    decoder_io,
-    on_device,
-    receptive_field,
-    reverse,
-    sinusoids,
-    subsampled_length,
-    valid_mask,
-)
-from kernels import (
-    Activation,
-    Dropout,
-    LayerNorm,
-    Linear,
-    Residual,
-    attention,
-    attention_mask,
-    conv_relu,
-    ctc_loss,
-    depthwise,
-    label_smoothing_loss,
-    log_softmax,
-)
+import frames
+import kernels
+from frames import MAX_POSITION, BlockState, StreamState, reverse, subsampled_length, valid_mask
+from kernels import Activation, Dropout, LayerNorm, Linear, Residual
 from presets import ModelOptions
 
 # ---- Building blocks
@@ -78,7 +54,7 @@ class Attention(nn.Module):
         """
         size = self.linear_out.in_features // self.heads
         p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, p, is_causal, scale=1 / math.sqrt(size))[..., :size]
+        y = kernels.attention(q, k, v, mask, p, is_causal, scale=1 / math.sqrt(size))[..., :size]
         return self.linear_out(y.transpose(1, 2).flatten(2))  # (B,H,T,D/H) -> (B,T,D)
 
     def forward(self, x, keys, values, mask=None):
@@ -125,34 +101,8 @@ class RelativeAttention(SelfAttention):
 
     def forward(self, x, positions=None, mask=None, state=BlockState(), is_causal=False):
         if x.is_cuda and self.training and state.keys is None:
-            return self.whole(x, positions, mask), BlockState()
+            return kernels.relative_attention(self, x, self.project(positions), mask), BlockState()
         return super().forward(x, positions, mask, state, is_causal)
-
-    def whole(self, x, positions, mask=None):
-        """Computes `forward` of a whole sequence with fewer and wider products, for a GPU.
-
-        The term is (q+u).(k+p) + (v-u).p. So u joins the bias of q, and the last dimension of the
-        key is the same in all rows. Zeros in the weights make heads as wide as the kernel takes.
-        """
-        q, kv, out = self.linear_q, self.linear_kv, self.linear_out
-        u, v = self.pos_bias_u, self.pos_bias_v
-        heads, size = u.shape
-        more = 8 - size % 8
-        weight = torch.cat((q.weight, kv.weight)).unflatten(0, (-1, size))  # (3H,D/H,D)
-        bias = torch.cat((q.bias + u.flatten(), kv.bias)).unflatten(0, (-1, size))  # (3H,D/H)
-        ends = bias.new_zeros(3 * heads, more)
-        ends[:heads, 0] = 1.0
-        weight, bias = F.pad(weight, (0, 0, 0, more)), torch.cat((bias, ends), dim=1)
-        x = F.linear(x, weight.flatten(0, 1), bias.flatten())  # (B,T,3HW), each head W wide
-        parts = x.unflatten(-1, (3, heads, -1)).unbind(2)  # (B,T,H,W)
-        q, k, values = (part.transpose(1, 2) for part in parts)  # (B,H,T,W)
-        p = self.project(positions)
-        term = (p * (v - u)[:, None]).sum(-1, keepdim=True)
-        p = F.pad(torch.cat((p, term.to(p.dtype)), dim=-1), (0, more - 1))
-        rate = self.dropout if self.training else 0.0
-        y = attention(q, k + p, values, mask, rate, scale=1 / math.sqrt(size))
-        weight = F.pad(out.weight.unflatten(1, (heads, size)), (0, more)).flatten(1)  # (D,HW)
-        return F.linear(y.transpose(1, 2).flatten(2), weight, out.bias)
 
     def project(self, positions):
         return self.split(self.linear_pos(positions))
@@ -198,21 +148,23 @@ class ConvolutionModule(nn.Module):
         batch_norm = isinstance(self.norm, nn.BatchNorm1d)
         # A causal convolution takes nothing from padding, which follows the last frame.
         silent = batch_norm or not self.causal
-        x = F.glu(self.pointwise_conv1(x * valid if silent else x), dim=-1)  # (B,T,2D) -> (B,T,D)
-        if not (self.causal or self.training and batch_norm):
-            # Zeros follow the last frame, padding or not. (WeNet has glu(bias) in padding; batch
-            # norm learns its statistics from such frames, so there training does as WeNet does.)
-            x = x * valid
+        x = self.pointwise_conv1(x * valid if silent else x)  # (B,T,2D)
         last = None
-        if self.causal:
-            before = self.silence(x) if past is None else past
-            x = torch.cat((before.transpose(1, 2), x), dim=1)  # (B,kernel-1+T,D)
-            last = x[:, x.size(1) - self.kernel + 1 :].transpose(1, 2)
-        x = self.depthwise(x, few=past is not None)  # (B,T,D)
-        if batch_norm:  # in training over padding too, as in WeNet
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)  # (B,T,D) -> (B,D,T) -> (B,T,D)
+        if self.causal and past is None and kernels.by_triton(x):
+            x = kernels.gated_depthwise(x, F.glu(self.pointwise_conv1.bias, 0), self.depthwise_conv)
         else:
-            x = self.norm(x)
+            x = F.glu(x, dim=-1)  # (B,T,D)
+            if not (self.causal or self.training and batch_norm):
+                # Zeros follow the last frame, padding or not. (WeNet has glu(bias) in padding, and
+                # batch norm learns from such frames, so there training does as WeNet does.)
+                x = x * valid
+            if self.causal:
+                before = self.silence(x) if past is None else past
+                x = torch.cat((before.transpose(1, 2), x), dim=1)  # (B,kernel-1+T,D)
+                last = x[:, x.size(1) - self.kernel + 1 :].transpose(1, 2)
+            x = self.depthwise(x, few=past is not None)  # (B,T,D)
+        # Batch norm takes (B,D,T), in training padding too, as in WeNet.
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2) if batch_norm else self.norm(x)
         x = self.pointwise_conv2(self.activation(x))
         return x * valid if silent else x, last
 
@@ -220,7 +172,7 @@ class ConvolutionModule(nn.Module):
         """Convolves x (B,T,D) -> (B,T',D). T' is T or, if causal, T-kernel+1: x brings its past."""
         padding = 0 if self.causal else (self.kernel - 1) // 2
         conv = self.depthwise_conv
-        return depthwise(x, conv.weight, conv.bias, padding, few)
+        return kernels.depthwise(x, conv.weight, conv.bias, padding, few)
 
     def silence(self, x):
         """Returns the convolution's inputs before the first frame, (B,D,kernel-1).
@@ -299,11 +251,11 @@ class Subsampling(nn.Module):
         if not subsampled_length(num_mel_bins, input_layer):
             raise UserError(
                 f"--num_mel_bins {num_mel_bins}: --input_layer {input_layer} takes at least "
-                f"{receptive_field(input_layer)[0]} of them"
+                f"{frames.receptive_field(input_layer)[0]} of them"
             )
         self.convs = nn.ModuleList(
             nn.Conv2d(1 if i == 0 else width, width, kernel, stride)
-            for i, (kernel, stride) in enumerate(SUBSAMPLING[input_layer])
+            for i, (kernel, stride) in enumerate(frames.SUBSAMPLING[input_layer])
         )
         self.out = Linear(width * subsampled_length(num_mel_bins, input_layer), width)
         self.to(memory_format=torch.channels_last)  # several times faster on a CPU
@@ -311,7 +263,7 @@ class Subsampling(nn.Module):
     def forward(self, x):
         x = x[:, None]  # (B,1,T,F)
         for conv in self.convs:
-            x = conv_relu(x, conv, self.training)  # (B,D,T',F')
+            x = kernels.conv_relu(x, conv, self.training)  # (B,D,T',F')
         return self.out(x.transpose(1, 2).flatten(2))  # (B,T',D,F') -> (B,T',D*F') -> (B,T',D)
 
 
@@ -339,18 +291,18 @@ class Encoder(nn.Module):
 
         seen (T',T'), of chunk_mask, says which frames a frame may see; None: all.
         """
-        short = receptive_field(self.options.input_layer)[0] - features.size(1)
+        short = frames.receptive_field(self.options.input_layer)[0] - features.size(1)
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
-        lengths = subsampled_length(on_device(feature_lengths, x), self.options.input_layer)
+        lengths = subsampled_length(frames.on_device(feature_lengths, x), self.options.input_layer)
         size, width = x.shape[1:]
-        positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])
+        positions = self.dropout(frames.sinusoids(size, width, device=x.device).to(x.dtype)[None])
         x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
         # Padded frames see each other, too, so that no row of the mask is empty. Nothing uses them.
         mask = valid[:, None, :] | ~valid[:, :, None]  # (B,T',T')
         if seen is not None:
             mask = mask & seen
-        mask = mask[:, None] if self.compiled else attention_mask(mask[:, None], x)
+        mask = mask[:, None] if self.compiled else kernels.attention_mask(mask[:, None], x)
         recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
             inputs = x, positions, mask, valid[..., None].to(x.dtype)
@@ -376,7 +328,7 @@ class Encoder(nn.Module):
         x = self.embed((features - self.cmvn_mean) * self.cmvn_istd)
         x = x * math.sqrt(self.options.output_size)
         if self.options.pos_enc_layer_type == "abs_pos":
-            x = x + sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
+            x = x + frames.sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
         return x
 
     def stream_state(self, chunk_size: int, left_chunks=-1, max_position=MAX_POSITION):
@@ -401,7 +353,7 @@ class Encoder(nn.Module):
         `last` also encodes the rest, a shorter chunk, and returns the state for a new utterance.
         """
         features = torch.cat((state.features, features), dim=1)
-        field, rate = receptive_field(self.options.input_layer)
+        field, rate = frames.receptive_field(self.options.input_layer)
         ready = subsampled_length(features.size(1), self.options.input_layer)  # encoder frames
         encoded = [features.new_zeros(1, 0, self.options.output_size)]
         while ready and (last or 0 < state.chunk_size <= ready):
@@ -434,7 +386,7 @@ class Encoder(nn.Module):
         keys, _, projected, _ = states[0]
         relative = self.options.selfattention_layer_type == "rel_selfattn"
         lacking = keys.size(2) if relative and projected is None and keys is not None else 0
-        positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device)
+        positions = frames.sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device)
         new_states = []
         for block, state in zip(self.blocks, states):
             x, state = block(x, positions.to(x.dtype)[None], None, valid, state)
@@ -487,7 +439,7 @@ class Decoder(nn.Module):
     def embedding(self, tokens, offset: int = 0, positions=None):
         """Embeds tokens (B,U) at positions from offset on, or at `positions` (B,U) -> (B,U,D)."""
         width = self.embed.embedding_dim
-        position = sinusoids(tokens.size(1), width, offset, tokens.device)
+        position = frames.sinusoids(tokens.size(1), width, offset, tokens.device)
         if positions is not None:
             position = position[positions]
         return self.dropout(self.embed(tokens) * math.sqrt(width) + position)
@@ -522,7 +474,7 @@ class Decoder(nn.Module):
     def source_mask(encoded, encoded_lengths):
         # An utterance without an encoder frame attends to a padded one, so that no row is empty.
         valid = valid_mask(encoded_lengths.clamp(min=1), encoded.size(1))
-        return attention_mask(valid[:, None, None], encoded)  # (B,1,1,T')
+        return kernels.attention_mask(valid[:, None, None], encoded)  # (B,1,1,T')
 
 
 # ---- The model, its loss
@@ -554,12 +506,12 @@ class U2Conformer(nn.Module):
         seen = None
         if chunk_size > 0:
             size = self.encoder.frames(features)
-            seen = chunk_mask(size, chunk_size, left_chunks, features.device)
+            seen = frames.chunk_mask(size, chunk_size, left_chunks, features.device)
         return self.encoder(features, feature_lengths, seen)
 
     def ctc_log_probs(self, encoded):
         """Returns the CTC branch's log-softmax: (B,T',D) -> (B,T',V), float32 or wider."""
-        return log_softmax(self.ctc(encoded))
+        return kernels.log_softmax(self.ctc(encoded))
 
     def loss(
         self,
@@ -580,10 +532,9 @@ class U2Conformer(nn.Module):
         unless given. `but_ctc` takes the place of the method, see graphs.py.
         """
         size = self.encoder.frames(features)
-        seen = chunk_mask(
-            size, chunk_size if chunk_size > 0 else size, left_chunks, features.device
-        )
-        lengths = [on_device(lengths, features) for lengths in (feature_lengths, label_lengths)]
+        span = chunk_size if chunk_size > 0 else size
+        seen = frames.chunk_mask(size, span, left_chunks, features.device)
+        lengths = [frames.on_device(n, features) for n in (feature_lengths, label_lengths)]
         labels = labels.masked_fill(~valid_mask(lengths[1], labels.size(1)), self.blank_id)
         encoded, att = (but_ctc or self.but_ctc)(features, lengths[0], labels, lengths[1], seen)
         ctc = self.ctc_losses(encoded, feature_lengths, labels, label_lengths)  # (B,)
@@ -610,15 +561,15 @@ class U2Conformer(nn.Module):
         """Returns each utterance's CTC loss, (B,), 0 where the labels have no path, as in WeNet."""
         logits = self.ctc(encoded.transpose(0, 1))  # (T',B,V)
         lengths = subsampled_length(feature_lengths, self.options.input_layer), label_lengths
-        return ctc_loss(logits, labels, *lengths, self.blank_id)
+        return kernels.ctc_loss(logits, labels, *lengths, self.blank_id)
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):
         """Returns each utterance's attention loss, (B,): both decoders' losses, weighted."""
 
-        def directed(decoder, labels):
-            inputs, outputs, valid = decoder_io(labels, label_lengths, self.sos_id, self.eos_id)
+        def directed(decoder, y):
+            inputs, outputs, valid = frames.decoder_io(y, label_lengths, self.sos_id, self.eos_id)
             logits = decoder(inputs, encoded, encoded_lengths)
-            return label_smoothing_loss(logits, outputs, valid, self.options.lsm_weight)
+            return kernels.label_smoothing_loss(logits, outputs, valid, self.options.lsm_weight)
 
         weight = self.options.reverse_weight
         losses = (1 - weight) * directed(self.decoder, labels)

@@ -161,6 +161,71 @@ def rows_backward_kernel(x, lse, of_lse, of_total, out, V: tl.constexpr, LINE: t
     tl.store(out + row * V + place, grad, mask=place < V)
 
 
+@triton.jit
+def gated(x, edge, row, column, real, W: tl.constexpr):
+    """Returns what the gate makes of rows of x (T,2W); before row 0 this is edge (W,)."""
+    place = x + row.to(tl.int64) * (2 * W) + column
+    value = tl.load(place, mask=real & (row >= 0), other=0.0).to(tl.float32)
+    gate = tl.load(place + W, mask=real & (row >= 0), other=0.0).to(tl.float32)
+    before = tl.load(edge + column, mask=column < W, other=0.0).to(tl.float32)
+    return tl.where(row < 0, before, value / (1.0 + tl.exp(-gate)))
+
+
+@triton.jit
+def conv_kernel(
+    x, edge, weight, bias, out, size, K: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Gates x (B,T,2W) and convolves it causally, each channel by itself -> (B,T,W)."""
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    column = tl.program_id(2) * D + tl.arange(0, D)[None, :]
+    real = (row < size) & (column < W)
+    start = tl.program_id(1).to(tl.int64) * size
+    total = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
+    for k in range(K):
+        value = gated(x + start * 2 * W, edge, row - (K - 1 - k), column, real, W)
+        w = tl.load(weight + column * K + k, mask=column < W, other=0.0).to(tl.float32)
+        total += value * w
+    tl.store(out + (start + row) * W + column, total, mask=real)
+
+
+@triton.jit
+def conv_backward_kernel(
+    grad, x, edge, weight, of_x, sums, size, K: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Computes the gradient of x, and sums over a program's rows, (programs,K+2,W).
+
+    These are the gradients of the K weights, of the bias and of edge.
+    """
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    column = tl.program_id(2) * D + tl.arange(0, D)[None, :]
+    real = (row < size) & (column < W)
+    start = tl.program_id(1).to(tl.int64) * size
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    channel = tl.program_id(2) * D + tl.arange(0, D)
+    sums = sums + program.to(tl.int64) * (K + 2) * W + channel
+    g = tl.load(grad + (start + row) * W + column, mask=real, other=0.0).to(tl.float32)
+    of_edge = tl.zeros((D,), tl.float32)
+    of_gated = tl.zeros((R, D), tl.float32)
+    for k in range(K):
+        before = K - 1 - k  # this weight takes the row so many rows before
+        value = gated(x + start * 2 * W, edge, row - before, column, real, W)
+        tl.store(sums + k * W, tl.sum(g * value, 0), mask=channel < W)
+        w = tl.load(weight + column * K + k, mask=column < W, other=0.0).to(tl.float32)
+        of_edge += tl.sum(tl.where(row < before, g * w, 0.0), 0)
+        later = real & (row + before < size)
+        after = tl.load(grad + (start + row + before) * W + column, mask=later, other=0.0)
+        of_gated += after.to(tl.float32) * w
+    tl.store(sums + K * W, tl.sum(g, 0), mask=channel < W)
+    tl.store(sums + (K + 1) * W, of_edge, mask=channel < W)
+    place = (start + row) * (2 * W) + column
+    value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-tl.load(x + place + W, mask=real, other=0.0).to(tl.float32)))
+    tl.store(of_x + place, of_gated * gate, mask=real)
+    tl.store(of_x + place + W, of_gated * value * gate * (1.0 - gate), mask=real)
+
+
 def draw(like) -> torch.Tensor:
     """Draws a seed on the device of `like`."""
     return torch.empty(2, dtype=torch.int64, device=like.device).random_(2**31)
@@ -406,6 +471,72 @@ def backward_of_rows(ctx, of_lse, of_total, of_picked):
 rows.register_autograd(backward_of_rows, setup_context=keep_rows)
 
 
+# The rows and channels of a convolution's program.
+BLOCK = dict(R=64, D=64, num_warps=8)
+
+
+def blocks(x) -> tuple[int, int, int]:
+    batch, size, width = x.shape
+    return triton.cdiv(size, BLOCK["R"]), batch, triton.cdiv(width // 2, BLOCK["D"])
+
+
+@torch.library.custom_op("u2::gated_conv", mutates_args=())
+def gated_conv(
+    x: torch.Tensor,
+    edge: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Convolves glu(x) causally, each channel by itself: x (B,T,2D), weight (D,1,K) -> (B,T,D).
+
+    Before the first frame stands edge (D,).
+    """
+    x = x.contiguous()
+    out = new_conv(x, edge, weight, bias, dtype)
+    shape = dict(K=weight.size(2), W=out.size(2), **BLOCK)
+    conv_kernel[blocks(x)](x, edge, weight.contiguous(), bias, out, x.size(1), **shape)
+    return out
+
+
+@gated_conv.register_fake
+def new_conv(x, edge, weight, bias, dtype):
+    return x.new_empty(*x.shape[:2], x.size(2) // 2, dtype=dtype)
+
+
+@torch.library.custom_op("u2::gated_conv_backward", mutates_args=())
+def gated_conv_backward(
+    grad: torch.Tensor, x: torch.Tensor, edge: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, x = grad.contiguous(), x.contiguous()
+    found = new_conv_backward(grad, x, edge, weight)
+    shape = dict(K=weight.size(2), W=grad.size(2), **BLOCK)
+    conv_backward_kernel[blocks(x)](grad, x, edge, weight.contiguous(), *found, x.size(1), **shape)
+    return found
+
+
+@gated_conv_backward.register_fake
+def new_conv_backward(grad, x, edge, weight):
+    rows, batch, _ = blocks(x)
+    sums = x.new_empty(rows * batch, weight.size(2) + 2, grad.size(2), dtype=torch.float32)
+    return x.new_empty(x.shape), sums
+
+
+def keep_conv(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def backward_of_conv(ctx, grad):
+    _, edge, weight = ctx.saved_tensors
+    of_x, sums = gated_conv_backward(grad, *ctx.saved_tensors)
+    sums = sums.sum(0)  # (K+2,D)
+    of_weight = sums[:-2].T[:, None].to(weight.dtype)  # (D,1,K)
+    return of_x, sums[-1].to(edge.dtype), of_weight, sums[-2].to(weight.dtype), None
+
+
+gated_conv.register_autograd(backward_of_conv, setup_context=keep_conv)
+
+
 # ---- Checks: a GPU that computes other numbers than torch does without these kernels
 
 
@@ -466,7 +597,18 @@ def check_rows(device) -> float:
     return difference(ours * weights, theirs * weights, [x])
 
 
+def check_conv(device) -> float:
+    x, edge = random(device, 2, 70, 2 * 72), random(device, 72)
+    weight, bias = random(device, 72, 1, 8), random(device, 72, seed=1)
+    past = edge[:, None].expand(2, -1, 7)
+    image = torch.cat((past, torch.nn.functional.glu(x, -1).transpose(1, 2)), dim=2)
+    theirs = (image.unfold(2, 8, 1) * weight).sum(-1) + bias[:, None]  # (B,D,T)
+    ours = gated_conv(x, edge, weight, bias, x.dtype)
+    return difference(ours, theirs.transpose(1, 2), [x, edge, weight, bias])
+
+
 CHECKS = [
+    ("conv", check_conv),
     ("rows", check_rows),
     ("norm", check_norm),
     ("activate", check_activate),

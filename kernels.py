@@ -177,9 +177,12 @@ class Residual(nn.Dropout):
     def then(self, norm: nn.LayerNorm, x, y, scale: float = 1.0):
         """Returns z = x + scale * dropout(y), and norm(z)."""
         if triton := by_triton(y):
-            wide = torch.promote_types(x.dtype, y.dtype)
-            dtype = product_type(y) if isinstance(norm, LayerNorm) else wide
-            return triton.add_and_norm(x, y, norm, self.p if self.training else 0.0, scale, dtype)
+            p = self.p if self.training else 0.0
+            dtype = product_type(y)
+            if not isinstance(norm, LayerNorm):  # autocast makes nn.LayerNorm's output float32
+                autocast = torch.is_autocast_enabled("cuda")
+                dtype = torch.promote_types(x.dtype, torch.float32 if autocast else y.dtype)
+            return triton.add_and_norm(x, y, norm, p, scale, dtype)
         x = self(x, y, scale)
         return x, norm(x)
 
@@ -216,8 +219,9 @@ def attention(
 ):
     """Computes scaled_dot_product_attention: q (B,H,T,d), k, v (B,H,S,d) -> (B,H,T,d).
 
-    mask is bool or, of attention_mask, numbers. p is the dropout of the attention weights. On a CPU torch has no fused kernel with dropout, and
-    its random draws are slow, so attention with dropout is written out there.
+    mask is bool or, of attention_mask, numbers. p is the dropout of the attention weights. On a CPU
+    torch has no fused kernel with dropout, and its random draws are slow, so attention with dropout
+    is written out there.
     """
     scale = scale or 1 / math.sqrt(q.size(-1))
     if q.is_cuda and q.size(-1) % 8:
@@ -240,6 +244,33 @@ def in_eights(x):
     CUDA's fused kernels take a mask only with such a width.
     """
     return F.pad(x, (0, -x.size(-1) % 8))
+
+
+def relative_attention(layer, x, positions, mask=None):
+    """Computes RelativeAttention of a whole sequence, by fewer and wider products, for a GPU.
+
+    x (B,T,D), positions (1,H,T,D/H) projected -> (B,T,D). The term is (q+u).(k+p) + (v-u).p. So u
+    joins the bias of q, and the last dimension of the key is the same in all rows of the batch.
+    Zeros in the weights make heads as wide, W, as the fused kernel takes them.
+    """
+    q, kv, out = layer.linear_q, layer.linear_kv, layer.linear_out
+    u, v = layer.pos_bias_u, layer.pos_bias_v
+    heads, size = u.shape
+    more = 8 - size % 8
+    weight = torch.cat((q.weight, kv.weight)).unflatten(0, (-1, size))  # (3H,D/H,D)
+    bias = torch.cat((q.bias + u.flatten(), kv.bias)).unflatten(0, (-1, size))  # (3H,D/H)
+    ends = bias.new_zeros(3 * heads, more)
+    ends[:heads, 0] = 1.0
+    weight, bias = F.pad(weight, (0, 0, 0, more)), torch.cat((bias, ends), dim=1)
+    x = F.linear(x, weight.flatten(0, 1), bias.flatten())  # (B,T,3HW)
+    parts = x.unflatten(-1, (3, heads, -1)).unbind(2)  # (B,T,H,W)
+    q, k, values = (part.transpose(1, 2) for part in parts)  # (B,H,T,W)
+    term = (positions * (v - u)[:, None]).sum(-1, keepdim=True).to(positions.dtype)
+    k = k + F.pad(torch.cat((positions, term), dim=-1), (0, more - 1))
+    rate = layer.dropout if layer.training else 0.0
+    y = attention(q, k, values, mask, rate, scale=1 / math.sqrt(size))
+    weight = F.pad(out.weight.unflatten(1, (heads, size)), (0, more)).flatten(1)  # (D,HW)
+    return F.linear(y.transpose(1, 2).flatten(2), weight, out.bias)
 
 
 class ConvRelu(torch.autograd.Function):
@@ -315,6 +346,14 @@ def depthwise(x, weight, bias, padding: int = 0, few: bool = False):
     with torch.autocast("cpu", enabled=False):
         y = F.conv2d(image, filters, bias, padding=(0, padding), groups=x.size(2))  # (B,D,1,T')
     return y[:, :, 0].transpose(1, 2).to(x.dtype)  # (B,T',D)
+
+
+def gated_depthwise(x, edge, conv: nn.Conv1d):
+    """Computes what `depthwise` makes of edge (D,), over and over, and glu(x), for by_triton(x).
+
+    x (B,T,2D) -> (B,T,D), causal.
+    """
+    return proven(x.device).gated_conv(x, edge, conv.weight, conv.bias, product_type(x))
 
 
 def label_smoothing_loss(logits, labels, valid, smoothing: float):

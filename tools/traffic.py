@@ -6,8 +6,6 @@ No GPU is needed: the step runs on fake tensors, which have shapes and a device 
 bytes at the memory's rate are a lower bound of the time. A kernel may well take longer.
 """
 
-import argparse
-import json
 from collections import Counter, defaultdict
 from unittest import mock
 
@@ -17,9 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from presets import PRESETS, ModelOptions
-
 from conformer import U2Conformer
+from presets import PRESETS, ModelOptions
 
 RATE = 3.35e12  # bytes a second, an H100's memory
 PRODUCTS = (
@@ -67,6 +64,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         y = op(*args, **(kwargs or {}))
         name = op._schema.name.split("::")[1]
+        if name.startswith("convolution") and args[-1 if name == "convolution" else -2] > 1:
+            name = "depthwise"
         if op.namespace in ("aten", "u2") and not op.is_view and not name.startswith(FREE):
             made = name.startswith("new_") or name.endswith("_like")  # reads nothing
             if name in ("gather", "scatter_"):  # few of the numbers of their first argument
