@@ -100,7 +100,7 @@ class RelativeAttention(SelfAttention):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def forward(self, x, positions=None, mask=None, state=BlockState(), is_causal=False):
-        if x.is_cuda and self.training and state.keys is None:
+        if state.keys is None and kernels.by_triton(x):
             return kernels.relative_attention(self, x, self.project(positions), mask), BlockState()
         return super().forward(x, positions, mask, state, is_causal)
 

@@ -226,6 +226,30 @@ def conv_backward_kernel(
     tl.store(of_x + place + W, of_gated * value * gate * (1.0 - gate), mask=real)
 
 
+@triton.jit
+def relu_kernel(
+    x, bias, grad, out, sums, rows, width, BACKWARD: tl.constexpr, R: tl.constexpr, D: tl.constexpr
+):
+    """Computes relu(x + bias) of x (rows,width), or of its output x the gradient.
+
+    The gradient of bias comes as sums over a program's rows, (programs,width).
+    """
+    program = tl.program_id(0)
+    row = program.to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    real = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * width + column[None, :]
+    value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
+    if BACKWARD:
+        g = tl.load(grad + place, mask=real, other=0.0).to(tl.float32)
+        value = tl.where(value > 0, g, 0.0)
+        tl.store(sums + program * width + column, tl.sum(value, 0), mask=column < width)
+    else:
+        b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
+        value = tl.maximum(value + b[None, :], 0.0)
+    tl.store(out + place, value, mask=real)
+
+
 def draw(like) -> torch.Tensor:
     """Draws a seed on the device of `like`."""
     return torch.empty(2, dtype=torch.int64, device=like.device).random_(2**31)
@@ -537,6 +561,54 @@ def backward_of_conv(ctx, grad):
 gated_conv.register_autograd(backward_of_conv, setup_context=keep_conv)
 
 
+@torch.library.custom_op("u2::bias_relu", mutates_args=())
+def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Computes relu(x + bias): x (...,D), bias (D,)."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width, size = x.size(-1), tile(x.size(-1))
+    count = x.numel() // width
+    grid = (triton.cdiv(count, size["R"]),)
+    relu_kernel[grid](x, bias, None, out, None, count, width, BACKWARD=False, **size)
+    return out
+
+
+@bias_relu.register_fake
+def _(x, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("u2::bias_relu_backward", mutates_args=())
+def bias_relu_backward(grad: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, y = grad.contiguous(), y.contiguous()
+    out, sums = new_relu_backward(grad, y)
+    width = y.size(-1)
+    relu_kernel[(len(sums),)](
+        y, None, grad, out, sums, y.numel() // width, width, BACKWARD=True, **tile(width)
+    )
+    return out, sums
+
+
+@bias_relu_backward.register_fake
+def new_relu_backward(grad, y):
+    width = y.size(-1)
+    programs = triton.cdiv(y.numel() // width, tile(width)["R"])
+    return y.new_empty(y.shape), y.new_empty(programs, width, dtype=torch.float32)
+
+
+def keep_relu(ctx, inputs, output):
+    ctx.save_for_backward(output)
+    ctx.kind = inputs[1].dtype
+
+
+def backward_of_relu(ctx, grad):
+    out, sums = bias_relu_backward(grad, *ctx.saved_tensors)
+    return out, sums.sum(0).to(ctx.kind)
+
+
+bias_relu.register_autograd(backward_of_relu, setup_context=keep_relu)
+
+
 # ---- Checks: a GPU that computes other numbers than torch does without these kernels
 
 
@@ -607,7 +679,13 @@ def check_conv(device) -> float:
     return difference(ours, theirs.transpose(1, 2), [x, edge, weight, bias])
 
 
+def check_relu(device) -> float:
+    x, bias = random(device, 2, 70, 72), random(device, 72)
+    return difference(bias_relu(x, bias), torch.relu(x + bias), [x, bias])
+
+
 CHECKS = [
+    ("relu", check_relu),
     ("conv", check_conv),
     ("rows", check_rows),
     ("norm", check_norm),

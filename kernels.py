@@ -323,7 +323,11 @@ def conv_relu(x, conv: nn.Conv2d, training: bool):
     """Computes F.relu(conv(x)): x (B,C,T,F) -> (B,D,T',F'), channels last."""
     if training and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return ConvRelu.apply(x, conv.weight, conv.bias, conv.stride[0])
-    return F.relu(conv(x))
+    triton = by_triton(x)
+    if not triton:
+        return F.relu(conv(x))
+    y = F.conv2d(x, conv.weight, None, conv.stride)  # torch would add the bias in a pass of its own
+    return triton.bias_relu(y.permute(0, 2, 3, 1), conv.bias).permute(0, 3, 1, 2)
 
 
 def depthwise(x, weight, bias, padding: int = 0, few: bool = False):

@@ -1,13 +1,17 @@
-"""Counts what a training step launches on a GPU, and the bytes that it reads and writes there.
-
-    python -m tools.traffic --preset base --rows 48 --frames 1000
+"""Counts what a training step launches on a GPU, and the bytes that move: python -m tools.traffic
 
 No GPU is needed: the step runs on fake tensors, which have shapes and a device but no memory. The
-bytes at the memory's rate are a lower bound of the time. A kernel may well take longer.
+bytes, at an H100's 3.35 TB/s, are a lower bound of the time. `products` are matrix products,
+convolutions that mix channels and attention. With --no-triton torch's operations take the place of
+fused.py's kernels. The kernels of CTC itself and the optimizer's are not counted.
 """
 
+import json
+import math
 from collections import Counter, defaultdict
 from unittest import mock
+
+from cli import build, make_parser, option, options_class, run
 
 import torch
 import torch.nn.functional as F
@@ -15,168 +19,125 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fused
 from conformer import U2Conformer
 from presets import PRESETS, ModelOptions
 
-RATE = 3.35e12  # bytes a second, an H100's memory
-PRODUCTS = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "convolution",
-    "scaled_dot",
-    "_efficient_att",
-    "_flash",
-)
-# Without a kernel of their own. The fake tensors do not tell that a reshape is a view.
-FREE = (
-    "empty",
-    "view",
-    "detach",
-    "lift",
-    "alias",
-    "_local_scalar",
-    "_reshape_alias",
-    "new_empty",
-    "_unsafe_view",
-)
+RATE = 3.35e9  # bytes a millisecond
+ATTENTION = "_scaled_dot_product_efficient_attention"
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", ATTENTION)
+# These launch nothing. The fake tensors do not tell that a reshape is a view.
+FREE = ("empty", "new_empty", "empty_like", "_unsafe_view", "detach", "alias", "lift_fresh")
 
 
-def touched(tensor) -> int:
-    """Returns the bytes of a tensor, the numbers of an expanded dimension once."""
-    sizes = (n for n, stride in zip(tensor.shape, tensor.stride()) if stride)
-    count = tensor.element_size()
-    for n in sizes:
-        count *= n
-    return count
+@options_class
+class TrafficOptions:
+    preset: str = option("base", "sizes of the model", choices=tuple(PRESETS))
+    rows: int = option(48, "utterances", at_least=1, at_most=10**5)
+    frames: int = option(1000, "feature frames of each", at_least=7, at_most=10**6)
+    labels: int = option(28, "labels of each", at_least=1, at_most=10**5)
+    vocab_size: int = option(4233, "tokens", at_least=4, at_most=10**6)
+    triton: bool = option(True, "count the kernels of fused.py")
+    json: bool = option(False, "print one JSON object")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts launches and bytes of each operation in `launches` and `bytes`, by name."""
+    """Counts launches and bytes by an operation's name; `moved` has [launches, bytes]."""
 
     def __init__(self):
         super().__init__()
-        self.launches = Counter()
-        self.bytes = Counter()
-        self.where = defaultdict(Counter)
+        self.moved = defaultdict(lambda: [0, 0])
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         y = op(*args, **(kwargs or {}))
         name = op._schema.name.split("::")[1]
-        if name.startswith("convolution") and args[-1 if name == "convolution" else -2] > 1:
-            name = "depthwise"
-        if op.namespace in ("aten", "u2") and not op.is_view and not name.startswith(FREE):
-            made = name.startswith("new_") or name.endswith("_like")  # reads nothing
-            if name in ("gather", "scatter_"):  # few of the numbers of their first argument
-                args = args[1:]
-            leaves = tree_leaves(y if made else (args, kwargs, y))
-            found = [x for x in leaves if isinstance(x, torch.Tensor) and x.device.type == "cuda"]
-            if found:
-                self.launches[name] += 1
-                moved = sum(map(touched, found))
-                self.bytes[name] += moved
-                self.where[name][tuple((str(x.dtype)[6:], *x.shape) for x in found)] += moved
+        if op.namespace not in ("aten", "u2") or op.is_view or name in FREE:
+            return y
+        inputs = args
+        if name.startswith("convolution"):
+            forward = name == "convolution"
+            # ATen adds the bias of cuDNN's convolution, and sums its gradient, in another kernel.
+            if args[2] is not None if forward else args[-1][2]:
+                self.count("bias of " + name, [y, y] if forward else [args[0]])
+            name = "depthwise " + name if args[-1 if forward else -2] > 1 else name
+        elif name.startswith("new_") or name.endswith("_like"):
+            inputs = ()
+        elif name in ("gather", "scatter_"):  # few numbers of the first
+            inputs = args[1:]
+        self.count(name, tree_leaves((inputs, kwargs, y)))
         return y
 
+    def count(self, name, tensors) -> None:
+        tensors = [x for x in tensors if isinstance(x, torch.Tensor) and x.device.type == "cuda"]
+        if tensors:
+            self.moved[name][0] += 1
+            self.moved[name][1] += sum(map(touched, tensors))
 
-def step(options: ModelOptions, rows: int, frames: int, labels: int, vocab: int, dtype) -> Traffic:
-    """Runs forward and backward of one training step on a fake GPU, and returns what it counted."""
-    net = U2Conformer(options, 80, vocab, 0, vocab - 1, vocab - 1).train()
 
-    def fake_ctc(log_probs, *_, **__):
-        return Ctc.apply(log_probs)
+def touched(x) -> int:
+    """Returns the bytes of a tensor. An expanded dimension has its numbers once."""
+    return math.prod(n for n, stride in zip(x.shape, x.stride()) if stride) * x.element_size()
 
-    traffic = Traffic()
+
+def main(argv):
+    options = build(TrafficOptions, vars(make_parser(__doc__, TrafficOptions).parse_args(argv)))
+    net = U2Conformer(ModelOptions(**PRESETS[options.preset]), 80, options.vocab_size, 0, 2, 3)
+    moved, _ = step(net, options)
+    table = [
+        dict(name=name, product=name in PRODUCTS or name[:-9] in PRODUCTS, launches=n, bytes=b)
+        for name, (n, b) in sorted(moved.items(), key=lambda item: -item[1][1])
+    ]
+    for line in () if options.json else table:
+        print("{launches:6} x {name:48} {0:9.0f} MB".format(line["bytes"] / 1e6, **line))
+    result = {"table": table} if options.json else {}
+    for kind, product in (("products", True), ("rest", False)):
+        lines = [line for line in table if line["product"] == product]
+        result[f"{kind}_launches"] = sum(line["launches"] for line in lines)
+        result[f"{kind}_mb"] = round(sum(line["bytes"] for line in lines) / 1e6)
+        result[f"{kind}_ms"] = round(sum(line["bytes"] for line in lines) / RATE, 2)
+    print(json.dumps(result))
+
+
+def step(net, options):
+    """Runs forward and backward in bfloat16 -> what moved, the gradients' shapes of the weights."""
+    net.train()
+    shape = options.rows, options.labels
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch("torch.nn.functional.ctc_loss", fake_ctc),
-        mock.patch("kernels.proven", lambda device: __import__("fused")),
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", efficient_attention),
+        mock.patch("kernels.proven", lambda device: fused if options.triton else None),
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "ctc_loss", lambda log_probs, *_, **__: Ctc.apply(log_probs)),
+        FakeTensorMode(),
+        autocast_to_bfloat16(),
     ):
         for module in net.modules():
-            for name, x in module._parameters.items():
-                if x is not None:
-                    module._parameters[name] = torch.nn.Parameter(on_gpu(x))
-            for name, x in module._buffers.items():
-                module._buffers[name] = on_gpu(x)
-        features = torch.empty(rows, frames, 80, device="cuda")
-        numbers = torch.empty(rows, labels, dtype=torch.long, device="cuda")
-        lengths = torch.full((rows,), frames), torch.full((rows,), labels)
-        lengths = [torch.empty(rows, dtype=torch.long, device="cuda") for _ in lengths]
-        torch.set_autocast_enabled("cuda", dtype != torch.float32)
-        torch.set_autocast_dtype("cuda", dtype)
-        torch.set_autocast_cache_enabled(False)
-        try:
-            with traffic:
-                loss = net.loss(features, lengths[0], numbers, lengths[1], -1)["loss"]
-                torch.set_autocast_enabled("cuda", False)
-                backward(loss)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-    return traffic
+            for values, kind in ((module._parameters, torch.nn.Parameter), (module._buffers, None)):
+                for name, x in values.items():
+                    if x is not None:
+                        fake = torch.empty_strided(x.shape, x.stride(), device="cuda")
+                        values[name] = kind(fake) if kind else fake
+        features = torch.empty(options.rows, options.frames, 80, device="cuda")
+        labels = torch.empty(shape, dtype=torch.long, device="cuda")
+        lengths = torch.empty(options.rows, dtype=torch.long, device="cuda")
+        with Traffic() as traffic:
+            found = gradients(net.loss(features, lengths, labels, lengths)["loss"])
+    return dict(traffic.moved), {name: found.get(id(p)) for name, p in net.named_parameters()}
 
 
-def efficient_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """Does what scaled_dot_product_attention does on a GPU with torch's memory-efficient kernel."""
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, q.new_zeros(()), q.new_full((), -torch.inf))
-        if any(n % 8 for n in attn_mask.stride()[:-1]):
-            size = attn_mask.size(-1)
-            attn_mask = F.pad(attn_mask, (0, 8 - size % 8))[..., :size]
-        attn_mask = attn_mask.expand(*q.shape[:3], k.size(2))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale
-    )[0]
+class autocast_to_bfloat16:
+    """Turns autocast on where torch.autocast would see that there is no GPU."""
 
+    def __enter__(self):
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
 
-def on_gpu(x):
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-
-
-@torch.no_grad()
-def backward(loss) -> None:
-    """Calls the nodes of the graph of `loss`. Autograd's engine asks a driver for its streams."""
-    waiting = Counter()  # for how many gradients a node waits
-    nodes = [loss.grad_fn]
-    for node in nodes:
-        for after, _ in node.next_functions:
-            if after is not None:
-                if after not in waiting:
-                    nodes.append(after)
-                waiting[after] += 1
-    gradients = defaultdict(dict)
-    gradients[loss.grad_fn][0] = torch.empty_like(loss)
-    ready = [loss.grad_fn]
-    while ready:
-        node = ready.pop()
-        found = gradients.pop(node)
-        if node.name().endswith("AccumulateGrad"):
-            continue
-        inputs = [found.get(i) for i in range(len(node._input_metadata))]
-        call = getattr(node, "apply", node)
-        outputs = call(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for (after, index), x in zip(node.next_functions, outputs):
-            if after is None:
-                continue
-            sums = gradients[after]
-            if x is not None:  # a sum over what forward expanded, as the engine does
-                wanted = after._input_metadata[index]
-                x = x.sum_to_size(wanted.shape).to(wanted.dtype)
-                sums[index] = sums[index] + x if index in sums else x
-            waiting[after] -= 1
-            if not waiting[after]:
-                ready.append(after)
+    def __exit__(self, *_):
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
 
 
 class Ctc(torch.autograd.Function):
+    """Stands for CTC's loss, whose lengths are numbers and not fake."""
+
     @staticmethod
     def forward(ctx, log_probs):
         ctx.save_for_backward(log_probs)
@@ -184,27 +145,60 @@ class Ctc(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (log_probs,) = ctx.saved_tensors
-        return torch.empty_like(log_probs)
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """Does what torch does on a GPU for its memory-efficient attention."""
+    q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, q.new_zeros(()), q.new_zeros(()))
+        if any(stride % 8 for stride in attn_mask.stride()[:-1]):
+            size = attn_mask.size(-1)
+            attn_mask = F.pad(attn_mask, (0, 8 - size % 8))[..., :size]
+        attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:3], k.size(2))
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+@torch.no_grad()
+def gradients(loss) -> dict:
+    """Calls the nodes of loss's graph -> the gradients by id of the weight.
+
+    Autograd's own engine asks a GPU's driver.
+    """
+    waiting, nodes = Counter(), [loss.grad_fn]
+    for node in nodes:
+        for after, _ in node.next_functions:
+            if after is not None:
+                if after not in waiting:
+                    nodes.append(after)
+                waiting[after] += 1
+    sums, found, ready = defaultdict(dict), {}, [loss.grad_fn]
+    sums[loss.grad_fn][0] = torch.empty_like(loss)
+    while ready:
+        node = ready.pop()
+        given = sums.pop(node, {})
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = given.get(0)
+            continue
+        call = getattr(node, "apply", node)  # of a Python Function
+        made = call(*(given.get(i) for i in range(len(node._input_metadata))))
+        made = made if isinstance(made, tuple) else (made,)
+        for (after, index), x in zip(node.next_functions, made):
+            if after is None:
+                continue
+            if x is not None:  # as the engine does, a sum over what forward expanded
+                wanted = after._input_metadata[index]
+                x = x.sum_to_size(wanted.shape).to(wanted.dtype)
+                old = sums[after].get(index)
+                sums[after][index] = x if old is None else old + x
+            waiting[after] -= 1
+            if not waiting[after]:
+                ready.append(after)
+    return found
 
 
 if __name__ == "__main__":
-    import sys
-
-    t = step(ModelOptions(**PRESETS["base"]), 48, 1000, 28, 4233, torch.bfloat16)
-    total = Counter()
-    for name, b in t.bytes.most_common():
-        kind = (
-            "products"
-            if name.lstrip("_").startswith(PRODUCTS) or name.startswith(PRODUCTS)
-            else "rest"
-        )
-        total[kind] += b
-        total[kind + " n"] += t.launches[name]
-        print(
-            f"{kind:9} {name:45} {t.launches[name]:6} {b / 1e6:10.0f} MB {b / RATE * 1e3:7.2f} ms"
-        )
-        if len(sys.argv) > 1:
-            for w, n in t.where[name].most_common(4):
-                print("        ", f"{n / 1e6:.0f}", w)
-    print(total, total["rest"] / RATE * 1e3)
+    run(main)
