@@ -181,7 +181,8 @@ def conv_kernel(
     column = tl.program_id(2) * D + tl.arange(0, D)[None, :]
     real = (row < size) & (column < W)
     start = tl.program_id(1).to(tl.int64) * size
-    total = tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
+    total = tl.zeros((R, D), tl.float32)
+    total += tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)
     for k in range(K):
         value = gated(x + start * 2 * W, edge, row - (K - 1 - k), column, real, W)
         w = tl.load(weight + column * K + k, mask=column < W, other=0.0).to(tl.float32)

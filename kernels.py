@@ -1,9 +1,10 @@
 """These layers compute the same numbers as torch's own, only faster.
 
-To read the network, take them for torch's: Linear and Dropout for nn.Linear and nn.Dropout,
-attention for scaled_dot_product_attention, conv_relu for a convolution and a ReLU, depthwise for
-F.conv1d with a group for each channel. tests/test_kernels.py puts torch's layers in their place and
-finds the same numbers. Axes: B batch, T frames, D width, H heads, S keys; images are (B,C,T,F).
+To read the network, take them for torch's: Linear, Dropout and LayerNorm for nn.Linear, nn.Dropout
+and nn.LayerNorm, attention for scaled_dot_product_attention, conv_relu for a convolution and a
+ReLU, depthwise for F.conv1d with a group for each channel. tests/test_kernels.py puts torch's
+layers in their place and finds the same numbers. In training on a GPU some of them call fused.py.
+Axes: B batch, T frames, D width, H heads, S keys; images are (B,C,T,F).
 """
 
 import functools
@@ -406,7 +407,7 @@ def ctc_loss_of_few(triton, logits, labels, lengths, label_lengths, blank: int):
     lse, _, picked = triton.rows(logits, tokens.expand(everywhere), first.expand(everywhere))
     log_probs = picked - lse[..., None]  # (T,B,1+U)
     losses = F.ctc_loss(
-        log_probs, first[:, 1:], lengths, label_lengths, 0, "none", zero_infinity=True
+        log_probs, first[:, 1:].contiguous(), lengths, label_lengths, 0, "none", zero_infinity=True
     )
     # Torch's gradient already is that of the logits: softmax less the path's share of a token. Of
     # log_probs it would be the share alone, from which log-sum-exp makes the softmax once more.

@@ -5,8 +5,8 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "kernels", "frames"),
-    ("files",),
+    ("cli", "containers", "fused", "frames"),
+    ("files", "kernels"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer",),
@@ -14,7 +14,7 @@ FLOORS = (
     ("datamodule", "model", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "onnx_graphs", "workloads"),
+    ("demo", "onnx_graphs", "traffic", "workloads"),
     ("onnx_checks",),
     ("align", "compare", "wenet_import", "bench"),
     ("export", "torture"),
@@ -34,7 +34,7 @@ def test_imports_point_one_way(path):
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
-    *("conformer", "frames", "presets", "kernels", "decode", "context", "stream", "words"),
+    *("conformer", "frames", "presets", "kernels", "fused", "decode", "context", "stream", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )

@@ -13,8 +13,16 @@ import conformer
 import kernels
 from conformer import Subsampling
 from frames import SUBSAMPLING, chunk_mask, valid_mask
-from helpers import TWO_BLOCKS, VARIANTS
-from kernels import Dropout, Linear, attention, for_few_rows, in_eights
+from helpers import TWO_BLOCKS, VARIANTS, network, noise
+from kernels import (
+    Dropout,
+    Linear,
+    attention,
+    attention_mask,
+    for_few_rows,
+    in_eights,
+    relative_attention,
+)
 
 
 def plain_kernels() -> types.ModuleType:
@@ -36,7 +44,36 @@ def plain_kernels() -> types.ModuleType:
         divergence = F.kl_div(logits.log_softmax(-1), soft, reduction="none").sum(-1)
         return (divergence * valid).sum(-1)
 
+    class Residual(nn.Dropout):
+        def forward(self, x, y, scale=1.0):
+            return x + scale * super().forward(y)
+
+        def then(self, norm, x, y, scale=1.0):
+            x = self(x, y, scale)
+            return x, norm(x)
+
+    class Activation(nn.Dropout):
+        def __init__(self, p, activation):
+            super().__init__(p)
+            self.activation = activation
+
+        def forward(self, x):
+            return super().forward(self.activation(x))
+
+    def ctc_loss(logits, labels, lengths, label_lengths, blank):
+        log_probs = logits.log_softmax(-1)
+        return F.ctc_loss(
+            log_probs, labels, lengths, label_lengths, blank, "none", zero_infinity=True
+        )
+
     plain = types.ModuleType("kernels")
+    plain.LayerNorm = nn.LayerNorm
+    plain.Residual = Residual
+    plain.Activation = Activation
+    plain.ctc_loss = ctc_loss
+    plain.log_softmax = lambda logits: logits.log_softmax(-1)
+    plain.attention_mask = lambda mask, x: mask
+    plain.by_triton = lambda x: None
     plain.Linear = nn.Linear
     plain.Dropout = nn.Dropout
     plain.attention = attention
@@ -65,7 +102,8 @@ def test_with_torchs_own_layers_the_network_computes_the_same(plain_conformer, n
     ours = conformer.U2Conformer(conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
     theirs = plain_conformer.U2Conformer(plain_conformer.ModelOptions(**o), 80, 12, 0, 2, 3)
     theirs.load_state_dict(ours.state_dict())
-    assert {type(layer) for layer in theirs.modules()}.isdisjoint({Linear, Dropout})
+    ours_alone = {Linear, Dropout, kernels.LayerNorm, kernels.Residual, kernels.Activation}
+    assert {type(layer) for layer in theirs.modules()}.isdisjoint(ours_alone)
     features, lengths = torch.randn(3, 90, 80), torch.tensor([90, 61, 5])
     labels, label_lengths = torch.randint(4, 12, (3, 4)), torch.tensor([4, 2, 1])
 
@@ -172,3 +210,53 @@ def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
         kernels.label_smoothing_loss(logits, labels, valid, smoothing),
         plain_kernels().label_smoothing_loss(logits, labels, valid, smoothing),
     )
+
+
+@pytest.mark.parametrize("width, heads", [(16, 2), (18, 2), (64, 4)])
+def test_attention_with_wider_heads_is_relative_attention(width, heads):
+    net = network(output_size=width, attention_heads=heads, attention_dropout_rate=0.0).double()
+    layer = net.encoder.blocks[0].self_attn
+    x, positions = (noise(n, 11, width, dtype=torch.float64).requires_grad_() for n in (3, 1))
+    mask = chunk_mask(11, 4).expand(3, 1, 11, 11)
+    expected = layer(x, positions, mask)[0]
+    found = relative_attention(layer, x, layer.project(positions), mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights, inputs = torch.randn_like(found), [x, positions, *layer.parameters()]
+    pairs = (torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected))
+    for one, other in zip(*pairs):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_mask_of_numbers_masks_as_its_bools_do():
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    mask = chunk_mask(9, 4).expand(2, 1, 9, 9)
+    numbers = attention_mask(mask, q.as_subclass(OnGpu)).as_subclass(torch.Tensor)
+    assert numbers.dtype == q.dtype and numbers.stride(2) % 8 == 0 and numbers.shape == mask.shape
+    torch.testing.assert_close(attention(q, k, v, numbers), attention(q, k, v, mask))
+    assert attention_mask(mask, q) is mask
+
+
+def test_ctc_over_a_rows_own_tokens_is_ctc_over_the_vocabulary():
+    """Labels repeat, next to each other and apart, and the third row has no path."""
+
+    def rows(x, tokens, first):
+        return x.logsumexp(-1), x.sum(-1), x.gather(-1, tokens)
+
+    torch.manual_seed(0)
+    logits = (torch.randn(20, 5, 50, dtype=torch.float64) * 3).requires_grad_()
+    labels, label_lengths = torch.randint(1, 50, (5, 6)), torch.tensor([6, 5, 6, 3, 0])
+    labels[0, 2], labels[1, 3], labels[2] = labels[0, 1], labels[1, 0], 7
+    labels = labels.masked_fill(~valid_mask(label_lengths, 6), 0)
+    lengths = torch.tensor([20, 17, 7, 20, 9])
+    expected = kernels.ctc_loss(logits, labels, lengths, label_lengths, 0)
+    assert expected[2] == 0 and (expected[[0, 1, 3, 4]] > 0).all()
+    triton = types.SimpleNamespace(rows=rows)
+    found = kernels.ctc_loss_of_few(triton, logits, labels, lengths, label_lengths, 0)
+    torch.testing.assert_close(found, expected)
+    weights = torch.rand(5, dtype=torch.float64)
+    pairs = (torch.autograd.grad((loss * weights).sum(), [logits]) for loss in (found, expected))
+    for one, other in zip(*pairs):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

@@ -107,7 +107,6 @@ def step(net, options):
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "ctc_loss", lambda log_probs, *_, **__: Ctc.apply(log_probs)),
         FakeTensorMode(),
-        autocast_to_bfloat16(),
     ):
         for module in net.modules():
             for values, kind in ((module._parameters, torch.nn.Parameter), (module._buffers, None)):
@@ -119,7 +118,9 @@ def step(net, options):
         labels = torch.empty(shape, dtype=torch.long, device="cuda")
         lengths = torch.empty(options.rows, dtype=torch.long, device="cuda")
         with Traffic() as traffic:
-            found = gradients(net.loss(features, lengths, labels, lengths)["loss"])
+            with autocast_to_bfloat16():
+                loss = net.loss(features, lengths, labels, lengths)["loss"]
+            found = gradients(loss)
     return dict(traffic.moved), {name: found.get(id(p)) for name, p in net.named_parameters()}
 
 
@@ -183,12 +184,13 @@ def gradients(loss) -> dict:
         if hasattr(node, "variable"):
             found[id(node.variable)] = given.get(0)
             continue
-        call = getattr(node, "apply", node)  # of a Python Function
+        by_python = hasattr(node, "needs_input_grad")  # with one for each argument
+        call = node.apply if by_python else node
         made = call(*(given.get(i) for i in range(len(node._input_metadata))))
         made = made if isinstance(made, tuple) else (made,)
-        for (after, index), x in zip(node.next_functions, made):
-            if after is None:
-                continue
+        wants = node.needs_input_grad if by_python else [f for f, _ in node.next_functions]
+        made = [x for x, wanted in zip(made, wants) if wanted]
+        for (after, index), x in zip((f for f in node.next_functions if f[0]), made, strict=True):
             if x is not None:  # as the engine does, a sum over what forward expanded
                 wanted = after._input_metadata[index]
                 x = x.sum_to_size(wanted.shape).to(wanted.dtype)
