@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import frames
 import kernels
-from frames import MAX_POSITION, BlockState, StreamState, reverse, subsampled_length, valid_mask
+from frames import BlockState, decoder_io, reverse, sinusoids, subsampled_length, valid_mask
 from kernels import Activation, Dropout, LayerNorm, Linear, Residual
 from presets import ModelOptions
 
@@ -282,10 +282,6 @@ class Encoder(nn.Module):
         self.after_norm = LayerNorm(o.output_size)
         self.dropout = Dropout(o.dropout_rate)
 
-    def frames(self, features) -> int:
-        """Returns how many encoder frames, T' >= 1, features (B,T,F) make."""
-        return max(subsampled_length(features.size(1), self.options.input_layer), 1)
-
     def forward(self, features, feature_lengths, seen=None):
         """Encodes features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,).
 
@@ -295,7 +291,7 @@ class Encoder(nn.Module):
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
         lengths = subsampled_length(frames.on_device(feature_lengths, x), self.options.input_layer)
         size, width = x.shape[1:]
-        positions = self.dropout(frames.sinusoids(size, width, device=x.device).to(x.dtype)[None])
+        positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])
         x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
         # Padded frames see each other, too, so that no row of the mask is empty. Nothing uses them.
@@ -328,10 +324,10 @@ class Encoder(nn.Module):
         x = self.embed((features - self.cmvn_mean) * self.cmvn_istd)
         x = x * math.sqrt(self.options.output_size)
         if self.options.pos_enc_layer_type == "abs_pos":
-            x = x + frames.sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
+            x = x + sinusoids(x.size(1), x.size(2), offset, x.device).to(x.dtype)
         return x
 
-    def stream_state(self, chunk_size: int, left_chunks=-1, max_position=MAX_POSITION):
+    def stream_state(self, chunk_size: int, left_chunks=-1, max_position=frames.MAX_POSITION):
         """Returns the first StreamState. Raises UserError for an encoder that sees the future.
 
         Positions count the encoder frames of an utterance. A chunk that would pass max_position
@@ -344,9 +340,9 @@ class Encoder(nn.Module):
             )
         nothing = self.cmvn_mean.new_zeros(1, 0, len(self.cmvn_mean))
         blocks = (BlockState(),) * len(self.blocks)
-        return StreamState(chunk_size, left_chunks, max_position, nothing, 0, blocks)
+        return frames.StreamState(chunk_size, left_chunks, max_position, nothing, 0, blocks)
 
-    def stream(self, features, state: StreamState, last: bool = False):
+    def stream(self, features, state: frames.StreamState, last: bool = False):
         """Encodes the chunks that features (1,n,F) complete -> encoded (1,m,D), the new state.
 
         The outputs of all calls together equal `forward` on all features under the same chunk mask.
@@ -386,12 +382,16 @@ class Encoder(nn.Module):
         keys, _, projected, _ = states[0]
         relative = self.options.selfattention_layer_type == "rel_selfattn"
         lacking = keys.size(2) if relative and projected is None and keys is not None else 0
-        positions = frames.sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device)
+        positions = sinusoids(lacking + x.size(1), x.size(2), offset - lacking, x.device)
         new_states = []
         for block, state in zip(self.blocks, states):
             x, state = block(x, positions.to(x.dtype)[None], None, valid, state)
             new_states.append(state)
         return self.after_norm(x), new_states
+
+    def frames(self, features) -> int:
+        """Returns how many encoder frames, T' >= 1, features (B,T,F) make."""
+        return max(subsampled_length(features.size(1), self.options.input_layer), 1)
 
 
 # ---- The decoders
@@ -439,7 +439,7 @@ class Decoder(nn.Module):
     def embedding(self, tokens, offset: int = 0, positions=None):
         """Embeds tokens (B,U) at positions from offset on, or at `positions` (B,U) -> (B,U,D)."""
         width = self.embed.embedding_dim
-        position = frames.sinusoids(tokens.size(1), width, offset, tokens.device)
+        position = sinusoids(tokens.size(1), width, offset, tokens.device)
         if positions is not None:
             position = position[positions]
         return self.dropout(self.embed(tokens) * math.sqrt(width) + position)
@@ -567,7 +567,7 @@ class U2Conformer(nn.Module):
         """Returns each utterance's attention loss, (B,): both decoders' losses, weighted."""
 
         def directed(decoder, y):
-            inputs, outputs, valid = frames.decoder_io(y, label_lengths, self.sos_id, self.eos_id)
+            inputs, outputs, valid = decoder_io(y, label_lengths, self.sos_id, self.eos_id)
             logits = decoder(inputs, encoded, encoded_lengths)
             return kernels.label_smoothing_loss(logits, outputs, valid, self.options.lsm_weight)
 
