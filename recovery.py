@@ -281,15 +281,42 @@ def best_score(path: str) -> float:
         return math.inf
 
 
+def numbers_of(module) -> list:
+    """Returns the parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
 class Average(WeightAveraging):
     """Keeps an exponential average of the weights, without updates that the guard skipped."""
 
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.begun = False  # there is an average already
 
     def on_train_batch_end(self, trainer, module, *arguments):
-        if not module.update_skipped:
-            super().on_train_batch_end(trainer, module, *arguments)
+        if not module.update_skipped and trainer.global_step > self._latest_update_step:
+            self.update(module)
+            self._latest_update_step = trainer.global_step
+
+    @torch.no_grad()
+    def update(self, module):
+        """Does what AveragedModel.update_parameters does, without its two waits for the GPU.
+
+        Torch reads the counter of updates from the GPU each time.
+        """
+        average = self._average_model
+        pairs = list(zip(numbers_of(average.module), numbers_of(module), strict=True))
+        self.begun = self.begun or int(average.n_averaged) > 0
+        for floats in (True, False):
+            some = [pair for pair in pairs if pair[0].is_floating_point() is floats]
+            ours, theirs = map(list, zip(*some)) if some else ([], [])
+            if self.begun and some:
+                average.multi_avg_fn(ours, theirs, None)
+            else:
+                for mean, value in some:
+                    mean.copy_(value)
+        average.n_averaged += 1
+        self.begun = True
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         with refusing(trainer.ckpt_path, "current_model_state, averaging_state"):
