@@ -78,7 +78,9 @@ def capture(net, inputs, pool):
         enabled=torch.is_autocast_enabled("cuda"),
         cache_enabled=False,  # a cached cast would lie in the memory of one graph
     )
-    with torch.random.fork_rng([inputs[0].device]), autocast, other_threads_go_on():
+    device = inputs[0].device
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, autocast, other_threads_go_on():
         graph = torch.cuda.make_graphed_callables(
             ButCtc(net),
             tuple(tensor.clone() for tensor in inputs),
