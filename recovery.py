@@ -281,9 +281,14 @@ def best_score(path: str) -> float:
         return math.inf
 
 
-def numbers_of(module) -> list:
-    """Returns the parameters and buffers of a module."""
-    return [*module.parameters(), *module.buffers()]
+def pairs_by_kind(average, module) -> list:
+    """Pairs the parameters and buffers of two equal modules, first the floats, then the others."""
+    ours, theirs = ([*each.parameters(), *each.buffers()] for each in (average, module))
+    pairs = []
+    for floats in (True, False):
+        some = [pair for pair in zip(ours, theirs) if pair[0].is_floating_point() is floats]
+        pairs += [tuple(map(list, zip(*some)))] if some else []
+    return pairs
 
 
 class Average(WeightAveraging):
@@ -292,6 +297,7 @@ class Average(WeightAveraging):
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.begun = False  # there is an average already
+        self.pairs = []  # (numbers of the average, numbers of the model) with one kind of numbers
 
     def on_train_batch_end(self, trainer, module, *arguments):
         if not module.update_skipped and trainer.global_step > self._latest_update_step:
@@ -305,16 +311,14 @@ class Average(WeightAveraging):
         Torch reads the counter of updates from the GPU each time.
         """
         average = self._average_model
-        pairs = list(zip(numbers_of(average.module), numbers_of(module), strict=True))
-        self.begun = self.begun or int(average.n_averaged) > 0
-        for floats in (True, False):
-            some = [pair for pair in pairs if pair[0].is_floating_point() is floats]
-            ours, theirs = map(list, zip(*some)) if some else ([], [])
-            if self.begun and some:
+        if not self.pairs:  # walking through all modules takes as long as many launches
+            self.pairs = pairs_by_kind(average.module, module)
+            self.begun = int(average.n_averaged) > 0
+        for ours, theirs in self.pairs:
+            if self.begun:
                 average.multi_avg_fn(ours, theirs, None)
             else:
-                for mean, value in some:
-                    mean.copy_(value)
+                torch._foreach_copy_(ours, theirs)
         average.n_averaged += 1
         self.begun = True
 

@@ -19,7 +19,7 @@ from datamodule import Batch
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
 from helpers_model import quiet_trainer, tiny_model
 from model import OptimOptions
-from recovery import Average
+from recovery import Average, pairs_by_kind
 from tokenizer import train_char
 
 TOKENIZER = train_char(["abcdefgh"])
@@ -264,6 +264,7 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
         average._average_model = SimpleNamespace(
             module=model, n_averaged=count, multi_avg_fn=get_ema_multi_avg_fn(0.9)
         )
+        average.pairs = pairs_by_kind(model, model)
         average.begun = True  # only the first update looks whether there is an average
         batch = batch._replace(
             features=torch.empty(batch.features.shape, device="cuda"),
