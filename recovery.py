@@ -621,9 +621,9 @@ class MemoryCheck(L.Callback):
         missing = 0 if trainer.optimizers[0].state else 2
         moments = [torch.empty_like(p) for p in parameters for _ in range(missing)]
         with trainer.precision_plugin.forward_context():
-            loss = module.net.loss(
-                batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
-            )["loss"]
+            inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
+            plain = module.graphs.plain if module.graphs else None
+            loss = module.net.loss(*inputs, but_ctc=plain)["loss"]
         # These gradients are apart from the parameters, whose own gradients stay unmade.
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments
