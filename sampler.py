@@ -25,7 +25,7 @@ BANDS = (0.5, 0.9)
 BAND_MEGABATCHES = 4
 CELLS = 63  # paddings of a ShapedSampler; the steps of the smallest may have one shape more
 STEPS_PER_CELL = 3  # at least, on average, so that shapes come again within an epoch
-CANDIDATES = 1024  # lengths among which the cells' are chosen; more would take seconds
+CANDIDATES = 512  # lengths among which the cells' are chosen, 0.2 s; more would take seconds
 # A cell has room for the labels of this share of the rows with its frames. The other rows go to
 # cells of more frames, so that a few rows with many labels do not widen the labels of all. With
 # this share, labels are padded less than in batches of LengthGroupedSampler.
@@ -356,14 +356,26 @@ def least_padding(lengths, most: int) -> np.ndarray:
 def label_room(cells, labels) -> np.ndarray:
     """Returns how many labels each cell has room for, rising, the last for all; (cells,).
 
-    cells (speeds, n) are those that hold the rows' frames. With sos, the decoder sees a multiple of
-    8 labels, to which attention would otherwise pad its masks.
+    cells (speeds, n) are those that hold the rows' frames. Where a cell would have more room than
+    the next, one room is taken for the rows of both, so that a row with many labels among few
+    others widens no cell beyond its own. With sos, the decoder sees a multiple of 8 labels, to
+    which attention would otherwise pad its masks.
     """
     order = np.argsort(np.ravel(cells), kind="stable") % len(labels)
     parts = np.split(labels[order], np.cumsum(np.bincount(np.ravel(cells)))[:-1])
-    room = np.array([np.quantile(part, LABEL_SHARE, method="higher") for part in parts])
+    pools = []  # of cells side by side: the labels of their rows, cell by cell, and their room
+
+    def add(pool: list):
+        pools.append((pool, np.quantile(np.concatenate(pool), LABEL_SHARE, method="higher")))
+
+    for part in parts:
+        add([part])
+        while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
+            (one, _), (other, _) = pools.pop(-2), pools.pop()
+            add(one + other)
+    room = np.array([room for pool, room in pools for _ in pool])
     room[-1] = labels.max()
-    return -(-(np.maximum.accumulate(room) + 1) // 8) * 8 - 1
+    return -(-(room + 1) // 8) * 8 - 1
 
 
 def borders_by_duration(
