@@ -15,7 +15,7 @@ import sampler
 import train
 from datamodule import DataOptions, SpeechDataset, collate
 from helpers import json_lines
-from helpers_train import interrupted, make_data, run, weights
+from helpers_train import interrupted, make_data, ranks, run, weights
 from recovery import Place, check_plan, make_plan
 from sampler import LengthGroupedSampler, Shaped, ShapedSampler, least_padding
 from test_datamodule import AUGMENT, FRONTEND, audio, examples, module, root, same_examples, save
@@ -400,6 +400,15 @@ def test_a_run_that_was_cut_within_an_epoch_ends_as_the_whole_one(data, tmp_path
         assert torch.equal(one, other)
     steps = [json_lines(tmp_path / name / "steps.jsonl") for name in ("whole", "cut")]
     assert steps[0] == steps[1]
+
+
+def test_two_processes_train_on_every_row_once_an_epoch(data, tmp_path):
+    words = ("--few_shapes", "on", "--batch_size", 2, "--max_epochs", 2)
+    assert ranks(data, tmp_path / "run", *words) == [0, 0]
+    rows = [step["rows"] for step in json_lines(tmp_path / "run/steps.jsonl")]
+    first, second = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(22))
+    assert first != second
 
 
 def test_another_choice_within_an_epoch_is_refused(root):
