@@ -454,6 +454,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     """
     seconds = data.options.max_batch_seconds
     rows = data.kept
+    speeds = " ".join(map(str, data.augment.speeds))  # those that the plan draws
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
     return {
         "seed": data.seed,
@@ -462,6 +463,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
         "max_batch_seconds": seconds,
         "batch_size": None if seconds else data.options.batch_size or 16,
         "group_by_length": data.options.group_by_length,
+        "few_shapes": f"on (speeds {speeds})" if data.options.few_shapes == "on" else "off",
         "accumulate_grad_batches": accumulate_grad_batches,
         "processes": world_size,
         "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})",
@@ -475,10 +477,10 @@ def check_plan(place: Place, plan: dict, data) -> None:
     same: with the same plan, or with other processes and batch sizes that make the same batches of
     all processes together.
     """
+    before = place.plan or plan
+    before = {"few_shapes": "off", **before}  # older checkpoints do not have it
     differ = {
-        name: (value, plan.get(name))
-        for name, value in (place.plan or plan).items()
-        if value != plan.get(name)
+        name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
     if dev := differ.pop("dev", None):
         rank_zero_info(

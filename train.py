@@ -29,7 +29,7 @@ from cli import (
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -198,6 +198,7 @@ def main(argv):
     data = open_data(settings, tokenizer, place)
     start = Start(folder, given["overwrite"], place, {**settings.by_name(), **given})
     trainer = make_trainer(settings, start)
+    choose_shapes(trainer, data)
     check_processes(trainer, data)
     graphs = prepare_gpu(trainer, given, settings, data.options.few_shapes)
     check_epoch(trainer, data, place)
@@ -240,6 +241,8 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
         frontend_options = before or {"sample_rate": rows_rate(run_options.data_root)}
     frontend = build(Frontend, given, **frontend_options)
     augment = build(Augment, given, **before)
+    if checkpoint:
+        before = {"few_shapes": "off", **before}  # as runs were before they had the choice
     data = build(DataOptions, without_rivals(given, before))
     return Settings(run_options, data, model, optim, augment, frontend), source
 
@@ -750,6 +753,21 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
         # Wrong values of --accelerator, --devices and --strategy raise a dozen kinds of errors.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Lightning refuses these options: {reason}") from error
+
+
+def choose_shapes(trainer: L.Trainer, data: SpeechDataModule) -> None:
+    """Turns --few_shapes auto into on or off, in all that the run keeps of its options, too.
+
+    So a run that goes on with another device keeps its plan.
+    """
+    chosen = data.options.few_shapes
+    if chosen == "auto":
+        on = data.options.group_by_length and not isinstance(trainer.accelerator, CPUAccelerator)
+        chosen = "on" if on else "off"
+    data.options = dataclasses.replace(data.options, few_shapes=chosen)
+    for callback in trainer.callbacks:
+        if isinstance(callback, (Start, LastCheckpoint)):
+            callback.options["few_shapes"] = chosen
 
 
 def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:

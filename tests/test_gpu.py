@@ -6,8 +6,11 @@ tools/gpu_check.py checks the rest on a card.
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+from cli import UserError
+
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -330,7 +333,8 @@ def test_flags_of_a_gpu_are_refused_on_a_cpu(tmp_path, flag):
 )
 def test_a_run_without_graphs_knows_why(ranks, options, reason):
     strategy = SingleDeviceStrategy("cpu") if ranks == 1 else DDPStrategy()
-    trainer = SimpleNamespace(world_size=ranks, strategy=strategy)
+    options = dict(options)
     few_shapes = options.pop("few_shapes", "on")
+    trainer = SimpleNamespace(strategy=strategy)
     found = train.no_graphs(trainer, OptimOptions(**options), few_shapes)
     assert (reason in found) if reason else not found
