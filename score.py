@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from context import ContextGraph, HotwordOptions, make_context
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
-from decode import CONTEXT_MODES, MODES, SearchOptions
+from decode import CONTEXT_MODES, MODES, SearchOptions, overlapped
 from files import identity, json_text, write_whole
 from model import load_checkpoint
 from sampler import eval_batches
@@ -235,21 +235,27 @@ def recognize_batches(
     most_samples = EVAL_SECONDS * model.frontend.sample_rate
     batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=most_samples)
     samples = dataset.select_columns(["input_values"]).with_format("numpy")
+    batches = [[row for _, row in keys] for keys in batches]
     texts = [""] * len(dataset)
-    seconds = 0.0
-    for keys in tqdm(batches, desc=mode, unit=" batches"):
-        rows = [row for _, row in keys]
-        waveforms = [checked_waveform(row, samples[row]) for row in rows]
-        began = time.perf_counter()
-        features = [features_of(waveform) for waveform in waveforms]
-        lengths = torch.tensor([len(frames) for frames in features], device=model.device)
-        padded = pad_sequence(features, batch_first=True).to(model.device)  # (B,T,F)
-        found = model.decode(padded, lengths, mode, context=context, **asdict(search))
-        # The device has finished by now: hypotheses are Python lists.
-        seconds += time.perf_counter() - began
+    reading = 0.0  # seconds
+
+    def searches():
+        nonlocal reading
+        for rows in batches:
+            began = time.perf_counter()
+            waveforms = [checked_waveform(row, samples[row]) for row in rows]
+            reading += time.perf_counter() - began
+            features = [features_of(waveform) for waveform in waveforms]
+            lengths = torch.tensor([len(frames) for frames in features])
+            padded = pad_sequence(features, batch_first=True)  # (B,T,F)
+            yield model.decoding(padded, lengths, mode, search, context)
+
+    began = time.perf_counter()
+    results = overlapped(searches())
+    for rows, found in zip(batches, tqdm(results, mode, len(batches), unit=" batches")):
         for row, hypothesis in zip(rows, found):
             texts[row] = model.tokenizer.decode(hypothesis.tokens)
-    return texts, seconds
+    return texts, time.perf_counter() - began - reading
 
 
 def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:

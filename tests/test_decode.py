@@ -16,6 +16,7 @@ from conformer import U2Conformer
 from decode import (
     Hypothesis,
     SearchOptions,
+    answered,
     attention_beam_search,
     attention_rescoring,
     ctc_greedy_search,
@@ -375,7 +376,8 @@ def test_attention_rescoring_is_the_weighted_sum_over_both_directions(ctc_weight
     search = SearchOptions(beam_size=5, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
     log_probs = random_log_probs(3, 9, vocabulary, seed=11)
     ctc = ctc_prefix_beam_search(log_probs, torch.tensor([9, 5, 0]), search)
-    found = attention_rescoring(ctc, make_scorer(vocabulary, calls), search, SOS, EOS)
+    turns = attention_rescoring(ctc, make_scorer(vocabulary, calls), search, SOS, EOS)
+    found = answered(turns)
     # The whole batch is one call per direction.
     assert calls == ([False, True] if reverse_weight else [False])
     for row, (before, after) in enumerate(zip(ctc, found)):
@@ -415,7 +417,7 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
         return decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees).log_softmax(-1)
 
     with torch.no_grad():
-        found = attention_rescoring(hypotheses, score, SearchOptions(), 10, 11)
+        found = answered(attention_rescoring(hypotheses, score, SearchOptions(), 10, 11))
         for row, hypothesis in enumerate(found):
             for tokens, total in zip(hypothesis.nbest, hypothesis.nbest_scores):
                 expected = 0.0
