@@ -817,14 +817,20 @@ def attention_rescoring(
     nbests = [hypothesis.nbest for hypothesis in hypotheses]
     picked = [_teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)]
     if search.reverse_weight > 0:
-        reversed_ = [[tokens[::-1] for tokens in nbest] for nbest in nbests]
-        picked.append(
-            _teacher_forced(reversed_, partial(score, reverse=True), sos_id, eos_id, device)
-        )
+        nbests = [[tokens[::-1] for tokens in nbest] for nbest in nbests]
+        picked.append(_teacher_forced(nbests, partial(score, reverse=True), sos_id, eos_id, device))
     picked = yield tuple(picked)
-    lengths = [len(tokens) + 1 for nbest in nbests for tokens in nbest]
+    return _sort_anew(hypotheses, picked, search)
+
+
+def _sort_anew(
+    hypotheses: list[Hypothesis], picked: list[torch.Tensor], search: SearchOptions
+) -> list[Hypothesis]:
+    """Sorts each n-best by what _teacher_forced has picked, one or two directions."""
+    nbests = [hypothesis.nbest for hypothesis in hypotheses]
+    lengths = [len(tokens) + 1 for nbest in nbests for tokens in nbest]  # with eos
     totals, *backward = (
-        torch.stack([part.sum() for part in steps.split(lengths)]) for steps in picked
+        torch.stack([part.sum() for part in of_tokens.split(lengths)]) for of_tokens in picked
     )  # (M,) each
     if backward:
         totals = (1 - search.reverse_weight) * totals + search.reverse_weight * backward[0]
