@@ -600,6 +600,7 @@ class U2(L.LightningModule):
             found = [decode.align(*row, columns=tokens) for *row, tokens in rows]
         else:
             offers = decode.find_offers(log_probs, search, blank_id, lengths)
+            del log_probs  # a GPU has several batches at a time
             offers, silent = yield offers, silent
             beam = decode.prefix_start(len(encoded), context)
             beam = decode.prefix_follow(beam, offers, search, blank_id)
