@@ -345,7 +345,7 @@ def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:
 def edit_distance(heard: Sequence[str], said: Sequence[str]) -> int:
     """Counts the fewest insertions, deletions and substitutions from one sequence to the other.
 
-    NumPy takes a row of the table at once, which is ten times as fast as torchmetrics.
+    NumPy takes a row of the table at once; torchmetrics, which counts the same, takes a cell.
     """
     numbers = {item: number for number, item in enumerate({*heard, *said})}
     said = np.array([numbers[item] for item in said], np.int64)
