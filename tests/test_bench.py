@@ -140,6 +140,7 @@ def test_decode(capsys, small):
         "greedy_ms",
         "rescoring_ms",
         "rtf",
+        "host_s_per_hour",
     }
 
 
