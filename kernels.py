@@ -23,6 +23,10 @@ ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 
+# For attention with a mask, cuDNN plans anew for every shape, which takes up to a second on an H100
+# (pytorch's pull request 155958). Torch's other fused kernels need no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def by_onednn(x, weight) -> bool:
     """True where oneDNN is faster: float32 on a CPU with AVX-512."""

@@ -5,9 +5,9 @@ wall-clock times, so let nothing else run. With --json the last line of stdout i
 
 data    makes a corpus of --rows rows where --data_root has none. A row has 10 ms of noise, but the
         lengths and labels of read speech, 1,300 hours in all. It measures setup('fit') in a fresh
-        process (once, without a warm-up), how much the process's anonymous memory grows, one
-        epoch's batch plan, the padding at 16 rows, and how many times faster than real time one
-        loader process makes features of whole utterances, with all augmentation.
+        process (once, no warm-up), the growth of its memory, one epoch's batch plan, the padding at
+        16 rows, shapes and padding with --few_shapes on and batches of 400 s, and how many times
+        faster than real time one loader process makes features of utterances, fully augmented.
 train   measures forward and backward on 8 x 600 frames, 15 labels, vocabulary 4,233, float32, on
         the GPU where there is one. share is the rate at which the work of WeNet's code is done
         (357 GFLOP, preset base), over gemm_gflops, the rate of torch's product of two 2048 x 2048
@@ -16,8 +16,8 @@ train   measures forward and backward on 8 x 600 frames, 15 labels, vocabulary 4
         peak_mb is the most memory above the memory in use before.
 decode  measures ms per utterance of 10 s with one thread and V = 5,000: searches over made-up CTC
         output, which has 40 spikes among blanks or (flat) any token as likely as another, and the
-        second pass over the n-best of the spikes. rtf is the time for features, encoder, prefix
-        beam search and second pass, 16 utterances at once, over the length of the sound.
+        second pass over their n-best. rtf is the time for features, encoder and both passes, 16
+        at once, over the length of the sound; host_s_per_hour what a GPU leaves to the CPU of it.
 stream  measures with one thread the encoder's ms per chunk, "size/left" in encoder frames and left
         chunks, once all left chunks are there. rtf is for features, encoder, prefix beam search.
 growth  draws in --png the seconds and memory of a training step over the length of an utterance
@@ -208,6 +208,7 @@ def measure_setup(root: str, options: BenchOptions) -> dict:
         "plan_s": median_seconds(partial(sampler.plan, 1), options),
         "padding_waste": workloads.padding_waste(lengths, plan),
         "megabatch": sampler.megarows // workloads.BATCH,
+        **workloads.few_shapes(data),
     }
 
 
@@ -277,7 +278,6 @@ def bench_decode(options: BenchOptions) -> dict:
     encoded = torch.randn(utterances, frames, model.options.output_size)
     beam = partial(ctc_prefix_beam_search, search=SearchOptions())
     hypotheses = beam(spikes, lengths)
-    recognise = workloads.recognition(model, partial(beam, spikes))
 
     def ms(work, utterances=utterances):
         return 1000 * median_seconds(work, options) / utterances
@@ -289,7 +289,8 @@ def bench_decode(options: BenchOptions) -> dict:
         "prefix_beam_flat_ms_single": ms(lambda: beam(flat[:1], lengths[:1]), 1),
         "greedy_ms": ms(lambda: ctc_greedy_search(spikes, lengths)),
         "rescoring_ms": ms(lambda: model.rescore(hypotheses, encoded, lengths)),
-        "rtf": ms(recognise) / 1000 / workloads.SECONDS,
+        "rtf": ms(workloads.recognition(model, partial(beam, spikes))) / 1000 / workloads.SECONDS,
+        "host_s_per_hour": 3.6 * ms(workloads.host_work(model, spikes)) / workloads.SECONDS,
     }
 
 

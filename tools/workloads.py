@@ -7,6 +7,7 @@ they are used, because a training step needs neither.
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,9 +15,18 @@ from cli import SPARING, keep_freed_memory
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from conformer import U2Conformer
-from decode import SearchOptions
+from decode import (
+    SearchOptions,
+    answered,
+    attention_rescoring,
+    find_offers,
+    prefix_follow,
+    prefix_result,
+    prefix_start,
+)
 from files import published
 from frames import receptive_field
 from kernels import for_few_rows
@@ -30,6 +40,7 @@ FRAMES_A_SECOND = 100  # of features
 
 # The corpus.
 BATCH = 16  # rows
+BATCH_SECONDS = 400.0  # of a batch for a GPU
 SHARD_ROWS = 2000  # as prepare.py has them
 LOADER_ROWS = 320  # rows with whole audio
 SHORT = 160  # samples of a row in all other corpora: 10 ms
@@ -164,6 +175,22 @@ def padding_waste(lengths: np.ndarray, plan) -> float:
     return 1 - int(lengths.sum()) / padded
 
 
+def few_shapes(data) -> dict:
+    """Counts the shapes of an epoch planned for a GPU, and the share of padding in its frames.
+
+    `data` is set up; its options change to those of such a plan.
+    """
+    data.options = replace(
+        data.options, batch_size=None, max_batch_seconds=BATCH_SECONDS, few_shapes="on"
+    )
+    batches = list(data.sampler(0, 1).batches(0))
+    shapes = [(len(batch.keys), batch.frames, batch.labels) for batch in batches]
+    _, rows, speeds = np.array([key for batch in batches for key in batch.keys]).T
+    frames = int(data.frames_by_speed()[speeds, rows].sum())
+    padded = sum(rows * frames for rows, frames, _ in shapes)
+    return {"shapes": len(set(shapes)), "shapes_padding_waste": 1 - frames / padded}
+
+
 # ---- Training and decoding
 
 
@@ -249,6 +276,25 @@ def recognition(model, search):
         model.rescore(search(encoded_lengths), encoded, encoded_lengths)
 
     return recognise
+
+
+def host_work(model, log_probs: torch.Tensor):
+    """Returns a function that does what a GPU leaves to the CPU: features and search."""
+    waveforms = torch.randn(UTTERANCES, SAMPLES) * 0.1
+    features_of = extract(model.frontend)
+    offers = find_offers(log_probs, SearchOptions())
+    net = model.net
+
+    def score(tree, reverse):
+        return torch.zeros(()).expand(*tree.tokens.shape, PIECES)
+
+    def work():
+        pad_sequence([features_of(waveform) for waveform in waveforms], batch_first=True)
+        beam = prefix_follow(prefix_start(UTTERANCES), offers, SearchOptions())
+        found = prefix_result(beam)
+        answered(attention_rescoring(found, score, SearchOptions(), net.sos_id, net.eos_id))
+
+    return work
 
 
 def feature_frames(model, encoder_frames: int) -> int:
