@@ -136,9 +136,7 @@ def proven(device):
             wrong = [name for name, check in fused.CHECKS if not check(device) < 1e-4]
     except ImportError:  # Triton comes with torch on Linux alone
         return None
-    except (
-        Exception
-    ) as error:  # as of a machine without a C compiler, which Triton's launcher needs
+    except Exception as error:  # Triton's launcher needs a C compiler, for example
         wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
     if wrong:
         warnings.warn(f"torch's own operations take the place of Triton's kernels: {wrong}")
@@ -148,11 +146,11 @@ def proven(device):
 def by_triton(x):
     """Returns the module of Triton kernels for training on a GPU, and None otherwise.
 
-    torch.compile makes its own.
+    torch.compile makes its own. These compute in float32.
     """
-    if not x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not x.is_cuda or x.dtype == torch.float64 or not torch.is_grad_enabled():
         return None
-    return proven(x.device)
+    return None if torch.compiler.is_compiling() else proven(x.device)
 
 
 def product_type(x):

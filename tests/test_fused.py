@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fused
+import kernels
 
 # Each of these scripts prints a line of JSON.
 CHECKS = """
@@ -111,3 +112,26 @@ def test_the_kernels_compile_for_a_gpu(monkeypatch, tmp_path, floats):
         check("cpu")  # its numbers are those of memory that nothing wrote
     names = {name for name in vars(fused) if name.endswith("_kernel")}
     assert compiled == names
+
+
+@pytest.mark.parametrize("found, used", [(1e-6, True), (0.1, False), (float("nan"), False)])
+def test_kernels_that_compute_other_numbers_are_not_used(monkeypatch, recwarn, found, used):
+    monkeypatch.setattr(fused, "CHECKS", [("norm", lambda device: found)])
+    assert kernels.proven.__wrapped__("cpu") is (fused if used else None)
+    messages = [str(warning.message) for warning in recwarn]
+    assert messages == [] if used else "Triton's kernels: ['norm']" in messages[0]
+
+
+def test_a_machine_on_which_the_kernels_do_not_start_uses_torchs_operations(monkeypatch):
+    def fail(device):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(fused, "CHECKS", [("norm", fail)])
+    with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler.'"):
+        assert kernels.proven.__wrapped__("cpu") is None
+    monkeypatch.setitem(sys.modules, "fused", None)  # no Triton: nothing to say
+    assert kernels.proven.__wrapped__("cpu") is None
+
+
+def test_a_nan_is_the_worst_difference():
+    assert torch.tensor(fused.worst([0.1, float("nan"), 0.2])).isnan()
