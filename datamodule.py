@@ -31,8 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from files import SMALL, parse_json, read_json, read_text, why
-from frames import subsampled_length
-from sampler import LengthGroupedSampler, eval_batches
+from frames import receptive_field, subsampled_length
+from sampler import LengthGroupedSampler, Shaped, ShapedSampler, eval_batches
 from tokenizer import Tokenizer
 from transforms import (
     Augment,
@@ -42,6 +42,7 @@ from transforms import (
     make_generator,
     num_frames,
     shortest_frames,
+    speed_length,
     train_transform,
 )
 
@@ -74,6 +75,12 @@ class DataOptions:
     group_by_length: bool = option(
         True, "batches of rows alike in length; otherwise plain shuffling"
     )
+    few_shapes: str = option(
+        "auto",
+        "pad batches to at most 64 shapes (rows, frames, labels), which come again in every epoch; "
+        "auto: on where each new shape costs time, which is everywhere but on a CPU",
+        choices=("auto", "on", "off"),
+    )
     num_workers: int | None = option(
         None,
         "loader processes, one thread each; default: cores - 2, at most 4",
@@ -97,6 +104,11 @@ class DataOptions:
     def __post_init__(self):
         if self.batch_size is not None and self.max_batch_seconds is not None:
             raise UserError("--batch_size and --max_batch_seconds: give one of them")
+        if self.few_shapes == "on" and not self.group_by_length:
+            raise UserError(
+                "--few_shapes on --no-group_by_length: few shapes need rows alike in length; leave "
+                "out the one, or give --few_shapes off"
+            )
         if self.min_frame > self.max_frame:
             raise UserError(
                 f"--min_frame {self.min_frame} --max_frame {self.max_frame}: no row lies between "
@@ -483,7 +495,10 @@ def filter_conformer_len_prob(
 
 
 class SpeechDataset(Dataset):
-    """Makes a Batch of keys (epoch, row). An example depends on (seed, epoch, row) alone."""
+    """Makes a Batch of keys (epoch, row), or of a Shaped.
+
+    An example depends on (seed, epoch, row) alone, and on its speed where the key has one.
+    """
 
     def __init__(self, dataset: datasets.Dataset, make_transform: Callable[[], Compose], seed: int):
         self.dataset = dataset.select_columns(["input_values", "labels"])
@@ -496,13 +511,18 @@ class SpeechDataset(Dataset):
         return self.make_transform()
 
     def __getitem__(self, keys) -> Batch:
-        return collate([self.example(epoch, row) for epoch, row in keys])
+        keys, frames, labels = keys if isinstance(keys, Shaped) else (keys, 0, 0)
+        return collate([self.example(*key) for key in keys], frames, labels)
 
-    def example(self, epoch: int, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def example(
+        self, epoch: int, row: int, speed: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Returns features (T,F), labels (U,) and the row number."""
         waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
         labels = row_values(self.dataset, "labels", row).astype(np.int64)
         example = {"input_values": torch.from_numpy(waveform)}
+        if speed is not None:
+            example["speed"] = speed
         example = self.transform(example, make_generator(self.seed, epoch, row))
         return example["features"], torch.from_numpy(labels), row
 
@@ -520,19 +540,24 @@ def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
     return value.values.to_numpy(zero_copy_only=False)
 
 
-def collate(examples) -> Batch:
-    """Pads examples (features (T,F), labels (U,), row) with zeros to a Batch."""
+def collate(examples, least_frames: int = 0, least_labels: int = 0) -> Batch:
+    """Pads examples (features (T,F), labels (U,), row) with zeros to a Batch.
+
+    The Batch is as wide as its longest example, and at least as the two numbers say.
+    """
     features, labels, rows = zip(*examples)
     lengths = [len(frames) for frames in features]
-    padded = empty_shared(len(features), max(lengths), features[0].size(1))
+    label_lengths = [len(tokens) for tokens in labels]
+    padded = empty_shared(len(features), max(least_frames, *lengths), features[0].size(1))
     for place, frames in zip(padded, features):
         place[: len(frames)] = frames
         place[len(frames) :] = 0
+    wider = max(0, least_labels - max(label_lengths))
     return Batch(
         features=padded,
         feature_lengths=torch.tensor(lengths),
-        labels=pad_sequence(labels, batch_first=True),
-        label_lengths=torch.tensor([len(tokens) for tokens in labels]),
+        labels=torch.nn.functional.pad(pad_sequence(labels, batch_first=True), (0, wider)),
+        label_lengths=torch.tensor(label_lengths),
         rows=torch.tensor(rows),
     )
 
@@ -581,7 +606,7 @@ def make_loader(
     seed: int,
     options: DataOptions,
 ) -> DataLoader:
-    """Makes the DataLoader of the batches that `sampler` plans, lists of keys (epoch, row)."""
+    """Makes the DataLoader of the batches that `sampler` plans, lists of keys or Shaped."""
     workers = default_workers() if options.num_workers is None else options.num_workers
     return DataLoader(
         SpeechDataset(dataset, make_transform, seed),
@@ -756,18 +781,46 @@ class SpeechDataModule(L.LightningDataModule):
         variance = (squares / frames - mean.square()).clamp(min=1e-20)
         return mean.float(), variance.rsqrt().float()
 
-    def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler:
-        """Makes the plan of train. setup("fit") must come before."""
+    def sampler(self, rank: int, world_size: int) -> LengthGroupedSampler | ShapedSampler:
+        """Makes the plan of train. setup("fit") must come before.
+
+        --few_shapes auto counts as off here: train.py knows the device, and says on or off.
+        """
         seconds = self.options.max_batch_seconds
+        samples = seconds and seconds * self.frontend.sample_rate
+        shared = {
+            "rows": self.kept,
+            "seed": self.seed,
+            "rank": rank,
+            "world_size": world_size,
+            "batch_size": None if seconds else self.options.batch_size or 16,
+        }
+        if self.options.few_shapes == "on":
+            field, rate = receptive_field(self.input_layer)
+            return ShapedSampler(
+                frames=self.frames_by_speed()[:, self.kept],
+                labels=self.label_lengths[self.kept],
+                # These are the most frames that make a multiple of 8 encoder frames, which suits
+                # the kernels of a GPU best.
+                grid=(field - 1, 8 * rate),
+                max_batch=samples and samples / self.frontend.shift_samples,
+                **shared,
+            )
         return LengthGroupedSampler(
             lengths=self.lengths[self.kept],
-            rows=self.kept,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            batch_size=None if seconds else self.options.batch_size or 16,
-            max_batch=seconds and seconds * self.frontend.sample_rate,
+            max_batch=samples,
             group_by_length=self.options.group_by_length,
+            **shared,
+        )
+
+    def frames_by_speed(self) -> np.ndarray:
+        """Returns the frames of every row of train at every speed, (speeds, rows) int64."""
+        return np.stack(
+            [
+                # Less than a window is padded to one frame.
+                np.maximum(num_frames(speed_length(self.lengths, speed), self.frontend), 1)
+                for speed in self.augment.speeds or (1.0,)
+            ]
         )
 
     def train_batches(self, world_size: int) -> int:
@@ -789,16 +842,25 @@ class SpeechDataModule(L.LightningDataModule):
     def largest_batches(self) -> list[Batch]:
         """Loads the batches of this rank's next epoch that need most memory.
 
-        They are the largest by frames and, if it is another batch, the largest by labels.
+        They are the largest by frames and, if it is another batch, the largest by labels. Batches
+        of few shapes have about as many frames each, so of these the largest by the square of the
+        frames, which attention sees, counts as well.
         """
-        epoch = self.next_epoch()
-        plan = self.sampler(*self.ranks()).plan(epoch)
-        largest = [
-            max(range(len(plan)), key=lambda i: len(plan[i]) * lengths[plan[i]].max())
-            for lengths in (self.lengths, self.label_lengths)
-        ]
+        batches = list(self.sampler(*self.ranks()).batches(self.next_epoch()))
+        sizes = np.array(list(map(self.sizes, batches)))  # (batches, measures)
         dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
-        return [dataset[[(epoch, int(row)) for row in plan[i]]] for i in dict.fromkeys(largest)]
+        return [dataset[batches[i]] for i in dict.fromkeys(sizes.argmax(axis=0).tolist())]
+
+    def sizes(self, batch) -> list[int]:
+        """Returns by how much a planned batch asks for memory, padding included, in each measure.
+
+        The units differ, and compare with those of other batches of the plan alone.
+        """
+        if isinstance(batch, Shaped):
+            rows = len(batch.keys)
+            return [rows * batch.frames, rows * batch.labels, rows * batch.frames**2]
+        rows = [row for _, row in batch]
+        return [len(rows) * lengths[rows].max() for lengths in (self.lengths, self.label_lengths)]
 
     @cached_property
     def dev_checksum(self) -> int:

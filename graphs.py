@@ -48,10 +48,15 @@ class Graphs:
         if shape not in self.made:
             self.seen[shape] += 1
             if self.seen[shape] <= EAGER_STEPS or not self.room(inputs[0].device):
-                return self.net.but_ctc(*inputs)
+                return self.plain(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.made[shape] = capture(self.net, inputs, self.pool)
         return self.made[shape](*inputs)
+
+    def plain(self, *inputs):
+        """Runs without a graph, but as one will be made, so that nothing is compiled twice."""
+        with without_cache():
+            return self.net.but_ctc(*inputs)
 
     def room(self, device) -> bool:
         """Returns whether there may be one more graph.
@@ -72,15 +77,9 @@ def capture(net, inputs, pool):
     Random numbers and batch norm's statistics stay as they were.
     """
     kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    autocast = torch.autocast(
-        "cuda",
-        dtype=torch.get_autocast_dtype("cuda"),
-        enabled=torch.is_autocast_enabled("cuda"),
-        cache_enabled=False,  # a cached cast would lie in the memory of one graph
-    )
     device = inputs[0].device
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with forked, autocast, other_threads_go_on():
+    with forked, without_cache(), other_threads_go_on():
         graph = torch.cuda.make_graphed_callables(
             ButCtc(net),
             tuple(tensor.clone() for tensor in inputs),
@@ -92,6 +91,16 @@ def capture(net, inputs, pool):
         for buffer, before in kept:
             buffer.copy_(before)
     return graph
+
+
+def without_cache():
+    """Switches autocast's cache off: a cached cast of a weight would lie in one graph's memory."""
+    return torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 
 from cli import UserError, option, options_class, shown
 
@@ -159,6 +160,11 @@ def blame(features, row_losses):
     """
     sound = features.isfinite().flatten(1).all(1)
     return torch.where(sound.all(), row_losses, torch.where(sound, 0.0, torch.nan))
+
+
+def parameters_of(optimizer) -> list:
+    """Lists the parameters that the optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) -> U2Conformer:
@@ -316,9 +322,14 @@ class U2(L.LightningModule):
         mixed = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)) + self.global_rank)
         # The batch norm of a frozen encoder learns no statistics either.
-        for module in self.net.encoder.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
-                module.train(not self.encoder_is_frozen)
+        for module in self.batch_norms:
+            module.train(not self.encoder_is_frozen)
+
+    @cached_property
+    def batch_norms(self) -> list:
+        """Lists the encoder's, once: walking through all modules takes as long as many launches."""
+        modules = self.net.encoder.modules()
+        return [module for module in modules if isinstance(module, torch.nn.BatchNorm1d)]
 
     @property
     def encoder_is_frozen(self) -> bool:
@@ -371,8 +382,9 @@ class U2(L.LightningModule):
         return (total / ranks).unbind()
 
     def keep_buffers(self) -> list:
-        """Pairs each buffer, as batch norm's statistics, with a copy for `restore_buffers`."""
-        return [(buffer, buffer.clone()) for buffer in self.net.buffers()]
+        """Pairs each buffer of batch norm, its statistics, with a copy for `restore_buffers`."""
+        buffers = (buffer for module in self.batch_norms for buffer in module.buffers())
+        return [(buffer, buffer.clone()) for buffer in buffers]
 
     @torch.no_grad()
     def restore_buffers(self, kept: list) -> None:
@@ -443,8 +455,7 @@ class U2(L.LightningModule):
         if self.encoder_is_frozen:
             for parameter in self.net.encoder.parameters():
                 parameter.grad = None
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         # NaN and infinity both survive a maximum.
         norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
         finite = torch.isfinite(norm).float()
@@ -464,7 +475,7 @@ class U2(L.LightningModule):
     ):
         """Clips by norm. Lightning itself refuses to do so for any fused optimizer."""
         if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), gradient_clip_val)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         """Attempts an update, which global_step counts, and reports it where it was skipped.
@@ -476,7 +487,9 @@ class U2(L.LightningModule):
         rows = [row for rows, *_ in window for row in rows]
         losses = [each["loss"] for each in self.losses]
         self.steps.add(self.trainer.global_step, rows, losses, self.update_skipped)
-        self.log_losses(len(rows))
+        # A log takes as long as a hundred launches, so only those are made that Lightning writes.
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log_losses(len(rows))
         if not self.update_skipped:
             self.skips_in_a_row = 0
             return

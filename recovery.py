@@ -281,9 +281,14 @@ def best_score(path: str) -> float:
         return math.inf
 
 
-def numbers_of(module) -> list:
-    """Returns the parameters and buffers of a module."""
-    return [*module.parameters(), *module.buffers()]
+def pairs_by_kind(average, module) -> list:
+    """Pairs the parameters and buffers of two equal modules, first the floats, then the others."""
+    ours, theirs = ([*each.parameters(), *each.buffers()] for each in (average, module))
+    pairs = []
+    for floats in (True, False):
+        some = [pair for pair in zip(ours, theirs) if pair[0].is_floating_point() is floats]
+        pairs += [tuple(map(list, zip(*some)))] if some else []
+    return pairs
 
 
 class Average(WeightAveraging):
@@ -292,6 +297,7 @@ class Average(WeightAveraging):
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.begun = False  # there is an average already
+        self.pairs = []  # (numbers of the average, numbers of the model) with one kind of numbers
 
     def on_train_batch_end(self, trainer, module, *arguments):
         if not module.update_skipped and trainer.global_step > self._latest_update_step:
@@ -305,16 +311,14 @@ class Average(WeightAveraging):
         Torch reads the counter of updates from the GPU each time.
         """
         average = self._average_model
-        pairs = list(zip(numbers_of(average.module), numbers_of(module), strict=True))
-        self.begun = self.begun or int(average.n_averaged) > 0
-        for floats in (True, False):
-            some = [pair for pair in pairs if pair[0].is_floating_point() is floats]
-            ours, theirs = map(list, zip(*some)) if some else ([], [])
-            if self.begun and some:
+        if not self.pairs:  # walking through all modules takes as long as many launches
+            self.pairs = pairs_by_kind(average.module, module)
+            self.begun = int(average.n_averaged) > 0
+        for ours, theirs in self.pairs:
+            if self.begun:
                 average.multi_avg_fn(ours, theirs, None)
             else:
-                for mean, value in some:
-                    mean.copy_(value)
+                torch._foreach_copy_(ours, theirs)
         average.n_averaged += 1
         self.begun = True
 
@@ -450,6 +454,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     """
     seconds = data.options.max_batch_seconds
     rows = data.kept
+    speeds = " ".join(map(str, data.augment.speeds))  # those that the plan draws
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
     return {
         "seed": data.seed,
@@ -458,6 +463,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
         "max_batch_seconds": seconds,
         "batch_size": None if seconds else data.options.batch_size or 16,
         "group_by_length": data.options.group_by_length,
+        "few_shapes": f"on (speeds {speeds})" if data.options.few_shapes == "on" else "off",
         "accumulate_grad_batches": accumulate_grad_batches,
         "processes": world_size,
         "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})",
@@ -471,10 +477,10 @@ def check_plan(place: Place, plan: dict, data) -> None:
     same: with the same plan, or with other processes and batch sizes that make the same batches of
     all processes together.
     """
+    before = place.plan or plan
+    before = {"few_shapes": "off", **before}  # older checkpoints do not have it
     differ = {
-        name: (value, plan.get(name))
-        for name, value in (place.plan or plan).items()
-        if value != plan.get(name)
+        name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
     if dev := differ.pop("dev", None):
         rank_zero_info(
@@ -617,9 +623,9 @@ class MemoryCheck(L.Callback):
         missing = 0 if trainer.optimizers[0].state else 2
         moments = [torch.empty_like(p) for p in parameters for _ in range(missing)]
         with trainer.precision_plugin.forward_context():
-            loss = module.net.loss(
-                batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
-            )["loss"]
+            inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
+            plain = module.graphs.plain if module.graphs else None
+            loss = module.net.loss(*inputs, but_ctc=plain)["loss"]
         # These gradients are apart from the parameters, whose own gradients stay unmade.
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments

@@ -29,7 +29,7 @@ from cli import (
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.accelerators import CUDAAccelerator
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -198,8 +198,9 @@ def main(argv):
     data = open_data(settings, tokenizer, place)
     start = Start(folder, given["overwrite"], place, {**settings.by_name(), **given})
     trainer = make_trainer(settings, start)
+    choose_shapes(trainer, data)
     check_processes(trainer, data)
-    graphs = prepare_gpu(trainer, given, settings)
+    graphs = prepare_gpu(trainer, given, settings, data.options.few_shapes)
     check_epoch(trainer, data, place)
     model = new_model(settings, data, trainer.world_size, place, graphs)
     if resume:
@@ -240,6 +241,8 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
         frontend_options = before or {"sample_rate": rows_rate(run_options.data_root)}
     frontend = build(Frontend, given, **frontend_options)
     augment = build(Augment, given, **before)
+    if checkpoint:
+        before = {"few_shapes": "off", **before}  # as runs were before they had the choice
     data = build(DataOptions, without_rivals(given, before))
     return Settings(run_options, data, model, optim, augment, frontend), source
 
@@ -752,6 +755,21 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
         raise UserError(f"Lightning refuses these options: {reason}") from error
 
 
+def choose_shapes(trainer: L.Trainer, data: SpeechDataModule) -> None:
+    """Turns --few_shapes auto into on or off, in all that the run keeps of its options, too.
+
+    So a run that goes on with another device keeps its plan.
+    """
+    chosen = data.options.few_shapes
+    if chosen == "auto":
+        on = data.options.group_by_length and not isinstance(trainer.accelerator, CPUAccelerator)
+        chosen = "on" if on else "off"
+    data.options = dataclasses.replace(data.options, few_shapes=chosen)
+    for callback in trainer.callbacks:
+        if isinstance(callback, (Start, LastCheckpoint)):
+            callback.options["few_shapes"] = chosen
+
+
 def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
     """Raises UserError where torchrun and --devices disagree, or where a process would have no row.
 
@@ -769,7 +787,7 @@ def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
         check_share(len(rows), trainer.world_size, split)
 
 
-def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings) -> bool:
+def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings, few_shapes: str) -> bool:
     """Sets how a GPU multiplies float32, prints that, and returns whether there are CUDA graphs.
 
     Raises UserError for flags of a GPU that have no effect in this run.
@@ -780,31 +798,32 @@ def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings) -> bool:
         if settings.optim.cuda_graphs == "on":
             raise UserError("--cuda_graphs on: there is no GPU in this run; leave it out")
         return False
-    torch.set_float32_matmul_precision("high" if settings.run.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = settings.run.tf32
-    why_not = no_graphs(trainer, settings)
-    if why_not and settings.optim.cuda_graphs == "on":
+    tf32 = settings.run.tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    why_not = no_graphs(trainer, settings.optim, few_shapes)
+    choice = settings.optim.cuda_graphs
+    if why_not and choice == "on":
         raise UserError(f"--cuda_graphs on: {why_not}")
-    wanted = not why_not and settings.optim.cuda_graphs != "off"
-    few = getattr(settings.data, "few_shapes", "off")
+    wanted = not why_not and choice != "off"
     rank_zero_info(
-        f"GPU: float32 products in {'TF32' if settings.run.tf32 else 'full precision'}, "
-        f"few shapes {few}, CUDA graphs {'on' if wanted else 'off'}"
-        + (f" ({why_not})" if why_not and settings.optim.cuda_graphs == "auto" else "")
+        f"GPU: float32 products in {'TF32' if tf32 else 'full precision'}, few shapes "
+        f"{few_shapes}, CUDA graphs {'on' if wanted else 'off'}"
+        + (f" ({why_not})" if why_not and choice == "auto" else "")
     )
     return wanted
 
 
-def no_graphs(trainer: L.Trainer, settings: Settings) -> str:
+def no_graphs(trainer: L.Trainer, options: OptimOptions, few_shapes: str) -> str:
     """Returns why a run on a GPU cannot have CUDA graphs, or "" where it can."""
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
         return (
             "a graph holds the backward pass of one process alone, and several processes exchange "
             "gradients within it; larger batches (--max_batch_seconds) keep several GPUs busy"
         )
-    if settings.optim.gradient_checkpointing:
+    if options.gradient_checkpointing:
         return "--gradient_checkpointing computes blocks twice, which a graph cannot hold"
-    if getattr(settings.data, "few_shapes", "off") != "on":
+    if few_shapes != "on":
         return "they need shapes that repeat; give --few_shapes on"
     return ""
 

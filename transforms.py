@@ -3,7 +3,8 @@
 A transform is a pure function (example, generator) -> new example. It never changes the tensors it
 is given. All of its randomness comes from `generator`, which make_generator derives from (seed,
 epoch, row), never from a loader process or a rank. An example is a dict: "input_values" (N,) holds
-samples, "features" is (F,T) from log_mel or fbank on, and (T,F) after transpose.
+samples, "features" is (F,T) from log_mel or fbank on, and (T,F) after transpose. "speed" is there
+where the plan of batches has drawn the speed.
 Axes: N samples, T frames, F mel bins.
 """
 
@@ -202,12 +203,15 @@ def _draw(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def speed_perturb(speeds: tuple[float, ...]):
-    """Plays the example at a speed drawn from `speeds`, which changes its pitch, too."""
+    """Plays the example at a speed drawn from `speeds`, which changes its pitch, too.
+
+    An example that has "speed", the number of one of the speeds, is played at that one.
+    """
     ratios = [_speed_ratio(speed) for speed in speeds]
     resamplers = [None if orig == new else _resampler(orig, new) for orig, new in ratios]
 
     def transform(example: dict, generator: torch.Generator) -> dict:
-        choice = _draw(0, len(speeds) - 1, generator)
+        choice = example["speed"] if "speed" in example else _draw(0, len(speeds) - 1, generator)
         waveform = example["input_values"]
         length = speed_length(len(waveform), speeds[choice])
         if resamplers[choice] is None or length == 0:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import ROOT
-from sampler import LengthGroupedSampler
+from sampler import LengthGroupedSampler, ShapedSampler
 from tools import bench, workloads
 
 TINY = ["--preset", "tiny", "--seconds", "0", "--json"]
@@ -66,10 +66,14 @@ def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small, monke
         "plan_s",
         "padding_waste",
         "megabatch",
+        "shapes",
+        "shapes_padding_waste",
         "loader_x_realtime",
     }
     assert found["rows"] == 2010
     assert found["megabatch"] <= 100
+    # 1,998 rows are 46 batches of 400 s: 15 cells.
+    assert found["shapes"] <= 17 and found["shapes_padding_waste"] < 0.2
     assert sorted(tmp_path.iterdir()) == [tmp_path / "corpus"]
     monkeypatch.setattr(bench, "in_fresh_process", in_this_process)  # a fresh one worked above
     with pytest.raises(UserError, match="has 2010 rows, not 2000"):
@@ -190,3 +194,17 @@ def test_large_corpora_are_padded_little(seed):
     lengths = (workloads.utterance_seconds(rng, 100_000) * workloads.RATE).astype(np.int64)
     sampler = LengthGroupedSampler(lengths=lengths, batch_size=workloads.BATCH, seed=seed)
     assert workloads.padding_waste(lengths, sampler.plan(1)) < 0.015
+
+
+@pytest.mark.parametrize("rows", [20_000, 200_000])
+def test_few_shapes_cost_little_padding_on_large_corpora(rows):
+    seconds = workloads.utterance_seconds(np.random.default_rng(0), rows)
+    frames = np.stack([seconds * 100 / speed for speed in (0.9, 1.0, 1.1)]).astype(np.int64)
+    labels = (seconds * workloads.LABELS_A_SECOND).astype(np.int64)
+    plan = ShapedSampler(frames=frames, labels=labels, grid=(6, 32), max_batch=40_000)
+    one, two = ([(len(b.keys), b.frames, b.labels) for b in plan.batches(i)] for i in (0, 1))
+    assert sorted(one) == sorted(two) and len(set(one)) <= 64
+    _, rows, speeds = np.array([key for batch in plan.batches(0) for key in batch.keys]).T
+    padded = sum(rows * frames for rows, frames, _ in one)
+    # Batches by length are padded by 1 %, and by 10 % where the speeds of their rows differ.
+    assert 1 - frames[speeds, rows].sum() / padded < 0.04

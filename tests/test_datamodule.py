@@ -25,6 +25,7 @@ from datamodule import (
     SpeechDataModule,
     SpeechDataset,
     audio_lengths,
+    collate,
     eval_loader,
     filter_conformer_len_prob,
     get_concat_dataset,
@@ -35,8 +36,18 @@ from datamodule import (
 )
 from frames import SUBSAMPLING, subsampled_length
 from helpers import TINY, one_line
+from recovery import Place, check_plan, make_plan
+from sampler import LengthGroupedSampler, Shaped
 from tokenizer import train_char
-from transforms import Augment, Frontend, extract, shortest_frames, train_transform
+from transforms import (
+    Augment,
+    Compose,
+    Frontend,
+    extract,
+    make_generator,
+    shortest_frames,
+    train_transform,
+)
 
 TOKENIZER = train_char(["abcdef"])
 FRONTEND = Frontend()
@@ -660,3 +671,126 @@ def test_limit_rows_takes_the_first_rows_of_every_split(root):
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(UserError, match=f"--{next(iter(options))}"):
         DataOptions(**options)
+
+
+# Few shapes
+
+
+def shaped_module(folder, augment=AUGMENT, **options):
+    return module(folder, augment=augment, few_shapes="on", **options)
+
+
+def test_collate_pads_to_what_it_is_told_or_further():
+    rows = [(torch.ones(n, 80), torch.ones(u, dtype=torch.int64), n) for n, u in ((5, 3), (9, 1))]
+    plain = collate(rows)
+    for least, found in (((20, 7), (20, 7)), ((6, 2), (9, 3)), ((9, 3), (9, 3))):
+        batch = collate(rows, *least)
+        assert batch.features.shape == (2, found[0], 80) and batch.labels.shape == (2, found[1])
+        for one, other in zip(batch, plain):
+            inner = one[:, : other.size(1)] if other.dim() > 1 else one
+            assert torch.equal(inner, other) and one.dtype == other.dtype
+        assert not batch.features[:, 9:].any() and not batch.labels[:, 3:].any()
+
+
+@pytest.mark.parametrize("trim", [0, 20])
+def test_a_batch_has_its_shape_and_each_row_at_the_planned_speed(root, trim):
+    augment = dataclasses.replace(AUGMENT, max_trim=trim)
+    # Of these rows, some have less than a frame at some speeds.
+    save(root / "train/2", [1, 360, 399, 400, 440, 441])
+    data = shaped_module(root, augment=augment, filter=False)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    found = {}
+    for planned, batch in zip(list(loader.sampler), loader, strict=True):
+        assert batch.features.shape == (len(planned.keys), planned.frames, 80)
+        assert batch.labels.shape == (len(planned.keys), planned.labels)
+        for place, (epoch, row, speed) in enumerate(planned.keys):
+            samples = data.lengths[row]
+            expected = train_transform(FRONTEND, augment)(
+                {"input_values": torch.from_numpy(audio(samples, samples)), "speed": speed},
+                make_generator(0, epoch, row),
+            )["features"]
+            frames = int(batch.feature_lengths[place])
+            assert frames == len(expected) <= data.frames_by_speed()[speed, row]
+            assert trim or frames == data.frames_by_speed()[speed, row]
+            assert torch.equal(batch.features[place, :frames], expected)
+            assert not batch.features[place, frames:].any()
+            found[row] = frames
+    assert sorted(found) == list(range(14))
+
+
+def test_a_transform_that_lengthens_rows_makes_the_batch_larger(root):
+    data = shaped_module(root)
+    data.setup("fit")
+
+    def longer():
+        chain = train_transform(FRONTEND, AUGMENT).transforms
+        longer = {"features": torch.zeros(500, 80)}
+        return Compose([*chain, lambda example, _: {**example, **longer}])
+
+    dataset = SpeechDataset(data.splits["train"], longer, 0)
+    assert dataset[Shaped([(0, 1, 0), (0, 2, 1)], 102, 7)].features.shape == (2, 500, 80)
+
+
+def test_examples_are_the_same_whatever_the_loader_and_the_ranks(root):
+    expected = examples(shaped_module(root), epoch=3)
+    assert same_examples(expected, examples(shaped_module(root, num_workers=2), epoch=3))
+    assert same_examples(expected, examples(shaped_module(root, batch_size=1), 3, world_size=2))
+    assert not same_examples(expected, examples(shaped_module(root), epoch=4))
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 2}, {"max_batch_seconds": 3.0}], ids=str)
+def test_the_largest_batches_are_loaded_at_their_full_shape(root, size):
+    save(root / "train/2", [30000, 7500, 7600, 7700], [[4], [4, 5] * 9, [4], [5]])
+    data = shaped_module(root, **{"batch_size": None, **size})
+    data.setup("fit")
+    shapes, largest = (
+        [(*batch.features.shape[:2], batch.labels.size(1)) for batch in batches]
+        for batches in (data.train_dataloader(), data.largest_batches())
+    )
+    assert set(largest) <= set(shapes)
+    for measure in (lambda b, t, u: b * t, lambda b, t, u: b * u, lambda b, t, u: b * t * t):
+        assert max(measure(*one) for one in shapes) == max(measure(*one) for one in largest)
+
+
+def test_few_shapes_without_groups_are_refused():
+    with pytest.raises(UserError, match="--few_shapes on --no-group_by_length: .*") as error:
+        DataOptions(few_shapes="on", group_by_length=False)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unresolved_auto_plans_as_on_a_cpu(root):
+    data = module(root)
+    data.setup("fit")
+    assert type(data.sampler(0, 1)) is LengthGroupedSampler
+
+
+def test_another_choice_within_an_epoch_is_refused(root):
+    data = shaped_module(root)
+    data.setup("fit")
+    plan = make_plan(data, 1, 1)
+    place = Place("last.ckpt", batches=1, plan=plan)
+    check_plan(place, plan, data)
+    for change, said in (
+        ({"options": dataclasses.replace(data.options, few_shapes="off")}, "not off"),
+        ({"augment": dataclasses.replace(AUGMENT, speeds=(1.0,))}, r"not on \(speeds 1.0\)"),
+    ):
+        other = shaped_module(root)
+        other.setup("fit")
+        vars(other).update(change)
+        with pytest.raises(UserError, match=rf"few_shapes on \(speeds 0.9 1.0 1.1\), {said}"):
+            check_plan(place, make_plan(other, 1, 1), other)
+    older = {name: value for name, value in plan.items() if name != "few_shapes"}
+    with pytest.raises(UserError, match="few_shapes off, not on"):
+        check_plan(place._replace(plan=older), plan, data)
+
+
+def test_other_processes_that_make_the_same_steps_may_go_on_within_an_epoch(root):
+    data = shaped_module(root, batch_size=4)
+    data.setup("fit")
+    place = Place("last.ckpt", batches=1, plan=make_plan(data, 1, 1))
+    data.options = dataclasses.replace(data.options, batch_size=2)
+    check_plan(place, make_plan(data, 2, 1), data)
+    data.options = dataclasses.replace(data.options, batch_size=1)
+    with pytest.raises(UserError, match="batch_size 4, not 1; processes 1, not 2"):
+        check_plan(place, make_plan(data, 2, 1), data)

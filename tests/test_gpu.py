@@ -6,8 +6,11 @@ tools/gpu_check.py checks the rest on a card.
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+from cli import UserError
+
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,11 +18,13 @@ from torch.utils.data import DataLoader
 
 import conformer
 import graphs
+import train
 from datamodule import Batch
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
 from helpers_model import quiet_trainer, tiny_model
+from helpers_train import make_data, run
 from model import OptimOptions
-from recovery import Average
+from recovery import Average, pairs_by_kind
 from tokenizer import train_char
 
 TOKENIZER = train_char(["abcdefgh"])
@@ -164,6 +169,26 @@ def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypat
     assert made == ["pool"] * 3
 
 
+def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
+    """It compiles anew for another state of autocast's cache."""
+    states = []
+
+    class Net(torch.nn.Module):
+        encoder = decoder = right_decoder = None
+
+        def but_ctc(self, *inputs):
+            states.append(torch.is_autocast_cache_enabled())
+
+    def call_once(module, inputs, **_):
+        return module(*inputs)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", call_once)
+    inputs = (torch.zeros(2),)
+    graphs.Graphs(Net()).plain(*inputs)
+    graphs.capture(Net(), inputs, None)
+    assert states == [False, False] and torch.is_autocast_cache_enabled()
+
+
 def test_a_capture_leaves_random_numbers_and_statistics_as_they_were(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", static_callables)
     options = type(TINY)(**{**vars(TINY), **VARIANTS["batch_norm"]})
@@ -264,6 +289,7 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
         average._average_model = SimpleNamespace(
             module=model, n_averaged=count, multi_avg_fn=get_ema_multi_avg_fn(0.9)
         )
+        average.pairs = pairs_by_kind(model, model)
         average.begun = True  # only the first update looks whether there is an average
         batch = batch._replace(
             features=torch.empty(batch.features.shape, device="cuda"),
@@ -283,3 +309,32 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
     assert reads == [5, 5]
     assert {value.device.type for value in logged.values()} == {"cpu"}
     assert logged["loss"] == 2.0 and logged["train_loss_att"] == 4.0
+
+
+# ---- Flags
+
+
+@pytest.mark.parametrize("flag", ["--cuda_graphs on", "--tf32", "--no-tf32"])
+def test_flags_of_a_gpu_are_refused_on_a_cpu(tmp_path, flag):
+    data = make_data(tmp_path / "data")
+    with pytest.raises(UserError, match=rf"{flag.split()[0]}.* GPU"):
+        run(data, tmp_path / "run", *flag.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "ranks, options, reason",
+    [
+        (1, {}, ""),
+        (2, {}, "one process alone"),
+        (1, {"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        (1, {"few_shapes": "off"}, "--few_shapes on"),
+    ],
+)
+def test_a_run_without_graphs_knows_why(ranks, options, reason):
+    strategy = SingleDeviceStrategy("cpu") if ranks == 1 else DDPStrategy()
+    options = dict(options)
+    few_shapes = options.pop("few_shapes", "on")
+    trainer = SimpleNamespace(strategy=strategy)
+    found = train.no_graphs(trainer, OptimOptions(**options), few_shapes)
+    assert (reason in found) if reason else not found

@@ -180,6 +180,16 @@ def test_every_speed_is_drawn():
     assert set(lengths) == {9000, 9900, 11000} and min(lengths.count(n) for n in set(lengths)) > 40
 
 
+def test_a_planned_speed_takes_the_place_of_the_draw():
+    for choice, samples in enumerate((11000, 9900, 9000)):
+        generator = make_generator(0, 0, 0)
+        changed = TRANSFORMS["speed_perturb"](
+            {"input_values": noise(9900), "speed": choice}, generator
+        )
+        assert len(changed["input_values"]) == samples and changed["speed"] == choice
+        assert torch.equal(generator.get_state(), make_generator(0, 0, 0).get_state())
+
+
 def test_mean_var_norm_gives_zero_mean_and_unit_variance_and_stands_silence():
     normed = mean_var_norm({"input_values": 3 + 5 * noise(16000)}, None)["input_values"]
     assert abs(normed.mean()) < 1e-5 and abs(normed.var(correction=0) - 1) < 1e-4

@@ -5,9 +5,9 @@ wall-clock times, so let nothing else run. With --json the last line of stdout i
 
 data    makes a corpus of --rows rows where --data_root has none. A row has 10 ms of noise, but the
         lengths and labels of read speech, 1,300 hours in all. It measures setup('fit') in a fresh
-        process (once, without a warm-up), how much the process's anonymous memory grows, one
-        epoch's batch plan, the padding at 16 rows, and how many times faster than real time one
-        loader process makes features of whole utterances, with all augmentation.
+        process (once, no warm-up), the growth of its memory, one epoch's batch plan, the padding at
+        16 rows, shapes and padding with --few_shapes on and batches of 400 s, and how many times
+        faster than real time one loader process makes features of utterances, fully augmented.
 train   measures forward and backward on 8 x 600 frames, 15 labels, vocabulary 4,233, float32, on
         the GPU where there is one. share is the rate at which the work of WeNet's code is done
         (357 GFLOP, preset base), over gemm_gflops, the rate of torch's product of two 2048 x 2048
@@ -208,6 +208,7 @@ def measure_setup(root: str, options: BenchOptions) -> dict:
         "plan_s": median_seconds(partial(sampler.plan, 1), options),
         "padding_waste": workloads.padding_waste(lengths, plan),
         "megabatch": sampler.megarows // workloads.BATCH,
+        **workloads.few_shapes(data),
     }
 
 

@@ -7,6 +7,7 @@ they are used, because a training step needs neither.
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +31,7 @@ FRAMES_A_SECOND = 100  # of features
 
 # The corpus.
 BATCH = 16  # rows
+BATCH_SECONDS = 400.0  # of a batch for a GPU
 SHARD_ROWS = 2000  # as prepare.py has them
 LOADER_ROWS = 320  # rows with whole audio
 SHORT = 160  # samples of a row in all other corpora: 10 ms
@@ -162,6 +164,22 @@ def padding_waste(lengths: np.ndarray, plan) -> float:
     """Returns the share of padding in all batches."""
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in plan)
     return 1 - int(lengths.sum()) / padded
+
+
+def few_shapes(data) -> dict:
+    """Counts the shapes of an epoch planned for a GPU, and the share of padding in its frames.
+
+    `data` is set up; its options change to those of such a plan.
+    """
+    data.options = replace(
+        data.options, batch_size=None, max_batch_seconds=BATCH_SECONDS, few_shapes="on"
+    )
+    batches = list(data.sampler(0, 1).batches(0))
+    shapes = [(len(batch.keys), batch.frames, batch.labels) for batch in batches]
+    _, rows, speeds = np.array([key for batch in batches for key in batch.keys]).T
+    frames = int(data.frames_by_speed()[speeds, rows].sum())
+    padded = sum(rows * frames for rows, frames, _ in shapes)
+    return {"shapes": len(set(shapes)), "shapes_padding_waste": 1 - frames / padded}
 
 
 # ---- Training and decoding
