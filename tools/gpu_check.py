@@ -103,28 +103,33 @@ STEP_MB = Limit("peak_mb", "<=", WENET_MB, fast=True)
 HOUR = (Limit("seconds", "<=", 10, fast=True),)
 UPDATES = (Limit("updates", ">=", 2),)
 CHECKS = (
-    Check("kernels", work.check_kernels, 60, (Limit("largest_difference", "<=", 1e-4),), True),
+    Check("kernels", work.check_kernels, 90, (Limit("largest_difference", "<=", 1e-4),), True),
     Check(
         "nan",
         work.check_nan,
-        60,
+        90,
         (Limit("named", ">=", 2), Limit("others", "<=", 0), Limit("bad_weights", "<=", 0)),
         True,
     ),
     Check(
         "losses",
         work.check_losses,
-        60,
+        90,
         (Limit("largest_difference", "<=", 1e-3), Limit("graphs", ">=", 1)),
         True,
     ),
-    Check("ddp", work.check_strategy, 60, UPDATES, True, ("ddp",)),
-    Check("fsdp", work.check_strategy, 60, UPDATES, True, ("fsdp",)),
+    Check("ddp", work.check_strategy, 90, UPDATES, True, ("ddp",)),
+    Check("fsdp", work.check_strategy, 90, UPDATES, True, ("fsdp",)),
     Check(
         "step",
         work.check_step,
         60,
-        (Limit("dropout_differs", ">=", 1e-6), Limit("same_seed_differs", "<=", 1e-4), STEP_MB),
+        (
+            Limit("graphs", ">=", 1),
+            STEP_MB,
+            Limit("dropout_differs", ">=", 1e-6),
+            Limit("same_seed_differs", "<=", 1e-4),
+        ),
     ),
     Check(
         "step_compiled",
