@@ -23,12 +23,15 @@ from frames import (
     BlockState,
     StreamState,
     chunk_mask,
+    decoder_io,
+    on_device,
     receptive_field,
+    reverse,
     sinusoids,
     subsampled_length,
     valid_mask,
 )
-from kernels import Dropout, Linear, attention, conv_relu, depthwise
+from kernels import Dropout, Linear, attention, conv_relu, depthwise, label_smoothing_loss
 from presets import ModelOptions
 
 # ---- Building blocks
@@ -150,8 +153,9 @@ class ConvolutionModule(nn.Module):
         If causal, these inputs (B,D,kernel-1) are the next call's `past`, which begins as None.
         """
         x = F.glu(self.pointwise_conv1(x * valid), dim=-1)  # (B,T,2D) -> (B,T,D)
-        if not (self.causal or self.training):
-            # Zeros follow the last frame, padding or not. (In training WeNet has glu(bias) there.)
+        if not (self.causal or self.training and isinstance(self.norm, nn.BatchNorm1d)):
+            # Zeros follow the last frame, padding or not. (WeNet has glu(bias) in padding; batch
+            # norm learns its statistics from such frames, so there training does as WeNet does.)
             x = x * valid
         last = None
         if self.causal:
@@ -278,22 +282,26 @@ class Encoder(nn.Module):
         self.after_norm = nn.LayerNorm(o.output_size)
         self.dropout = Dropout(o.dropout_rate)
 
-    def forward(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
+    def frames(self, features) -> int:
+        """Returns how many encoder frames, T' >= 1, features (B,T,F) make."""
+        return max(subsampled_length(features.size(1), self.options.input_layer), 1)
+
+    def forward(self, features, feature_lengths, seen=None):
         """Encodes features (B,T,F), feature_lengths (B,) -> encoded (B,T',D), encoded_lengths (B,).
 
-        chunk_size counts encoder frames, -1 is full context; chunk_mask explains left_chunks.
+        seen (T',T'), of chunk_mask, says which frames a frame may see; None: all.
         """
         short = receptive_field(self.options.input_layer)[0] - features.size(1)
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
-        lengths = subsampled_length(feature_lengths, self.options.input_layer)
+        lengths = subsampled_length(on_device(feature_lengths, x), self.options.input_layer)
         size, width = x.shape[1:]
         positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])
         x = self.dropout(x)
         valid = valid_mask(lengths, size)  # (B,T')
         # Padded frames see each other, too, so that no row of the mask is empty. Nothing uses them.
         mask = valid[:, None, :] | ~valid[:, :, None]  # (B,T',T')
-        if chunk_size > 0:
-            mask = mask & chunk_mask(size, chunk_size, left_chunks, x.device)
+        if seen is not None:
+            mask = mask & seen
         recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
             inputs = x, positions, mask[:, None], valid[..., None].to(x.dtype)
@@ -470,35 +478,6 @@ class Decoder(nn.Module):
 # ---- The model, its loss
 
 
-def decoder_io(labels, label_lengths, sos_id: int, eos_id: int):
-    """Makes of labels (B,U) inputs `sos y1 .. yU`, outputs `y1 .. yU eos`, valid, each (B,U+1)."""
-    labels = labels.masked_fill(~valid_mask(label_lengths, labels.size(1)), eos_id)
-    inputs = F.pad(labels, (1, 0), value=sos_id)
-    outputs = F.pad(labels, (0, 1), value=eos_id)
-    return inputs, outputs, valid_mask(label_lengths + 1, labels.size(1) + 1)
-
-
-def reverse(labels, label_lengths):
-    """Reverses each row of labels (B,U) within its own length. The rest of the row is padding."""
-    index = label_lengths[:, None] - 1 - torch.arange(labels.size(1), device=labels.device)
-    return labels.gather(1, index.clamp(min=0))
-
-
-def label_smoothing_loss(logits, labels, valid, smoothing: float):
-    """Sums KL(smoothed one-hot || softmax) over each row: logits (B,U,V), rest (B,U) -> (B,).
-
-    The label's share is 1 - smoothing; the other V - 1 tokens share the rest, as in WeNet.
-    """
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    others = logits.size(-1) - 1
-    share = smoothing / others
-    hit = log_probs.gather(-1, labels[..., None]).squeeze(-1)
-    cross = -(1 - smoothing - share) * hit - share * log_probs.sum(-1)
-    counts = (1, 1 - smoothing), (others, share)
-    entropy = sum(n * p * math.log(p) for n, p in counts if p > 0)
-    return (cross + entropy).masked_fill(~valid, 0.0).sum(-1)
-
-
 class U2Conformer(nn.Module):
     """Joins encoder, CTC branch and decoders. Its only hidden input is torch's random state."""
 
@@ -518,8 +497,15 @@ class U2Conformer(nn.Module):
             self.right_decoder.requires_grad_(options.reverse_weight > 0)
 
     def encode(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
-        """Encodes features (B,T,F), lengths (B,) -> encoded (B,T',D), encoded_lengths (B,)."""
-        return self.encoder(features, feature_lengths, chunk_size, left_chunks)
+        """Encodes features (B,T,F), lengths (B,) -> encoded (B,T',D), encoded_lengths (B,).
+
+        chunk_size counts encoder frames, -1 is full context; chunk_mask explains left_chunks.
+        """
+        seen = None
+        if chunk_size > 0:
+            size = self.encoder.frames(features)
+            seen = chunk_mask(size, chunk_size, left_chunks, features.device)
+        return self.encoder(features, feature_lengths, seen)
 
     def ctc_log_probs(self, encoded):
         """Returns the CTC branch's log-softmax: (B,T',D) -> (B,T',V), float32 or wider."""
@@ -535,17 +521,23 @@ class U2Conformer(nn.Module):
         chunk_size: int = -1,
         left_chunks: int = -1,
         sizes=None,
+        but_ctc=None,
     ):
         """Computes the losses of a batch (U2++, equations 1 and 2): features (B,T,F), labels (B,U).
 
         Returns {"loss", "loss_ctc", "loss_att"}, per utterance, and "row_losses" (B,), detached.
-        Labels may be padded with any numbers. The sums are divided by `sizes`, (rows, labels with
-        eos), which are those of the batch unless given.
+        Labels may be padded with any numbers. Lengths may stay on the CPU, where CTC wants them.
+        The sums are divided by `sizes`, (rows, labels with eos), which are those of the batch
+        unless given. `but_ctc` takes the place of the method, see graphs.py.
         """
-        encoded, lengths = self.encode(features, feature_lengths, chunk_size, left_chunks)
-        labels = labels.masked_fill(~valid_mask(label_lengths, labels.size(1)), self.blank_id)
-        ctc = self.ctc_losses(encoded, lengths, labels, label_lengths)  # (B,)
-        att = self.attention_losses(encoded, lengths, labels, label_lengths)  # (B,)
+        size = self.encoder.frames(features)
+        seen = chunk_mask(
+            size, chunk_size if chunk_size > 0 else size, left_chunks, features.device
+        )
+        lengths = [on_device(lengths, features) for lengths in (feature_lengths, label_lengths)]
+        labels = labels.masked_fill(~valid_mask(lengths[1], labels.size(1)), self.blank_id)
+        encoded, att = (but_ctc or self.but_ctc)(features, lengths[0], labels, lengths[1], seen)
+        ctc = self.ctc_losses(encoded, feature_lengths, labels, label_lengths)  # (B,)
         rows, tokens = sizes or (len(labels), (label_lengths + 1).sum())
         loss_ctc = ctc.sum() / rows
         loss_att = att.sum() / (tokens if self.options.length_normalized_loss else rows)
@@ -557,10 +549,18 @@ class U2Conformer(nn.Module):
             "row_losses": (ctc + att).detach(),
         }
 
-    def ctc_losses(self, encoded, encoded_lengths, labels, label_lengths):
+    def but_ctc(self, features, feature_lengths, labels, label_lengths, seen):
+        """Computes all of a step but CTC -> encoded (B,T',D), attention losses (B,).
+
+        This is tensors alone, so that a CUDA graph can hold it; `seen` is that of Encoder.forward.
+        """
+        encoded, lengths = self.encoder(features, feature_lengths, seen)
+        return encoded, self.attention_losses(encoded, lengths, labels, label_lengths)
+
+    def ctc_losses(self, encoded, feature_lengths, labels, label_lengths):
         """Returns each utterance's CTC loss, (B,), 0 where the labels have no path, as in WeNet."""
         log_probs = self.ctc_log_probs(encoded.transpose(0, 1))  # (T',B,V)
-        lengths = encoded_lengths, label_lengths
+        lengths = subsampled_length(feature_lengths, self.options.input_layer), label_lengths
         return F.ctc_loss(log_probs, labels, *lengths, self.blank_id, "none", zero_infinity=True)
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):

@@ -1,4 +1,4 @@
-"""This file has lengths, masks and positions of frames, and the state that a stream keeps.
+"""This file has lengths, masks and positions of frames and labels, and the state of a stream.
 
 Nothing here has weights. Axes are those of conformer.py. Masks and states follow U2 (Zhang et al.
 2020, arXiv:2012.05481), section 2.3.
@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # (kernel, stride) of each convolution, over time and over mel bins alike; none is padded.
 SUBSAMPLING = {
@@ -35,6 +36,11 @@ def receptive_field(input_layer: str) -> tuple[int, int]:
     return field, rate
 
 
+def on_device(lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Copies lengths (B,) to where `like` is, without waiting for a GPU if they are pinned."""
+    return lengths.to(like.device, non_blocking=True)
+
+
 def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
     """Makes of lengths (B,) a mask (B, max_length), True where a frame is real and not padding."""
     return torch.arange(max_length, device=lengths.device) < lengths[:, None]
@@ -49,6 +55,20 @@ def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -
     ahead = chunk[None, :] - chunk[:, None]  # key chunk minus query chunk
     mask = ahead <= 0
     return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)
+
+
+def decoder_io(labels, label_lengths, sos_id: int, eos_id: int):
+    """Makes of labels (B,U) inputs `sos y1 .. yU`, outputs `y1 .. yU eos`, valid, each (B,U+1)."""
+    labels = labels.masked_fill(~valid_mask(label_lengths, labels.size(1)), eos_id)
+    inputs = F.pad(labels, (1, 0), value=sos_id)
+    outputs = F.pad(labels, (0, 1), value=eos_id)
+    return inputs, outputs, valid_mask(label_lengths + 1, labels.size(1) + 1)
+
+
+def reverse(labels, label_lengths):
+    """Reverses each row of labels (B,U) within its own length. The rest of the row is padding."""
+    index = label_lengths[:, None] - 1 - torch.arange(labels.size(1), device=labels.device)
+    return labels.gather(1, index.clamp(min=0))
 
 
 def sinusoids(size: int, width: int, offset: int = 0, device=None) -> torch.Tensor:

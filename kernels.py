@@ -20,6 +20,10 @@ ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )
 
+# For attention with a mask, cuDNN plans anew for every shape, which takes up to a second on an H100
+# (pytorch's pull request 155958). Torch's other fused kernels need no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def by_onednn(x, weight) -> bool:
     """True where oneDNN is faster: float32 on a CPU with AVX-512."""
@@ -221,3 +225,18 @@ def depthwise(x, weight, bias, padding: int = 0, few: bool = False):
     with torch.autocast("cpu", enabled=False):
         y = F.conv2d(image, filters, bias, padding=(0, padding), groups=x.size(2))  # (B,D,1,T')
     return y[:, :, 0].transpose(1, 2).to(x.dtype)  # (B,T',D)
+
+
+def label_smoothing_loss(logits, labels, valid, smoothing: float):
+    """Sums KL(smoothed one-hot || softmax) over each row: logits (B,U,V), rest (B,U) -> (B,).
+
+    The label's share is 1 - smoothing; the other V - 1 tokens share the rest, as in WeNet.
+    """
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    others = logits.size(-1) - 1
+    share = smoothing / others
+    hit = log_probs.gather(-1, labels[..., None]).squeeze(-1)
+    cross = -(1 - smoothing - share) * hit - share * log_probs.sum(-1)
+    counts = (1, 1 - smoothing), (others, share)
+    entropy = sum(n * p * math.log(p) for n, p in counts if p > 0)
+    return (cross + entropy).masked_fill(~valid, 0.0).sum(-1)

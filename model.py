@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 
 from cli import UserError, option, options_class, shown
 
@@ -22,7 +23,8 @@ from checkpoint import not_finite, read_checkpoint
 from conformer import U2Conformer
 from decode import Hypothesis, SearchOptions
 from files import json_text
-from frames import StreamState, receptive_field, subsampled_length
+from frames import StreamState, receptive_field
+from graphs import Graphs
 from kernels import for_few_rows
 from presets import ModelOptions
 from tokenizer import Tokenizer
@@ -39,6 +41,7 @@ VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
 FEWEST_OF_A_BLOCK = 14
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
+LOSSES = "loss", "loss_ctc", "loss_att"
 
 
 @options_class
@@ -71,6 +74,12 @@ class OptimOptions:
     compile: bool = option(
         False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)"
     )
+    cuda_graphs: str = option(
+        "auto",
+        "launch a step's kernels as CUDA graphs, one for each shape of a batch; auto: with "
+        "--few_shapes on one GPU",
+        choices=("auto", "on", "off"),
+    )
 
 
 def draw_chunk(size: int, options: ModelOptions) -> tuple[int, int]:
@@ -96,21 +105,19 @@ class StepLog:
 
     `step` counts the earlier attempts, `loss` is the mean over the batches of all ranks (null where
     the mean is not finite), `rows` are the batches' row numbers, rank by rank. A skipped update
-    also has "skipped": true. Lines wait as tensors, because a GPU should not stop for a log. With
-    path None there is no log.
+    also has "skipped": true. Lines are gathered and written FLUSH_EVERY at a time. With path None
+    there is no log.
     """
 
     def __init__(self, path: str | None):
         self.path = path
         self.waiting = []
 
-    def add(self, step: int, window, skipped: bool) -> None:
-        """Notes an update; `window` has (rows, row losses, loss) of each batch of this rank."""
+    def add(self, step: int, rows: list[int], losses: list[float], skipped: bool) -> None:
+        """Notes an update with the rows of this rank's batches and the loss of each batch."""
         if self.path is None:
             return
-        self.waiting.append(
-            (step, [rows for rows, *_ in window], [loss for *_, loss in window], skipped)
-        )
+        self.waiting.append((step, rows, losses, skipped))
         if len(self.waiting) == FLUSH_EVERY:
             self.flush()
 
@@ -122,11 +129,7 @@ class StepLog:
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
-        numbers = [
-            (torch.cat(rows).tolist(), torch.stack(losses).tolist())
-            for _, rows, losses, _ in waiting
-        ]
-        of_ranks = gather(numbers)
+        of_ranks = gather([(rows, losses) for _, rows, losses, _ in waiting])
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         with open(self.path, "a") as file:
@@ -157,6 +160,11 @@ def blame(features, row_losses):
     """
     sound = features.isfinite().flatten(1).all(1)
     return torch.where(sound.all(), row_losses, torch.where(sound, 0.0, torch.nan))
+
+
+def parameters_of(optimizer) -> list:
+    """Lists the parameters that the optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) -> U2Conformer:
@@ -199,8 +207,8 @@ class U2(L.LightningModule):
     """Trains and decodes a U2 or U2++ network.
 
     total_steps: the optimizer's steps of the run, for OneCycleLR. skip_log and step_log: the paths
-    of skipped.jsonl and steps.jsonl, None for no log. Feature lengths count feature frames, chunk
-    sizes encoder frames.
+    of skipped.jsonl and steps.jsonl, None for no log. cuda_graphs: train by graphs.Graphs. Feature
+    lengths count feature frames, chunk sizes encoder frames.
     """
 
     def __init__(
@@ -214,6 +222,7 @@ class U2(L.LightningModule):
         seed: int = 0,
         skip_log: str | None = None,
         step_log: str | None = None,
+        cuda_graphs: bool = False,
     ):
         super().__init__()
         self.options = options
@@ -228,7 +237,10 @@ class U2(L.LightningModule):
         for suffix in VALIDATION_CHUNKS:
             self.val_metrics["val_cer" + suffix] = CharErrorRate()
             self.val_metrics["val_wer" + suffix] = WordErrorRate()
-        self.window = []  # (rows, row losses, loss) of the micro-batches since the last update
+        self.graphs = Graphs(self.net) if cuda_graphs else None
+        # (rows, row losses, losses by LOSSES) of the micro-batches since the last update.
+        self.window = []
+        self.losses = []  # the same losses as numbers, once the guard has read them
         self.steps = StepLog(step_log)
         self.update_skipped = False
         # What to do after an update (see recovery.py): this rank's request, and the largest one.
@@ -310,30 +322,47 @@ class U2(L.LightningModule):
         mixed = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)) + self.global_rank)
         # The batch norm of a frozen encoder learns no statistics either.
-        for module in self.net.encoder.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
-                module.train(not self.encoder_is_frozen)
+        for module in self.batch_norms:
+            module.train(not self.encoder_is_frozen)
+
+    @cached_property
+    def batch_norms(self) -> list:
+        """Lists the encoder's, once: walking through all modules takes as long as many launches."""
+        modules = self.net.encoder.modules()
+        return [module for module in modules if isinstance(module, torch.nn.BatchNorm1d)]
 
     @property
     def encoder_is_frozen(self) -> bool:
         return self.current_epoch < self.optim.freeze_encoder_epochs
 
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        """Moves features and labels. Lengths and rows stay on the CPU, where they are asked for.
+
+        CTC's CUDA kernel and the logs would have to wait for the GPU.
+        """
+        features = batch.features.to(device, non_blocking=True)
+        return batch._replace(features=features, labels=batch.labels.to(device, non_blocking=True))
+
     def training_step(self, batch, batch_idx):
-        size = subsampled_length(batch.features.size(1), self.options.input_layer)
+        size = self.net.encoder.frames(batch.features)
         chunk_size, left_chunks = draw_chunk(size, self.options)
         if not self.window:
             self.buffers_before = self.keep_buffers()
         inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
-        losses = self.net.loss(*inputs, chunk_size, left_chunks, self.sizes(batch))
-        row_losses = losses.pop("row_losses")
-        loss = losses["loss"]
-        self.window.append((batch.rows, blame(batch.features, row_losses), loss.detach()))
-        self.log_dict(
-            {f"train_{name}": value.detach() for name, value in losses.items()},
-            batch_size=len(batch.rows),
-        )
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.rows))
-        return loss
+        but_ctc = None if self.encoder_is_frozen else self.graphs
+        losses = self.net.loss(*inputs, chunk_size, left_chunks, self.sizes(batch), but_ctc)
+        row_losses = blame(batch.features, losses["row_losses"])
+        values = torch.stack([losses[name].detach() for name in LOSSES])
+        self.window.append((batch.rows.tolist(), row_losses, values))
+        return losses["loss"]
+
+    def on_after_backward(self):
+        # A graph writes its gradients into the same memory each time, where the next micro-batch
+        # of this shape would overwrite the sum.
+        if self.graphs and self.trainer.accumulate_grad_batches > 1 and len(self.window) == 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
 
     def sizes(self, batch):
         """Returns the rows, and the labels with eos, by which this rank's losses are divided.
@@ -346,14 +375,16 @@ class U2(L.LightningModule):
         ranks = self.trainer.world_size
         if ranks == 1:
             return None
-        labels = (batch.label_lengths + 1).sum()
-        total = torch.stack((torch.full_like(labels, len(batch.rows)), labels))
+        # Filling a tensor on a GPU does not wait for the GPU, copying a number there does.
+        here = len(batch.rows), sum(batch.label_lengths.tolist()) + len(batch.rows)
+        total = torch.stack([torch.full((), size, device=self.device) for size in here])
         dist.all_reduce(total)
         return (total / ranks).unbind()
 
     def keep_buffers(self) -> list:
-        """Pairs each buffer, as batch norm's statistics, with a copy for `restore_buffers`."""
-        return [(buffer, buffer.clone()) for buffer in self.net.buffers()]
+        """Pairs each buffer of batch norm, its statistics, with a copy for `restore_buffers`."""
+        buffers = (buffer for module in self.batch_norms for buffer in module.buffers())
+        return [(buffer, buffer.clone()) for buffer in buffers]
 
     @torch.no_grad()
     def restore_buffers(self, kept: list) -> None:
@@ -417,22 +448,22 @@ class U2(L.LightningModule):
         """Throws away a gradient that is not finite, after unscaling and before clipping.
 
         An optimizer leaves a parameter without a gradient as it is, its moments and steps included.
-        The check is one kernel and one device sync. By one message all ranks agree on the answer,
-        and on the largest request of any rank (see recovery.py).
+        By one message all ranks agree on the answer, and on the largest request of any rank (see
+        recovery.py). The answer is read together with the losses: a step waits for the GPU once.
         """
         # A frozen encoder's gradients are dropped here, because in backward DDP waits for them.
         if self.encoder_is_frozen:
             for parameter in self.net.encoder.parameters():
                 parameter.grad = None
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         # NaN and infinity both survive a maximum.
         norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
         finite = torch.isfinite(norm).float()
         votes = torch.stack((finite, torch.full_like(finite, -self.request)))
         if self.trainer.world_size > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-        finite, request = votes.tolist()
+        finite, request, *losses = torch.cat((votes, *(each for *_, each in self.window))).tolist()
+        self.losses = [dict(zip(LOSSES, losses[i:])) for i in range(0, len(losses), len(LOSSES))]
         self.update_skipped = not finite
         self.agreed = int(-request)
         if self.update_skipped:
@@ -444,7 +475,7 @@ class U2(L.LightningModule):
     ):
         """Clips by norm. Lightning itself refuses to do so for any fused optimizer."""
         if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), gradient_clip_val)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         """Attempts an update, which global_step counts, and reports it where it was skipped.
@@ -453,7 +484,12 @@ class U2(L.LightningModule):
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         window, self.window = self.window, []
-        self.steps.add(self.trainer.global_step, window, self.update_skipped)
+        rows = [row for rows, *_ in window for row in rows]
+        losses = [each["loss"] for each in self.losses]
+        self.steps.add(self.trainer.global_step, rows, losses, self.update_skipped)
+        # A log takes as long as a hundred launches, so only those are made that Lightning writes.
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log_losses(len(rows))
         if not self.update_skipped:
             self.skips_in_a_row = 0
             return
@@ -463,9 +499,17 @@ class U2(L.LightningModule):
             return  # float16 overflowed, so GradScaler has lowered its scale: no row is at fault
         self.report_skip(rows, bad_rows)
 
+    def log_losses(self, rows: int) -> None:
+        """Logs the update's losses, means over its micro-batches, as numbers on the CPU."""
+        for name in LOSSES:
+            mean = torch.tensor(sum(each[name] for each in self.losses) / len(self.losses))
+            self.log(f"train_{name}", mean, batch_size=rows)
+            if name == "loss":
+                self.log(name, mean, prog_bar=True, logger=False, batch_size=rows)
+
     def gather_window(self, window) -> tuple[list[int], list[int]]:
         """Collects from all ranks the window's rows, and its rows whose loss is not finite."""
-        rows = [int(row) for batch_rows, *_ in window for row in batch_rows]
+        rows = [row for rows, *_ in window for row in rows]
         finite = [bool(ok) for _, losses, _ in window for ok in losses.isfinite()]
         pairs = [pair for of_rank in gather(list(zip(rows, finite))) for pair in of_rank]
         return [row for row, _ in pairs], [row for row, ok in pairs if not ok]

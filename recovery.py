@@ -281,15 +281,46 @@ def best_score(path: str) -> float:
         return math.inf
 
 
+def pairs_by_kind(average, module) -> list:
+    """Pairs the parameters and buffers of two equal modules, first the floats, then the others."""
+    ours, theirs = ([*each.parameters(), *each.buffers()] for each in (average, module))
+    pairs = []
+    for floats in (True, False):
+        some = [pair for pair in zip(ours, theirs) if pair[0].is_floating_point() is floats]
+        pairs += [tuple(map(list, zip(*some)))] if some else []
+    return pairs
+
+
 class Average(WeightAveraging):
     """Keeps an exponential average of the weights, without updates that the guard skipped."""
 
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.begun = False  # there is an average already
+        self.pairs = []  # (numbers of the average, numbers of the model) with one kind of numbers
 
     def on_train_batch_end(self, trainer, module, *arguments):
-        if not module.update_skipped:
-            super().on_train_batch_end(trainer, module, *arguments)
+        if not module.update_skipped and trainer.global_step > self._latest_update_step:
+            self.update(module)
+            self._latest_update_step = trainer.global_step
+
+    @torch.no_grad()
+    def update(self, module):
+        """Does what AveragedModel.update_parameters does, without its two waits for the GPU.
+
+        Torch reads the counter of updates from the GPU each time.
+        """
+        average = self._average_model
+        if not self.pairs:  # walking through all modules takes as long as many launches
+            self.pairs = pairs_by_kind(average.module, module)
+            self.begun = int(average.n_averaged) > 0
+        for ours, theirs in self.pairs:
+            if self.begun:
+                average.multi_avg_fn(ours, theirs, None)
+            else:
+                torch._foreach_copy_(ours, theirs)
+        average.n_averaged += 1
+        self.begun = True
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         with refusing(trainer.ckpt_path, "current_model_state, averaging_state"):
@@ -592,9 +623,9 @@ class MemoryCheck(L.Callback):
         missing = 0 if trainer.optimizers[0].state else 2
         moments = [torch.empty_like(p) for p in parameters for _ in range(missing)]
         with trainer.precision_plugin.forward_context():
-            loss = module.net.loss(
-                batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
-            )["loss"]
+            inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
+            plain = module.graphs.plain if module.graphs else None
+            loss = module.net.loss(*inputs, but_ctc=plain)["loss"]
         # These gradients are apart from the parameters, whose own gradients stay unmade.
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments

@@ -24,7 +24,8 @@ DRAWS = 20  # attempts at an epoch that has no more batches than the first epoch
 BANDS = (0.5, 0.9)
 BAND_MEGABATCHES = 4
 CELLS = 63  # paddings of a ShapedSampler; the steps of the smallest may have one shape more
-STEPS_PER_CELL = 3  # at least, on average, so that shapes come again within an epoch
+# Steps of a cell, on average: a shape costs a GPU once what its padding saves in as many epochs.
+STEPS_PER_CELL = 6
 CANDIDATES = 512  # lengths among which the cells' are chosen, 0.2 s; more would take seconds
 # A cell has room for the labels of this share of the rows with its frames. The other rows go to
 # cells of more frames, so that a few rows with many labels do not widen the labels of all. With

@@ -29,9 +29,10 @@ from cli import (
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info
 
 from datamodule import DataOptions, SpeechDataModule, rows_rate
@@ -90,6 +91,9 @@ class RunOptions:
         5.0, "largest gradient norm, 0 for no clipping", at_least=0.0, at_most=1e6
     )
     precision: str = option("32", "arithmetic", choices=("32", "16-mixed", "bf16-mixed", "16"))
+    tf32: bool = option(
+        True, "let a GPU multiply float32 by TF32, which keeps 10 bits of the 23 behind the point"
+    )
     accelerator: str = option("auto", "Lightning's accelerator: auto, cpu, gpu ...")
     devices: str = option("auto", "number of devices, or Lightning's list of them")
     num_nodes: int = option(1, "machines", at_least=1, at_most=10**4)
@@ -196,8 +200,9 @@ def main(argv):
     trainer = make_trainer(settings, start)
     choose_shapes(trainer, data)
     check_processes(trainer, data)
+    graphs = prepare_gpu(trainer, given, settings, data.options.few_shapes)
     check_epoch(trainer, data, place)
-    model = new_model(settings, data, trainer.world_size, place)
+    model = new_model(settings, data, trainer.world_size, place, graphs)
     if resume:
         say_schedule(checkpoint, model, place)
     else:
@@ -258,7 +263,9 @@ def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
     return data
 
 
-def new_model(settings: Settings, data: SpeechDataModule, world_size: int, place: Place) -> U2:
+def new_model(
+    settings: Settings, data: SpeechDataModule, world_size: int, place: Place, graphs: bool
+) -> U2:
     """Makes the model with random weights, and the logs that it writes."""
     folder = settings.run.output_dir
     return U2(
@@ -270,6 +277,7 @@ def new_model(settings: Settings, data: SpeechDataModule, world_size: int, place
         total_steps=count_steps(settings.run, data, world_size, place),
         skip_log=os.path.join(folder, "skipped.jsonl"),
         step_log=os.path.join(folder, "steps.jsonl"),
+        cuda_graphs=graphs,
     )
 
 
@@ -777,6 +785,47 @@ def check_processes(trainer: L.Trainer, data: SpeechDataModule) -> None:
         )
     for split, rows in (("train", data.kept), ("dev", data.splits["dev"])):
         check_share(len(rows), trainer.world_size, split)
+
+
+def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings, few_shapes: str) -> bool:
+    """Sets how a GPU multiplies float32, prints that, and returns whether there are CUDA graphs.
+
+    Raises UserError for flags of a GPU that have no effect in this run.
+    """
+    if not isinstance(trainer.accelerator, CUDAAccelerator):
+        if "tf32" in given:
+            raise UserError("--tf32 and --no-tf32 have no effect without a GPU; leave them out")
+        if settings.optim.cuda_graphs == "on":
+            raise UserError("--cuda_graphs on: there is no GPU in this run; leave it out")
+        return False
+    tf32 = settings.run.tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    why_not = no_graphs(trainer, settings.optim, few_shapes)
+    choice = settings.optim.cuda_graphs
+    if why_not and choice == "on":
+        raise UserError(f"--cuda_graphs on: {why_not}")
+    wanted = not why_not and choice != "off"
+    rank_zero_info(
+        f"GPU: float32 products in {'TF32' if tf32 else 'full precision'}, few shapes "
+        f"{few_shapes}, CUDA graphs {'on' if wanted else 'off'}"
+        + (f" ({why_not})" if why_not and choice == "auto" else "")
+    )
+    return wanted
+
+
+def no_graphs(trainer: L.Trainer, options: OptimOptions, few_shapes: str) -> str:
+    """Returns why a run on a GPU cannot have CUDA graphs, or "" where it can."""
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return (
+            "a graph holds the backward pass of one process alone, and several processes exchange "
+            "gradients within it; larger batches (--max_batch_seconds) keep several GPUs busy"
+        )
+    if options.gradient_checkpointing:
+        return "--gradient_checkpointing computes blocks twice, which a graph cannot hold"
+    if few_shapes != "on":
+        return "they need shapes that repeat; give --few_shapes on"
+    return ""
 
 
 def check_epoch(trainer: L.Trainer, data: SpeechDataModule, place: Place) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conformer import Subsampling, U2Conformer, label_smoothing_loss, reverse
+from conformer import Subsampling, U2Conformer, reverse
 from frames import (
     SUBSAMPLING,
     chunk_mask,
@@ -137,17 +137,6 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
-    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    valid = valid_mask(torch.tensor([5, 3]), 5)
-    soft = torch.full((2, 5, 7), smoothing / 6).scatter(2, labels[..., None], 1 - smoothing)
-    divergence = F.kl_div(logits.log_softmax(-1), soft, reduction="none").sum(-1)
-    torch.testing.assert_close(
-        label_smoothing_loss(logits, labels, valid, smoothing), (divergence * valid).sum(-1)
-    )
-
-
 def test_reverse_reads_each_row_backwards_within_its_length():
     rows = torch.tensor([[4, 5, 6, 7], [4, 5, 9, 9]])
     assert reverse(rows, torch.tensor([4, 2]))[0].tolist() == [7, 6, 5, 4]
@@ -237,3 +226,25 @@ def test_without_a_position_term_plain_attention_is_what_is_left():
     torch.testing.assert_close(
         plain(x, None, mask)[0], relative(x, positions, mask)[0], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("chunk_size", [-1, 4])
+@pytest.mark.parametrize(
+    "name", ["default", "not_causal", *sorted(VARIANTS.keys() - {"batch_norm"})]
+)
+def test_losses_and_gradients_do_not_depend_on_padding(name, chunk_size):
+    """Batch norm is left out: in training it learns from padding too, as in WeNet."""
+    changes = {"default": {}, "not_causal": {"causal": False}, **VARIANTS}[name]
+    changes = {**changes, "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    net = network(**changes).double().train()
+    features, lengths = torch.randn(3, 60, 80).double(), torch.tensor([60, 44, 5])
+    labels, label_lengths = torch.tensor([[4, 5, 6], [7, 8, 0], [9, 0, 0]]), torch.tensor([3, 2, 1])
+    found = []
+    for frames, width in ((0, 0), (1, 3), (67, 20)):
+        batch = F.pad(features, (0, 0, 0, frames)), lengths, F.pad(labels, (0, width))
+        losses = net.loss(*batch, label_lengths, chunk_size)
+        gradients = torch.autograd.grad(losses["loss"], list(net.parameters()))
+        found.append([*losses.values(), *gradients])
+    for padded in found[1:]:
+        for ours, alone in zip(padded, found[0]):
+            torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-9)

@@ -54,8 +54,8 @@ CORPORA = {
     "outliers": outliers(),
     "long": long_ones(),
     "equal": (np.full((3, 100), 500), np.full(100, 20)),
-    # Two ranks share the cell of the 48 rows, and one row is left for the next cell.
-    "one left": (np.array([[500] * 48 + [300]]), np.full(49, 20)),
+    # Two ranks share the cell of the 96 rows, and one row is left for the next cell.
+    "one left": (np.array([[500] * 96 + [300]]), np.full(97, 20)),
     "no labels": (made_up(50)[0], np.zeros(50, int)),
 }
 

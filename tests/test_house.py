@@ -5,7 +5,7 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "kernels", "frames"),
+    ("cli", "containers", "kernels", "frames", "graphs"),
     ("files",),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
@@ -34,7 +34,17 @@ def test_imports_point_one_way(path):
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
-    *("conformer", "frames", "presets", "kernels", "decode", "context", "stream", "words"),
+    *(
+        "conformer",
+        "frames",
+        "presets",
+        "kernels",
+        "graphs",
+        "decode",
+        "context",
+        "stream",
+        "words",
+    ),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )

@@ -12,7 +12,7 @@ from torch import nn
 import conformer
 import kernels
 from conformer import Subsampling
-from frames import SUBSAMPLING, chunk_mask
+from frames import SUBSAMPLING, chunk_mask, valid_mask
 from helpers import TWO_BLOCKS, VARIANTS
 from kernels import Dropout, Linear, attention, for_few_rows, in_eights
 
@@ -30,12 +30,19 @@ def plain_kernels() -> types.ModuleType:
         y = F.conv1d(x.transpose(1, 2), weight, bias, padding=padding, groups=x.size(2))
         return y.transpose(1, 2)
 
+    def label_smoothing_loss(logits, labels, valid, smoothing):
+        share = smoothing / (logits.size(-1) - 1)
+        soft = torch.full_like(logits, share).scatter(2, labels[..., None], 1 - smoothing)
+        divergence = F.kl_div(logits.log_softmax(-1), soft, reduction="none").sum(-1)
+        return (divergence * valid).sum(-1)
+
     plain = types.ModuleType("kernels")
     plain.Linear = nn.Linear
     plain.Dropout = nn.Dropout
     plain.attention = attention
     plain.conv_relu = conv_relu
     plain.depthwise = depthwise
+    plain.label_smoothing_loss = label_smoothing_loss
     return plain
 
 
@@ -155,3 +162,13 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
         found.append(numbers)
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_is_the_divergence_from_the_smoothed_one_hot(smoothing):
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    valid = valid_mask(torch.tensor([5, 3]), 5)
+    torch.testing.assert_close(
+        kernels.label_smoothing_loss(logits, labels, valid, smoothing),
+        plain_kernels().label_smoothing_loss(logits, labels, valid, smoothing),
+    )
