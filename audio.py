@@ -32,8 +32,10 @@ from transforms import RATES, check_samples
 # Files with one of these endings are taken for recordings.
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"}
 EXTENSIONS |= {"aif", "aifc", "mp2", "oga", "opus", "sph"}
-# Seconds that are read at a time. On a pipe a block comes when it has as many.
-BLOCK = 0.2
+# Seconds that are read of a file at a time; shorter blocks take more time.
+BLOCK = 1.0
+# Seconds that are read of a pipe at a time. A block comes when it has as many.
+PIPE_BLOCK = 0.2
 # Seconds that are resampled at a time. Resampling takes several times their memory.
 SECONDS = 60
 # The most seconds of a recording that is read whole. No training row is as long, and ten hours of
@@ -163,7 +165,7 @@ def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterato
         "channels": sound.channels,
     }
     place = 0
-    size = block_size(sound) * width
+    size = block_size(sound, PIPE_BLOCK) * width
     while content := pipe_bytes(min(size, promised - place) if place < promised else size):
         if place == promised and content[:4] in METADATA:
             return
@@ -302,7 +304,7 @@ def blocks_of(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
 
     Raises LibsndfileError after the samples that could be decoded.
     """
-    size = block_size(sound)
+    size = block_size(sound, BLOCK)
     left = sound.frames
     while left > 0:
         block = np.full((size, sound.channels), np.nan, np.float32)
@@ -320,9 +322,9 @@ def blocks_of(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
         yield block[:count]
 
 
-def block_size(sound: soundfile.SoundFile) -> int:
-    """Returns the samples of a block: BLOCK seconds, or fewer where channels are very many."""
-    return max(min(int(BLOCK * sound.samplerate), 2**20 // sound.channels), 1)
+def block_size(sound: soundfile.SoundFile, seconds: float) -> int:
+    """Returns the samples of a block of `seconds`, or fewer where channels are very many."""
+    return max(min(int(seconds * sound.samplerate), 2**20 // sound.channels), 1)
 
 
 def mono(

@@ -8,11 +8,15 @@ hypotheses, M all hypotheses of all utterances. Scores are natural logarithms.
 Sources: CTC prefix beam search, Hannun et al. 2014 (arXiv:1408.2873), with WeNet's two prunings
 and Viterbi times; attention rescoring, U2 (arXiv:2012.05481, section 3.3) and its right-to-left
 half, U2++ (arXiv:2106.05642, 3.1).
+
+What runs on a GPU and what runs on the CPU take turns. A search in turns is a generator (Turns): it
+yields the tensors that it has to read, and goes on when it is sent copies of them on the CPU. So
+`answered` runs one search to its end, and `overlapped` lets the GPU compute for several meanwhile.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -83,6 +87,96 @@ class Hypothesis(NamedTuple):
 
 def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[int]]) -> Hypothesis:
     return Hypothesis(nbest[0], scores[0], times[0], nbest, scores, times)
+
+
+# ---- Turns of the device and the CPU
+
+# A search in turns: it yields tensors of the device, is sent copies of them, and returns a result.
+Turns = Generator[tuple[torch.Tensor, ...], list[torch.Tensor], object]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the CPU to the device, without waiting for what a GPU has still to do."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fetch(parts: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    """Begins to copy tensors to the CPU -> the copies, and the event by which a GPU has made them.
+
+    Without a GPU the copies are there at once, and the event is None.
+    """
+    on_gpu = parts[0].is_cuda
+    copies = [part.detach().to("cpu", non_blocking=on_gpu) for part in parts]
+    stream = torch.cuda.current_stream(parts[0].device) if on_gpu else None
+    return copies, stream and stream.record_event()
+
+
+def read(*parts: torch.Tensor) -> list[torch.Tensor]:
+    """Copies tensors to the CPU, all of them for one wait."""
+    copies, event = fetch(parts)
+    if event is not None:
+        event.synchronize()
+    return copies
+
+
+class _Turn:
+    """Runs a search in turns. State: what it has asked for, and its result once it is `over`."""
+
+    def __init__(self, search: Turns):
+        self.search = search
+        self.over = False
+        self.result = None
+        self._go_on(None)
+
+    def take(self, wait: bool = True) -> None:
+        """Takes the turns up to one whose tensors have to be waited for.
+
+        With `wait` the first turn is waited for.
+        """
+        while not self.over and (wait or self.event is None):
+            if self.event is not None:
+                self.event.synchronize()
+            self._go_on(self.copies)
+            wait = False
+
+    def _go_on(self, copies: list[torch.Tensor] | None) -> None:
+        try:
+            self.copies, self.event = fetch(self.search.send(copies))
+        except StopIteration as stop:
+            self.over = True
+            self.result = stop.value
+
+
+def answered(search: Turns):
+    """Runs a search in turns to its end -> what it returns."""
+    turn = _Turn(search)
+    while not turn.over:
+        turn.take()
+    return turn.result
+
+
+def overlapped(searches: Iterable[Turns]) -> Iterator:
+    """Runs searches in turns, and yields what they return, in their order.
+
+    While a GPU computes for the newest search, the older ones take one turn each, and the next
+    search is begun. So the CPU rarely waits, and as many searches are under way as one has turns.
+    On a CPU each search ends before the next one begins.
+    """
+    running = deque()
+    for search in searches:
+        turn = _Turn(search)
+        turn.take(wait=False)
+        for older in running:
+            older.take()
+        running.append(turn)
+        while running and running[0].over:
+            yield running.popleft().result
+    for turn in running:
+        while not turn.over:
+            turn.take()
+        yield turn.result
 
 
 # ---- CTC prefix beam search: the plain definition
@@ -265,10 +359,18 @@ def prefix_advance(
 
     Of each utterance the first lengths (B,) frames count; all frames where lengths is None.
     """
+    offers = find_offers(log_probs, search, blank_id, lengths)
+    return prefix_follow(beam, offers.cpu(), search, blank_id)
+
+
+def prefix_follow(
+    beam: Beam, offers: torch.Tensor, search: SearchOptions, blank_id: int = 0
+) -> Beam:
+    """Does what prefix_advance does, with the frames' offers of find_offers, on the CPU."""
     size = search.beam_size
     with np.errstate(invalid="ignore"):  # nan stands for what does not exist
-        for offers in _read_offers(log_probs, size, blank_id, lengths):
-            beam = _advance_by_blank(beam, offers, size) or _advance(beam, offers, size)
+        for offered in _read_offers(offers, blank_id):
+            beam = _advance_by_blank(beam, offered, size) or _advance(beam, offered, size)
     return beam
 
 
@@ -307,23 +409,35 @@ def _link(lists: dict[int, int], earlier: np.ndarray, items: np.ndarray) -> list
     return [lists.setdefault(key, len(lists)) for key in (earlier * 2**32 + items).tolist()]
 
 
-def _read_offers(
-    log_probs: torch.Tensor, beam_size: int, blank_id: int, lengths: torch.Tensor | None
-) -> Iterator[_Offers]:
-    """Yields the offers of each frame, which come to the CPU in one transfer.
+def find_offers(
+    log_probs: torch.Tensor,
+    search: SearchOptions,
+    blank_id: int = 0,
+    lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Finds the K likeliest tokens of each frame, and their log-probabilities: (2,T,B,K) float64.
 
-    An utterance that has ended is offered one certain blank, which changes nothing.
+    They are all that prefix beam search reads, and are found where log_probs (B,T,V) are: nothing
+    of the vocabulary's size leaves the device. An utterance that has ended (`lengths` as in
+    prefix_advance) is offered one certain blank, which changes nothing.
     """
-    values, tokens = log_probs.topk(min(beam_size, log_probs.shape[-1]), dim=-1)  # (B,T,K) each
+    size = min(search.beam_size, log_probs.shape[-1])
+    values, tokens = log_probs.detach().topk(size, dim=-1)  # (B,T,K) each
     both = torch.stack((tokens.double(), values.double()))  # (2,B,T,K)
     if lengths is not None:
         frames = torch.arange(values.shape[1], device=values.device)
-        ended = frames >= lengths.to(values.device)[:, None]  # (B,T)
+        ended = frames >= to_device(lengths, values.device)[:, None]  # (B,T)
         # Token -1 at -inf stands for no offer.
-        no_offers = values.shape[2] - 1
-        silence = both.new_tensor([[blank_id] + [-1] * no_offers, [0.0] + [-math.inf] * no_offers])
+        likeliest = torch.arange(size, device=values.device) == 0
+        certain = torch.where(likeliest, 0.0, -math.inf)
+        silence = torch.stack((torch.where(likeliest, float(blank_id), -1.0), certain))  # (2,K)
         both = torch.where(ended[..., None], silence[:, None, None], both)
-    tokens, values = both.detach().transpose(1, 2).cpu().numpy()  # (T,B,K) each
+    return both.transpose(1, 2)
+
+
+def _read_offers(offers: torch.Tensor, blank_id: int) -> Iterator[_Offers]:
+    """Yields the offers of each frame of (2,T,B,K)."""
+    tokens, values = offers.numpy()  # (T,B,K) each
     is_blank = tokens == blank_id
     ranks = np.arange(tokens.shape[2])
     log_probs = np.where(is_blank | (tokens < 0), math.nan, values)
@@ -512,8 +626,14 @@ def ctc_greedy_search(
     log-probability. A token's time is the frame of its run where the token is likeliest. Frames
     beyond an utterance's length are not read.
     """
-    best_log_probs, best_tokens = log_probs.max(dim=-1)  # (B,T) each
-    rows = zip(best_log_probs.tolist(), best_tokens.tolist(), lengths.tolist())
+    return best_paths(*log_probs.max(dim=-1), lengths, blank_id)
+
+
+def best_paths(
+    log_probs: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, blank_id: int = 0
+) -> list[Hypothesis]:
+    """Does what ctc_greedy_search does, with the best log-probabilities and tokens, (B,T) each."""
+    rows = zip(log_probs.tolist(), tokens.tolist(), lengths.tolist())
     return [
         _collapse(row_log_probs[:length], row_tokens[:length], blank_id)
         for row_log_probs, row_tokens, length in rows
@@ -545,15 +665,39 @@ def without_text(hypothesis: Hypothesis) -> Hypothesis:
     return _from_nbest([[]], hypothesis.nbest_scores[:1], [[]])
 
 
+def columns_of(
+    log_probs: torch.Tensor, nbests: list[list[list[int]]], blank_id: int = 0
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Picks what `align` reads: log_probs (B,T,V), sequences of each utterance -> (B,T,C), columns.
+
+    The columns of an utterance are the blank, then each token of its sequences; behind them comes
+    the blank again, up to the number C of the utterance with the most tokens.
+    """
+    columns = [[blank_id, *sorted(set().union(*nbest) - {blank_id})] for nbest in nbests]
+    size = max(map(len, columns))
+    places = torch.tensor([row + [blank_id] * (size - len(row)) for row in columns])  # (B,C)
+    places = to_device(places, log_probs.device)[:, None].expand(-1, log_probs.shape[1], -1)
+    return log_probs.gather(2, places), columns
+
+
 def align(
-    hypothesis: Hypothesis, log_probs: torch.Tensor, length: int, blank_id: int = 0
+    hypothesis: Hypothesis,
+    log_probs: torch.Tensor,
+    length: int,
+    blank_id: int = 0,
+    columns: list[int] | None = None,
 ) -> Hypothesis:
     """Gives times to the n-best: a token's likeliest frame on the best CTC path of its sequence.
 
-    log_probs (T,V), of which `length` frames count. A sequence without a CTC path (too many tokens
-    for the frames, or a blank among them) gets no times.
+    log_probs (T,V), of which `length` frames count, or (T,C) with the columns of columns_of. A
+    sequence without a CTC path (too many tokens for the frames, or a blank among them) gets no
+    times.
     """
-    times = [_align(tokens, log_probs[:length], blank_id) for tokens in hypothesis.nbest]
+    nbest = hypothesis.nbest
+    if columns is not None:
+        nbest = [[columns.index(token) for token in tokens] for tokens in nbest]
+        blank_id = 0
+    times = [_align(tokens, log_probs[:length], blank_id) for tokens in nbest]
     return hypothesis._replace(times=times[0], nbest_times=times)
 
 
@@ -660,8 +804,8 @@ def attention_rescoring(
     search: SearchOptions,
     sos_id: int,
     eos_id: int,
-    device=None,
-) -> list[Hypothesis]:
+    device: torch.device = torch.device("cpu"),
+) -> Turns:
     """Sorts each utterance's CTC n-best anew, by the scores of CTC and of the attention decoders.
 
     score(tree, reverse: bool) -> log-probabilities (B,P,V) of the token behind each node of a Tree,
@@ -671,11 +815,25 @@ def attention_rescoring(
     Each part is a sum of log-probabilities, with eos in the decoders'. Times stay those of CTC.
     """
     nbests = [hypothesis.nbest for hypothesis in hypotheses]
-    totals = _teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)
+    picked = [_teacher_forced(nbests, partial(score, reverse=False), sos_id, eos_id, device)]
     if search.reverse_weight > 0:
         nbests = [[tokens[::-1] for tokens in nbest] for nbest in nbests]
-        backward = _teacher_forced(nbests, partial(score, reverse=True), sos_id, eos_id, device)
-        totals = (1 - search.reverse_weight) * totals + search.reverse_weight * backward
+        picked.append(_teacher_forced(nbests, partial(score, reverse=True), sos_id, eos_id, device))
+    picked = yield tuple(picked)
+    return _sort_anew(hypotheses, picked, search)
+
+
+def _sort_anew(
+    hypotheses: list[Hypothesis], picked: list[torch.Tensor], search: SearchOptions
+) -> list[Hypothesis]:
+    """Sorts each n-best by what _teacher_forced has picked, one or two directions."""
+    nbests = [hypothesis.nbest for hypothesis in hypotheses]
+    lengths = [len(tokens) + 1 for nbest in nbests for tokens in nbest]  # with eos
+    totals, *backward = (
+        torch.stack([part.sum() for part in of_tokens.split(lengths)]) for of_tokens in picked
+    )  # (M,) each
+    if backward:
+        totals = (1 - search.reverse_weight) * totals + search.reverse_weight * backward[0]
     rows = totals.split([len(nbest) for nbest in nbests])
     return [
         _resort(hypothesis, row.tolist(), search.ctc_weight)
@@ -684,20 +842,21 @@ def attention_rescoring(
 
 
 def _teacher_forced(
-    nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device
+    nbests: list[list[list[int]]], score, sos_id: int, eos_id: int, device: torch.device
 ) -> torch.Tensor:
-    """Sums the decoder's log-probabilities of each sequence with its eos: (M,) float64."""
+    """Picks the decoder's log-probabilities of all sequences' tokens, each with its eos, float64.
+
+    They lie on the device, one sequence behind the other.
+    """
     tree, paths = _make_tree(nbests, sos_id, eos_id)
-    log_probs = score(Tree(*(part.to(device) for part in tree)))  # (B,P,V)
+    log_probs = score(Tree(*(to_device(part, device) for part in tree)))  # (B,P,V)
     steps = [
         (row, node, token)
         for row, (nbest, row_paths) in enumerate(zip(nbests, paths))
         for tokens, path in zip(nbest, row_paths)
         for node, token in zip(path, [*tokens, eos_id])
     ]
-    lengths = [len(path) for row_paths in paths for path in row_paths]
-    picked = log_probs[tuple(torch.tensor(steps, device=device).T)].double().cpu()
-    return torch.stack([part.sum() for part in picked.split(lengths)])
+    return log_probs[tuple(to_device(torch.tensor(steps).T, device))].double()
 
 
 def _make_tree(

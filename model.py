@@ -21,7 +21,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 import decode
 from checkpoint import not_finite, read_checkpoint
 from conformer import U2Conformer
-from decode import Hypothesis, SearchOptions
+from decode import Hypothesis, SearchOptions, Turns
 from files import json_text
 from frames import StreamState, receptive_field
 from graphs import Graphs
@@ -593,11 +593,17 @@ class U2(L.LightningModule):
                 f"decode takes no {min(unknown)!r}; the options of a search are {', '.join(names)}"
             )
         options = SearchOptions(**search)
-        chunks = options.chunk_size, options.left_chunks
-        encoded, lengths = self.encode(features, feature_lengths, *chunks)
-        return self.search(encoded, lengths, mode, options, context)
+        return decode.answered(self.decoding(features, feature_lengths, mode, options, context))
 
     @torch.no_grad()
+    def decoding(
+        self, features, feature_lengths, mode: str, search: SearchOptions, context=None
+    ) -> Turns:
+        """Does in turns what `decode` does; features and lengths may come on the CPU."""
+        inputs = (decode.to_device(part, self.device) for part in (features, feature_lengths))
+        encoded, lengths = self.encode(*inputs, search.chunk_size, search.left_chunks)
+        return (yield from self.searching(encoded, lengths, mode, search, context))
+
     def search(
         self, encoded, lengths, mode: str, search: SearchOptions = SearchOptions(), context=None
     ) -> list[Hypothesis]:
@@ -605,6 +611,15 @@ class U2(L.LightningModule):
 
         A Hypothesis has no text where CTC's best path has none. Raises UserError for a mode that is
         none of decode.MODES, or that cannot favour the hotwords of `context`.
+        """
+        return decode.answered(self.searching(encoded, lengths, mode, search, context))
+
+    @torch.no_grad()
+    def searching(self, encoded, lengths, mode: str, search: SearchOptions, context=None) -> Turns:
+        """Does in turns what `search` does.
+
+        There is one turn for CTC and one for rescoring. Mode attention reads the device once per
+        token besides.
         """
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
@@ -615,25 +630,39 @@ class U2(L.LightningModule):
             )
         blank_id = self.net.blank_id
         log_probs = self.net.ctc_log_probs(encoded)  # (B,T',V)
+        ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
+        silent = (decode.blank_wins(log_probs, blank_id) | ended).all(dim=1)  # (B,)
         if mode == "ctc_greedy_search":
-            found = decode.ctc_greedy_search(log_probs, lengths, blank_id)
+            *best, silent = yield *log_probs.max(dim=-1), lengths, silent
+            found = decode.best_paths(*best, blank_id)
         elif mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
             written = self.attention_search(encoded, lengths, search)
-            rows = zip(written, log_probs, lengths.tolist())
-            found = [decode.align(*row, blank_id) for row in rows]
+            nbests = [hypothesis.nbest for hypothesis in written]
+            picked, columns = decode.columns_of(log_probs, nbests, blank_id)
+            picked, sizes, silent = yield picked, lengths, silent
+            rows = zip(written, picked, sizes.tolist(), columns)
+            found = [decode.align(*row, columns=tokens) for *row, tokens in rows]
         else:
-            found = decode.ctc_prefix_beam_search(log_probs, lengths, search, blank_id, context)
+            offers = decode.find_offers(log_probs, search, blank_id, lengths)
+            del log_probs  # a GPU has several batches at a time
+            offers, silent = yield offers, silent
+            beam = decode.prefix_start(len(encoded), context)
+            beam = decode.prefix_follow(beam, offers, search, blank_id)
+            found = decode.prefix_result(beam)
         if mode == "attention_rescoring":
-            found = self.rescore(found, encoded, lengths, search)
-        ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
-        silent = (decode.blank_wins(log_probs, blank_id) | ended).all(dim=1).tolist()
-        return [decode.without_text(row) if nothing else row for row, nothing in zip(found, silent)]
+            found = yield from self.rescoring(found, encoded, lengths, search)
+        rows = zip(found, silent.tolist())
+        return [decode.without_text(row) if nothing else row for row, nothing in rows]
 
-    @torch.no_grad()
     def rescore(
         self, hypotheses, encoded, lengths, search: SearchOptions = SearchOptions()
     ) -> list[Hypothesis]:
         """Sorts CTC n-best lists by the attention decoders; encoded and lengths as in `search`."""
+        return decode.answered(self.rescoring(hypotheses, encoded, lengths, search))
+
+    @torch.no_grad()
+    def rescoring(self, hypotheses, encoded, lengths, search: SearchOptions) -> Turns:
+        """Does in turns what `rescore` does."""
         net = self.net
 
         def score(tree, reverse):
@@ -643,8 +672,10 @@ class U2(L.LightningModule):
 
         if net.right_decoder is None:
             search = replace(search, reverse_weight=0.0)
-        return decode.attention_rescoring(
-            hypotheses, score, search, net.sos_id, net.eos_id, encoded.device
+        return (
+            yield from decode.attention_rescoring(
+                hypotheses, score, search, net.sos_id, net.eos_id, encoded.device
+            )
         )
 
     def attention_search(self, encoded, lengths, search: SearchOptions) -> list[Hypothesis]:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from cli import UserError, build, make_parser, option, options_class, run, shown
@@ -22,12 +22,11 @@ import datasets
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics.functional.text import char_error_rate, word_error_rate
 from tqdm import tqdm
 
 from context import ContextGraph, HotwordOptions, make_context
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
-from decode import CONTEXT_MODES, MODES, SearchOptions
+from decode import CONTEXT_MODES, MODES, SearchOptions, overlapped
 from files import identity, json_text, write_whole
 from model import load_checkpoint
 from sampler import eval_batches
@@ -111,10 +110,11 @@ def main(argv: list[str]) -> None:
         context = graph if mode in CONTEXT_MODES else None
         hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
         settings = {**asdict(search), **(asdict(hotwords) if context else {})}
-        rates = error_rates(references, hypotheses) | {"rtf": round(seconds / duration, 5)}
+        rows = enumerate(zip(references, hypotheses))
+        described = [describe(mode, row, *texts) for row, texts in rows]
+        rates = error_rates(references, described) | {"rtf": round(seconds / duration, 5)}
         scores.append(what_was_scored(options, mode) | settings | rates)
-        for row, (reference, hypothesis) in enumerate(zip(references, hypotheses)):
-            details.append(describe(mode, row, reference, hypothesis))
+        details += described
     try:
         if options.details:
             lines = "".join(json_text(detail, ensure_ascii=False) + "\n" for detail in details)
@@ -129,12 +129,16 @@ def what_was_scored(options: ScoreOptions, mode: str) -> dict:
     return {name: getattr(options, name) for name in names} | {"mode": mode}
 
 
-def error_rates(references: list[str], hypotheses: list[str]) -> dict:
-    """Counts the utterances, and word and character errors over the length of the references."""
+def error_rates(references: list[str], errors: list[dict]) -> dict:
+    """Sums errors over the length of the references, in float32, as torchmetrics does."""
+    words = sum(len(reference.split()) for reference in references)
+    characters = sum(map(len, references))
     return {
         "utterances": len(references),
-        "wer": float(word_error_rate(hypotheses, references)),
-        "cer": float(char_error_rate(hypotheses, references)),
+        "wer": float(np.float32(sum(row["word_errors"] for row in errors)) / np.float32(words)),
+        "cer": float(
+            np.float32(sum(row["char_errors"] for row in errors)) / np.float32(characters)
+        ),
     }
 
 
@@ -235,21 +239,27 @@ def recognize_batches(
     most_samples = EVAL_SECONDS * model.frontend.sample_rate
     batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=most_samples)
     samples = dataset.select_columns(["input_values"]).with_format("numpy")
+    batches = [[row for _, row in keys] for keys in batches]
     texts = [""] * len(dataset)
-    seconds = 0.0
-    for keys in tqdm(batches, desc=mode, unit=" batches"):
-        rows = [row for _, row in keys]
-        waveforms = [checked_waveform(row, samples[row]) for row in rows]
-        began = time.perf_counter()
-        features = [features_of(waveform) for waveform in waveforms]
-        lengths = torch.tensor([len(frames) for frames in features], device=model.device)
-        padded = pad_sequence(features, batch_first=True).to(model.device)  # (B,T,F)
-        found = model.decode(padded, lengths, mode, context=context, **asdict(search))
-        # The device has finished by now: hypotheses are Python lists.
-        seconds += time.perf_counter() - began
+    reading = 0.0  # seconds
+
+    def searches():
+        nonlocal reading
+        for rows in batches:
+            began = time.perf_counter()
+            waveforms = [checked_waveform(row, samples[row]) for row in rows]
+            reading += time.perf_counter() - began
+            features = [features_of(waveform) for waveform in waveforms]
+            lengths = torch.tensor([len(frames) for frames in features])
+            padded = pad_sequence(features, batch_first=True)  # (B,T,F)
+            yield model.decoding(padded, lengths, mode, search, context)
+
+    began = time.perf_counter()
+    results = overlapped(searches())
+    for rows, found in zip(batches, tqdm(results, mode, len(batches), unit=" batches")):
         for row, hypothesis in zip(rows, found):
             texts[row] = model.tokenizer.decode(hypothesis.tokens)
-    return texts, seconds
+    return texts, time.perf_counter() - began - reading
 
 
 def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
@@ -327,16 +337,25 @@ def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:
         "mode": mode,
         "reference": reference,
         "hypothesis": hypothesis,
-        "word_errors": count_errors(word_error_rate, hypothesis, reference, len(reference.split())),
-        "char_errors": count_errors(char_error_rate, hypothesis, reference, len(reference)),
+        "word_errors": edit_distance(hypothesis.split(), reference.split()),
+        "char_errors": edit_distance(hypothesis, reference),
     }
 
 
-def count_errors(error_rate, hypothesis: str, reference: str, length: int) -> int:
-    """Gives the edit distance, which torchmetrics divides by the reference's length."""
-    if length == 0:  # Everything heard is an insertion.
-        return len(hypothesis.split()) if error_rate is word_error_rate else len(hypothesis)
-    return round(float(error_rate([hypothesis], [reference])) * length)
+def edit_distance(heard: Sequence[str], said: Sequence[str]) -> int:
+    """Counts the fewest insertions, deletions and substitutions from one sequence to the other.
+
+    NumPy takes a row of the table at once; torchmetrics, which counts the same, takes a cell.
+    """
+    numbers = {item: number for number, item in enumerate({*heard, *said})}
+    said = np.array([numbers[item] for item in said], np.int64)
+    places = np.arange(len(said) + 1)
+    row = places  # row[j] is the distance from what was heard so far to said[:j]
+    for count, item in enumerate(heard, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (said != numbers[item]))
+        # What is missing of `said` costs 1 a place: row[j] = min(row[j], row[i] + j - i) for i < j.
+        row = np.minimum.accumulate(np.concatenate(([count], best)) - places) + places
+    return int(row[-1])
 
 
 if __name__ == "__main__":

@@ -97,14 +97,15 @@ def _hear_chunk(
     size = encoded.size(1)
     log_probs = model.ctc_log_probs(encoded)  # (1,m,V)
     # Many unlikely paths through silence would add up to text, so in a hush no frame is searched.
-    quiet = bool(decode.blank_wins(log_probs, blank_id).all())
+    quiet = decode.blank_wins(log_probs, blank_id).all()
+    quiet, blanks = decode.read(quiet, log_probs[0, :, blank_id])
     hushed = utterance.hushed + size if quiet else 0
     heeded = torch.tensor([0 if hushed >= HUSH else size])
     return utterance._replace(
         beam=decode.prefix_advance(utterance.beam, log_probs, search, blank_id, heeded),
         chunks=[*utterance.chunks, encoded],
         frames=utterance.frames + size,
-        silent=trailing_blanks(log_probs[0, :, blank_id], utterance.silent),
+        silent=trailing_blanks(blanks, utterance.silent),
         hushed=hushed,
     )
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from context import ContextGraph, HotwordOptions, make_context
-from decode import MODES, SearchOptions
+from decode import MODES, SearchOptions, Turns, columns_of, overlapped, to_device
 from files import FULL, identity, write_whole
 from model import load_checkpoint
 from recovery import leave_terminal
@@ -485,11 +485,15 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     features_of = extract(model.frontend)
     results = [None] * len(pool)
     lengths = [len(piece.samples) for piece in pool]
-    for keys in eval_batches(lengths, math.inf, max_batch=job.options.batch_seconds * rate):
-        rows = [row for _, row in keys]
-        features = [features_of(torch.from_numpy(pool[row].samples)) for row in rows]
-        for row, (tokens, log_probs) in zip(rows, recognize_batch(job, features)):
-            words = timed(job, tokens, log_probs, pool[row].offset)
+    keys = eval_batches(lengths, math.inf, max_batch=job.options.batch_seconds * rate)
+    batches = [[row for _, row in batch] for batch in keys]
+    searches = (
+        recognize_batch(job, [features_of(torch.from_numpy(pool[row].samples)) for row in rows])
+        for rows in batches
+    )
+    for rows, found in zip(batches, overlapped(searches)):
+        for row, (tokens, *timing) in zip(rows, found):
+            words = timed(job, tokens, pool[row].offset, *timing)
             results[row] = HeardPiece(model.tokenizer.decode(tokens), words, lengths[row] / rate)
         bar.update(sum(results[row].seconds for row in rows))
         speed = bar.n / max(bar.format_dict["elapsed"], 0.001)
@@ -498,40 +502,49 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
 
 
 @torch.no_grad()
-def recognize_batch(
-    job: Job, features: list[torch.Tensor]
-) -> list[tuple[list[int], torch.Tensor | None]]:
-    """Hears features (T,F) of pieces -> of each tokens and CTC's log-probabilities (T',V), on CPU.
+def recognize_batch(job: Job, features: list[torch.Tensor]) -> Turns:
+    """Hears features (T,F) of pieces, in turns -> for each piece (tokens, *what `timed` reads).
 
-    The log-probabilities are None for a format that shows no words. Raises UserError where the
-    batch does not fit the memory.
+    For a format that shows words, these are CTC's log-probabilities (T',C) of some columns, and the
+    columns (decode.columns_of). Raises UserError where the batch does not fit the memory.
     """
     model = job.model
-    lengths = torch.tensor([len(frames) for frames in features], device=model.device)
+    lengths = torch.tensor([len(frames) for frames in features])
+    inputs = (to_device(part, model.device) for part in (pad_sequence(features, True), lengths))
     try:
-        padded = pad_sequence(features, batch_first=True).to(model.device)  # (B,T,F)
-        encoded, lengths = model.encode(
-            padded, lengths, job.search.chunk_size, job.search.left_chunks
+        encoded, lengths = model.encode(*inputs, job.search.chunk_size, job.search.left_chunks)
+        found = yield from model.searching(
+            encoded, lengths, job.options.mode, job.search, job.context
         )
-        found = model.search(encoded, lengths, job.options.mode, job.search, job.context)
-        log_probs = model.ctc_log_probs(encoded).cpu() if job.shows_words else None
+        tokens = [hypothesis.tokens for hypothesis in found]
+        if not job.shows_words:
+            return [(row,) for row in tokens]
+        nbests = [[row] for row in tokens]
+        blank_id = model.tokenizer.blank_id
+        log_probs, columns = columns_of(model.ctc_log_probs(encoded), nbests, blank_id)
+        log_probs, lengths = yield log_probs, lengths
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch_seconds {job.options.batch_seconds:g} does not fit the memory; give fewer"
         ) from None
-    if log_probs is None:
-        return [(hypothesis.tokens, None) for hypothesis in found]
-    rows = zip(found, log_probs, lengths.tolist())
-    return [(hypothesis.tokens, row[:length]) for hypothesis, row, length in rows]
+    rows = zip(tokens, log_probs, lengths.tolist(), columns)
+    return [(row, of_row[:length], used) for row, of_row, length, used in rows]
 
 
-def timed(job: Job, tokens: list[int], log_probs: torch.Tensor | None, offset: float) -> list[Word]:
-    """Finds the words of tokens in log_probs (T',V); none without log_probs."""
+def timed(
+    job: Job,
+    tokens: list[int],
+    offset: float,
+    log_probs: torch.Tensor | None = None,
+    columns: list[int] | None = None,
+) -> list[Word]:
+    """Finds the words of tokens in log_probs (T',V), or (T',C) of the columns; none without."""
     if log_probs is None:
         return []
     model = job.model
     times = frame_times(model.options.input_layer, model.frontend)
-    return align_words(tokens, log_probs, model.tokenizer, times, offset, job.options.delay)
+    where = offset, job.options.delay
+    return align_words(tokens, log_probs, model.tokenizer, times, *where, columns)
 
 
 # ---- As a stream
@@ -567,7 +580,7 @@ def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Tran
             log_probs = None
             if job.shows_words:
                 log_probs = model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
-            words.append(timed(job, tokens, log_probs, heard.first_frame * frame / 1000))
+            words.append(timed(job, tokens, heard.first_frame * frame / 1000, log_probs))
         if text and (heard.final or text != before):
             show_heard(text, seconds, heard.final)
         before = text

@@ -170,9 +170,11 @@ def align_words(
     times: FrameTimes,
     offset: float = 0.0,
     delay: float = 0.0,
+    columns: list[int] | None = None,
 ) -> list[Word]:
     """Finds the words of `tokens` in log_probs (T,V) of a piece that begins at `offset`.
 
+    log_probs may have only the `columns` of decode.columns_of, (T,C).
     A word starts where the frame of its first token begins to see. It ends half a shift behind the
     middle of the frame of its last token, but not after the next word's start. These two rules had
     the least error in `python -m tools.align`. `delay` is taken off both times: a CTC branch that
@@ -182,14 +184,15 @@ def align_words(
     """
     spelled = spell(tokens, tokenizer)
     alone = decode.Hypothesis(tokens, 0.0, [], [tokens], [0.0], [[]])
-    frames = decode.align(alone, log_probs, len(log_probs), tokenizer.blank_id).times
+    frames = decode.align(alone, log_probs, len(log_probs), tokenizer.blank_id, columns).times
     if not frames:
         share = len(log_probs) * times.shift / max(len(spelled), 1)
         return [
             Word(word.text, offset + i * share, offset + (i + 1) * share, 0.0, word.spaced)
             for i, word in enumerate(spelled)
         ]
-    probabilities = log_probs[frames, tokens].exp().tolist()
+    places = tokens if columns is None else [columns.index(token) for token in tokens]
+    probabilities = log_probs[frames, places].exp().tolist()
     behind = (times.field + times.shift) / 2 - delay
     words = [
         Word(

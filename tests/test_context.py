@@ -219,4 +219,4 @@ def test_flags_that_mean_nothing_are_refused():
         with pytest.raises(UserError, match=f"--mode {mode} cannot favour --hotwords"):
             score.main(["--mode", mode, "--hotwords", "words.txt"])
         with pytest.raises(UserError, match=f"mode {mode} cannot favour hotwords"):
-            U2.search(None, None, None, mode, beams(5), context=make_graph([([1], 1.0)]))
+            next(U2.searching(None, None, None, mode, beams(5), make_graph([([1], 1.0)])))

@@ -16,10 +16,12 @@ from conformer import U2Conformer
 from decode import (
     Hypothesis,
     SearchOptions,
+    answered,
     attention_beam_search,
     attention_rescoring,
     ctc_greedy_search,
     ctc_prefix_beam_search,
+    overlapped,
     plain_prefix_beam_search,
 )
 from helpers import all_sequences, beams, collapse, random_log_probs
@@ -375,7 +377,8 @@ def test_attention_rescoring_is_the_weighted_sum_over_both_directions(ctc_weight
     search = SearchOptions(beam_size=5, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
     log_probs = random_log_probs(3, 9, vocabulary, seed=11)
     ctc = ctc_prefix_beam_search(log_probs, torch.tensor([9, 5, 0]), search)
-    found = attention_rescoring(ctc, make_scorer(vocabulary, calls), search, SOS, EOS)
+    turns = attention_rescoring(ctc, make_scorer(vocabulary, calls), search, SOS, EOS)
+    found = answered(turns)
     # The whole batch is one call per direction.
     assert calls == ([False, True] if reverse_weight else [False])
     for row, (before, after) in enumerate(zip(ctc, found)):
@@ -415,7 +418,7 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
         return decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees).log_softmax(-1)
 
     with torch.no_grad():
-        found = attention_rescoring(hypotheses, score, SearchOptions(), 10, 11)
+        found = answered(attention_rescoring(hypotheses, score, SearchOptions(), 10, 11))
         for row, hypothesis in enumerate(found):
             for tokens, total in zip(hypothesis.nbest, hypothesis.nbest_scores):
                 expected = 0.0
@@ -431,6 +434,58 @@ def test_decoders_give_a_tree_of_hypotheses_what_they_give_each_of_them():
                 assert total == pytest.approx(expected, abs=1e-9)
     # <sos> and the 15 tokens of a row, without those that an earlier hypothesis begins (ends) with.
     assert sizes == [1 + 9, 1 + 10]
+
+
+# Turns of the device and the CPU
+
+
+def search_in_turns(number, turns, log):
+    """A search that reads `turns` tensors, one after the other, and returns their sum."""
+    total = 0
+    for turn in range(turns):
+        log.append((number, turn))
+        (read,) = yield (torch.tensor(10 * number + turn),)
+        total += int(read)
+    return total
+
+
+@pytest.mark.parametrize("turns", [(), (2,), (2, 2, 2, 2), (0, 3, 1, 0, 2, 5, 1)])
+def test_searches_overlap_on_a_card_alone_and_their_results_keep_their_order(turns, monkeypatch):
+    expected = [sum(10 * number + turn for turn in range(n)) for number, n in enumerate(turns)]
+    log = []
+    in_turn = [(number, turn) for number, n in enumerate(turns) for turn in range(n)]
+    assert [answered(search_in_turns(*given, log)) for given in enumerate(turns)] == expected
+    assert list(overlapped(search_in_turns(*given, log) for given in enumerate(turns))) == expected
+    assert log == in_turn * 2
+
+    class Event:
+        """Of a card: what was asked for is there once it is waited for."""
+
+        def synchronize(self):
+            waits.append(max(number for number, _ in log))
+
+    waits = []  # the newest search that has begun, at each wait
+    log.clear()
+    fetch = decode.fetch
+    monkeypatch.setattr(decode, "fetch", lambda parts: (fetch(parts)[0], Event()))
+    assert list(overlapped(search_in_turns(*given, log) for given in enumerate(turns))) == expected
+    assert sorted(log) == in_turn and len(waits) == len(in_turn)
+    if turns == (2, 2, 2, 2):  # while there are searches to begin, one is ahead of the wait
+        assert log == [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (2, 1), (3, 1)]
+        assert waits == [1, 2, 2, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("blank_id", [0, 3])
+def test_the_columns_of_the_tokens_are_all_that_alignment_reads(blank_id):
+    log_probs = random_log_probs(3, 12, 9, seed=5)
+    nbests = [[[1, 2, 2, 8], [5, 1]], [[]], [[7, 7, 7], [blank_id, 1], [6] * 13]]
+    picked, columns = decode.columns_of(log_probs, nbests, blank_id)
+    assert picked.shape[2] == max(map(len, columns)) < 9
+    for nbest, row, of_row, used in zip(nbests, log_probs, picked, columns):
+        found = Hypothesis(nbest[0], 0.0, [], nbest, [0.0] * len(nbest), [[]] * len(nbest))
+        expected = decode.align(found, row, 11, blank_id)
+        assert decode.align(found, of_row, 11, blank_id, used) == expected
+        assert any(expected.nbest_times) == any(nbest)
 
 
 # WeNet's results

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import cli
 
 import numpy as np
 import pytest
+from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 import score
 import transcribe
@@ -105,6 +107,21 @@ def test_score_counts_the_errors_of_the_whole_split(world, capsys, tmp_path, mod
         6,
     )
     assert 0 < result["rtf"] < 100
+
+
+def test_error_rates_are_those_of_torchmetrics_to_the_bit():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("ab \u4e00", k=rng.randrange(30))) for _ in range(100)]
+    texts += ["a b", "", ""]
+    heard = texts[::-1]
+    errors = [score.describe("mode", 0, *pair) for pair in zip(texts, heard)]
+    for pair, found in zip(zip(texts, heard), errors):
+        assert found["char_errors"] == distance(*pair)
+        assert found["word_errors"] == distance(*map(str.split, pair))
+    rates = score.error_rates(texts, errors)
+    assert rates["wer"] == float(word_error_rate(heard, texts))
+    assert rates["cer"] == float(char_error_rate(heard, texts))
+    assert rates["utterances"] == 103
 
 
 def test_score_hears_the_same_whatever_the_batch_and_in_every_mode_at_once(world, capsys, tmp_path):

@@ -16,8 +16,8 @@ train   measures forward and backward on 8 x 600 frames, 15 labels, vocabulary 4
         peak_mb is the most memory above the memory in use before.
 decode  measures ms per utterance of 10 s with one thread and V = 5,000: searches over made-up CTC
         output, which has 40 spikes among blanks or (flat) any token as likely as another, and the
-        second pass over the n-best of the spikes. rtf is the time for features, encoder, prefix
-        beam search and second pass, 16 utterances at once, over the length of the sound.
+        second pass over their n-best. rtf is the time for features, encoder and both passes, 16
+        at once, over the length of the sound; host_s_per_hour what a GPU leaves to the CPU of it.
 stream  measures with one thread the encoder's ms per chunk, "size/left" in encoder frames and left
         chunks, once all left chunks are there. rtf is for features, encoder, prefix beam search.
 growth  draws in --png the seconds and memory of a training step over the length of an utterance
@@ -278,7 +278,6 @@ def bench_decode(options: BenchOptions) -> dict:
     encoded = torch.randn(utterances, frames, model.options.output_size)
     beam = partial(ctc_prefix_beam_search, search=SearchOptions())
     hypotheses = beam(spikes, lengths)
-    recognise = workloads.recognition(model, partial(beam, spikes))
 
     def ms(work, utterances=utterances):
         return 1000 * median_seconds(work, options) / utterances
@@ -290,7 +289,8 @@ def bench_decode(options: BenchOptions) -> dict:
         "prefix_beam_flat_ms_single": ms(lambda: beam(flat[:1], lengths[:1]), 1),
         "greedy_ms": ms(lambda: ctc_greedy_search(spikes, lengths)),
         "rescoring_ms": ms(lambda: model.rescore(hypotheses, encoded, lengths)),
-        "rtf": ms(recognise) / 1000 / workloads.SECONDS,
+        "rtf": ms(workloads.recognition(model, partial(beam, spikes))) / 1000 / workloads.SECONDS,
+        "host_s_per_hour": 3.6 * ms(workloads.host_work(model, spikes)) / workloads.SECONDS,
     }
 
 

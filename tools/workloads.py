@@ -15,9 +15,18 @@ from cli import SPARING, keep_freed_memory
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from conformer import U2Conformer
-from decode import SearchOptions
+from decode import (
+    SearchOptions,
+    answered,
+    attention_rescoring,
+    find_offers,
+    prefix_follow,
+    prefix_result,
+    prefix_start,
+)
 from files import published
 from frames import receptive_field
 from kernels import for_few_rows
@@ -267,6 +276,25 @@ def recognition(model, search):
         model.rescore(search(encoded_lengths), encoded, encoded_lengths)
 
     return recognise
+
+
+def host_work(model, log_probs: torch.Tensor):
+    """Returns a function that does what a GPU leaves to the CPU: features and search."""
+    waveforms = torch.randn(UTTERANCES, SAMPLES) * 0.1
+    features_of = extract(model.frontend)
+    offers = find_offers(log_probs, SearchOptions())
+    net = model.net
+
+    def score(tree, reverse):
+        return torch.zeros(()).expand(*tree.tokens.shape, PIECES)
+
+    def work():
+        pad_sequence([features_of(waveform) for waveform in waveforms], batch_first=True)
+        beam = prefix_follow(prefix_start(UTTERANCES), offers, SearchOptions())
+        found = prefix_result(beam)
+        answered(attention_rescoring(found, score, SearchOptions(), net.sos_id, net.eos_id))
+
+    return work
 
 
 def feature_frames(model, encoder_frames: int) -> int:
