@@ -85,7 +85,7 @@ smoke: .venv/installed  ## the whole chain on a handful of rows
 bench: .venv/installed  ## speed of data, training, decoding and streaming here, in some minutes
 	for what in data train decode stream; do echo "== $$what"; $(PY) -m tools.bench $$what $(ARGS); done
 
-gpu_check: .venv/installed  ## what only a GPU can show, in less than five minutes (ARGS=--json); the second command is make test
+gpu_check: .venv/installed  ## what only a GPU can show, within five minutes (ARGS=--json)
 	$(PY) -m tools.gpu_check $(ARGS)
 
 torture: .venv/installed  ## kill -9 a small training 200 times and resume it: nothing may be lost (ARGS="--kills N")

@@ -485,6 +485,7 @@ def test_the_last_line_is_one_object_and_the_status_says_whether_a_check_failed(
     assert found["checks"][-1]["ok"] is not fails
     assert found["checks"][-2]["limits"]["seconds"] == "<= 10"
     assert f"{len(CHECKS) - fails} pass, {int(fails)} fail" in table[-1]
+    assert table[-2].startswith("NVIDIA H100, torch ")
 
 
 def test_checks_and_an4_can_be_chosen(card, monkeypatch):

@@ -1,10 +1,10 @@
 """Checks on a GPU what no CPU can show: python -m tools.gpu_check [--json]
 
-The command takes less than five minutes on an H100. It prints each check's figures with their
-limits, and pass, fail or skipped; then the card and the versions. The exit status is 1 where a
-check fails. Limits of speed and memory hold for an H100 or H200 alone, where nothing else runs.
-With --json the last line of stdout is one JSON object. The second command to run on the machine is
-`make test`.
+The command prints each check's figures with their limits, and pass, fail or skipped; then the card
+and the versions. A check that is not done within five minutes of the start (--minutes) fails. The
+exit status is 1 where a check fails. Limits of speed and memory hold for an H100 or H200 alone,
+where nothing else runs. With --json the last line of stdout is one JSON object. The second command
+to run on the machine is `make test`.
 
 kernels        the fused kernels give torch's own numbers, in float32
 nan            16-mixed, a row of NaN: every epoch skips its update and names the row
@@ -207,15 +207,13 @@ def main(argv) -> int:
     began = time.monotonic()
     about = {"card": name_of_card(), "torch": torch.__version__, "cuda": torch.version.cuda}
     about["commit"] = commit()
-    print(
-        f"{about['card']}, torch {about['torch']}, CUDA {about['cuda']}, commit {about['commit']}"
-    )
     ends = math.inf if options.an4 else began + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="gpu_check.") as folder:
         results = run_checks(chosen(options), Path(folder), "cuda", ends, is_fast(about["card"]))
     about["seconds"] = round(time.monotonic() - began)
     verdicts = [verdict(result) for result in results]
     counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("pass", "fail", "skipped"))
+    print("{card}, torch {torch}, CUDA {cuda}, commit {commit}".format(**about))
     print(f"{counts}, in {about['seconds']} s")
     if options.json:
         print(json_text(about | {"checks": results}))
