@@ -85,6 +85,9 @@ smoke: .venv/installed  ## the whole chain on a handful of rows
 bench: .venv/installed  ## speed of data, training, decoding and streaming here, in some minutes
 	for what in data train decode stream; do echo "== $$what"; $(PY) -m tools.bench $$what $(ARGS); done
 
+gpu_check: .venv/installed  ## what only a GPU can show, within five minutes (ARGS=--json)
+	$(PY) -m tools.gpu_check $(ARGS)
+
 torture: .venv/installed  ## kill -9 a small training 200 times and resume it: nothing may be lost (ARGS="--kills N")
 	$(PY) -m tools.torture $(ARGS)
 
@@ -118,4 +121,4 @@ an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_l
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
 .PHONY: help setup data train score transcribe export parity compare test lint format smoke bench \
-  torture clean an4 an4_long
+  gpu_check torture clean an4 an4_long

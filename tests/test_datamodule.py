@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 from cli import UserError
 
@@ -751,6 +752,29 @@ def test_the_largest_batches_are_loaded_at_their_full_shape(root, size):
     assert set(largest) <= set(shapes)
     for measure in (lambda b, t, u: b * t, lambda b, t, u: b * u, lambda b, t, u: b * t * t):
         assert max(measure(*one) for one in shapes) == max(measure(*one) for one in largest)
+
+
+def test_the_largest_by_each_measure_are_loaded(root, monkeypatch):
+    data = shaped_module(root)
+    data.setup("fit")
+    keys = [(0, row, 1) for row in range(3)]
+    plan = [Shaped(keys[:n], t, u) for n, t, u in ((1, 130, 7), (3, 200, 7), (2, 240, 15))]
+    plan.append(Shaped(keys[:1], 440, 7))
+    monkeypatch.setattr(data, "sampler", lambda *_: SimpleNamespace(batches=lambda _: plan))
+    shapes = [(*b.features.shape[:2], b.labels.size(1)) for b in data.largest_batches()]
+    # By frames, by labels, and by the squares that attention makes of frames.
+    assert shapes == [(3, 200, 7), (2, 240, 15), (1, 440, 7)]
+
+
+@pytest.mark.parametrize("input_layer", SUBSAMPLING)
+def test_few_shapes_make_a_multiple_of_8_encoder_frames_and_not_one_more_fits(root, input_layer):
+    data = shaped_module(root)
+    data.setup("fit")
+    data.input_layer = input_layer
+    for batch in data.sampler(0, 1).batches(0):
+        encoder_frames = subsampled_length(batch.frames, input_layer)
+        assert encoder_frames % 8 == 0 and (batch.labels + 1) % 8 == 0
+        assert subsampled_length(batch.frames + 1, input_layer) == encoder_frames + 1
 
 
 def test_few_shapes_without_groups_are_refused():
