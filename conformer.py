@@ -150,8 +150,8 @@ class ConvolutionModule(nn.Module):
         silent = batch_norm or not self.causal
         x = self.pointwise_conv1(x * valid if silent else x)  # (B,T,2D)
         last = None
-        if self.causal and past is None and kernels.by_triton(x):
-            x = kernels.gated_depthwise(x, F.glu(self.pointwise_conv1.bias, 0), self.depthwise_conv)
+        if self.causal and past is None and (triton := kernels.by_triton(x)):
+            x = kernels.gated_depthwise(triton, x, self)
         else:
             x = F.glu(x, dim=-1)  # (B,T,D)
             if not (self.causal or self.training and batch_norm):
@@ -307,14 +307,10 @@ class Encoder(nn.Module):
         return self.after_norm(x).masked_fill((lengths == 0)[:, None, None], 0.0), lengths
 
     def compile_blocks(self):
-        """Compiles the blocks. They are alike, so one compiled code serves all blocks and lengths.
-
-        On CPUs layout_optimization would give all tensors the convolution's layout, and inductor
-        would take their strides for constant.
-        """
+        """Compiles the blocks for training. They are alike, so one code serves all of them."""
         self.compiled = True
         for block in self.blocks:
-            block.compile(dynamic=True, options={"layout_optimization": False})
+            kernels.compile_block(block)
 
     def subsample(self, features, offset: int = 0):
         """Subsamples (B,T,F) -> (B,T',D), times sqrt(D) as in Vaswani et al. 2017, section 3.4.

@@ -622,18 +622,19 @@ def difference(ours, theirs, inputs) -> float:
     """Returns the largest difference of two outputs, and of their gradients for equal weights."""
     weights = torch.linspace(-1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
     pairs = [(ours, theirs)]
-    pairs += zip(*(torch.autograd.grad(y, inputs, weights, True) for y in (ours, theirs)))
+    grads = (torch.autograd.grad(y, inputs, weights.to(y.dtype), True) for y in (ours, theirs))
+    pairs += zip(*grads)
     return worst([float((one - other).detach().abs().max()) for one, other in pairs])
 
 
-def random(device, *shape, seed: int = 0):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    return x.requires_grad_()
+def random(device, *shape, seed: int = 0, dtype=torch.float32):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x.to(device, dtype).requires_grad_()
 
 
-def check_norm(device) -> float:
+def check_norm(device, dtype=torch.float32) -> float:
     weights = random(device, 144), random(device, 144, seed=1)
-    x, y = random(device, 3, 37, 144), random(device, 3, 37, 144, seed=2)
+    x, y = (random(device, 3, 37, 144, seed=seed, dtype=dtype) for seed in (0, 2))
     seed = torch.ones(2, dtype=torch.int64, device=device)
     keep = dropped(None, torch.ones_like(x), seed, 0.25, 0.5, x.dtype)
     total = x + y * keep
@@ -650,8 +651,9 @@ def check_norm(device) -> float:
     )
 
 
-def check_activate(device) -> float:
-    x, seed = random(device, 3, 37, 31), torch.ones(2, dtype=torch.int64, device=device)
+def check_activate(device, dtype=torch.float32) -> float:
+    x = random(device, 3, 37, 31, dtype=dtype)
+    seed = torch.ones(2, dtype=torch.int64, device=device)
     keep = dropped(None, torch.ones_like(x), seed, 0.25, 1.0, x.dtype)
     return worst(
         [
@@ -661,8 +663,8 @@ def check_activate(device) -> float:
     )
 
 
-def check_add(device) -> float:
-    x, y = random(device, 3, 37, 31), random(device, 3, 37, 31, seed=1)
+def check_add(device, dtype=torch.float32) -> float:
+    x, y = (random(device, 3, 37, 31, seed=seed, dtype=dtype) for seed in (0, 1))
     seed = torch.ones(2, dtype=torch.int64, device=device)
     keep = dropped(None, torch.ones_like(x), seed, 0.25, 0.5, x.dtype)
     share = float((keep == 0).float().mean())  # of 3441 numbers, so the deviation is 0.0074
@@ -670,8 +672,9 @@ def check_add(device) -> float:
     return difference(ours, x + y * keep, [x, y]) + (not 0.2 < share < 0.3)
 
 
-def check_rows(device) -> float:
-    x, tokens = random(device, 3, 37, 2000), torch.arange(111, device=device).view(3, 37, 1) * 15
+def check_rows(device, dtype=torch.float32) -> float:
+    x = random(device, 3, 37, 2000, dtype=dtype)
+    tokens = torch.arange(111, device=device).view(3, 37, 1) * 15
     weights = random(device, 3, 37, 3, seed=1).detach()
     theirs = torch.stack((x.logsumexp(-1), x.sum(-1), x.gather(-1, tokens)[..., 0]), dim=-1)
     ours = rows(x, tokens, torch.zeros_like(tokens))
@@ -679,8 +682,8 @@ def check_rows(device) -> float:
     return difference(ours * weights, theirs * weights, [x])
 
 
-def check_conv(device) -> float:
-    x, edge = random(device, 2, 70, 2 * 72), random(device, 72)
+def check_conv(device, dtype=torch.float32) -> float:
+    x, edge = random(device, 2, 70, 2 * 72, dtype=dtype), random(device, 72)
     weight, bias = random(device, 72, 1, 8), random(device, 72, seed=1)
     past = edge[:, None].expand(2, -1, 7)
     image = torch.cat((past, torch.nn.functional.glu(x, -1).transpose(1, 2)), dim=2)
@@ -689,8 +692,8 @@ def check_conv(device) -> float:
     return difference(ours, theirs.transpose(1, 2), [x, edge, weight, bias])
 
 
-def check_relu(device) -> float:
-    x, bias = random(device, 2, 70, 72), random(device, 72)
+def check_relu(device, dtype=torch.float32) -> float:
+    x, bias = random(device, 2, 70, 72, dtype=dtype), random(device, 72)
     return difference(bias_relu(x, bias), torch.relu(x + bias), [x, bias])
 
 

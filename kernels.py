@@ -27,6 +27,8 @@ ONEDNN = (
 # (pytorch's pull request 155958). Torch's other fused kernels need no plan.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+TRITON = True  # --no-triton: no kernels of fused.py
+
 
 def by_onednn(x, weight) -> bool:
     """True where oneDNN is faster: float32 on a CPU with AVX-512."""
@@ -127,13 +129,20 @@ class Dropout(nn.Dropout):
 
 
 @functools.cache
-def proven(device):
-    """Returns the module of Triton kernels if they compute torch's numbers on a GPU, else None."""
+def proven(device, dtype):
+    """Returns the module of Triton kernels if they compute torch's numbers on a GPU, else None.
+
+    They are compared in float32; in dtype, that of the products, they must start.
+    """
     try:
         import fused
 
         with torch.enable_grad(), torch.autocast("cuda", enabled=False):
-            wrong = [name for name, check in fused.CHECKS if not check(device) < 1e-4]
+            wrong = [
+                name
+                for name, check in fused.CHECKS
+                if not check(device) < 1e-4 or math.isnan(check(device, dtype))
+            ]
     except ImportError:  # Triton comes with torch on Linux alone
         return None
     except Exception as error:  # Triton's launcher needs a C compiler, for example
@@ -148,9 +157,9 @@ def by_triton(x):
 
     torch.compile makes its own. These compute in float32.
     """
-    if not x.is_cuda or x.dtype == torch.float64 or not torch.is_grad_enabled():
+    if not TRITON or not x.is_cuda or x.dtype == torch.float64 or not torch.is_grad_enabled():
         return None
-    return None if torch.compiler.is_compiling() else proven(x.device)
+    return None if torch.compiler.is_compiling() else proven(x.device, product_type(x))
 
 
 def product_type(x):
@@ -355,12 +364,30 @@ def depthwise(x, weight, bias, padding: int = 0, few: bool = False):
     return y[:, :, 0].transpose(1, 2).to(x.dtype)  # (B,T',D)
 
 
-def gated_depthwise(x, edge, conv: nn.Conv1d):
-    """Computes what `depthwise` makes of edge (D,), over and over, and glu(x), for by_triton(x).
+def gated_depthwise(triton, x, layer):
+    """Computes the gate and convolution of a causal ConvolutionModule: x (B,T,2D) -> (B,T,D).
 
-    x (B,T,2D) -> (B,T,D), causal.
+    What comes before x is the module's `silence`; triton is the result of by_triton(x).
     """
-    return proven(x.device).gated_conv(x, edge, conv.weight, conv.bias, product_type(x))
+    edge, conv = F.glu(layer.pointwise_conv1.bias, 0), layer.depthwise_conv
+    return triton.gated_conv(x, edge, conv.weight, conv.bias, product_type(x))
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compiles a block for training, once for batches of all sizes and lengths.
+
+    A batch of one row would be compiled anew, and so would evaluation: both run as they are. On
+    CPUs layout_optimization would give all tensors the convolution's layout, and inductor would
+    take their strides for constant.
+    """
+    block.compile(dynamic=True, options={"layout_optimization": False})
+    compiled = block._compiled_call_impl
+
+    def call(x, *rest):
+        compiles = block.training and min(x.shape[:2]) > 1
+        return (compiled if compiles else block._call_impl)(x, *rest)
+
+    block._compiled_call_impl = call
 
 
 def label_smoothing_loss(logits, labels, valid, smoothing: float):

@@ -74,6 +74,7 @@ class OptimOptions:
     compile: bool = option(
         False, "torch.compile the encoder's blocks, once for all lengths (meant for GPUs)"
     )
+    triton: bool = option(True, "on a GPU, fused kernels, where they give torch's numbers")
     cuda_graphs: str = option(
         "auto",
         "launch a step's kernels as CUDA graphs, one for each shape of a batch; auto: with "

@@ -35,6 +35,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info
 
+import kernels
 from datamodule import DataOptions, SpeechDataModule, rows_rate
 from files import ASIDE, alone, aside, check_utf8, json_text, read_json, write_whole
 from model import U2, OptimOptions, read_checked
@@ -793,14 +794,15 @@ def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings, few_shapes:
     Raises UserError for flags of a GPU that have no effect in this run.
     """
     if not isinstance(trainer.accelerator, CUDAAccelerator):
-        if "tf32" in given:
-            raise UserError("--tf32 and --no-tf32 have no effect without a GPU; leave them out")
+        for name in given.keys() & {"tf32", "triton"}:
+            raise UserError(f"--{name} and --no-{name} have no effect without a GPU; leave it out")
         if settings.optim.cuda_graphs == "on":
             raise UserError("--cuda_graphs on: there is no GPU in this run; leave it out")
         return False
     tf32 = settings.run.tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+    kernels.TRITON = settings.optim.triton
     why_not = no_graphs(trainer, settings.optim, few_shapes)
     choice = settings.optim.cuda_graphs
     if why_not and choice == "on":

@@ -133,6 +133,9 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(
             if not dropout:  # else the random numbers come in another order
                 for ours, theirs in zip(found, gradients(net, *size)):
                     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        gradients(compiled, 1, 90)  # one row would be a kind of shape of its own
+        compiled.eval()
+        gradients(compiled, 3, 90)
         counters = torch._dynamo.utils.counters
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 

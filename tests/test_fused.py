@@ -37,7 +37,7 @@ for options in ({}, dict(causal=False), VARIANTS["transformer"]):
     net = network(**options, dropout_rate=0.0, attention_dropout_rate=0.0).train()
     found = []
     for triton in (fused, None):
-        kernels.by_triton = kernels.proven = lambda x: triton
+        kernels.by_triton = lambda x: triton
         loss = net.loss(features, lengths, labels, label_lengths, 4, 1)["loss"]
         found.append([loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))])
     worst.append([float((ours - theirs).abs().max()) for ours, theirs in zip(*found)])
@@ -116,21 +116,21 @@ def test_the_kernels_compile_for_a_gpu(monkeypatch, tmp_path, floats):
 
 @pytest.mark.parametrize("found, used", [(1e-6, True), (0.1, False), (float("nan"), False)])
 def test_kernels_that_compute_other_numbers_are_not_used(monkeypatch, recwarn, found, used):
-    monkeypatch.setattr(fused, "CHECKS", [("norm", lambda device: found)])
-    assert kernels.proven.__wrapped__("cpu") is (fused if used else None)
+    monkeypatch.setattr(fused, "CHECKS", [("norm", lambda *_: found)])
+    assert kernels.proven.__wrapped__("cpu", torch.bfloat16) is (fused if used else None)
     messages = [str(warning.message) for warning in recwarn]
     assert messages == [] if used else "Triton's kernels: ['norm']" in messages[0]
 
 
 def test_a_machine_on_which_the_kernels_do_not_start_uses_torchs_operations(monkeypatch):
-    def fail(device):
+    def fail(*_):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
 
     monkeypatch.setattr(fused, "CHECKS", [("norm", fail)])
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler.'"):
-        assert kernels.proven.__wrapped__("cpu") is None
+        assert kernels.proven.__wrapped__("cpu", torch.bfloat16) is None
     monkeypatch.setitem(sys.modules, "fused", None)  # no Triton: nothing to say
-    assert kernels.proven.__wrapped__("cpu") is None
+    assert kernels.proven.__wrapped__("cpu", torch.bfloat16) is None
 
 
 def test_a_nan_is_the_worst_difference():

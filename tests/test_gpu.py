@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import conformer
 import graphs
+import kernels
 import train
 from datamodule import Batch
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
@@ -261,6 +262,9 @@ def pretended_step(monkeypatch, options=TWO_BLOCKS):
         assert lengths.device.type == label_lengths.device.type == "cpu"
         return log_probs.sum((0, 2))
 
+    # Triton's kernels cannot run here, but their shapes can.
+    fused = pytest.importorskip("fused")
+    monkeypatch.setattr(kernels, "proven", lambda *_: fused)
     model = make(options=options, cuda_graphs=False).train()
     batch = next(batches([0]))
     monkeypatch.setattr(FakeTensor, "tolist", read)
@@ -314,7 +318,7 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
 # ---- Flags
 
 
-@pytest.mark.parametrize("flag", ["--cuda_graphs on", "--tf32", "--no-tf32"])
+@pytest.mark.parametrize("flag", ["--cuda_graphs on", "--tf32", "--no-tf32", "--no-triton"])
 def test_flags_of_a_gpu_are_refused_on_a_cpu(tmp_path, flag):
     data = make_data(tmp_path / "data")
     with pytest.raises(UserError, match=rf"{flag.split()[0]}.* GPU"):

@@ -103,7 +103,7 @@ def step(net, options):
     net.train()
     shape = options.rows, options.labels
     with (
-        mock.patch("kernels.proven", lambda device: fused if options.triton else None),
+        mock.patch("kernels.proven", lambda *_: fused if options.triton else None),
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(F, "ctc_loss", lambda log_probs, *_, **__: Ctc.apply(log_probs)),
         FakeTensorMode(),
