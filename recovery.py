@@ -454,7 +454,7 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     """
     seconds = data.options.max_batch_seconds
     rows = data.kept
-    speeds = " ".join(map(str, data.augment.speeds))  # those that the plan draws
+    speeds = " ".join(map(str, data.augment.speeds or (1.0,)))  # those that the plan draws
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
     return {
         "seed": data.seed,

@@ -728,7 +728,7 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
     warnings.filterwarnings(
         "ignore",
         message=".*(does not have many workers|exists and is not empty|smaller than the logging "
-        "interval|LeafSpec|dataloader is not resumable).*",
+        "interval|LeafSpec|dataloader is not resumable|overridden `transfer_batch_to_device`).*",
     )
     try:
         return L.Trainer(
@@ -797,7 +797,7 @@ def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings, few_shapes:
         for name in given.keys() & {"tf32", "triton"}:
             raise UserError(f"--{name} and --no-{name} have no effect without a GPU; leave it out")
         if settings.optim.cuda_graphs == "on":
-            raise UserError("--cuda_graphs on: there is no GPU in this run; leave it out")
+            raise UserError("--cuda_graphs on: this run has no GPU; give --cuda_graphs auto")
         return False
     tf32 = settings.run.tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

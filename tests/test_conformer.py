@@ -13,7 +13,7 @@ from frames import (
     subsampled_length,
     valid_mask,
 )
-from helpers import VARIANTS, network
+from helpers import VARIANTS, network, same
 from presets import PRESETS, ModelOptions
 
 
@@ -229,6 +229,24 @@ def test_without_a_position_term_plain_attention_is_what_is_left():
     torch.testing.assert_close(
         plain(x, None, mask)[0], relative(x, positions, mask)[0], rtol=1e-5, atol=1e-5
     )
+
+
+def test_gradients_are_to_the_bit_those_of_ctc_before_the_decoders():
+    """All documented figures were made in this order."""
+    net = network(decoder_num_blocks=2, r_num_blocks=2).train()
+    features, lengths = torch.randn(3, 60, 80), torch.tensor([60, 44, 5])
+    labels, label_lengths = torch.randint(4, 9, (3, 5)), torch.tensor([5, 2, 1])
+    parameters = list(net.parameters())
+    torch.manual_seed(1)
+    found = net.loss(features, lengths, labels, label_lengths)["loss"]
+    torch.manual_seed(1)
+    encoded, encoded_lengths = net.encode(features, lengths)
+    ctc = net.ctc_losses(encoded, lengths, labels, label_lengths)
+    att = net.attention_losses(encoded, encoded_lengths, labels, label_lengths)
+    weight = net.options.ctc_weight
+    wanted = weight * (ctc.sum() / 3) + (1 - weight) * (att.sum() / 3)
+    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (found, wanted))
+    assert same([found, *ours], [wanted, *theirs])
 
 
 @pytest.mark.parametrize("chunk_size", [-1, 4])

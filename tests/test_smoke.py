@@ -44,7 +44,7 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
     out = command("prepare.py", "--source", source, "--data_root", data).stdout
     assert "kept 11 rows, rejected 0" in out.splitlines()[-1]
 
-    command(
+    errors = command(
         "train.py",
         "--data_root",
         data,
@@ -59,7 +59,8 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
         "--ema_decay",
         0.5,
         *TINY_FLAGS,
-    )
+    ).stderr
+    assert "Warning" not in errors
     for name in ("best.ckpt", "last.ckpt"):
         assert "tokenizer" in torch.load(run / name, weights_only=True)
     record = json.loads((run / "run.json").read_text())
