@@ -798,6 +798,7 @@ def test_another_choice_within_an_epoch_is_refused(root):
     for change, said in (
         ({"options": dataclasses.replace(data.options, few_shapes="off")}, "not off"),
         ({"augment": dataclasses.replace(AUGMENT, speeds=(1.0,))}, r"not on \(speeds 1.0\)"),
+        ({"augment": dataclasses.replace(AUGMENT, speeds=())}, r"not on \(speeds 1.0\)"),
     ):
         other = shaped_module(root)
         other.setup("fit")
