@@ -7,6 +7,7 @@ for lengths on the CPU. See torch's notes "CUDA semantics", partial-network capt
 """
 
 import contextlib
+import functools
 from collections import Counter
 
 import torch
@@ -27,7 +28,8 @@ class ButCtc(nn.Module):
         self.work = net.but_ctc
 
     def forward(self, *inputs):
-        return self.work(*inputs)
+        self.outputs = self.work(*inputs)
+        return self.outputs
 
 
 class Graphs:
@@ -42,12 +44,15 @@ class Graphs:
         self.seen = Counter()  # steps without a graph, by shape
         self.made = {}  # graphs by shape
         self.pool = None  # all graphs take their memory from one pool, because one runs at a time
+        self.full = False  # there was no room for one more
 
     def __call__(self, *inputs):
         shape = tuple(tensor.shape for tensor in inputs)
         if shape not in self.made:
             self.seen[shape] += 1
-            if self.seen[shape] <= EAGER_STEPS or not self.room(inputs[0].device):
+            again = self.seen[shape] > EAGER_STEPS
+            self.full = self.full or again and not self.room(inputs[0].device)
+            if self.full or not again:
                 return self.plain(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.made[shape] = capture(self.net, inputs, self.pool)
@@ -62,7 +67,8 @@ class Graphs:
         """Returns whether there may be one more graph.
 
         Besides the graphs a step without one must still fit. The first graph takes as much memory
-        as such a step, the others share most of it.
+        as such a step, the others share most of it. Asking empties torch's cache, after which a
+        step allocates its memory anew and waits for that: nobody asks again where there was none.
         """
         if len(self.made) >= MOST_GRAPHS:
             return False
@@ -76,17 +82,22 @@ def capture(net, inputs, pool):
 
     Random numbers and batch norm's statistics stay as they were.
     """
+    module = ButCtc(net)
     kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
     device = inputs[0].device
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, without_cache(), other_threads_go_on():
         graph = torch.cuda.make_graphed_callables(
-            ButCtc(net),
+            module,
             tuple(tensor.clone() for tensor in inputs),
             num_warmup_iters=1,
             allow_unused_input=True,
             pool=pool,
         )
+    # The graph keeps its outputs. With them autograd would keep a node for each parameter, whose
+    # gradient would then wait, in every later step, for the stream of this capture.
+    for output in module.outputs:
+        output.detach_()
     with torch.no_grad():
         for buffer, before in kept:
             buffer.copy_(before)
@@ -108,15 +119,11 @@ def other_threads_go_on():
     """Lets other threads use the GPU during a capture.
 
     By default a capture fails where the loader's thread pins memory. make_graphed_callables has no
-    argument for this mode.
+    argument for this mode. (A subclass of torch.cuda.graph would capture on a stream of its own,
+    and a pool shares memory among the graphs of one stream alone.)
     """
-
-    class Graph(torch.cuda.graph):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options, capture_error_mode="thread_local")
-
     original = torch.cuda.graph
-    torch.cuda.graph = Graph
+    torch.cuda.graph = functools.partial(original, capture_error_mode="thread_local")
     try:
         yield
     finally:

@@ -140,7 +140,7 @@ def test_the_guard_sees_through_a_graph(graphs_on_a_cpu, tmp_path):
 
 
 def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypatch):
-    made = []
+    made, emptied, free = [], [], [250]
 
     def capture(net, inputs, pool):
         made.append(pool)
@@ -149,25 +149,23 @@ def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypat
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100)
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
-    free = [0]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
-    runner = graphs.Graphs(SimpleNamespace(but_ctc=lambda *inputs: "plain"))
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
 
-    def run(size):
-        return runner(torch.zeros(size))
+    def run(*sizes):
+        runner = graphs.Graphs(SimpleNamespace(but_ctc=lambda *inputs: "plain"))
+        for size in sizes:
+            found = [runner(torch.zeros(size)) for _ in range(graphs.EAGER_STEPS + 2)]
+            assert found[:-2] == ["plain"] * graphs.EAGER_STEPS and found[-2] == found[-1]
+            yield found[-1]
+            free[0] = 150  # later graphs share the memory of the first
 
-    assert [run(1) for _ in range(graphs.EAGER_STEPS + 1)] == ["plain"] * (graphs.EAGER_STEPS + 1)
-    free[0] = 150  # one step fits, but not the first graph and a step
-    assert run(1) == "plain"
-    free[0] = 250
-    assert run(1) == "made" and run(1) == "made"
-    free[0] = 150  # the second graph shares the memory of the first
-    for size in (2, 3, 4):
-        found = [run(size) for _ in range(graphs.EAGER_STEPS + 1)]
-        assert found[:-1] == ["plain"] * graphs.EAGER_STEPS
-        assert found[-1] == ("made" if size < 4 else "plain")
+    assert list(run(1, 2, 3, 4)) == ["made"] * 3 + ["plain"]
     assert made == ["pool"] * 3
+    emptied.clear()
+    assert list(run(1, 2)) == ["plain"] * 2  # a step fits, but not the first graph and a step
+    assert len(emptied) == 1  # the first step that found no room was the last to ask
 
 
 def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
@@ -179,6 +177,7 @@ def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
 
         def but_ctc(self, *inputs):
             states.append(torch.is_autocast_cache_enabled())
+            return ()
 
     def call_once(module, inputs, **_):
         return module(*inputs)
@@ -190,19 +189,23 @@ def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
     assert states == [False, False] and torch.is_autocast_cache_enabled()
 
 
-def test_a_capture_leaves_random_numbers_and_statistics_as_they_were(monkeypatch):
+def test_a_capture_leaves_random_numbers_statistics_and_autograd_as_they_were(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", static_callables)
     options = type(TINY)(**{**vars(TINY), **VARIANTS["batch_norm"]})
     net = make(options=options).net.train()
     before = [buffer.clone() for buffer in net.buffers()]
     features, lengths, labels, label_lengths, _ = next(batches([0]))
     seen = torch.ones(14, 14, dtype=torch.bool)
+    work, outputs = net.but_ctc, []
+    net.but_ctc = lambda *inputs: outputs.append(work(*inputs)) or outputs[-1]
     torch.manual_seed(3)
     graphs.capture(net, (features, lengths, labels, label_lengths, seen), None)
     drawn = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(3))
     assert all(map(torch.equal, before, net.buffers()))
+    # Nor does the graph keep a node of autograd's for a parameter.
+    assert outputs and not any(output.requires_grad for output in outputs[-1])
 
 
 def test_other_threads_may_use_the_gpu_during_a_capture(monkeypatch):
@@ -214,9 +217,10 @@ def test_other_threads_may_use_the_gpu_during_a_capture(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", Graph)
     with graphs.other_threads_go_on():
-        torch.cuda.graph(None, pool=None)
+        within = torch.cuda.graph(None, pool=None)
     torch.cuda.graph(None)
     assert modes == ["thread_local", "global"]
+    assert type(within) is Graph  # its class keeps the stream on which all graphs share memory
 
 
 # ---- Waits
