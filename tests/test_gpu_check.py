@@ -318,9 +318,11 @@ def test_kernels_are_compared_where_there_are_some(monkeypatch):
     assert figures == {
         "one": 1e-7,
         "two": pytest.approx(3e-4),
-        "largest_difference": figures["two"],
+        "largest_difference": pytest.approx(3e-4),
     }
     assert judged("kernels", figures) == ["largest_difference"]
+    checks[1] = "two", lambda device: math.nan
+    assert judged("kernels", gpu_work.check_kernels(None, "cpu")) == ["largest_difference"]
 
 
 # ---- Running
