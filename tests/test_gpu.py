@@ -24,7 +24,7 @@ from datamodule import Batch
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
 from helpers_model import quiet_trainer, tiny_model
 from helpers_train import make_data, run
-from model import OptimOptions
+from model import OptimOptions, place_steps
 from recovery import Average, pairs_by_kind
 from tokenizer import train_char
 
@@ -317,6 +317,17 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
     assert reads == [5, 5]
     assert {value.device.type for value in logged.values()} == {"cpu"}
     assert logged["loss"] == 2.0 and logged["train_loss_att"] == 4.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_counters_of_updates_lie_where_the_optimizer_reads_them(fused):
+    """They lie elsewhere after --resume with another --precision, which decides about `fused`."""
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(2, device="cuda"))
+        optimizer = torch.optim.AdamW([weight], fused=fused)
+        optimizer.state[weight]["step"] = torch.ones((), device="cpu" if fused else "cuda")
+        place_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == ("cuda" if fused else "cpu")
 
 
 # ---- Flags
