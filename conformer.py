@@ -532,8 +532,14 @@ class U2Conformer(nn.Module):
         seen = frames.chunk_mask(size, span, left_chunks, features.device)
         lengths = [frames.on_device(n, features) for n in (feature_lengths, label_lengths)]
         labels = labels.masked_fill(~valid_mask(lengths[1], labels.size(1)), self.blank_id)
-        encoded, att = (but_ctc or self.but_ctc)(features, lengths[0], labels, lengths[1], seen)
+        # Backward adds the gradients of both branches in the order of these calls.
+        if but_ctc:
+            encoded, att = but_ctc(features, lengths[0], labels, lengths[1], seen)
+        else:
+            encoded, frames_there = self.encoder(features, lengths[0], seen)
         ctc = self.ctc_losses(encoded, feature_lengths, labels, label_lengths)  # (B,)
+        if not but_ctc:
+            att = self.attention_losses(encoded, frames_there, labels, lengths[1])  # (B,)
         rows, tokens = sizes or (len(labels), (label_lengths + 1).sum())
         loss_ctc = ctc.sum() / rows
         loss_att = att.sum() / (tokens if self.options.length_normalized_loss else rows)
