@@ -20,7 +20,7 @@ import conformer
 import graphs
 import kernels
 import train
-from datamodule import Batch
+from datamodule import Batch, SpeechDataModule
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
 from helpers_model import quiet_trainer, tiny_model
 from helpers_train import make_data, run
@@ -102,7 +102,7 @@ def static_callables(module, inputs, **_):
 def graphs_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", static_callables)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(graphs.Graphs, "room", lambda self, device: True)
+    monkeypatch.setattr(graphs.Graphs, "room", lambda self, like: True)
 
 
 def trained(model, order, poison=(), **options):
@@ -164,21 +164,23 @@ def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypat
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
     free = [0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
-    runner = graphs.Graphs(SimpleNamespace(but_ctc=lambda *inputs: "plain"))
+    net = SimpleNamespace(but_ctc=lambda *inputs: "plain")
+    runner = graphs.Graphs(net)
 
-    def run(size):
-        return runner(torch.zeros(size))
+    def made_of(size):
+        """What a shape's steps give, up to the first that may have a graph."""
+        return [runner(torch.zeros(size)) for _ in range(graphs.EAGER_STEPS + 1)]
 
-    assert [run(1) for _ in range(graphs.EAGER_STEPS + 1)] == ["plain"] * (graphs.EAGER_STEPS + 1)
+    eager = ["plain"] * graphs.EAGER_STEPS
     free[0] = 150  # one step fits, but not the first graph and a step
-    assert run(1) == "plain"
+    assert made_of(1) == [*eager, "plain"]
+    free[0] = 1000
+    assert runner(torch.zeros(1)) == "plain"  # it is not asked again
+    runner = graphs.Graphs(net)
     free[0] = 250
-    assert run(1) == "made" and run(1) == "made"
+    assert made_of(1) == [*eager, "made"] and runner(torch.zeros(1)) == "made"
     free[0] = 150  # the second graph shares the memory of the first
-    for size in (2, 3, 4):
-        found = [run(size) for _ in range(graphs.EAGER_STEPS + 1)]
-        assert found[:-1] == ["plain"] * graphs.EAGER_STEPS
-        assert found[-1] == ("made" if size < 4 else "plain")
+    assert [made_of(size)[-1] for size in (2, 3, 4)] == ["made", "made", "plain"]
     assert made == ["pool"] * 3
 
 
@@ -325,6 +327,16 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
     assert reads == [5, 5]
     assert {value.device.type for value in logged.values()} == {"cpu"}
     assert logged["loss"] == 2.0 and logged["train_loss_att"] == 4.0
+
+
+def test_lengths_and_rows_stay_on_the_cpu():
+    batch = next(batches([0]))
+    moved = SpeechDataModule.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
+    assert {name for name, value in moved._asdict().items() if value.is_meta} == {
+        "features",
+        "labels",
+    }
+    assert moved.feature_lengths is batch.feature_lengths
 
 
 # ---- Flags
