@@ -43,16 +43,15 @@ class Graphs:
         self.net = net
         self.seen = Counter()  # steps without a graph, by shape
         self.made = {}  # graphs by shape
+        self.full = False  # no more graphs: asking for memory at each step would take long
         self.pool = None  # all graphs take their memory from one pool, because one runs at a time
-        self.full = False  # there was no room for one more
 
     def __call__(self, *inputs):
         shape = tuple(tensor.shape for tensor in inputs)
         if shape not in self.made:
             self.seen[shape] += 1
-            again = self.seen[shape] > EAGER_STEPS
-            self.full = self.full or again and not self.room(inputs[0].device)
-            if self.full or not again:
+            self.full = self.full or self.seen[shape] > EAGER_STEPS and not self.room(inputs[0])
+            if self.full or self.seen[shape] <= EAGER_STEPS:
                 return self.plain(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.made[shape] = capture(self.net, inputs, self.pool)
@@ -63,18 +62,17 @@ class Graphs:
         with without_cache():
             return self.net.but_ctc(*inputs)
 
-    def room(self, device) -> bool:
-        """Returns whether there may be one more graph.
+    def room(self, like) -> bool:
+        """Returns whether there may be one more graph on the device of `like`.
 
         Besides the graphs a step without one must still fit. The first graph takes as much memory
-        as such a step, the others share most of it. Asking empties torch's cache, after which a
-        step allocates its memory anew and waits for that: nobody asks again where there was none.
+        as such a step, the others share most of it.
         """
         if len(self.made) >= MOST_GRAPHS:
             return False
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        return free > torch.cuda.max_memory_allocated(device) * (1 if self.made else 2)
+        free, _ = torch.cuda.mem_get_info(like.device)
+        return free > torch.cuda.max_memory_allocated(like.device) * (1 if self.made else 2)
 
 
 def capture(net, inputs, pool):

@@ -348,14 +348,6 @@ class U2(L.LightningModule):
     def encoder_is_frozen(self) -> bool:
         return self.current_epoch < self.optim.freeze_encoder_epochs
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        """Moves features and labels. Lengths and rows stay on the CPU, where they are asked for.
-
-        CTC's CUDA kernel and the logs would have to wait for the GPU.
-        """
-        features = batch.features.to(device, non_blocking=True)
-        return batch._replace(features=features, labels=batch.labels.to(device, non_blocking=True))
-
     def training_step(self, batch, batch_idx):
         size = self.net.encoder.frames(batch.features)
         chunk_size, left_chunks = draw_chunk(size, self.options)

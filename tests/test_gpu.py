@@ -20,7 +20,7 @@ import conformer
 import graphs
 import kernels
 import train
-from datamodule import Batch
+from datamodule import Batch, SpeechDataModule
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
 from helpers_model import quiet_trainer, tiny_model
 from helpers_train import make_data, run
@@ -102,7 +102,7 @@ def static_callables(module, inputs, **_):
 def graphs_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", static_callables)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(graphs.Graphs, "room", lambda self, device: True)
+    monkeypatch.setattr(graphs.Graphs, "room", lambda self, like: True)
 
 
 def trained(model, order, poison=(), **options):
@@ -117,16 +117,28 @@ def trained(model, order, poison=(), **options):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", ["default", "batch_norm"])
-def test_a_run_with_graphs_is_the_run_without(graphs_on_a_cpu, name, accumulate):
+def test_a_run_with_graphs_is_the_run_without(graphs_on_a_cpu, monkeypatch, name, accumulate):
     """Dropout, chunks, accumulation, the average and batch norm's statistics are all in it."""
     options = TINY if name == "default" else type(TINY)(**{**vars(TINY), **VARIANTS[name]})
     runs = []
-    for cuda_graphs in (True, False):
-        model = make(options=options, cuda_graphs=cuda_graphs)
+    for eager_steps in (1, 100):
+        monkeypatch.setattr(graphs, "EAGER_STEPS", eager_steps)
+        model = make(options=options)
         order = [0, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0]
         runs.append(trained(model, order, accumulate_grad_batches=accumulate))
-        assert not cuda_graphs or len(model.graphs.made) == len(SHAPES)
+        assert len(model.graphs.made) == (len(SHAPES) if eager_steps == 1 else 0)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*runs, strict=True))
+
+
+def test_the_losses_are_those_of_a_network_without_graphs():
+    model = make()
+    model.net.eval()
+    batch = next(batches([1]))[:4]
+    for ours, theirs in zip(
+        model.net.loss(*batch, 4, 1, but_ctc=model.graphs.plain).values(),
+        model.net.loss(*batch, 4, 1).values(),
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_guard_sees_through_a_graph(graphs_on_a_cpu, tmp_path):
@@ -140,7 +152,7 @@ def test_the_guard_sees_through_a_graph(graphs_on_a_cpu, tmp_path):
 
 
 def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypatch):
-    made, emptied, free = [], [], [250]
+    made = []
 
     def capture(net, inputs, pool):
         made.append(pool)
@@ -149,23 +161,27 @@ def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypat
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    free = [0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
+    net = SimpleNamespace(but_ctc=lambda *inputs: "plain")
+    runner = graphs.Graphs(net)
 
-    def run(*sizes):
-        runner = graphs.Graphs(SimpleNamespace(but_ctc=lambda *inputs: "plain"))
-        for size in sizes:
-            found = [runner(torch.zeros(size)) for _ in range(graphs.EAGER_STEPS + 2)]
-            assert found[:-2] == ["plain"] * graphs.EAGER_STEPS and found[-2] == found[-1]
-            yield found[-1]
-            free[0] = 150  # later graphs share the memory of the first
+    def made_of(size):
+        """What a shape's steps give, up to the first that may have a graph."""
+        return [runner(torch.zeros(size)) for _ in range(graphs.EAGER_STEPS + 1)]
 
-    assert list(run(1, 2, 3, 4)) == ["made"] * 3 + ["plain"]
+    eager = ["plain"] * graphs.EAGER_STEPS
+    free[0] = 150  # one step fits, but not the first graph and a step
+    assert made_of(1) == [*eager, "plain"]
+    free[0] = 1000
+    assert runner(torch.zeros(1)) == "plain"  # it is not asked again
+    runner = graphs.Graphs(net)
+    free[0] = 250
+    assert made_of(1) == [*eager, "made"] and runner(torch.zeros(1)) == "made"
+    free[0] = 150  # the second graph shares the memory of the first
+    assert [made_of(size)[-1] for size in (2, 3, 4)] == ["made", "made", "plain"]
     assert made == ["pool"] * 3
-    emptied.clear()
-    assert list(run(1, 2)) == ["plain"] * 2  # a step fits, but not the first graph and a step
-    assert len(emptied) == 1  # the first step that found no room was the last to ask
 
 
 def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
@@ -328,6 +344,16 @@ def test_the_counters_of_updates_lie_where_the_optimizer_reads_them(fused):
         optimizer.state[weight]["step"] = torch.ones((), device="cpu" if fused else "cuda")
         place_steps(optimizer)
     assert optimizer.state[weight]["step"].device.type == ("cuda" if fused else "cpu")
+
+
+def test_lengths_and_rows_stay_on_the_cpu():
+    batch = next(batches([0]))
+    moved = SpeechDataModule.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
+    assert {name for name, value in moved._asdict().items() if value.is_meta} == {
+        "features",
+        "labels",
+    }
+    assert moved.feature_lengths is batch.feature_lengths
 
 
 # ---- Flags
