@@ -418,7 +418,9 @@ def test_an_attempt_that_fails_before_its_first_update_leaves_everything(data, e
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(UserError, match="does not fit the memory"),
     ):
-        patch.setattr("conformer.U2Conformer.loss", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(
+            "conformer.U2Conformer.loss", lambda *_, **__: (_ for _ in ()).throw(MemoryError())
+        )
         run(data, ended, "--max_epochs", 3, word)
     assert contents(ended) == before
 
@@ -711,8 +713,8 @@ def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypat
 def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_path, monkeypatch):
     original = U2Conformer.loss
 
-    def loss(self, *arguments):
-        losses = original(self, *arguments)
+    def loss(self, *arguments, **options):
+        losses = original(self, *arguments, **options)
         return losses | {"loss": losses["loss"] + 100 * self.ctc.bias.sum()}
 
     monkeypatch.setattr(U2Conformer, "loss", loss)
