@@ -10,6 +10,8 @@ import contextlib
 import functools
 from collections import Counter
 
+from cli import UserError
+
 import torch
 from torch import nn
 
@@ -54,7 +56,13 @@ class Graphs:
             if self.full or self.seen[shape] <= EAGER_STEPS:
                 return self.plain(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.made[shape] = capture(self.net, inputs, self.pool)
+            try:
+                self.made[shape] = capture(self.net, inputs, self.pool)
+            except RuntimeError as error:  # torch cannot go on after it: streams stay capturing
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"a CUDA graph cannot be captured ({first}); --cuda_graphs off trains without"
+                ) from error
         return self.made[shape](*inputs)
 
     def plain(self, *inputs):

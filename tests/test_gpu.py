@@ -184,6 +184,17 @@ def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypat
     assert made == ["pool"] * 3
 
 
+def test_a_capture_that_fails_says_how_to_train_without(graphs_on_a_cpu, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: operation not permitted\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(
+        UserError, match=r"\(CUDA error: operation not permitted\); --cuda_graphs off"
+    ):
+        trained(make(), [0] * 3)
+
+
 def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
     """It compiles anew for another state of autocast's cache."""
     states = []

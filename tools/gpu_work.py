@@ -250,7 +250,9 @@ def check_train(folder: Path, device: str, more: str) -> dict:
     with training(folder, device, "base", more) as (_, watch):
         rates = [watch.audio_s / seconds for seconds in watch.epoch_s]
     figures = dict(zip(("first_epoch_x", "second_epoch_x", "third_epoch_x"), rates))
-    return figures | watch.figures() | {"peak_mb": peak_mb(device)}
+    # Graphs share memory: each needs little of its own beyond the gradients.
+    reserved = torch.cuda.max_memory_reserved() >> 20 if device == "cuda" else 0
+    return figures | watch.figures() | {"peak_mb": peak_mb(device), "reserved_mb": reserved}
 
 
 def check_small(folder: Path, device: str) -> dict:
