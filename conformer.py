@@ -499,10 +499,8 @@ class U2Conformer(nn.Module):
 
         chunk_size counts encoder frames, -1 is full context; chunk_mask explains left_chunks.
         """
-        seen = None
-        if chunk_size > 0:
-            size = self.encoder.frames(features)
-            seen = frames.chunk_mask(size, chunk_size, left_chunks, features.device)
+        chunks = self.encoder.frames(features), chunk_size, left_chunks, features.device
+        seen = frames.chunk_mask(*chunks) if chunk_size > 0 else None
         return self.encoder(features, feature_lengths, seen)
 
     def ctc_log_probs(self, encoded):
@@ -524,16 +522,21 @@ class U2Conformer(nn.Module):
 
         Returns {"loss", "loss_ctc", "loss_att"}, per utterance, and "row_losses" (B,), detached.
         Labels may be padded with any numbers. Lengths may stay on the CPU, where CTC wants them.
-        The sums are divided by `sizes`, (rows, labels with eos), which are those of the batch
-        unless given. `but_ctc` takes the place of the method, see graphs.py.
+        The sums are divided by `sizes`, (rows, labels with eos), by default those of the batch.
+        `but_ctc` takes the place of the method, see graphs.py.
         """
         size = self.encoder.frames(features)
-        span = chunk_size if chunk_size > 0 else size
-        seen = frames.chunk_mask(size, span, left_chunks, features.device)
+        seen = frames.chunk_mask(size, chunk_size, left_chunks, features.device)
         lengths = [frames.on_device(n, features) for n in (feature_lengths, label_lengths)]
         labels = labels.masked_fill(~valid_mask(lengths[1], labels.size(1)), self.blank_id)
-        encoded, att = (but_ctc or self.but_ctc)(features, lengths[0], labels, lengths[1], seen)
+        # Backward adds the gradients of both branches in the order of these calls.
+        if but_ctc:
+            encoded, att = but_ctc(features, lengths[0], labels, lengths[1], seen)
+        else:
+            encoded, frames_there = self.encoder(features, lengths[0], seen)
         ctc = self.ctc_losses(encoded, feature_lengths, labels, label_lengths)  # (B,)
+        if not but_ctc:
+            att = self.attention_losses(encoded, frames_there, labels, lengths[1])  # (B,)
         rows, tokens = sizes or (len(labels), (label_lengths + 1).sum())
         loss_ctc = ctc.sum() / rows
         loss_att = att.sum() / (tokens if self.options.length_normalized_loss else rows)

@@ -875,6 +875,14 @@ class SpeechDataModule(L.LightningDataModule):
         dataset = SpeechDataset(self.splits["dev"], partial(eval_transform, self.frontend), 0)
         return dataset[batches[0]]
 
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        """Moves features and labels. Lengths and rows stay on the CPU, where they are asked for.
+
+        CTC's CUDA kernel and the logs would have to wait for the GPU.
+        """
+        features = batch.features.to(device, non_blocking=True)
+        return batch._replace(features=features, labels=batch.labels.to(device, non_blocking=True))
+
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler(*self.ranks())
         sampler.set_epoch(self.next_epoch())

@@ -49,9 +49,10 @@ def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
 def chunk_mask(size: int, chunk_size: int, left_chunks: int = -1, device=None) -> torch.Tensor:
     """Makes a mask (size, size), True where frame `row` may see frame `column` (U2, section 2.3).
 
-    A frame sees its own chunk and the `left_chunks` before it, or all chunks before it with -1.
+    A frame sees its own chunk and the `left_chunks` before it, or all chunks before it with -1. A
+    chunk_size below 1 is full context: one chunk of all frames.
     """
-    chunk = torch.arange(size, device=device) // chunk_size
+    chunk = torch.arange(size, device=device) // (chunk_size if chunk_size > 0 else size)
     ahead = chunk[None, :] - chunk[:, None]  # key chunk minus query chunk
     mask = ahead <= 0
     return mask if left_chunks < 0 else mask & (ahead >= -left_chunks)

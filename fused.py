@@ -8,6 +8,8 @@ backward: they draw it again from the same seed. A seed is a tensor, so that a C
 at each replay. Axes: R rows, D width, N numbers, B batch, T frames, V vocabulary.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -62,8 +64,8 @@ def activate_kernel(
         slope = gate * (1.0 + value * (1.0 - gate))
         active = value * gate
     else:
-        slope = tl.where(value > 0, 1.0, 0.0)
-        active = tl.maximum(value, 0.0)
+        slope = tl.where(value <= 0, 0.0, 1.0)
+        active = tl.where(value <= 0, 0.0, value)  # a GPU's maximum would make 0 of NaN
     keep = kept(seed, place.to(tl.uint32), p)
     if BACKWARD:
         active = tl.load(grad + place, mask=real, other=0.0).to(tl.float32) * slope
@@ -243,11 +245,12 @@ def relu_kernel(
     value = tl.load(x + place, mask=real, other=0.0).to(tl.float32)
     if BACKWARD:
         g = tl.load(grad + place, mask=real, other=0.0).to(tl.float32)
-        value = tl.where(value > 0, g, 0.0)
+        value = tl.where(value <= 0, 0.0, g)
         tl.store(sums + program * width + column, tl.sum(value, 0), mask=column < width)
     else:
         b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
-        value = tl.maximum(value + b[None, :], 0.0)
+        value += b[None, :]
+        value = tl.where(value <= 0, 0.0, value)  # a GPU's maximum would make 0 of NaN
     tl.store(out + place, value, mask=real)
 
 
@@ -655,10 +658,12 @@ def check_activate(device, dtype=torch.float32) -> float:
     x = random(device, 3, 37, 31, dtype=dtype)
     seed = torch.ones(2, dtype=torch.int64, device=device)
     keep = dropped(None, torch.ones_like(x), seed, 0.25, 1.0, x.dtype)
+    kinds = (True, torch.nn.functional.silu), (False, torch.relu)
     return worst(
         [
             difference(activate(x, None, seed, 0.25, silu), act(x) * keep, [x])
-            for silu, act in ((True, torch.nn.functional.silu), (False, torch.relu))
+            + (not activate(x * math.nan, None, seed, 0.25, silu).isnan().all())
+            for silu, act in kinds
         ]
     )
 
@@ -694,7 +699,8 @@ def check_conv(device, dtype=torch.float32) -> float:
 
 def check_relu(device, dtype=torch.float32) -> float:
     x, bias = random(device, 2, 70, 72, dtype=dtype), random(device, 72)
-    return difference(bias_relu(x, bias), torch.relu(x + bias), [x, bias])
+    lost = not bias_relu(x * math.nan, bias).isnan().all()
+    return difference(bias_relu(x, bias), torch.relu(x + bias), [x, bias]) + lost
 
 
 CHECKS = [

@@ -7,7 +7,10 @@ for lengths on the CPU. See torch's notes "CUDA semantics", partial-network capt
 """
 
 import contextlib
+import functools
 from collections import Counter
+
+from cli import UserError
 
 import torch
 from torch import nn
@@ -27,7 +30,8 @@ class ButCtc(nn.Module):
         self.work = net.but_ctc
 
     def forward(self, *inputs):
-        return self.work(*inputs)
+        self.outputs = self.work(*inputs)
+        return self.outputs
 
 
 class Graphs:
@@ -41,16 +45,24 @@ class Graphs:
         self.net = net
         self.seen = Counter()  # steps without a graph, by shape
         self.made = {}  # graphs by shape
+        self.full = False  # no more graphs: asking for memory at each step would take long
         self.pool = None  # all graphs take their memory from one pool, because one runs at a time
 
     def __call__(self, *inputs):
         shape = tuple(tensor.shape for tensor in inputs)
         if shape not in self.made:
             self.seen[shape] += 1
-            if self.seen[shape] <= EAGER_STEPS or not self.room(inputs[0].device):
+            self.full = self.full or self.seen[shape] > EAGER_STEPS and not self.room(inputs[0])
+            if self.full or self.seen[shape] <= EAGER_STEPS:
                 return self.plain(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.made[shape] = capture(self.net, inputs, self.pool)
+            try:
+                self.made[shape] = capture(self.net, inputs, self.pool)
+            except RuntimeError as error:  # torch cannot go on after it: streams stay capturing
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"a CUDA graph cannot be captured ({first}); --cuda_graphs off trains without"
+                ) from error
         return self.made[shape](*inputs)
 
     def plain(self, *inputs):
@@ -58,8 +70,8 @@ class Graphs:
         with without_cache():
             return self.net.but_ctc(*inputs)
 
-    def room(self, device) -> bool:
-        """Returns whether there may be one more graph.
+    def room(self, like) -> bool:
+        """Returns whether there may be one more graph on the device of `like`.
 
         Besides the graphs a step without one must still fit. The first graph takes as much memory
         as such a step, the others share most of it.
@@ -67,8 +79,8 @@ class Graphs:
         if len(self.made) >= MOST_GRAPHS:
             return False
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        return free > torch.cuda.max_memory_allocated(device) * (1 if self.made else 2)
+        free, _ = torch.cuda.mem_get_info(like.device)
+        return free > torch.cuda.max_memory_allocated(like.device) * (1 if self.made else 2)
 
 
 def capture(net, inputs, pool):
@@ -76,17 +88,22 @@ def capture(net, inputs, pool):
 
     Random numbers and batch norm's statistics stay as they were.
     """
+    module = ButCtc(net)
     kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
     device = inputs[0].device
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with forked, without_cache(), other_threads_go_on():
         graph = torch.cuda.make_graphed_callables(
-            ButCtc(net),
+            module,
             tuple(tensor.clone() for tensor in inputs),
             num_warmup_iters=1,
             allow_unused_input=True,
             pool=pool,
         )
+    # The graph keeps its outputs. With them autograd would keep a node for each parameter, whose
+    # gradient would then wait, in every later step, for the stream of this capture.
+    for output in module.outputs:
+        output.detach_()
     with torch.no_grad():
         for buffer, before in kept:
             buffer.copy_(before)
@@ -108,15 +125,11 @@ def other_threads_go_on():
     """Lets other threads use the GPU during a capture.
 
     By default a capture fails where the loader's thread pins memory. make_graphed_callables has no
-    argument for this mode.
+    argument for this mode. (A subclass of torch.cuda.graph would capture on a stream of its own,
+    and a pool shares memory among the graphs of one stream alone.)
     """
-
-    class Graph(torch.cuda.graph):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options, capture_error_mode="thread_local")
-
     original = torch.cuda.graph
-    torch.cuda.graph = Graph
+    torch.cuda.graph = functools.partial(original, capture_error_mode="thread_local")
     try:
         yield
     finally:

@@ -168,6 +168,18 @@ def parameters_of(optimizer) -> list:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def place_steps(optimizer) -> None:
+    """Moves the counters of updates to the device where the optimizer wants them.
+
+    A fused optimizer's kernel reads them on the GPU, any other one's CPU would wait for each. They
+    lie elsewhere where a run goes on with another precision than it was saved with.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if state := optimizer.state.get(parameter):
+                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
+
+
 def make_net(options: ModelOptions, frontend: Frontend, tokenizer: Tokenizer) -> U2Conformer:
     return U2Conformer(
         options,
@@ -336,14 +348,6 @@ class U2(L.LightningModule):
     def encoder_is_frozen(self) -> bool:
         return self.current_epoch < self.optim.freeze_encoder_epochs
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        """Moves features and labels. Lengths and rows stay on the CPU, where they are asked for.
-
-        CTC's CUDA kernel and the logs would have to wait for the GPU.
-        """
-        features = batch.features.to(device, non_blocking=True)
-        return batch._replace(features=features, labels=batch.labels.to(device, non_blocking=True))
-
     def training_step(self, batch, batch_idx):
         size = self.net.encoder.frames(batch.features)
         chunk_size, left_chunks = draw_chunk(size, self.options)
@@ -429,6 +433,7 @@ class U2(L.LightningModule):
         fresh = self.configure_optimizers()
         for group, new in zip(optimizer.param_groups, fresh["optimizer"].param_groups):
             group.update({name: value for name, value in new.items() if name != "params"})
+        place_steps(optimizer)
         scheduler = config.scheduler
         if place := min(self.lr_steps, getattr(scheduler, "total_steps", math.inf) - 1):
             scheduler.last_epoch = place - 1

@@ -104,7 +104,11 @@ def test_the_kernels_compile_for_a_gpu(monkeypatch, tmp_path, floats):
         places = {(kernel.arg_names.index(name),): x for name, x in constants.items()}
         source = ASTSource(kernel, signature, places)
         target = GPUTarget("cuda", 90, 32)  # an H100
-        assert triton.compile(source, target, dict(num_warps=num_warps)).asm["cubin"]
+        asm = triton.compile(source, target, dict(num_warps=num_warps)).asm
+        assert asm["cubin"]
+        # This instruction drops NaN, which the interpreter does not show. Where log-sum-exp looks
+        # for the largest number, NaN comes back with the exponentials.
+        assert "max.f32" not in asm["ptx"] or kernel is fused.rows_kernel
         compiled.add(kernel.fn.__name__)
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_instead)

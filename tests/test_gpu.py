@@ -20,11 +20,11 @@ import conformer
 import graphs
 import kernels
 import train
-from datamodule import Batch
+from datamodule import Batch, SpeechDataModule
 from helpers import TINY, TWO_BLOCKS, VARIANTS, json_lines, same
 from helpers_model import quiet_trainer, tiny_model
 from helpers_train import make_data, run
-from model import OptimOptions
+from model import OptimOptions, place_steps
 from recovery import Average, pairs_by_kind
 from tokenizer import train_char
 
@@ -102,7 +102,7 @@ def static_callables(module, inputs, **_):
 def graphs_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", static_callables)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(graphs.Graphs, "room", lambda self, device: True)
+    monkeypatch.setattr(graphs.Graphs, "room", lambda self, like: True)
 
 
 def trained(model, order, poison=(), **options):
@@ -117,16 +117,28 @@ def trained(model, order, poison=(), **options):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", ["default", "batch_norm"])
-def test_a_run_with_graphs_is_the_run_without(graphs_on_a_cpu, name, accumulate):
+def test_a_run_with_graphs_is_the_run_without(graphs_on_a_cpu, monkeypatch, name, accumulate):
     """Dropout, chunks, accumulation, the average and batch norm's statistics are all in it."""
     options = TINY if name == "default" else type(TINY)(**{**vars(TINY), **VARIANTS[name]})
     runs = []
-    for cuda_graphs in (True, False):
-        model = make(options=options, cuda_graphs=cuda_graphs)
+    for eager_steps in (1, 100):
+        monkeypatch.setattr(graphs, "EAGER_STEPS", eager_steps)
+        model = make(options=options)
         order = [0, 1, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0]
         runs.append(trained(model, order, accumulate_grad_batches=accumulate))
-        assert not cuda_graphs or len(model.graphs.made) == len(SHAPES)
+        assert len(model.graphs.made) == (len(SHAPES) if eager_steps == 1 else 0)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*runs, strict=True))
+
+
+def test_the_losses_are_those_of_a_network_without_graphs():
+    model = make()
+    model.net.eval()
+    batch = next(batches([1]))[:4]
+    for ours, theirs in zip(
+        model.net.loss(*batch, 4, 1, but_ctc=model.graphs.plain).values(),
+        model.net.loss(*batch, 4, 1).values(),
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_guard_sees_through_a_graph(graphs_on_a_cpu, tmp_path):
@@ -152,22 +164,33 @@ def test_a_shape_runs_without_a_graph_first_and_where_there_is_no_room(monkeypat
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
     free = [0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
-    runner = graphs.Graphs(SimpleNamespace(but_ctc=lambda *inputs: "plain"))
+    net = SimpleNamespace(but_ctc=lambda *inputs: "plain")
+    runner = graphs.Graphs(net)
 
-    def run(size):
-        return runner(torch.zeros(size))
+    def made_of(size):
+        """What a shape's steps give, up to the first that may have a graph."""
+        return [runner(torch.zeros(size)) for _ in range(graphs.EAGER_STEPS + 1)]
 
-    assert [run(1) for _ in range(graphs.EAGER_STEPS + 1)] == ["plain"] * (graphs.EAGER_STEPS + 1)
+    eager = ["plain"] * graphs.EAGER_STEPS
     free[0] = 150  # one step fits, but not the first graph and a step
-    assert run(1) == "plain"
+    assert made_of(1) == [*eager, "plain"]
+    free[0] = 1000
+    assert runner(torch.zeros(1)) == "plain"  # it is not asked again
+    runner = graphs.Graphs(net)
     free[0] = 250
-    assert run(1) == "made" and run(1) == "made"
+    assert made_of(1) == [*eager, "made"] and runner(torch.zeros(1)) == "made"
     free[0] = 150  # the second graph shares the memory of the first
-    for size in (2, 3, 4):
-        found = [run(size) for _ in range(graphs.EAGER_STEPS + 1)]
-        assert found[:-1] == ["plain"] * graphs.EAGER_STEPS
-        assert found[-1] == ("made" if size < 4 else "plain")
+    assert [made_of(size)[-1] for size in (2, 3, 4)] == ["made", "made", "plain"]
     assert made == ["pool"] * 3
+
+
+def test_a_capture_that_fails_says_how_to_train_without(graphs_on_a_cpu, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: not permitted\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(UserError, match=r"\(CUDA error: not permitted\); --cuda_graphs off"):
+        trained(make(), [0] * 3)
 
 
 def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
@@ -179,6 +202,7 @@ def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
 
         def but_ctc(self, *inputs):
             states.append(torch.is_autocast_cache_enabled())
+            return ()
 
     def call_once(module, inputs, **_):
         return module(*inputs)
@@ -190,19 +214,23 @@ def test_steps_with_and_without_a_graph_run_alike_for_the_compiler(monkeypatch):
     assert states == [False, False] and torch.is_autocast_cache_enabled()
 
 
-def test_a_capture_leaves_random_numbers_and_statistics_as_they_were(monkeypatch):
+def test_a_capture_leaves_random_numbers_statistics_and_autograd_as_they_were(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", static_callables)
     options = type(TINY)(**{**vars(TINY), **VARIANTS["batch_norm"]})
     net = make(options=options).net.train()
     before = [buffer.clone() for buffer in net.buffers()]
     features, lengths, labels, label_lengths, _ = next(batches([0]))
     seen = torch.ones(14, 14, dtype=torch.bool)
+    work, outputs = net.but_ctc, []
+    net.but_ctc = lambda *inputs: outputs.append(work(*inputs)) or outputs[-1]
     torch.manual_seed(3)
     graphs.capture(net, (features, lengths, labels, label_lengths, seen), None)
     drawn = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(3))
     assert all(map(torch.equal, before, net.buffers()))
+    # Nor does the graph keep a node of autograd's for a parameter.
+    assert outputs and not any(output.requires_grad for output in outputs[-1])
 
 
 def test_other_threads_may_use_the_gpu_during_a_capture(monkeypatch):
@@ -214,9 +242,10 @@ def test_other_threads_may_use_the_gpu_during_a_capture(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", Graph)
     with graphs.other_threads_go_on():
-        torch.cuda.graph(None, pool=None)
+        within = torch.cuda.graph(None, pool=None)
     torch.cuda.graph(None)
     assert modes == ["thread_local", "global"]
+    assert type(within) is Graph  # its class keeps the stream on which all graphs share memory
 
 
 # ---- Waits
@@ -313,6 +342,27 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
     assert reads == [5, 5]
     assert {value.device.type for value in logged.values()} == {"cpu"}
     assert logged["loss"] == 2.0 and logged["train_loss_att"] == 4.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_counters_of_updates_lie_where_the_optimizer_reads_them(fused):
+    """They lie elsewhere after --resume with another --precision, which decides about `fused`."""
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(2, device="cuda"))
+        optimizer = torch.optim.AdamW([weight], fused=fused)
+        optimizer.state[weight]["step"] = torch.ones((), device="cpu" if fused else "cuda")
+        place_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == ("cuda" if fused else "cpu")
+
+
+def test_lengths_and_rows_stay_on_the_cpu():
+    batch = next(batches([0]))
+    moved = SpeechDataModule.transfer_batch_to_device(None, batch, torch.device("meta"), 0)
+    assert {name for name, value in moved._asdict().items() if value.is_meta} == {
+        "features",
+        "labels",
+    }
+    assert moved.feature_lengths is batch.feature_lengths
 
 
 # ---- Flags

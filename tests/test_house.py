@@ -5,8 +5,8 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "fused", "frames", "graphs"),
-    ("files", "kernels"),
+    ("cli", "containers", "fused", "frames"),
+    ("files", "graphs", "kernels"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer",),

@@ -332,7 +332,7 @@ def test_the_memory_check_changes_nothing(data, tmp_path, monkeypatch):
 def test_a_batch_that_does_not_fit_the_memory_is_said_before_the_first_update(
     data, tmp_path, monkeypatch, words, advice
 ):
-    def loss(*_):
+    def loss(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(train.U2, "training_step", lambda *_: pytest.fail("trained"))
