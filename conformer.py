@@ -554,10 +554,7 @@ class U2Conformer(nn.Module):
         This is tensors alone, so that a CUDA graph can hold it; `seen` is that of Encoder.forward.
         """
         encoded, lengths = self.encoder(features, feature_lengths, seen)
-        # Backward adds what is used last first. By this view CTC's gradient comes behind the
-        # decoders', as if CTC had been computed before them: the order decides the last bits.
-        for_ctc = encoded.view_as(encoded)
-        return for_ctc, self.attention_losses(encoded, lengths, labels, label_lengths)
+        return encoded, self.attention_losses(encoded, lengths, labels, label_lengths)
 
     def ctc_losses(self, encoded, feature_lengths, labels, label_lengths):
         """Returns each utterance's CTC loss, (B,), 0 where the labels have no path, as in WeNet."""

@@ -728,7 +728,7 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
     warnings.filterwarnings(
         "ignore",
         message=".*(does not have many workers|exists and is not empty|smaller than the logging "
-        "interval|LeafSpec|dataloader is not resumable|overridden `transfer_batch_to_device`).*",
+        "interval|LeafSpec|dataloader is not resumable).*",
     )
     try:
         return L.Trainer(
