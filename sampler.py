@@ -24,14 +24,17 @@ DRAWS = 20  # attempts at an epoch that has no more batches than the first epoch
 BANDS = (0.5, 0.9)
 BAND_MEGABATCHES = 4
 CELLS = 63  # paddings of a ShapedSampler; the steps of the smallest may have one shape more
-# Steps of a cell, on average: a shape costs a GPU once what its padding saves in as many epochs.
-STEPS_PER_CELL = 6
+# A shape costs a GPU time once, padding costs time in every step: 3 cells for the root of the steps
+# keep both small. Rows of one speed need no other cell in another epoch, and to meet other rows
+# they need more steps of their cell.
+CELLS_PER_ROOT = 3
+STEPS_OF_ONE_SPEED = 4
 CANDIDATES = 512  # lengths among which the cells' are chosen, 0.2 s; more would take seconds
 # A cell has room for the labels of this share of the rows with its frames. The other rows go to
 # cells of more frames, so that a few rows with many labels do not widen the labels of all. With
 # this share, labels are padded less than in batches of LengthGroupedSampler.
 LABEL_SHARE = 0.95
-SPREAD = 4  # standard deviations of a draw of speeds for which the cells have room
+SPREAD = 2  # standard deviations of a draw of speeds for which the cells have room
 
 
 class PlannedSampler(Sampler):
@@ -231,7 +234,9 @@ class ShapedSampler(PlannedSampler):
         self.rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
         per_batch = batch_size or max(1, max_batch / (start + step * blocks.mean()))
         steps = len(labels) / (per_batch * world_size)
-        tops = least_padding(blocks, min(CELLS, max(1, int(steps / STEPS_PER_CELL))))
+        cells = CELLS_PER_ROOT * math.sqrt(steps)
+        cells = cells if len(blocks) > 1 else min(cells, steps / STEPS_OF_ONE_SPEED)
+        tops = least_padding(blocks, min(CELLS, max(1, int(cells))))
         self.frames = start + step * tops  # (cells,)
         cells = np.searchsorted(tops, blocks).astype(np.uint8)
         self.labels = label_room(cells, labels)  # (cells,)
