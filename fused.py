@@ -622,12 +622,19 @@ def worst(values) -> float:
 
 
 def difference(ours, theirs, inputs) -> float:
-    """Returns the largest difference of two outputs, and of their gradients for equal weights."""
-    weights = torch.linspace(-1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
+    """Returns the largest difference of two outputs, and of their gradients for equal weights.
+
+    Of numbers above 1 it is a share of the largest.
+    """
+    # All weights are positive, so that no sum ends near zero after long ways.
+    weights = torch.linspace(0.1, 1, theirs.numel(), device=theirs.device).view(theirs.shape)
     pairs = [(ours, theirs)]
     grads = (torch.autograd.grad(y, inputs, weights.to(y.dtype), True) for y in (ours, theirs))
     pairs += zip(*grads)
-    return worst([float((one - other).detach().abs().max()) for one, other in pairs])
+    sizes = [other.detach().abs().max().clamp(min=1) for _, other in pairs]
+    return worst(
+        [float((one - other).detach().abs().max() / n) for (one, other), n in zip(pairs, sizes)]
+    )
 
 
 def random(device, *shape, seed: int = 0, dtype=torch.float32):

@@ -141,7 +141,7 @@ def proven(device, dtype):
             wrong = [
                 name
                 for name, check in fused.CHECKS
-                if not check(device) < 1e-4 or math.isnan(check(device, dtype))
+                if not check(device) < 1e-5 or math.isnan(check(device, dtype))
             ]
     except ImportError:  # Triton comes with torch on Linux alone
         return None

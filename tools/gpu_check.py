@@ -103,7 +103,7 @@ STEP_MB = Limit("peak_mb", "<=", WENET_MB, fast=True)
 HOUR = (Limit("seconds", "<=", 10, fast=True),)
 UPDATES = (Limit("updates", ">=", 2),)
 CHECKS = (
-    Check("kernels", work.check_kernels, 90, (Limit("largest_difference", "<=", 1e-4),), True),
+    Check("kernels", work.check_kernels, 90, (Limit("largest_difference", "<=", 1e-5),), True),
     Check(
         "nan",
         work.check_nan,
