@@ -812,6 +812,7 @@ def prepare_gpu(trainer: L.Trainer, given: dict, settings: Settings, few_shapes:
         f"GPU: float32 products in {'TF32' if tf32 else 'full precision'}, few shapes "
         f"{few_shapes}, CUDA graphs {'on' if wanted else 'off'}"
         + (f" ({why_not})" if why_not and choice == "auto" else "")
+        + ", fused kernels, which a machine's first run compiles" * kernels.TRITON
     )
     return wanted
 

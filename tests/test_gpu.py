@@ -10,6 +10,7 @@ from cli import UserError
 
 import pytest
 import torch
+from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -392,3 +393,21 @@ def test_a_run_without_graphs_knows_why(ranks, options, reason):
     trainer = SimpleNamespace(strategy=strategy)
     found = train.no_graphs(trainer, OptimOptions(**options), few_shapes)
     assert (reason in found) if reason else not found
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_a_run_on_a_gpu_says_how_it_computes(monkeypatch, tf32):
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    monkeypatch.setattr(kernels, "TRITON", None)
+    said = []
+    monkeypatch.setattr(train, "rank_zero_info", said.append)
+    trainer = SimpleNamespace(accelerator=CUDAAccelerator(), strategy=SingleDeviceStrategy("cpu"))
+    settings = SimpleNamespace(run=SimpleNamespace(tf32=tf32), optim=OptimOptions(triton=tf32))
+    assert train.prepare_gpu(trainer, {}, settings, "on")
+    assert set_to == ["high" if tf32 else "highest"]
+    assert torch.backends.cudnn.allow_tf32 is kernels.TRITON is tf32
+    assert ("in TF32" in said[0]) is ("fused kernels" in said[0]) is tf32
+    assert not train.prepare_gpu(trainer, {}, settings, "off")
+    assert "CUDA graphs off (they need shapes that repeat" in said[1]
