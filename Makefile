@@ -45,7 +45,7 @@ train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer
 	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
 	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) $(RECIPE) $(ARGS)
 	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
-	  | tee $(OUTPUT_DIR)/scores.jsonl
+	  | tee -a $(OUTPUT_DIR)/scores.jsonl
 	$(PY) -m tools.compare $(OUTPUT_DIR)
 	@echo
 	@echo "Best checkpoint: $(BEST). Next:"
@@ -114,7 +114,7 @@ an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, in ab
 	  --max_epochs $(AN4_EPOCHS) $(AN4) $(ARGS)
 	for chunk in -1 16; do \
 	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
-	done | tee $(AN4_RUN)/scores.jsonl
+	done | tee -a $(AN4_RUN)/scores.jsonl
 	$(PY) -m tools.compare $(AN4_RUN)
 
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long

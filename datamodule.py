@@ -107,7 +107,7 @@ class DataOptions:
         if self.few_shapes == "on" and not self.group_by_length:
             raise UserError(
                 "--few_shapes on --no-group_by_length: few shapes need rows alike in length; leave "
-                "out the one, or give --few_shapes off"
+                "out --no-group_by_length, or give --few_shapes off"
             )
         if self.min_frame > self.max_frame:
             raise UserError(

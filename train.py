@@ -734,7 +734,7 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
         return L.Trainer(
             max_epochs=options.max_epochs,
             max_steps=options.max_steps,
-            precision=options.precision,
+            precision="16-mixed" if options.precision == "16" else options.precision,
             accelerator=options.accelerator,
             devices=options.devices,
             num_nodes=options.num_nodes,

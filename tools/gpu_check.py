@@ -3,8 +3,8 @@
 The command prints each check's figures with their limits, and pass, fail or skipped; then the card
 and the versions. A check that is not done within five minutes of the start (--minutes) fails. The
 exit status is 1 where a check fails. Limits of speed and memory hold for an H100 or H200 alone,
-where nothing else runs. With --json the last line of stdout is one JSON object. The second command
-to run on the machine is `make test`.
+where nothing else runs. With --json the last line of stdout is one JSON object. `make test`, which
+hides the GPU from itself, tests what needs none.
 
 kernels        the fused kernels give torch's own numbers, in float32
 nan            16-mixed, a row of NaN: every epoch skips its update and names the row
