@@ -516,7 +516,7 @@ class U2(L.LightningModule):
     def gather_window(self, window) -> tuple[list[int], list[int]]:
         """Collects from all ranks the window's rows, and its rows whose loss is not finite."""
         rows = [row for rows, *_ in window for row in rows]
-        finite = [bool(ok) for _, losses, _ in window for ok in losses.isfinite()]
+        finite = [ok for _, losses, _ in window for ok in losses.isfinite().tolist()]
         pairs = [pair for of_rank in gather(list(zip(rows, finite))) for pair in of_rank]
         return [row for row, _ in pairs], [row for row, ok in pairs if not ok]
 
@@ -549,8 +549,8 @@ class U2(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         references = [
-            self.tokenizer.decode(labels[:length].tolist())
-            for labels, length in zip(batch.labels, batch.label_lengths)
+            self.tokenizer.decode(labels[:length])
+            for labels, length in zip(batch.labels.tolist(), batch.label_lengths.tolist())
         ]
         features, lengths = batch.features, batch.feature_lengths
         losses = self.net.loss(features, lengths, batch.labels, batch.label_lengths)
