@@ -289,7 +289,8 @@ class Encoder(nn.Module):
         """
         short = frames.receptive_field(self.options.input_layer)[0] - features.size(1)
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
-        lengths = subsampled_length(frames.on_device(feature_lengths, x), self.options.input_layer)
+        lengths = frames.to_device(feature_lengths, x.device)
+        lengths = subsampled_length(lengths, self.options.input_layer)
         size, width = x.shape[1:]
         positions = self.dropout(sinusoids(size, width, device=x.device).to(x.dtype)[None])
         x = self.dropout(x)
@@ -527,7 +528,7 @@ class U2Conformer(nn.Module):
         """
         size = self.encoder.frames(features)
         seen = frames.chunk_mask(size, chunk_size, left_chunks, features.device)
-        lengths = [frames.on_device(n, features) for n in (feature_lengths, label_lengths)]
+        lengths = [frames.to_device(n, features.device) for n in (feature_lengths, label_lengths)]
         labels = labels.masked_fill(~valid_mask(lengths[1], labels.size(1)), self.blank_id)
         # Backward adds the gradients of both branches in the order of these calls.
         if but_ctc:

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 import torchaudio
 
+from frames import to_device
+
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
 CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
 
@@ -93,13 +95,6 @@ def _from_nbest(nbest: list[list[int]], scores: list[float], times: list[list[in
 
 # A search in turns: it yields tensors of the device, is sent copies of them, and returns a result.
 Turns = Generator[tuple[torch.Tensor, ...], list[torch.Tensor], object]
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of the CPU to the device, without waiting for what a GPU has still to do."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(parts: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:

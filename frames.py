@@ -36,9 +36,11 @@ def receptive_field(input_layer: str) -> tuple[int, int]:
     return field, rate
 
 
-def on_device(lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Copies lengths (B,) to where `like` is, without waiting for a GPU if they are pinned."""
-    return lengths.to(like.device, non_blocking=True)
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the CPU to the device, without waiting for what a GPU has still to do."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def valid_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:

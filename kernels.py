@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from frames import to_device, valid_mask
+
 # Torch multiplies float32 by MKL, which on AMD's CPUs with AVX-512 reaches less than half of
 # oneDNN's rate (`python -m tools.bench train` prints both). On AMD's CPUs with AVX2 alone both are
 # equally fast; Intel's CPUs were not measured.
@@ -440,8 +442,6 @@ def ctc_loss_of_few(triton, logits, labels, lengths, label_lengths, blank: int):
     )
     # Torch's gradient already is that of the logits: softmax less the path's share of a token. Of
     # log_probs it would be the share alone, from which log-sum-exp makes the softmax once more.
-    frames = torch.arange(len(logits), device=logits.device)[:, None] < lengths.to(
-        logits.device, non_blocking=True
-    )
-    softmax = (log_probs.exp().sum(-1) * (frames & (losses > 0))).sum(0)
+    valid = valid_mask(to_device(lengths, logits.device), len(logits)).T  # (T,B)
+    softmax = (log_probs.exp().sum(-1) * (valid & (losses > 0))).sum(0)
     return losses - (softmax - softmax.detach())

@@ -23,7 +23,7 @@ from checkpoint import not_finite, read_checkpoint
 from conformer import U2Conformer
 from decode import Hypothesis, SearchOptions, Turns
 from files import json_text
-from frames import StreamState, receptive_field
+from frames import StreamState, receptive_field, to_device
 from graphs import Graphs
 from kernels import for_few_rows
 from presets import ModelOptions
@@ -606,7 +606,7 @@ class U2(L.LightningModule):
         self, features, feature_lengths, mode: str, search: SearchOptions, context=None
     ) -> Turns:
         """Does in turns what `decode` does; features and lengths may come on the CPU."""
-        inputs = (decode.to_device(part, self.device) for part in (features, feature_lengths))
+        inputs = (to_device(part, self.device) for part in (features, feature_lengths))
         encoded, lengths = self.encode(*inputs, search.chunk_size, search.left_chunks)
         return (yield from self.searching(encoded, lengths, mode, search, context))
 

@@ -41,8 +41,9 @@ from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from context import ContextGraph, HotwordOptions, make_context
-from decode import MODES, SearchOptions, Turns, columns_of, overlapped, to_device
+from decode import MODES, SearchOptions, Turns, columns_of, overlapped
 from files import FULL, identity, write_whole
+from frames import to_device
 from model import load_checkpoint
 from recovery import leave_terminal
 from sampler import eval_batches

@@ -267,18 +267,6 @@ class Waits(TorchDispatchMode):
         return result
 
 
-def pretend_on_gpu(module):
-    """Gives a module parameters and buffers without memory that claim to be on a GPU."""
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, old in tensors.items():
-                if old is not None:
-                    shape = dict(dtype=old.dtype, device="cuda")
-                    new = torch.empty_strided(old.shape, old.stride(), **shape)
-                    trained = isinstance(old, torch.nn.Parameter)
-                    tensors[name] = torch.nn.Parameter(new) if trained else new
-
-
 @contextmanager
 def pretended_step(monkeypatch, options=TWO_BLOCKS):
     """Yields a model that pretends to be on a GPU, a batch of it, and a list of what was read."""
@@ -294,6 +282,9 @@ def pretended_step(monkeypatch, options=TWO_BLOCKS):
 
     # Triton's kernels cannot run here, but their shapes can.
     fused = pytest.importorskip("fused")
+    from tools.traffic import pretend_on_gpu
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # CUDA pins it
     monkeypatch.setattr(kernels, "proven", lambda *_: fused)
     model = make(options=options, cuda_graphs=False).train()
     batch = next(batches([0]))

@@ -98,6 +98,20 @@ def main(argv):
     print(json.dumps(result))
 
 
+def pretend_on_gpu(net) -> None:
+    """Gives a module parameters and buffers without memory that claim to be on a GPU.
+
+    FakeTensorMode must be on.
+    """
+    for module in net.modules():
+        for values in (module._parameters, module._buffers):
+            for name, x in values.items():
+                if x is not None:
+                    trained = isinstance(x, torch.nn.Parameter)
+                    x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+                    values[name] = torch.nn.Parameter(x) if trained else x
+
+
 def step(net, options):
     """Runs forward and backward in bfloat16 -> what moved, the gradients' shapes of the weights."""
     net.train()
@@ -108,12 +122,7 @@ def step(net, options):
         mock.patch.object(F, "ctc_loss", lambda log_probs, *_, **__: Ctc.apply(log_probs)),
         FakeTensorMode(),
     ):
-        for module in net.modules():
-            for values, kind in ((module._parameters, torch.nn.Parameter), (module._buffers, None)):
-                for name, x in values.items():
-                    if x is not None:
-                        fake = torch.empty_strided(x.shape, x.stride(), device="cuda")
-                        values[name] = kind(fake) if kind else fake
+        pretend_on_gpu(net)
         features = torch.empty(options.rows, options.frames, 80, device="cuda")
         labels = torch.empty(shape, dtype=torch.long, device="cuda")
         lengths = torch.empty(options.rows, dtype=torch.long, device="cuda")
