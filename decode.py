@@ -30,7 +30,7 @@ import torchaudio
 
 from frames import to_device
 
-MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
+MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring", "joint")
 CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
 
 
@@ -57,6 +57,9 @@ class SearchOptions:
     )
     reverse_weight: float = option(
         0.3, "share of the right-to-left decoder in attention_rescoring", at_least=0.0, at_most=1.0
+    )
+    joint_ctc_weight: float = option(
+        0.5, "share of the CTC score in mode joint", at_least=0.0, at_most=1.0
     )
     length_penalty: float = option(
         0.0,
@@ -751,7 +754,7 @@ def attention_beam_search(
         ended = chosen[:, 0] == eos_id
         length += 1
         over = (max_length <= length) | ended.view(batch_size, -1).all(dim=1)
-    return _rank(prefixes, scores, eos_id, search.length_penalty)
+    return rank_beams(prefixes, scores, eos_id, search.length_penalty)
 
 
 def _offer(log_probs: torch.Tensor, ended: torch.Tensor, beam_size: int, eos_id: int):
@@ -766,8 +769,8 @@ def _offer(log_probs: torch.Tensor, ended: torch.Tensor, beam_size: int, eos_id:
     return offers, tokens.masked_fill(ended[:, None], eos_id)
 
 
-def _rank(
-    prefixes: torch.Tensor, scores: torch.Tensor, eos_id: int, length_penalty: float
+def rank_beams(
+    prefixes: torch.Tensor, scores: torch.Tensor, eos_id: int, length_penalty: float = 0.0
 ) -> list[Hypothesis]:
     """prefixes (B*N,L), scores (B,N) -> hypotheses, best first, without sos and eos."""
     lengths = (prefixes != eos_id).sum(dim=1).clamp(min=1).view(scores.shape)

@@ -23,8 +23,9 @@ from checkpoint import not_finite, read_checkpoint
 from conformer import U2Conformer
 from decode import Hypothesis, SearchOptions, Turns
 from files import json_text
-from frames import StreamState, receptive_field, to_device
+from frames import BlockState, StreamState, receptive_field, to_device
 from graphs import Graphs
+from joint import joint_beam_search
 from kernels import for_few_rows
 from presets import ModelOptions
 from tokenizer import Tokenizer
@@ -624,8 +625,8 @@ class U2(L.LightningModule):
     def searching(self, encoded, lengths, mode: str, search: SearchOptions, context=None) -> Turns:
         """Does in turns what `search` does.
 
-        There is one turn for CTC and one for rescoring. Mode attention reads the device once per
-        token besides.
+        There is one turn for CTC and one for rescoring. Modes attention and joint read the device
+        at each token besides.
         """
         if mode not in decode.MODES:
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
@@ -641,8 +642,11 @@ class U2(L.LightningModule):
         if mode == "ctc_greedy_search":
             *best, silent = yield *log_probs.max(dim=-1), lengths, silent
             found = decode.best_paths(*best, blank_id)
-        elif mode == "attention":  # the decoder knows no time; CTC aligns what it wrote
-            written = self.attention_search(encoded, lengths, search)
+        elif mode in ("attention", "joint"):  # the decoder knows no time; CTC aligns what it wrote
+            if mode == "attention":
+                written = self.attention_search(encoded, lengths, search)
+            else:
+                written = self.joint_search(encoded, lengths, log_probs, search)
             nbests = [hypothesis.nbest for hypothesis in written]
             picked, columns = decode.columns_of(log_probs, nbests, blank_id)
             picked, sizes, silent = yield picked, lengths, silent
@@ -700,6 +704,27 @@ class U2(L.LightningModule):
         return decode.attention_beam_search(
             step, len(lengths), lengths, search, net.sos_id, net.eos_id, encoded.device
         )
+
+    def joint_search(self, encoded, lengths, log_probs, search: SearchOptions) -> list[Hypothesis]:
+        """Searches with the left-to-right decoder and CTC's log_probs (B,T',V) in one pass."""
+        net = self.net
+        sources = [block.src_attn.keys_values(encoded) for block in net.decoder.blocks]
+
+        def step(prefixes, state, parents, utterances):
+            pasts = [BlockState()] * len(sources)
+            source = before = None
+            if parents is not None:
+                pasts, source, before = state
+                pasts = [past.rows(parents) for past in pasts]
+            if before is None or not torch.equal(before, utterances):  # some row has ended
+                source = [(keys[utterances], values[utterances]) for keys, values in sources]
+            state = list(zip(pasts, source))
+            logits, state = net.decoder.step(prefixes, state, encoded, lengths[utterances])
+            pasts = [past for past, _ in state]
+            return logits.float().log_softmax(-1), (pasts, source, utterances)
+
+        ids = net.blank_id, net.sos_id, net.eos_id
+        return joint_beam_search(step, log_probs, lengths, search, *ids)
 
     # ---- Checkpoint
 

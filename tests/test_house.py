@@ -9,7 +9,7 @@ FLOORS = (
     ("files", "graphs", "kernels"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
-    ("conformer",),
+    ("conformer", "joint"),
     ("words", "audio", "context", "recovery"),
     ("datamodule", "model", "sources"),
     ("stream",),
@@ -35,7 +35,7 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_ut
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
     *("conformer", "frames", "presets", "kernels", "fused", "graphs"),
-    *("decode", "context", "stream", "words"),
+    *("decode", "joint", "context", "stream", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )

@@ -1,0 +1,223 @@
+"""Searches by CTC and an attention decoder in one pass, which score every hypothesis together.
+
+Axes are those of decode.py: B batch, T encoder frames, V vocabulary, N beam, L = U + 1 tokens of a
+hypothesis with the leading <sos>, M hypotheses of all utterances that go on.
+
+Sources: Hori et al. 2017 (arXiv:1706.02737, section 2.3) and Watanabe et al. 2017 (hybrid
+CTC/attention, doi:10.1109/JSTSP.2017.2763455), whose algorithm 2 sums the CTC paths token by token.
+ESPnet lets the decoder choose 1.5 beams of tokens and gives these alone a CTC score, by a loop over
+the frames. Here all tokens get one, by a product of matrices, and scans take the place of loops.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from decode import Hypothesis, SearchOptions, rank_beams
+from frames import valid_mask
+
+# A probability of 0 would be -inf, and the sums of a scan would subtract it from itself. So it
+# counts as ZERO, and what stays below LEAST is impossible.
+ZERO = -1e7
+LEAST = -1e6
+
+
+class Frames(NamedTuple):
+    """Holds what CTC says in each frame. Behind an utterance's end come certain blanks."""
+
+    log_probs: torch.Tensor  # (B,T,V)
+    probs: torch.Tensor  # (B,T,V) float64
+    blank_id: int
+
+
+class Paths(NamedTuple):
+    """Sums the CTC paths by which a hypothesis is written in the first t = 0 .. T frames.
+
+    Log-probabilities (B,N,T+1), float64: paths that end in the hypothesis's last token, and in a
+    blank.
+    """
+
+    token: torch.Tensor
+    blank: torch.Tensor
+
+    @property
+    def all(self) -> torch.Tensor:
+        return torch.logaddexp(self.token, self.blank)
+
+
+def read_frames(log_probs: torch.Tensor, lengths: torch.Tensor, blank_id: int) -> Frames:
+    """Makes Frames of log_probs (B,T,V), of which the first lengths (B,) frames count."""
+    valid = valid_mask(lengths, log_probs.shape[1])[..., None]  # (B,T,1)
+    is_blank = torch.arange(log_probs.shape[2], device=log_probs.device) == blank_id
+    silence = torch.where(is_blank, 0.0, -math.inf).to(log_probs.dtype)
+    log_probs = torch.where(valid, log_probs, silence)
+    return Frames(log_probs, log_probs.double().exp(), blank_id)
+
+
+def first_paths(frames: Frames) -> Paths:
+    """Sums the paths of the empty hypothesis, (B,1,T+1), which have blanks alone."""
+    blank = F.pad(frames.log_probs[:, None, :, frames.blank_id].double().cumsum(-1), (1, 0))
+    return Paths(torch.full_like(blank, -math.inf), blank)
+
+
+def columns(frames: Frames, tokens: torch.Tensor) -> torch.Tensor:
+    """Picks the log-probabilities (B,N,T), float64, of each hypothesis's token (B,N)."""
+    index = tokens[:, None].expand(-1, frames.log_probs.shape[1], -1)
+    return frames.log_probs.gather(2, index).transpose(1, 2).double()
+
+
+def next_scores(frames: Frames, paths: Paths, last: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Gives the CTC log-probability (B,N,V) of each hypothesis with each token behind it.
+
+    `last` (B,N) are the last tokens. A longer hypothesis has its prefix probability: that of all
+    sequences that begin with it. With eos it has its probability as a whole sequence; with the
+    blank none. A hypothesis becomes longer in exactly one frame, so the prefix probability is a sum
+    over frames: of the paths to the hypothesis before the frame, times the token in the frame.
+    """
+    before = paths.all[..., :-1]  # (B,N,T)
+    most = before.amax(-1, keepdim=True)
+    most = most.masked_fill(most == -math.inf, 0.0)
+    scores = ((before - most).exp() @ frames.probs).log() + most  # (B,N,V)
+    # A token that repeats the last one is a second token behind a blank only.
+    again = (paths.blank[..., :-1] + columns(frames, last)).logsumexp(-1, keepdim=True)
+    scores = scores.scatter(2, last[..., None], again)
+    scores[..., frames.blank_id] = -math.inf
+    scores[..., eos_id] = paths.all[..., -1]
+    return scores
+
+
+def advance(
+    frames: Frames, paths: Paths, last: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor
+) -> Paths:
+    """Sums the paths of new hypotheses: hypothesis parents (B,N) with the token (B,N) behind it."""
+    index = parents[..., None].expand(-1, -1, paths.token.shape[2])
+    token, blank = (part.gather(1, index) for part in paths)
+    repeats = (tokens == last.gather(1, parents))[..., None]
+    before = torch.where(repeats, blank, torch.logaddexp(token, blank))
+    token = scan(before[..., :-1], columns(frames, tokens))
+    of_blank = frames.log_probs[:, None, :, frames.blank_id].double()
+    return Paths(token, scan(token[..., :-1], of_blank))
+
+
+def scan(entering: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Sums the paths that enter a symbol in some frame and stay in it up to each later frame.
+
+    entering (...,T) are paths before each frame, log_probs (...,T) those of the symbol; both
+    broadcast -> (...,T+1), with no path before the first frame. It is the recursion
+    paths[t + 1] = (paths[t] + entering[t]) * probability[t] without a loop: divided by the product
+    of the probabilities so far, a path keeps its value in all later frames.
+    """
+    products = log_probs.clamp(min=ZERO).cumsum(-1)
+    sums = products + (entering - F.pad(products[..., :-1], (1, 0))).logcumsumexp(-1)
+    return F.pad(sums.masked_fill(sums < LEAST, -math.inf), (1, 0), value=-math.inf)
+
+
+class _Beam(NamedTuple):
+    """Holds the N best hypotheses of each utterance."""
+
+    prefixes: torch.Tensor  # (B,N,L)
+    scores: torch.Tensor  # (B,N) float64, the weighted sum
+    written: torch.Tensor  # (B,N) float64, the decoder's part
+    ended: torch.Tensor  # (B,N) bool: the hypothesis stays as it is
+    parents: torch.Tensor | None  # (B,N) place in the beam before of what a hypothesis continues
+
+
+def joint_beam_search(
+    step,
+    log_probs: torch.Tensor,
+    lengths: torch.Tensor,
+    search: SearchOptions,
+    blank_id: int,
+    sos_id: int,
+    eos_id: int,
+) -> list[Hypothesis]:
+    """Finds the sequences that CTC and the decoder together find likeliest.
+
+    log_probs (B,T,V) of CTC, lengths (B,) frames. step(prefixes (M,L), state, parents (M,) | None,
+    utterances (M,)) -> (log-probabilities of the next token (M,V), new state), as for
+    decode.attention_beam_search, except that the rows are only those hypotheses that go on, ordered
+    by utterance. The score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * decoder: the sums
+    of log-probabilities, CTC's those of next_scores. What has no weight is not computed, so weight
+    0 is attention search. An utterance ends when all its beams have ended, in eos or with as many
+    tokens as frames. No score ever grows, so no hypothesis that was left could come to be better
+    than these. Times are empty.
+    """
+    beam = _first_beam(lengths, search.beam_size, sos_id)
+    frames = paths = None
+    if search.joint_ctc_weight > 0:
+        frames = read_frames(log_probs, lengths, blank_id)
+        paths = Paths(*(part.expand(-1, search.beam_size, -1) for part in first_paths(frames)))
+    asked = None
+    length = 0
+    while not bool(beam.ended.all()):
+        written = beam.written[..., None]
+        totals = 0.0
+        if search.joint_ctc_weight < 1:
+            following, asked = _ask(step, beam, asked, log_probs.shape[2])
+            written = written + following  # (B,N,V)
+            totals = (1 - search.joint_ctc_weight) * written
+        last = beam.prefixes[..., -1]
+        if frames is not None:
+            scores = next_scores(frames, paths, last, eos_id)
+            totals = totals + search.joint_ctc_weight * scores
+        length += 1
+        beam = _choose(beam, totals, written.expand_as(totals), eos_id, length >= lengths)
+        if frames is not None:
+            paths = advance(frames, paths, last, beam.parents, beam.prefixes[..., -1])
+    return rank_beams(beam.prefixes.flatten(0, 1), beam.scores, eos_id)
+
+
+def _first_beam(lengths: torch.Tensor, beam_size: int, sos_id: int) -> _Beam:
+    """Makes the beam before the first token: all hypotheses are alike, and all but one at -inf."""
+    shape = len(lengths), beam_size
+    scores = torch.full(shape, -math.inf, dtype=torch.float64, device=lengths.device)
+    scores[:, 0] = 0.0
+    ended = (scores == -math.inf) | (lengths <= 0)[:, None]
+    prefixes = torch.full((*shape, 1), sos_id, device=lengths.device)
+    return _Beam(prefixes, scores, torch.zeros_like(scores), ended, None)
+
+
+def _choose(
+    beam: _Beam, totals: torch.Tensor, written: torch.Tensor, eos_id: int, over: torch.Tensor
+) -> _Beam:
+    """Keeps the N best of totals (B,N,V), of which `written` is the decoder's part.
+
+    A hypothesis that has ended only offers eos, at no cost. In the rows `over` (B,) all end.
+    """
+    is_eos = torch.arange(totals.shape[2], device=totals.device) == eos_id
+    as_they_are = torch.where(is_eos, beam.scores[..., None], -math.inf)
+    totals = torch.where(beam.ended[..., None], as_they_are, totals)
+    scores, choice = totals.flatten(1).topk(beam.scores.shape[1], dim=-1)  # (B,N) each
+    parents = choice // totals.shape[2]
+    tokens = choice % totals.shape[2]
+    before = beam.prefixes.gather(1, parents[..., None].expand_as(beam.prefixes))
+    return _Beam(
+        torch.cat((before, tokens[..., None]), dim=2),
+        scores,
+        written.flatten(1).gather(1, choice),
+        (tokens == eos_id) | (scores == -math.inf) | over[:, None],
+        parents,
+    )
+
+
+def _ask(step, beam: _Beam, asked, vocabulary: int):
+    """Asks the decoder for the next tokens (B,N,V) of the hypotheses that go on; 0 for the others.
+
+    `asked` is what this function has returned besides: the decoder's state, and the rows of the
+    last call among all B*N.
+    """
+    rows = (~beam.ended).view(-1).nonzero()[:, 0]  # (M,)
+    size = beam.ended.shape[1]
+    state = parents = None
+    if asked:
+        state, before = asked
+        places = torch.zeros_like(beam.ended.view(-1), dtype=torch.long)
+        places[before] = torch.arange(len(before), device=before.device)
+        parents = places[rows // size * size + beam.parents.view(-1)[rows]]
+    prefixes = beam.prefixes.flatten(0, 1)[rows]
+    log_probs, state = step(prefixes, state, parents, rows // size)
+    following = log_probs.new_zeros(beam.ended.numel(), vocabulary, dtype=torch.float64)
+    following[rows] = log_probs.double()
+    return following.view(*beam.ended.shape, vocabulary), (state, rows)
