@@ -32,6 +32,17 @@ from frames import to_device
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring", "joint")
 CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
+STREAM_MODES = ("attention_rescoring", "joint")  # those that a stream's second pass can take
+
+
+def check_mode(mode: str, context=None) -> None:
+    """Raises UserError for a mode that is none of MODES, or that cannot favour hotwords."""
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if context is not None and mode not in CONTEXT_MODES:
+        raise UserError(
+            f"mode {mode} cannot favour hotwords; choose one of {', '.join(CONTEXT_MODES)}"
+        )
 
 
 @options_class
@@ -652,6 +663,13 @@ def _collapse(log_probs: list[float], path: list[int], blank_id: int) -> Hypothe
 def blank_wins(log_probs: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
     """log_probs (...,V) -> (...) bool: True where no token is likelier than the blank."""
     return log_probs[..., blank_id] >= log_probs.amax(dim=-1)
+
+
+def silence(log_probs: torch.Tensor, where: torch.Tensor, blank_id: int = 0) -> torch.Tensor:
+    """Makes the blank certain in the frames of log_probs (B,T,V) that `where` (B,T) marks."""
+    is_blank = torch.arange(log_probs.shape[-1], device=log_probs.device) == blank_id
+    certain = torch.where(is_blank, 0.0, -math.inf).to(log_probs.dtype)
+    return torch.where(where[..., None], certain, log_probs)
 
 
 def without_text(hypothesis: Hypothesis) -> Hypothesis:

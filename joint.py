@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from decode import Hypothesis, SearchOptions, rank_beams
+from decode import Hypothesis, SearchOptions, rank_beams, silence
 from frames import valid_mask
 
 # A probability of 0 would be -inf, and the sums of a scan would subtract it from itself. So it
@@ -49,10 +49,7 @@ class Paths(NamedTuple):
 
 def read_frames(log_probs: torch.Tensor, lengths: torch.Tensor, blank_id: int) -> Frames:
     """Makes Frames of log_probs (B,T,V), of which the first lengths (B,) frames count."""
-    valid = valid_mask(lengths, log_probs.shape[1])[..., None]  # (B,T,1)
-    is_blank = torch.arange(log_probs.shape[2], device=log_probs.device) == blank_id
-    silence = torch.where(is_blank, 0.0, -math.inf).to(log_probs.dtype)
-    log_probs = torch.where(valid, log_probs, silence)
+    log_probs = silence(log_probs, ~valid_mask(lengths, log_probs.shape[1]), blank_id)
     return Frames(log_probs, log_probs.double().exp(), blank_id)
 
 

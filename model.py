@@ -612,31 +612,35 @@ class U2(L.LightningModule):
         return (yield from self.searching(encoded, lengths, mode, search, context))
 
     def search(
-        self, encoded, lengths, mode: str, search: SearchOptions = SearchOptions(), context=None
+        self,
+        encoded,
+        lengths,
+        mode: str,
+        search: SearchOptions = SearchOptions(),
+        context=None,
+        hushed=None,
     ) -> list[Hypothesis]:
         """Decodes encoded (B,T',D), lengths (B,) -> a Hypothesis for each, as in `decode`.
 
-        A Hypothesis has no text where CTC's best path has none. Raises UserError for a mode that is
-        none of decode.MODES, or that cannot favour the hotwords of `context`.
+        In the frames `hushed` (B,T') CTC hears nothing. A Hypothesis has no text where CTC's best
+        path has none. Raises UserError for what decode.check_mode refuses.
         """
-        return decode.answered(self.searching(encoded, lengths, mode, search, context))
+        return decode.answered(self.searching(encoded, lengths, mode, search, context, hushed))
 
     @torch.no_grad()
-    def searching(self, encoded, lengths, mode: str, search: SearchOptions, context=None) -> Turns:
+    def searching(
+        self, encoded, lengths, mode: str, search: SearchOptions, context=None, hushed=None
+    ) -> Turns:
         """Does in turns what `search` does.
 
         There is one turn for CTC and one for rescoring. Modes attention and joint read the device
         at each token besides.
         """
-        if mode not in decode.MODES:
-            raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
-        if context is not None and mode not in decode.CONTEXT_MODES:
-            raise UserError(
-                f"mode {mode} cannot favour hotwords; "
-                f"choose one of {', '.join(decode.CONTEXT_MODES)}"
-            )
+        decode.check_mode(mode, context)
         blank_id = self.net.blank_id
         log_probs = self.net.ctc_log_probs(encoded)  # (B,T',V)
+        if hushed is not None:
+            log_probs = decode.silence(log_probs, hushed, blank_id)
         ended = torch.arange(log_probs.size(1), device=lengths.device) >= lengths[:, None]  # (B,T')
         silent = (decode.blank_wins(log_probs, blank_id) | ended).all(dim=1)  # (B,)
         if mode == "ctc_greedy_search":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from context import ContextGraph, HotwordOptions, make_context
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
-from decode import CONTEXT_MODES, MODES, SearchOptions, overlapped
+from decode import CONTEXT_MODES, MODES, STREAM_MODES, SearchOptions, overlapped
 from files import identity, json_text, write_whole
 from model import load_checkpoint
 from sampler import eval_batches
@@ -68,10 +68,10 @@ class ScoreOptions:
     )
 
     def __post_init__(self):
-        if self.stream and self.mode != "attention_rescoring":
+        if self.stream and self.mode not in STREAM_MODES:
             raise UserError(
-                f"--mode {self.mode}: --stream hears by attention_rescoring only; leave one of "
-                "them out"
+                f"--mode {self.mode}: --stream hears by {' or '.join(STREAM_MODES)} only; leave "
+                "one of them out"
             )
         if self.concatenate and not self.stream:
             raise UserError("--concatenate has no effect without --stream; give both or neither")
@@ -225,9 +225,9 @@ def recognize(
 ) -> tuple[list[str], float]:
     """Hears all rows -> (a text per row, with --concatenate one text in all; the seconds taken)."""
     if options.concatenate:
-        return recognize_as_one(model, dataset, search, context)
+        return recognize_as_one(model, dataset, mode, search, context)
     if options.stream:
-        return recognize_streams(model, dataset, search, context)
+        return recognize_streams(model, dataset, mode, search, context)
     return recognize_batches(model, dataset, mode, options, search, context)
 
 
@@ -262,27 +262,31 @@ def recognize_batches(
     return texts, time.perf_counter() - began - reading
 
 
-def recognize_streams(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
+def recognize_streams(
+    model, dataset, mode: str, search: SearchOptions, context
+) -> tuple[list[str], float]:
     """Hears each row as a stream of one utterance."""
     texts = []
     seconds = 0.0
     for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
         began = time.perf_counter()
         pieces = cut(model, waveform, search.chunk_size)
-        *_, heard = listen(model, pieces, search, endpoints=False, context=context)
+        *_, heard = listen(model, pieces, search, endpoints=False, context=context, mode=mode)
         seconds += time.perf_counter() - began
         texts.append(model.tokenizer.decode(heard.hypothesis.tokens))
     return texts, seconds
 
 
-def recognize_as_one(model, dataset, search: SearchOptions, context) -> tuple[list[str], float]:
+def recognize_as_one(
+    model, dataset, mode: str, search: SearchOptions, context
+) -> tuple[list[str], float]:
     """Hears all rows as one stream that is cut at its endpoints, and gives one text in all."""
     began = time.perf_counter()
     waveforms = tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
     pieces = (piece for row in waveforms for piece in cut(model, row, search.chunk_size))
     texts = [
         model.tokenizer.decode(heard.hypothesis.tokens)
-        for heard in listen(model, pieces, search, context=context)
+        for heard in listen(model, pieces, search, context=context, mode=mode)
         if heard.final
     ]
     return [join(texts)], time.perf_counter() - began

@@ -43,6 +43,7 @@ class _Utterance(NamedTuple):
     first_frame: int  # as in Heard
     beam: decode.Beam
     chunks: list[torch.Tensor]  # the encoder's output (1,m,D), chunk by chunk
+    hushes: list[torch.Tensor]  # (1,m) bool, chunk by chunk: True where nothing is searched
     frames: int = 0  # in all chunks
     silent: int = 0  # silent frames at the end
     # Frames of the last chunks in which the blank won every frame; an utterance begins in a hush.
@@ -55,20 +56,23 @@ def listen(
     search: decode.SearchOptions,
     endpoints: bool = True,
     context=None,
+    mode: str = "attention_rescoring",
 ) -> Iterator[Heard]:
     """Recognises pieces (n,) of a waveform, of any length, as they come: U2, section 3.3.
 
     model: a model.U2. context: a context.ContextGraph of hotwords. After every chunk, a Heard has
     the text so far, by CTC prefix search. At the end of an utterance, a final Heard has the text
-    that the attention decoders have rescored. Without `endpoints` all pieces are one utterance.
-    Raises UserError for a piece that is no waveform, or whose samples are not finite or louder than
+    that the attention decoders have rescored or, with another `mode`, the text of this search.
+    Without `endpoints` all pieces are one utterance. Raises UserError for what decode.check_mode
+    refuses, and for a piece that is no waveform, or whose samples are not finite or louder than
     transforms.LOUDEST. Such an error, and any error of `pieces`, comes after the final Heard of the
     sound before it.
     """
+    decode.check_mode(mode, context)
     advance = stream_features(model.frontend)
     features_state = feature_state()
     state = model.stream_state(search.chunk_size, search.left_chunks)
-    utterance = _Utterance(0, decode.prefix_start(context=context), [])
+    utterance = _Utterance(0, decode.prefix_start(context=context), [], [])
     for samples, last in in_chunks(with_last(pieces), *piece_samples(model, search.chunk_size)):
         features, features_state = advance(samples, features_state)
         encoded, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
@@ -79,12 +83,13 @@ def listen(
         has_text = bool(found.tokens)
         if last or endpoints and is_endpoint(model, has_text, utterance.silent, utterance.frames):
             whole = torch.cat(utterance.chunks, dim=1)
-            found = second_pass(model, found, whole, search)
+            hushed = torch.cat(utterance.hushes, dim=1)
+            found = second_pass(model, found, whole, hushed, search, mode)
             yield Heard(found, utterance.first_frame, seconds, True, whole)
             waiting = state.features
             state = model.stream_state(search.chunk_size, search.left_chunks)
             state = state._replace(features=waiting)
-            utterance = _Utterance(end, decode.prefix_start(context=context), [])
+            utterance = _Utterance(end, decode.prefix_start(context=context), [], [])
         elif encoded.size(1):
             yield Heard(found, utterance.first_frame, seconds, False)
 
@@ -101,9 +106,11 @@ def _hear_chunk(
     quiet, blanks = decode.read(quiet, log_probs[0, :, blank_id])
     hushed = utterance.hushed + size if quiet else 0
     heeded = torch.tensor([0 if hushed >= HUSH else size])
+    hush = torch.full((1, size), hushed >= HUSH, device=encoded.device)
     return utterance._replace(
         beam=decode.prefix_advance(utterance.beam, log_probs, search, blank_id, heeded),
         chunks=[*utterance.chunks, encoded],
+        hushes=[*utterance.hushes, hush],
         frames=utterance.frames + size,
         silent=trailing_blanks(blanks, utterance.silent),
         hushed=hushed,
@@ -207,10 +214,20 @@ def is_endpoint(model, has_text: bool, silent_frames: int, frames: int) -> bool:
 
 
 def second_pass(
-    model, found: decode.Hypothesis, encoded: torch.Tensor, search: decode.SearchOptions
+    model,
+    found: decode.Hypothesis,
+    encoded: torch.Tensor,
+    hushed: torch.Tensor,
+    search: decode.SearchOptions,
+    mode: str,
 ) -> decode.Hypothesis:
-    """Rescores the hypothesis by the attention decoders, over the encoder's output (1,m,D)."""
+    """Rescores or, with another mode, searches anew, over the encoder's output (1,m,D).
+
+    The first pass has not searched in the frames `hushed` (1,m); a new search hears nothing there.
+    """
     if not found.tokens or not encoded.size(1):
         return found
     lengths = torch.tensor([encoded.size(1)], device=encoded.device)
+    if mode != "attention_rescoring":
+        return model.search(encoded, lengths, mode, search, hushed=hushed)[0]
     return model.rescore([found], encoded, lengths, search)[0]

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from context import ContextGraph, HotwordOptions, make_context
-from decode import MODES, SearchOptions, Turns, columns_of, overlapped
+from decode import MODES, STREAM_MODES, SearchOptions, Turns, columns_of, overlapped
 from files import FULL, identity, write_whole
 from frames import to_device
 from model import load_checkpoint
@@ -72,7 +72,7 @@ FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": 
 class TranscribeOptions:
     checkpoint: str = option("runs/demo/best.ckpt", "a .ckpt, a folder for the hub, or org/name")
     mode: str = option(
-        "attention_rescoring", "search; --stream is always attention_rescoring", choices=MODES
+        "attention_rescoring", f"search; with --stream {' or '.join(STREAM_MODES)}", choices=MODES
     )
     stream: bool = option(False, "hear piece by piece, in chunks of --chunk_size, 16 unless given")
     format: str = option("txt", "text alone, or with the times of words", choices=tuple(FORMATS))
@@ -196,10 +196,14 @@ def transcribe_all(
 
 def check_given(given: dict, options: TranscribeOptions) -> None:
     """Raises UserError for flags that have no effect beside the others."""
-    for name in ("mode", "max_seconds", "batch_seconds"):
+    for name in ("max_seconds", "batch_seconds"):
         if options.stream and name in given:
-            why = ", which is always attention_rescoring" if name == "mode" else ""
-            raise UserError(f"--{name} has no effect with --stream{why}; leave one of them out")
+            raise UserError(f"--{name} has no effect with --stream; leave one of them out")
+    if options.stream and options.mode not in STREAM_MODES:
+        raise UserError(
+            f"--mode {options.mode}: --stream hears by {' or '.join(STREAM_MODES)} only; leave "
+            "one of them out"
+        )
     if options.format == "txt" and "delay" in given:
         raise UserError(
             "--delay has no effect on --format txt, which has no times; leave one of them out"
@@ -572,7 +576,8 @@ def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Tran
     words = []
     before = ""
     seconds = 0.0
-    for heard in listen(model, pieces, job.search, context=job.context):
+    how = {"context": job.context, "mode": job.options.mode}
+    for heard in listen(model, pieces, job.search, **how):
         tokens = heard.hypothesis.tokens
         text = model.tokenizer.decode(tokens)
         seconds = heard.seconds

@@ -13,7 +13,7 @@ import conformer
 import decode
 import helpers
 from conformer import U2Conformer
-from decode import MODES, SearchOptions
+from decode import MODES, STREAM_MODES, SearchOptions
 from frames import receptive_field, subsampled_length
 from helpers import VARIANTS, network
 from helpers_model import tiny_model
@@ -290,20 +290,21 @@ def model():
     return made.eval()
 
 
+@pytest.mark.parametrize("mode", STREAM_MODES)
 @pytest.mark.parametrize("chunk_size, left_chunks", [(4, -1), (16, 2), (-1, -1)])
-def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks):
+def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks, mode):
     waveform = 0.1 * noise(40000, dtype=torch.float32)
     search = SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks)
     features = extract(model.frontend)(waveform)[None]
     (expected,) = model.decode(
         features,
         torch.tensor([features.size(1)]),
-        "attention_rescoring",
+        mode,
         chunk_size=chunk_size,
         left_chunks=left_chunks,
     )
     for pieces in (cut(model, waveform, chunk_size), waveform.split(777)):
-        *partial, heard = listen(model, pieces, search, endpoints=False)
+        *partial, heard = listen(model, pieces, search, endpoints=False, mode=mode)
         assert heard.final and heard.hypothesis.tokens == expected.tokens and expected.tokens
         assert heard.hypothesis.nbest == expected.nbest and heard.hypothesis.times == expected.times
         assert heard.hypothesis.score == pytest.approx(expected.score, abs=1e-3)
@@ -400,8 +401,9 @@ def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model,
     assert max(b - a for a, b in zip(ends, ends[1:])) < 6  # SILENCE and a chunk, 5.64 s
 
 
+@pytest.mark.parametrize("mode", STREAM_MODES)
 @pytest.mark.parametrize("chunk_size", [2, 16])
-def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chunk_size):
+def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chunk_size, mode):
     # All frames but frame 100 are silence.
     def log_probs(encoded, begins=itertools.count(step=chunk_size)):
         begin = next(begins) if encoded.size(1) else 0
@@ -413,8 +415,11 @@ def test_silence_around_what_is_said_adds_up_to_no_text(model, monkeypatch, chun
         return probs.log()
 
     monkeypatch.setattr(model, "ctc_log_probs", log_probs)
+    monkeypatch.setattr(
+        model.net, "ctc_log_probs", lambda encoded: log_probs(encoded, itertools.count())
+    )
     search = SearchOptions(chunk_size=chunk_size)
-    *_, heard = listen(model, [torch.zeros(8 * 16000)], search, endpoints=False)
+    *_, heard = listen(model, [torch.zeros(8 * 16000)], search, endpoints=False, mode=mode)
     said = heard.hypothesis.tokens
     assert 4 in said and len(said) <= 5, said
 

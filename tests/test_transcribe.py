@@ -355,7 +355,7 @@ def test_formats_say_the_same(world, capsys, folder):
         (["{}/b.wav", "{}/deep/../b.wav", "--output_dir", "out"], "both"),
         (["{}", "--format", "srt"], "--output_dir"),
         (["{}/b.wav", "--overwrite"], "--output_dir"),
-        (["{}/b.wav", "--stream", "--mode", "attention"], "--mode has no effect with --stream"),
+        (["{}/b.wav", "--stream", "--mode", "attention"], "--mode attention: --stream"),
         (["{}/b.wav", "--stream", "--max_seconds", "9"], "--max_seconds"),
         (["{}/b.wav", "--max_seconds", "0"], "--max_seconds"),
         (["{}/b.wav", "--batch_seconds", "nan"], "--batch_seconds"),

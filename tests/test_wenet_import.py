@@ -114,7 +114,7 @@ def batched_as_in_wenet(monkeypatch):
 
 
 def check_decoding(model, inputs, expected, beam_size):
-    for mode in MODES:
+    for mode in MODES[:4]:  # WeNet has no mode joint
         ours = model.decode(inputs["feats"], inputs["feat_lengths"], mode, beam_size=beam_size)
         theirs = expected[mode]
         assert [hypothesis.tokens for hypothesis in ours] == [their["tokens"] for their in theirs]
