@@ -67,10 +67,13 @@ class SearchOptions:
         0.5, "weight of the CTC score in attention_rescoring", at_least=0.0, at_most=5.0
     )
     reverse_weight: float = option(
-        0.3, "share of the right-to-left decoder in attention_rescoring", at_least=0.0, at_most=1.0
+        0.3,
+        "share of the right-to-left decoder in attention_rescoring and joint",
+        at_least=0.0,
+        at_most=1.0,
     )
     joint_ctc_weight: float = option(
-        0.5, "share of the CTC score in mode joint", at_least=0.0, at_most=1.0
+        0.75, "share of the CTC score in mode joint", at_least=0.0, at_most=1.0
     )
     length_penalty: float = option(
         0.0,

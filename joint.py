@@ -10,12 +10,13 @@ the frames. Here all tokens get one, by a product of matrices, and scans take th
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from decode import Hypothesis, SearchOptions, rank_beams, silence
+from decode import Hypothesis, SearchOptions, Turns, rank_beams, silence
 from frames import valid_mask
 
 # A probability of 0 would be -inf, and the sums of a scan would subtract it from itself. So it
@@ -129,14 +130,15 @@ def joint_beam_search(
     blank_id: int,
     sos_id: int,
     eos_id: int,
-) -> list[Hypothesis]:
-    """Finds the sequences that CTC and the decoder together find likeliest.
+) -> tuple[list[Hypothesis], list[list[float]]]:
+    """Finds the sequences that CTC and the decoder together find likeliest, and CTC's part of each.
 
     log_probs (B,T,V) of CTC, lengths (B,) frames. step(prefixes (M,L), state, parents (M,) | None,
     utterances (M,)) -> (log-probabilities of the next token (M,V), new state), as for
     decode.attention_beam_search, except that the rows are only those hypotheses that go on, ordered
     by utterance. The score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * decoder: the sums
-    of log-probabilities, CTC's those of next_scores. What has no weight is not computed, so weight
+    of log-probabilities, CTC's those of next_scores. The first term of this sum, for each of the
+    nbest, comes besides. What has no weight is not computed, so weight
     0 is attention search. An utterance ends when all its beams have ended, in eos or with as many
     tokens as frames. No score ever grows, so no hypothesis that was left could come to be better
     than these. Times are empty.
@@ -163,7 +165,29 @@ def joint_beam_search(
         beam = _choose(beam, totals, written.expand_as(totals), eos_id, length >= lengths)
         if frames is not None:
             paths = advance(frames, paths, last, beam.parents, beam.prefixes[..., -1])
-    return rank_beams(beam.prefixes.flatten(0, 1), beam.scores, eos_id)
+    by_ctc = beam.scores - (1 - search.joint_ctc_weight) * beam.written
+    return rank_beams(beam.prefixes.flatten(0, 1), beam.scores, eos_id), by_ctc.tolist()
+
+
+def joint_rescoring(
+    hypotheses: list[Hypothesis], by_ctc: list[list[float]], rescore, search: SearchOptions
+) -> Turns:
+    """Sorts what joint_beam_search has found by CTC and the attention decoders of both directions.
+
+    A new score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * ((1 - reverse_weight)
+    left-to-right + reverse_weight right-to-left). rescore(hypotheses, search) is
+    decode.attention_rescoring, which adds ctc_weight times the scores to the decoders'.
+    """
+    share = 1 - search.joint_ctc_weight
+    alone = [
+        hypothesis._replace(nbest_scores=[score / share for score in scores])
+        for hypothesis, scores in zip(hypotheses, by_ctc)
+    ]
+    found = yield from rescore(alone, replace(search, ctc_weight=1.0))
+    return [
+        row._replace(score=share * row.score, nbest_scores=[share * s for s in row.nbest_scores])
+        for row in found
+    ]
 
 
 def _first_beam(lengths: torch.Tensor, beam_size: int, sos_id: int) -> _Beam:

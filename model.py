@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from dataclasses import asdict, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from cli import UserError, option, options_class, shown
 
@@ -25,7 +25,7 @@ from decode import Hypothesis, SearchOptions, Turns
 from files import json_text
 from frames import BlockState, StreamState, receptive_field, to_device
 from graphs import Graphs
-from joint import joint_beam_search
+from joint import joint_beam_search, joint_rescoring
 from kernels import for_few_rows
 from presets import ModelOptions
 from tokenizer import Tokenizer
@@ -650,7 +650,7 @@ class U2(L.LightningModule):
             if mode == "attention":
                 written = self.attention_search(encoded, lengths, search)
             else:
-                written = self.joint_search(encoded, lengths, log_probs, search)
+                written, by_ctc = self.joint_search(encoded, lengths, log_probs, search)
             nbests = [hypothesis.nbest for hypothesis in written]
             picked, columns = decode.columns_of(log_probs, nbests, blank_id)
             picked, sizes, silent = yield picked, lengths, silent
@@ -664,7 +664,10 @@ class U2(L.LightningModule):
             beam = decode.prefix_follow(beam, offers, search, blank_id)
             found = decode.prefix_result(beam)
         if mode == "attention_rescoring":
-            found = yield from self.rescoring(found, encoded, lengths, search)
+            found = yield from self.rescoring(found, search, encoded, lengths)
+        elif mode == "joint" and search.joint_ctc_weight < 1 and self.reverse_weight(search) > 0:
+            rescore = partial(self.rescoring, encoded=encoded, lengths=lengths)
+            found = yield from joint_rescoring(found, by_ctc, rescore, search)
         rows = zip(found, silent.tolist())
         return [decode.without_text(row) if nothing else row for row, nothing in rows]
 
@@ -672,10 +675,10 @@ class U2(L.LightningModule):
         self, hypotheses, encoded, lengths, search: SearchOptions = SearchOptions()
     ) -> list[Hypothesis]:
         """Sorts CTC n-best lists by the attention decoders; encoded and lengths as in `search`."""
-        return decode.answered(self.rescoring(hypotheses, encoded, lengths, search))
+        return decode.answered(self.rescoring(hypotheses, search, encoded, lengths))
 
     @torch.no_grad()
-    def rescoring(self, hypotheses, encoded, lengths, search: SearchOptions) -> Turns:
+    def rescoring(self, hypotheses, search: SearchOptions, encoded, lengths) -> Turns:
         """Does in turns what `rescore` does."""
         net = self.net
 
@@ -684,13 +687,16 @@ class U2(L.LightningModule):
             logits = decoder(tree.tokens, encoded, lengths, tree.positions, tree.sees)
             return logits.float().log_softmax(-1)
 
-        if net.right_decoder is None:
-            search = replace(search, reverse_weight=0.0)
+        search = replace(search, reverse_weight=self.reverse_weight(search))
         return (
             yield from decode.attention_rescoring(
                 hypotheses, score, search, net.sos_id, net.eos_id, encoded.device
             )
         )
+
+    def reverse_weight(self, search: SearchOptions) -> float:
+        """Returns the share of the right-to-left decoder, which a U2 model does not have."""
+        return 0.0 if self.net.right_decoder is None else search.reverse_weight
 
     def attention_search(self, encoded, lengths, search: SearchOptions) -> list[Hypothesis]:
         """Searches with the left-to-right decoder, for at most one token per encoder frame."""
@@ -709,8 +715,8 @@ class U2(L.LightningModule):
             step, len(lengths), lengths, search, net.sos_id, net.eos_id, encoded.device
         )
 
-    def joint_search(self, encoded, lengths, log_probs, search: SearchOptions) -> list[Hypothesis]:
-        """Searches with the left-to-right decoder and CTC's log_probs (B,T',V) in one pass."""
+    def joint_search(self, encoded, lengths, log_probs, search: SearchOptions):
+        """Runs joint_beam_search with the left-to-right decoder and CTC's log_probs (B,T',V)."""
         net = self.net
         sources = [block.src_attn.keys_values(encoded) for block in net.decoder.blocks]
 

@@ -11,7 +11,9 @@ import torch
 
 from decode import SearchOptions, attention_beam_search
 from helpers import all_sequences, random_log_probs
+from helpers_model import tiny_model
 from joint import advance, first_paths, joint_beam_search, next_scores, read_frames
+from tokenizer import train_char
 
 BLANK, SOS, EOS = 0, 1, 2
 
@@ -60,7 +62,7 @@ def search_rows(rows, salts, search, calls=None):
     log_probs = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-0.5)
     lengths = torch.tensor([len(row) for row in rows])
     step = make_step(log_probs.shape[2], salts, calls)
-    return joint_beam_search(step, log_probs, lengths, search, BLANK, SOS, EOS)
+    return joint_beam_search(step, log_probs, lengths, search, BLANK, SOS, EOS)[0]
 
 
 def define(log_probs, weight, salt):
@@ -187,3 +189,26 @@ def by_frames(log_probs, tokens):
         ends_token = new_token
     scores[EOS] = add(ends_token[-1], ends_blank[-1])
     return [score.item() for score in scores]
+
+
+@pytest.mark.parametrize("weight, reverse_weight", [(0.6, 0.0), (0.6, 0.4), (0.2, 1.0), (1.0, 0.4)])
+def test_a_model_hears_by_ctc_and_its_decoders_in_both_directions(weight, reverse_weight):
+    model = tiny_model(train_char(["one two three"]), sharpness=2).double().eval()
+    encoded = torch.randn(3, 30, 16, generator=torch.Generator().manual_seed(2)).double()
+    lengths = torch.tensor([30, 22, 0])
+    search = SearchOptions(joint_ctc_weight=weight, reverse_weight=reverse_weight, ctc_weight=0.0)
+    *heard, nothing = model.search(encoded, lengths, "joint", search)
+    assert nothing.tokens == []
+    log_probs = model.ctc_log_probs(encoded).detach().transpose(0, 1)
+    for row, found in enumerate(heard):
+        only = slice(row, row + 1)
+        assert len(found.nbest) == 10 and found.nbest_scores == sorted(found.nbest_scores)[::-1]
+        (decoded,) = model.rescore([found], encoded[only], lengths[only], search)
+        decoders = dict(zip(map(tuple, decoded.nbest), decoded.nbest_scores))
+        for tokens, score, times in zip(found.nbest, found.nbest_scores, found.nbest_times):
+            labels = torch.tensor([tokens])
+            sizes = lengths[only], torch.tensor([len(tokens)])
+            loss = torch.nn.functional.ctc_loss(log_probs[:, only], labels, *sizes, reduction="sum")
+            expected = (1 - weight) * decoders[tuple(tokens)] - weight * loss.item()
+            assert score == pytest.approx(expected, abs=1e-4)
+            assert len(times) == len(tokens) and times == sorted(times)
