@@ -625,7 +625,8 @@ class MemoryCheck(L.Callback):
         with trainer.precision_plugin.forward_context():
             inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
             plain = module.graphs.plain if module.graphs else None
-            loss = module.net.loss(*inputs, but_ctc=plain)["loss"]
+            views = module.options.views
+            loss = module.net.loss(*inputs, but_ctc=plain, views=views)["loss"]
         # These gradients are apart from the parameters, whose own gradients stay unmade.
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments

@@ -137,6 +137,9 @@ MAY_CHANGE = (
     "ctc_weight",
     "lsm_weight",
     "length_normalized_loss",
+    "cr_ctc_weight",
+    "interctc_weight",
+    "stochastic_depth",
     "use_dynamic_chunk",
     "use_dynamic_left_chunk",
     "high_freq",
@@ -258,6 +261,7 @@ def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
         options=settings.data,
         input_layer=settings.model.input_layer,
         seed=settings.run.seed,
+        views=settings.model.views,
     )
     data.start_batch = place.batches
     data.setup("fit")
