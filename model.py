@@ -26,6 +26,7 @@ from files import json_text
 from frames import StreamState, receptive_field, to_device
 from graphs import Graphs
 from kernels import for_few_rows
+from muon import Muon, hidden_matrices
 from presets import ModelOptions
 from tokenizer import Tokenizer
 from transforms import Frontend
@@ -47,7 +48,7 @@ FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 class OptimOptions:
     """Sets the optimizer, its schedule, the guard, and how a step saves memory or time."""
 
-    optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam", "muon"))
     lr: float = option(1e-3, "peak learning rate", above=0, at_most=10.0)
     weight_decay: float = option(0.01, "weight decay", at_least=0.0, at_most=10.0)
     scheduler: str = option(
@@ -400,10 +401,19 @@ class U2(L.LightningModule):
 
     def configure_optimizers(self):
         o = self.optim
-        kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
         # Behind a GradScaler a fused optimizer would unscale by itself, after the guard has looked.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused)
+        rates = dict(lr=o.lr, weight_decay=o.weight_decay, fused=fused)
+        if o.optimizer == "muon":
+            net = self.net
+            heads = net.ctc, *(d.output_layer for d in (net.decoder, net.right_decoder) if d)
+            # Products need no more than bfloat16's bits, which not all CPUs multiply fast.
+            slow = self.device.type == "cpu" and self.trainer.precision != "bf16-mixed"
+            dtype = torch.float32 if slow else torch.bfloat16
+            optimizer = Muon(self.parameters(), hidden_matrices(net, heads), dtype, **rates)
+        else:
+            kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
+            optimizer = kind(self.parameters(), **rates)
         if o.scheduler == "onecycle":
             share = min(o.warmup_steps / self.total_steps, 0.3)
             scheduler = torch.optim.lr_scheduler.OneCycleLR(

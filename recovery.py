@@ -438,10 +438,8 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
     with refusing(path, "optimizer_states"):
         [optimizer] = checkpoint["optimizer_states"]
         for number, state in optimizer["state"].items():
-            if (
-                state["step"].numel() != 1
-                or not state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[number]
-            ):
+            moments = {value.shape for name, value in state.items() if name != "step"}
+            if state["step"].numel() != 1 or moments != {shapes[number]}:
                 raise TypeError
         if [group["params"] for group in optimizer["param_groups"]] != [list(shapes)]:
             raise TypeError
