@@ -1,4 +1,4 @@
-"""What training adds to WeNet's: two views (CR-CTC), InterCTC, stochastic depth, masks as shares."""
+"""What training adds to WeNet: two views (CR-CTC), InterCTC, stochastic depth, shorter masks."""
 
 from functools import partial
 
