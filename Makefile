@@ -44,8 +44,7 @@ data: data/demo/tokenizer.json  ## the synthetic demo corpus: data/demo_source, 
 train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer.json)  ## train, then score SPLIT in all modes
 	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
 	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) $(RECIPE) $(ARGS)
-	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
-	  | tee -a $(OUTPUT_DIR)/scores.jsonl
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 --keep
 	$(PY) -m tools.compare $(OUTPUT_DIR)
 	@echo
 	@echo "Best checkpoint: $(BEST). Next:"
@@ -54,7 +53,7 @@ train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer
 	@echo "  make train OUTPUT_DIR=runs/idea ARGS='--dropout_rate 0.2'      # an idea, then: make compare"
 
 score: .venv/installed  ## score OUTPUT_DIR/best.ckpt on SPLIT
-	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) $(ARGS) | tee -a $(OUTPUT_DIR)/scores.jsonl
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --keep $(ARGS)
 
 transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.flac"
 	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
@@ -113,8 +112,8 @@ an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, in ab
 	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) $(AN4_START) --precision $(PRECISION) \
 	  --max_epochs $(AN4_EPOCHS) $(AN4) $(ARGS)
 	for chunk in -1 16; do \
-	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
-	done | tee -a $(AN4_RUN)/scores.jsonl
+	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk --keep; \
+	done
 	$(PY) -m tools.compare $(AN4_RUN)
 
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long

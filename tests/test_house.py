@@ -5,7 +5,7 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "fused", "frames"),
+    ("cli", "bootstrap", "containers", "fused", "frames"),
     ("files", "graphs", "kernels"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
