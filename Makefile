@@ -26,6 +26,7 @@ help:  ## this list
 	@echo "           DEVICES=$(DEVICES) MAX_EPOCHS=$(MAX_EPOCHS) SPLIT=$(SPLIT) ARGS=\"$(ARGS)\" (more flags for the command)"
 	@echo "           PYTHON=$(PYTHON) RECIPE=\"$(RECIPE)\" (flags of make train)"
 	@echo "           SOURCE=$(SOURCE) AN4_RUN=$(AN4_RUN) AN4_EPOCHS=$(AN4_EPOCHS) AN4_START=\"$(AN4_START)\" (of make an4)"
+	@echo "           SOURCES=\"$(SOURCES)\" (of make ablation)"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -119,5 +120,12 @@ an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, in ab
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
+# ---- What training techniques gain: make ablation SOURCES="../shared/speech/an4 ../shared/speech/librispeech_1h"
+SOURCES ?=
+
+ablation: .venv/installed  ## table of training techniques in equal time, over night (a try: ARGS="--out runs/try --limit_rows 64 --epochs 3")
+	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
+	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
+
 .PHONY: help setup data train score transcribe export parity compare test lint format smoke bench \
-  gpu_check torture clean an4 an4_long
+  gpu_check torture clean an4 an4_long ablation

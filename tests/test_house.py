@@ -17,7 +17,7 @@ FLOORS = (
     ("demo", "onnx_graphs", "traffic", "workloads"),
     ("onnx_checks",),
     ("align", "compare", "wenet_import", "bench"),
-    ("export", "torture", "gpu_work"),
+    ("ablate", "export", "torture", "gpu_work"),
     ("parity", "gpu_check"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
