@@ -301,7 +301,7 @@ def call(log: str, *words: str) -> float:
     Raises UserError, with the last line of the output, where the command fails.
     """
     began = time.monotonic()
-    with open(log, "wb") as file:
+    with open(log, "ab") as file:
         done = subprocess.run(
             [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file
         )
