@@ -167,7 +167,8 @@ def test_the_table_has_means_spreads_and_differences(night, capsys, monkeypatch)
     [
         (["--epochs", "21"], "is of other options"),
         (["--seeds", "1", "1"], "none twice"),
-        (["--sources"], "at least one folder"),
+        (["--sources", "a/src", "b/src"], "there twice"),
+        (["--sources"], "give --sources"),
         (["--techniques", "luck"], "invalid choice"),
     ],
 )

@@ -68,8 +68,8 @@ class AblateOptions:
 
     def __post_init__(self):
         names = [name_of(source) for source in self.sources]
-        if not names or len(set(names)) < len(names):
-            raise UserError("--sources: name at least one folder, and none twice")
+        if len(set(names)) < len(names):
+            raise UserError(f"--sources: {' '.join(names)}: a name is there twice; rename a folder")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("--seeds: give at least one, and none twice")
 
@@ -93,6 +93,8 @@ class Job(NamedTuple):
 
 def main(argv: list[str]) -> None:
     options = build(AblateOptions, vars(make_parser(__doc__, AblateOptions).parse_args(argv)))
+    if not options.sources:
+        raise UserError("give --sources DIR ..., one or more folders of recordings")
     os.makedirs(options.out, exist_ok=True)
     with alone(os.path.join(options.out, ".lock"), f"--out {options.out}"):
         results = read_results(options)
