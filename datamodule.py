@@ -117,7 +117,10 @@ class DataOptions:
 
 
 class Batch(NamedTuple):
-    """Holds rows of one split, padded to the longest."""
+    """Holds rows of one split, padded to the longest.
+
+    With two views of each row, B counts views: first views of all rows come before second ones.
+    """
 
     features: torch.Tensor  # (B,T,F) float32, zero padded
     feature_lengths: torch.Tensor  # (B,) frames
@@ -512,19 +515,22 @@ class SpeechDataset(Dataset):
 
     def __getitem__(self, keys) -> Batch:
         keys, frames, labels = keys if isinstance(keys, Shaped) else (keys, 0, 0)
-        return collate([self.example(*key) for key in keys], frames, labels)
+        views = zip(*(self.views(*key) for key in keys))
+        return collate([example for view in views for example in view], frames, labels)
 
-    def example(
+    def views(
         self, epoch: int, row: int, speed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Returns features (T,F), labels (U,) and the row number."""
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Returns features (T,F), labels (U,) and the row number, for each view of the row."""
         waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
         labels = row_values(self.dataset, "labels", row).astype(np.int64)
         example = {"input_values": torch.from_numpy(waveform)}
         if speed is not None:
             example["speed"] = speed
         example = self.transform(example, make_generator(self.seed, epoch, row))
-        return example["features"], torch.from_numpy(labels), row
+        features = example["features"]  # (T,F), or (views,T,F)
+        features = features[None] if features.dim() == 2 else features
+        return [(view, torch.from_numpy(labels), row) for view in features]
 
 
 def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
@@ -701,6 +707,7 @@ class SpeechDataModule(L.LightningDataModule):
         options: DataOptions,
         input_layer: str = "conv2d",
         seed: int = 0,
+        views: int = 1,
     ):
         super().__init__()
         self.data_roots = list(data_roots)
@@ -711,7 +718,7 @@ class SpeechDataModule(L.LightningDataModule):
         self.input_layer = input_layer
         self.seed = seed
         self.splits: dict[str, datasets.Dataset] = {}
-        self.make_train_transform = partial(train_transform, frontend, augment)
+        self.make_train_transform = partial(train_transform, frontend, augment, views)
         self.kept = None  # row numbers of train that the filter kept
         self.start_batch = 0  # batches of the first epoch that a resumed run has seen
 

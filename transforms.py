@@ -105,6 +105,12 @@ class Augment:
     max_freq_mask: int = option(10, "widest frequency mask in mel bins", at_least=0, at_most=512)
     num_time_masks: int = option(2, "time masks per example; 0: off", at_least=0, at_most=100)
     max_time_mask: int = option(50, "longest time mask in frames", at_least=0, at_most=10000)
+    max_time_mask_share: float = option(
+        1.0,
+        "longest time mask as a share of the example's frames (NeMo's time_width is 0.05)",
+        above=0.0,
+        at_most=1.0,
+    )
     num_subs: int = option(
         3,
         "stretches replaced by earlier frames (spec_sub) per example; 0: off",
@@ -442,8 +448,12 @@ def spec_aug(augment: Augment):
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"].clone()  # (F, T)
+        longest = augment.max_time_mask
+        if augment.max_time_mask_share < 1:
+            share = math.ceil(augment.max_time_mask_share * features.shape[1])
+            longest = min(longest, share)
         for axis, count, widest in (
-            (1, augment.num_time_masks, augment.max_time_mask),
+            (1, augment.num_time_masks, longest),
             (0, augment.num_freq_masks, augment.max_freq_mask),
         ):
             for _ in range(count):
@@ -485,9 +495,23 @@ def spec_trim(augment: Augment):
     return transform
 
 
+def two_views(transforms: list):
+    """Makes two examples' "features" (2,F,T) of one: each view has masks of its own.
+
+    The views have the same speech at the same times, so that CR-CTC can compare their frames.
+    """
+    masks = Compose(transforms)
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        views = [masks(example, generator)["features"] for _ in range(2)]
+        return {**example, "features": torch.stack(views)}
+
+    return transform
+
+
 def transpose(example: dict, generator: torch.Generator | None) -> dict:
-    """Turns features (F,T) into (T,F), the order in which batches are padded."""
-    return {**example, "features": example["features"].T.contiguous()}
+    """Turns features (...,F,T) into (...,T,F), the order in which batches are padded."""
+    return {**example, "features": example["features"].mT.contiguous()}
 
 
 # ---- Chains
@@ -512,16 +536,18 @@ def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
     return ([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend)]
 
 
-def train_transform(frontend: Frontend, augment: Augment) -> Compose:
+def train_transform(frontend: Frontend, augment: Augment, views: int = 1) -> Compose:
     """Makes the chain of training: speed before the frontend, masks after it.
 
-    A part that is switched off is left out.
+    A part that is switched off is left out. Two `views` differ in their masks, and are trimmed
+    alike.
     """
     chain = [speed_perturb(augment.speeds)] if augment.speeds else []
     chain += features_chain(frontend, augment.dither)
-    chain += [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
-    chain += [spec_sub(augment)] if augment.num_subs else []
-    chain += [spec_trim(augment)] if augment.max_trim else []
+    masks = [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
+    masks += [spec_sub(augment)] if augment.num_subs else []
+    trim = [spec_trim(augment)] if augment.max_trim else []
+    chain += masks + trim if views == 1 else [*trim, two_views(masks)]
     return Compose(chain + [transpose])
 
 

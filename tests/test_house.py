@@ -6,7 +6,7 @@ from helpers import FILES, ROOT, imported
 
 FLOORS = (
     ("cli", "bootstrap", "containers", "fused", "frames"),
-    ("files", "graphs", "kernels"),
+    ("files", "graphs", "kernels", "muon"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer",),
@@ -14,8 +14,8 @@ FLOORS = (
     ("datamodule", "model", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "onnx_graphs", "traffic", "workloads"),
-    ("onnx_checks",),
+    ("onnx_graphs", "speak", "traffic", "workloads"),
+    ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
     ("ablate", "export", "torture", "gpu_work"),
     ("parity", "gpu_check"),
@@ -34,7 +34,7 @@ def test_imports_point_one_way(path):
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
-    *("conformer", "frames", "presets", "kernels", "fused", "graphs"),
+    *("conformer", "frames", "presets", "kernels", "fused", "graphs", "muon"),
     *("decode", "context", "stream", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),

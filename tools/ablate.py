@@ -33,9 +33,11 @@ BASELINE = "--batch_size 8 --lr 2e-3 --ema_decay 0.99 --check_val_every_n_epoch 
 # Flags of train.py by the name of a technique. {spoken} is a model that was trained on synthetic
 # speech of the corpus's own words.
 TECHNIQUES = {
+    "cr_ctc": "--cr_ctc_weight 0.2",
+    "interctc": "--interctc_weight 0.3",
+    "stochastic_depth": "--stochastic_depth 0.1",
+    "wide_masks": "--num_time_masks 10 --max_time_mask_share 0.05 --max_freq_mask 27",
     "dynamic_left_chunk": "--use_dynamic_left_chunk",
-    "wide_masks": "--max_freq_mask 27 --num_time_masks 4",
-    "no_label_smoothing": "--lsm_weight 0",
     "synthetic_start": "--init_from {spoken}",
 }
 SPOKEN = "--hours 1.5"  # flags of tools.demo --texts
