@@ -26,6 +26,7 @@ help:  ## this list
 	@echo "           DEVICES=$(DEVICES) MAX_EPOCHS=$(MAX_EPOCHS) SPLIT=$(SPLIT) ARGS=\"$(ARGS)\" (more flags for the command)"
 	@echo "           PYTHON=$(PYTHON) RECIPE=\"$(RECIPE)\" (flags of make train)"
 	@echo "           SOURCE=$(SOURCE) AN4_RUN=$(AN4_RUN) AN4_EPOCHS=$(AN4_EPOCHS) AN4_START=\"$(AN4_START)\" (of make an4)"
+	@echo "           SOURCES=\"$(SOURCES)\" (of make ablation)"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -44,8 +45,7 @@ data: data/demo/tokenizer.json  ## the synthetic demo corpus: data/demo_source, 
 train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer.json)  ## train, then score SPLIT in all modes
 	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
 	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) $(RECIPE) $(ARGS)
-	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
-	  | tee -a $(OUTPUT_DIR)/scores.jsonl
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 --keep
 	$(PY) -m tools.compare $(OUTPUT_DIR)
 	@echo
 	@echo "Best checkpoint: $(BEST). Next:"
@@ -54,7 +54,7 @@ train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer
 	@echo "  make train OUTPUT_DIR=runs/idea ARGS='--dropout_rate 0.2'      # an idea, then: make compare"
 
 score: .venv/installed  ## score OUTPUT_DIR/best.ckpt on SPLIT
-	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) $(ARGS) | tee -a $(OUTPUT_DIR)/scores.jsonl
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --keep $(ARGS)
 
 transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.flac"
 	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
@@ -124,12 +124,19 @@ an4: data/an4/tokenizer.json runs/an4_spoken/best.ckpt  ## AN4 from nothing to s
 	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) $(AN4_START) --precision $(PRECISION) \
 	  --max_epochs $(AN4_EPOCHS) --check_val_every_n_epoch 4 $(AN4) $(ARGS)
 	for chunk in -1 16; do \
-	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
-	done | tee -a $(AN4_RUN)/scores.jsonl
+	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk --keep; \
+	done
 	$(PY) -m tools.compare $(AN4_RUN)
 
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
+# ---- What training techniques gain: make ablation SOURCES="../shared/speech/an4 ../shared/speech/librispeech_1h"
+SOURCES ?=
+
+ablation: .venv/installed  ## table of training techniques in equal time, over night (a try: ARGS="--out runs/try --limit_rows 64 --epochs 3")
+	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
+	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
+
 .PHONY: help setup data train score transcribe export parity compare test lint format smoke bench \
-  gpu_check torture clean an4 an4_long
+  gpu_check torture clean an4 an4_long ablation

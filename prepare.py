@@ -30,7 +30,7 @@ from tqdm import tqdm
 import files
 import tokenizer as tk
 from audio import EXTENSIONS, read_audio
-from sources import Folder, Row, SourceOptions, Split, ending, note, open_source
+from sources import SPEAKER_COLUMNS, Folder, Row, SourceOptions, Split, ending, note, open_source
 from transforms import RATES
 
 SOUNDS = ("noise", "rir")  # flags, and the folders of ROOT that they make
@@ -76,10 +76,73 @@ class PrepareOptions(SourceOptions):
     remove_punctuation: bool = option(
         False, "leave punctuation out of the text, apostrophes excepted"
     )
+    folds: int | None = option(
+        None,
+        "divide train's speakers into so many groups, of about as many rows each; --fold names one",
+        at_least=2,
+        at_most=1000,
+    )
+    fold: int | None = option(
+        None,
+        "the group, from 0, that becomes dev; the dev of the source is left out",
+        at_least=0,
+        at_most=999,
+    )
 
 
 class BadRow(Exception):
     """Says why one row cannot be used."""
+
+
+# ---- Folds
+
+
+def hold_out(splits: dict[str, list[Split]], options: PrepareOptions) -> dict[str, list[Split]]:
+    """Makes dev of the speakers of one fold, and train of the others, both of the train split.
+
+    Raises UserError where train's rows do not name enough speakers.
+    """
+    where = f"--folds {options.folds}: train of {options.source}"
+    parts = splits.get("train", ())
+    if not parts or not all(part.speakers for part in parts):
+        column = " or ".join(SPEAKER_COLUMNS)
+        raise UserError(f"{where} {'has no column ' + column if parts else 'is not there'}")
+    counts = [collections.Counter(row.speaker for row in part.rows()) for part in parts]
+    rows = sum(counts, collections.Counter())
+    if nameless := rows[""]:
+        raise UserError(f"{where} has {nameless} rows that name no speaker; name them")
+    if len(rows) < options.folds:
+        raise UserError(f"{where} has only {len(rows)} speakers; give fewer")
+    held = share_out(rows, options.folds)[options.fold]
+    left = " (the dev of the source is left out)" if "dev" in splits else ""
+    note(f"dev is {len(held)} of train's {len(rows)} speakers: {', '.join(sorted(held))}{left}")
+    others = {name: split for name, split in splits.items() if name not in ("train", "dev")}
+    return {
+        "train": [said_by(rows.keys() - held, *both) for both in zip(parts, counts)],
+        "dev": [said_by(held, *both) for both in zip(parts, counts)],
+        **others,
+    }
+
+
+def share_out(rows: dict[str, int], folds: int) -> list[set[str]]:
+    """Divides speakers, each with a number of rows, into groups of about equally many rows."""
+    groups = [set() for _ in range(folds)]
+    sizes = [0] * folds
+    for speaker, count in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
+        smallest = sizes.index(min(sizes))
+        groups[smallest].add(speaker)
+        sizes[smallest] += count
+    return groups
+
+
+def said_by(speakers: set[str], part: Split, counts: dict[str, int]) -> Split:
+    """Returns the rows of these speakers in a part of a split, whose rows `counts` has."""
+
+    def rows():
+        return (row for row in part.rows() if row.speaker in speakers)
+
+    count = sum(counts[speaker] for speaker in speakers)
+    return Split(count, True, lambda: (row.text for row in rows()), rows)
 
 
 # ---- One row
@@ -366,6 +429,8 @@ def tokenizer_of(splits: dict[str, list[Split]], options: PrepareOptions) -> tk.
 def write_corpus(folder: str, options: PrepareOptions, rejected: list) -> int:
     """Writes the splits and the tokenizer of --source. Returns the rows kept."""
     splits, left_out = open_source(options)
+    if options.folds:
+        splits = hold_out(splits, options)
     tokenizer = tokenizer_of(splits, options)
     kept = sum(
         write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
@@ -416,6 +481,12 @@ def prepare_options(argv: list[str]) -> PrepareOptions:
         raise UserError("--vocab_size has no effect here; leave it out")
     if options.lowercase and options.uppercase:
         raise UserError("give --lowercase or --uppercase, not both")
+    if (options.folds is None) != (options.fold is None):
+        raise UserError("--folds says how many groups, --fold which one; give both or neither")
+    if options.folds and options.fold >= options.folds:
+        raise UserError(
+            f"--fold {options.fold}: it must be less than --folds {options.folds}; the first is 0"
+        )
     if options.sample_rate % 25:
         raise UserError(
             f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. "

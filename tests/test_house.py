@@ -5,7 +5,7 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "fused", "frames"),
+    ("cli", "bootstrap", "containers", "fused", "frames"),
     ("files", "graphs", "kernels", "muon"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
@@ -17,7 +17,7 @@ FLOORS = (
     ("onnx_graphs", "speak", "traffic", "workloads"),
     ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
-    ("export", "torture", "gpu_work"),
+    ("ablate", "export", "torture", "gpu_work"),
     ("parity", "gpu_check"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
