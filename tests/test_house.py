@@ -11,10 +11,10 @@ FLOORS = (
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer",),
     ("words", "audio", "context", "recovery"),
-    ("datamodule", "model", "sources"),
+    ("datamodule", "model", "ngram", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "onnx_graphs", "traffic", "workloads"),
+    ("demo", "lm", "onnx_graphs", "traffic", "workloads"),
     ("onnx_checks",),
     ("align", "compare", "wenet_import", "bench"),
     ("export", "torture", "gpu_work"),
@@ -35,7 +35,7 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_ut
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
     *("conformer", "frames", "presets", "kernels", "fused", "graphs"),
-    *("decode", "context", "stream", "words"),
+    *("decode", "context", "ngram", "stream", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )
