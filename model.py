@@ -29,6 +29,7 @@ from kernels import for_few_rows
 from presets import ModelOptions
 from tokenizer import Tokenizer
 from transforms import Frontend
+from wfst import Graph
 
 # The weights that have a row for each token.
 VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
@@ -648,6 +649,9 @@ class U2(L.LightningModule):
             picked, sizes, silent = yield picked, lengths, silent
             rows = zip(written, picked, sizes.tolist(), columns)
             found = [decode.align(*row, columns=tokens) for *row, tokens in rows]
+        elif isinstance(context, Graph):
+            log_probs, sizes, silent = yield log_probs, lengths, silent
+            found = context.search(log_probs, sizes, search.beam_size, blank_id)
         else:
             offers = decode.find_offers(log_probs, search, blank_id, lengths)
             del log_probs  # a GPU has several batches at a time

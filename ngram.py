@@ -19,6 +19,7 @@ import numpy as np
 
 from context import ContextGraph, HotwordOptions, make_context
 from files import read_text, why
+from wfst import load_graph
 from words import ALONE, belongs
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -41,8 +42,13 @@ class LmOptions:
     word_bonus: float = option(
         3.0, "with --lm: what each word adds to a score", at_least=-100.0, at_most=100.0
     )
+    graph: str | None = option(
+        None, "HLG.fst of a language model (python -m tools.lm), to be searched in place of --lm"
+    )
 
     def __post_init__(self):
+        if self.lm and self.graph:
+            raise UserError("--graph has a language model of its own; leave out --lm or --graph")
         for name in ("lm_weight", "word_bonus"):
             if self.lm is None and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"--{name} has no effect without --lm; give both or neither")
@@ -139,8 +145,18 @@ class Both(NamedTuple):
         return self.lm.pending(one) + self.hotwords.pending(other)
 
 
-def favour(options: LmOptions, hotwords: HotwordOptions, tokenizer):
-    """Makes the automaton of a language model, of hotwords, or of both; None for neither."""
+def favour(options: LmOptions, hotwords: HotwordOptions, tokenizer, stream: bool):
+    """Makes the automaton of a language model, of hotwords, or of both; None for neither.
+
+    A graph is made in place of an automaton. Raises UserError for a graph with hotwords or streams.
+    """
+    if options.graph is not None:
+        if hotwords.hotwords is not None or stream:
+            raise UserError(
+                "--graph is for whole utterances without --hotwords and --stream; leave out one of "
+                "them, or give --lm instead"
+            )
+        return load_graph(options.graph, tokenizer.vocab_size)
     context = make_context(hotwords, tokenizer)
     if options.lm is None or options.lm_weight == 0:
         return context

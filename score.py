@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     options = build(ScoreOptions, given)
     hotwords = build(HotwordOptions, given)
     lm = build(LmOptions, given)
-    paths = {"--hotwords": hotwords.hotwords, "--lm": lm.lm}
+    paths = {"--hotwords": hotwords.hotwords, "--lm": lm.lm, "--graph": lm.graph}
     favoured = [flag for flag, path in paths.items() if path]
     if favoured and options.mode not in (*CONTEXT_MODES, "all"):
         raise UserError(
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, device)
-    favours = favour(lm, hotwords, tokenizer)
+    favours = favour(lm, hotwords, tokenizer, options.stream)
     dataset, references = load_data(tokenizer, frontend, options)
     if hint := unspelled(tokenizer, references):
         print(shown(f"score.py: note: {hint}"), file=sys.stderr)

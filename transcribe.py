@@ -161,11 +161,11 @@ def main(argv: list[str]) -> None:
     hotwords = build(HotwordOptions, given)
     lm = build(LmOptions, given)
     recordings = [recording for path in given["paths"] for recording in recordings_at(path)]
-    inputs = options.checkpoint, hotwords.hotwords or "", lm.lm or ""
+    inputs = options.checkpoint, hotwords.hotwords or "", lm.lm or "", lm.graph or ""
     outputs = output_paths(recordings, options, inputs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, _ = load_checkpoint(options.checkpoint, device)
-    job = Job(model, options, search, favour(lm, hotwords, tokenizer))
+    job = Job(model, options, search, favour(lm, hotwords, tokenizer, options.stream))
     failed = transcribe_all(job, recordings, outputs)
     if failed:
         sys.exit(max(failed.values()))

@@ -10,7 +10,7 @@ FLOORS = (
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer",),
-    ("words", "audio", "context", "recovery"),
+    ("words", "audio", "context", "recovery", "wfst"),
     ("datamodule", "model", "ngram", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
@@ -35,7 +35,7 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_ut
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
     *("conformer", "frames", "presets", "kernels", "fused", "graphs"),
-    *("decode", "context", "ngram", "stream", "words"),
+    *("decode", "context", "ngram", "stream", "wfst", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )

@@ -226,7 +226,8 @@ def make_grammar(ngrams: NGrams, back: int, weight: float):
 def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOptions):
     """Makes L, from labels (token id + 1) to words.
 
-    State 0 is where a word may begin, state 1 behind a word, where a space must come first. Each
+    State 0 is the start, state 1 behind a word, where a space must come, and state 2 behind the
+    space. Where spaces are parts of tokens, and behind Chinese words, state 0 stands for all. Each
     word ends in a sign of its own, so that no word is the beginning of another one: the first
     above the labels is for words, more are for words that are spelled alike, the last for unknown
     ones. Label tokenizer.vocab_size + 1 stands for #0.
@@ -234,30 +235,34 @@ def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOpt
     import kaldifst
 
     spaces = [i + 1 for i, text in enumerate(texts_of(tokenizer)) if text == " "]
-    behind = 1 if spaces else 0
-    between = sorted({0, behind})
+    behind, begin = (1, 2) if spaces else (0, 0)
+    between = sorted({0, behind, begin})
     sign = tokenizer.vocab_size + 1
     arcs = [(state, state, sign, back, 0.0) for state in between]
-    arcs += [(state, 0, space, 0, 0.0) for state in between for space in spaces]
+    arcs += [(0, begin, 0, 0, 0.0)] if spaces else []
+    alone = [0] if any(map(ALONE.match, texts_of(tokenizer))) else []
+    arcs += [(state, begin, space, 0, 0.0) for state in (behind, *alone) for space in spaces]
     seen = Counter()
-    states = 2
+    states = 3
     for word, spelling in spell_words(numbers, tokenizer).items():
         labels = [token + 1 for token in tokenizer.encode(word)]
         seen[tuple(labels)] += 1
         labels.append(sign + seen[tuple(labels)])
-        for begin in between if ALONE.match(spelling) else (0,):
+        for state in {begin, behind} if ALONE.match(spelling) else (begin,):
             inside = range(states, states + len(labels) - 1)
-            path = begin, *inside, 0 if ends_alone(spelling) else behind
+            path = state, *inside, 0 if ends_alone(spelling) else behind
             arcs.append((*path[:2], labels[0], numbers[word] + 1, -options.word_bonus))
             arcs += [(*step, label, 0, 0.0) for *step, label in zip(path[1:], path[2:], labels[1:])]
             states += len(inside)
     if not options.closed:
         last = sign + 1 + max(seen.values(), default=0)
         letters, begins = letters_of(tokenizer)
-        arcs += [(0, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
+        arcs += [(begin, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
         arcs += [(states, states, i, 0, 0.0) for i in letters]
         arcs.append((states, behind, last, 0, 0.0))
-    lines = [" ".join(map(str, arc)) for arc in arcs] + [str(state) for state in between]
+    lines = [" ".join(map(str, arc)) for arc in arcs] + [
+        str(state) for state in sorted({0, behind})
+    ]
     return kaldifst.compile("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,113 @@
+"""Searches a graph of all that may be said: paths of CTC through HLG.fst, by kaldi-decoder.
+
+tools/lm.py makes the graph of a language model and a tokenizer. The graph's labels are token ids
++ 1, and its costs hold the language model with its weight, as in sherpa-onnx. kaldi-decoder finds
+the likeliest paths, where prefix beam search adds up all paths of a sequence.
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from cli import UserError
+
+import torch
+
+from decode import Hypothesis, align
+
+BEAM = 10.0  # paths so much worse than the best one, in natural logarithms, are left
+LATTICE_BEAM = 8.0  # and so much worse sequences are none of the n-best
+
+
+class Graph(NamedTuple):
+    """Holds a graph for model.U2.search; `fst` is a kaldifst.StdVectorFst."""
+
+    fst: object
+
+    def search(
+        self, log_probs: torch.Tensor, lengths: torch.Tensor, beam_size: int, blank_id: int
+    ) -> list[Hypothesis]:
+        """Finds the likeliest sequences of each row of log_probs (B,T,V), on the CPU.
+
+        There are at most beam_size nbest. A score is that of the likeliest path, graph included.
+        """
+        rows = zip(log_probs, lengths.tolist())
+        return [self.search_one(row[:length], beam_size, blank_id) for row, length in rows]
+
+    def search_one(self, log_probs: torch.Tensor, beam_size: int, blank_id: int) -> Hypothesis:
+        """Does what `search` does, for one utterance (T,V)."""
+        import kaldi_decoder
+
+        found = []
+        if len(log_probs):
+            beams = kaldi_decoder.LatticeSimpleDecoderConfig(beam=BEAM, lattice_beam=LATTICE_BEAM)
+            decoder = kaldi_decoder.LatticeSimpleDecoder(self.fst, beams)
+            if decoder.decode(kaldi_decoder.DecodableCtc(log_probs.float().contiguous().numpy())):
+                found = nbest_of(decoder.get_raw_lattice()[1], beam_size, blank_id + 1)
+        nbest, scores = zip(*(found or [([], 0.0)]))
+        first = Hypothesis(nbest[0], scores[0], [], list(nbest), list(scores), [])
+        return align(first, log_probs, len(log_probs), blank_id)
+
+
+def nbest_of(lattice, count: int, blank: int) -> list[tuple[list[int], float]]:
+    """Lists the likeliest token sequences of a lattice, best first, each with its score.
+
+    A lattice has many paths for each sequence. A state of HLG knows the label of the frame before,
+    and so does a state of the lattice: where the label changes, a token begins.
+    """
+    import kaldifst
+
+    ends = []
+    arcs = defaultdict(list)  # state -> (next state, label, cost) of each arc
+    for line in lattice.to_str(show_weight_one=True).splitlines():
+        state, *fields, costs = line.split()
+        cost = sum(map(float, costs.split(",")))  # of the graph, and of the sound
+        if fields:
+            arcs[int(state)].append((int(fields[0]), int(fields[1]), cost))
+        else:
+            ends.append(f"{state} {cost}")
+    before = {lattice.start: blank}
+    waiting = [lattice.start]
+    lines = []
+    while waiting:
+        state = waiting.pop()
+        for target, label, cost in arcs[state]:
+            token = 0 if label in (blank, before[state]) else label
+            lines.append(f"{state} {target} {token} {token} {cost}")
+            if target not in before:
+                before[target] = label or before[state]
+                waiting.append(target)
+    sequences = kaldifst.compile("\n".join([*lines, *ends, ""]))
+    kaldifst.determinize_star(sequences)  # each sequence keeps its likeliest path
+    best = kaldifst.shortest_path(sequences, n=count)
+    found = []
+    for path in kaldifst.convert_nbest_to_vector(best):
+        _, labels, _, cost = kaldifst.get_linear_symbol_sequence(path)
+        found.append(([label - 1 for label in labels], -cost.value))
+    return found
+
+
+def load_graph(path: str, vocab_size: int) -> Graph:
+    """Reads HLG.fst. Raises UserError where it is none, or is of more tokens than vocab_size."""
+    try:
+        import kaldi_decoder  # noqa: F401  Only graphs need these packages.
+        import kaldifst
+    except ImportError as error:
+        raise UserError(f"--graph needs the package {error.name}; make setup installs it") from None
+    try:
+        with open(path, "rb") as file:
+            known = file.read(4) == b"\xd6\xfd\xb2\x7e"
+        fst = kaldifst.StdVectorFst.read(path) if known else None
+    except OSError as error:
+        raise UserError(f"--graph {path}: cannot be read ({error.strerror})") from error
+    if fst is None:
+        raise UserError(f"--graph {path}: no graph; make one with python -m tools.lm")
+    most = max(
+        (arc.ilabel for state in range(fst.num_states) for arc in kaldifst.ArcIterator(fst, state)),
+        default=0,
+    )
+    if most > vocab_size:
+        raise UserError(
+            f"--graph {path}: its tokens are not the checkpoint's, which has {vocab_size}; make it "
+            "for this checkpoint with python -m tools.lm"
+        )
+    return Graph(fst)
