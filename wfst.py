@@ -5,7 +5,9 @@ tools/lm.py makes the graph of a language model and a tokenizer. The graph's lab
 the likeliest paths, where prefix beam search adds up all paths of a sequence.
 """
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
+from operator import itemgetter
 from typing import NamedTuple
 
 from cli import UserError
@@ -51,39 +53,46 @@ class Graph(NamedTuple):
 def nbest_of(lattice, count: int, blank: int) -> list[tuple[list[int], float]]:
     """Lists the likeliest token sequences of a lattice, best first, each with its score.
 
-    A lattice has many paths for each sequence. A state of HLG knows the label of the frame before,
-    and so does a state of the lattice: where the label changes, a token begins.
+    A lattice has many paths for each sequence, so each state keeps its `count` likeliest sequences,
+    each by its likeliest path; no others can be among the likeliest of all. A state of HLG knows
+    the label of the frame before: where another label follows, a token begins.
     """
-    import kaldifst
+    arcs, ends = read_lattice(lattice)
+    entries = Counter(target for of_state in arcs.values() for target, *_ in of_state)
+    reached = defaultdict(dict)  # state -> {(labels of a sequence, last label): cost}
+    reached[lattice.start] = {((), blank): 0.0}
+    whole = {}
+    waiting = [lattice.start]  # states that all paths to them have reached
+    while waiting:
+        state = waiting.pop()
+        best = sorted(reached.pop(state).items(), key=itemgetter(1))[:count]
+        if state in ends:
+            for (labels, _), cost in best:
+                whole[labels] = min(whole.get(labels, math.inf), cost + ends[state])
+        for target, label, more in arcs[state]:
+            for (labels, before), cost in best:
+                grown = labels if label in (0, blank, before) else (*labels, label)
+                key = grown, label or before
+                reached[target][key] = min(reached[target].get(key, math.inf), cost + more)
+            entries[target] -= 1
+            if entries[target] == 0:
+                waiting.append(target)
+    best = sorted(whole.items(), key=itemgetter(1))[:count]
+    return [([label - 1 for label in labels], -cost) for labels, cost in best]
 
-    ends = []
-    arcs = defaultdict(list)  # state -> (next state, label, cost) of each arc
+
+def read_lattice(lattice) -> tuple[dict, dict[int, float]]:
+    """Reads {state: [(next state, label, cost)]}, and {final state: cost}."""
+    arcs = defaultdict(list)
+    ends = {}
     for line in lattice.to_str(show_weight_one=True).splitlines():
         state, *fields, costs = line.split()
         cost = sum(map(float, costs.split(",")))  # of the graph, and of the sound
         if fields:
             arcs[int(state)].append((int(fields[0]), int(fields[1]), cost))
         else:
-            ends.append(f"{state} {cost}")
-    before = {lattice.start: blank}
-    waiting = [lattice.start]
-    lines = []
-    while waiting:
-        state = waiting.pop()
-        for target, label, cost in arcs[state]:
-            token = 0 if label in (blank, before[state]) else label
-            lines.append(f"{state} {target} {token} {token} {cost}")
-            if target not in before:
-                before[target] = label or before[state]
-                waiting.append(target)
-    sequences = kaldifst.compile("\n".join([*lines, *ends, ""]))
-    kaldifst.determinize_star(sequences)  # each sequence keeps its likeliest path
-    best = kaldifst.shortest_path(sequences, n=count)
-    found = []
-    for path in kaldifst.convert_nbest_to_vector(best):
-        _, labels, _, cost = kaldifst.get_linear_symbol_sequence(path)
-        found.append(([label - 1 for label in labels], -cost.value))
-    return found
+            ends[int(state)] = cost
+    return arcs, ends
 
 
 def load_graph(path: str, vocab_size: int) -> Graph:
