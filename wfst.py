@@ -40,11 +40,13 @@ class Graph(NamedTuple):
         import kaldi_decoder
 
         found = []
-        if len(log_probs):
-            beams = kaldi_decoder.LatticeSimpleDecoderConfig(beam=BEAM, lattice_beam=LATTICE_BEAM)
-            decoder = kaldi_decoder.LatticeSimpleDecoder(self.fst, beams)
-            if decoder.decode(kaldi_decoder.DecodableCtc(log_probs.float().contiguous().numpy())):
-                found = nbest_of(decoder.get_raw_lattice()[1], beam_size, blank_id + 1)
+        for beam in (BEAM, 10 * BEAM) if len(log_probs) else ():
+            config = kaldi_decoder.LatticeSimpleDecoderConfig(beam=beam, lattice_beam=LATTICE_BEAM)
+            decoder = kaldi_decoder.LatticeSimpleDecoder(self.fst, config)
+            ended = decoder.decode(kaldi_decoder.DecodableCtc(log_probs.float().numpy()))
+            found = nbest_of(decoder.get_raw_lattice()[1], beam_size, blank_id + 1)
+            if ended:  # Else the graph ends for none of the paths: they are in the midst of a word.
+                break
         nbest, scores = zip(*(found or [([], 0.0)]))
         first = Hypothesis(nbest[0], scores[0], [], list(nbest), list(scores), [])
         return align(first, log_probs, len(log_probs), blank_id)

@@ -1,7 +1,9 @@
 """ngram.py scores words as the model's definition does; tools/lm.py makes models and graphs."""
 
+import itertools
 import math
 import random
+from pathlib import Path
 
 from cli import UserError
 
@@ -12,11 +14,12 @@ import torch
 import score
 from context import make_graph
 from decode import ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
-from helpers import all_sequences, beams, one_line, random_log_probs
-from helpers_model import score_json
+from helpers import all_sequences, beams, collapse, one_line, random_log_probs
+from helpers_model import TEXTS, score_json
 from ngram import Both, LmOptions, load_lm, make_ngrams, read_arpa
-from tokenizer import from_vocab, train_bpe, train_char
+from tokenizer import from_vocab, save_tokenizer, train_bpe, train_char
 from tools.lm import arpa_text, main, train
+from wfst import load_graph
 from words import spell
 
 SENTENCES = ["a b ab", "ab a", "b a ab ab", "a", "abba a b"]
@@ -85,10 +88,10 @@ VOCAB = {token: i for i, token in enumerate(["<pad>", "|", "A", "B", "C", "AB"])
 @pytest.mark.parametrize(
     "tokenizer, sentences",
     [
-        (train_char(["abc "]), SENTENCES),
+        (train_char(["a bc"]), SENTENCES),
         (train_bpe(["ab ab abba a b c"] * 9, 16), SENTENCES),
         (from_vocab(VOCAB, {}, {"do_lower_case": True}), SENTENCES),
-        (train_char(["abc 你好吗"]), CHINESE),
+        (train_char(["a bc你好吗"]), CHINESE),
     ],
     ids=["char", "bpe", "wav2vec2", "chinese"],
 )
@@ -108,7 +111,7 @@ def test_tokens_earn_what_their_words_are_worth_in_whatever_pieces(tokenizer, se
 
 
 def test_scores_are_log_probability_and_language_model_when_the_beam_holds_every_prefix(tmp_path):
-    tokenizer = train_char(["ab "])  # 0 is the blank; the others are as likely as letters here
+    tokenizer = train_char(["a b"])
     path = write_lm(tmp_path / "lm")
     lm = load_lm(path, tokenizer, 0.7, 0.3)
     log_probs = random_log_probs(2, 3, tokenizer.vocab_size)
@@ -124,7 +127,7 @@ def test_scores_are_log_probability_and_language_model_when_the_beam_holds_every
 
 
 def test_a_batch_hears_what_single_rows_hear_in_one_piece_or_many(tmp_path):
-    tokenizer = train_char(["ab "])
+    tokenizer = train_char(["a b"])
     lm = load_lm(write_lm(tmp_path / "lm"), tokenizer, 5.0, 0.3)
     log_probs = random_log_probs(3, 40, tokenizer.vocab_size)
     lengths = torch.tensor([40, 31, 7])
@@ -200,3 +203,88 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
         with pytest.raises(UserError) as raised:
             main(list(map(str, argv)))
         assert complaint in one_line(raised)
+
+
+# Graphs
+
+
+def by_paths(grams, words) -> float:
+    """What by_definition gives, but a graph may back off although it knows the longer n-gram."""
+    scores = {("<s>",): 0.0}
+    for word in [*(word if (word,) in grams else "<unk>" for word in words), "</s>"]:
+        behind = {}
+        for history, total in scores.items():
+            for start in range(len(history) + 1):
+                if gram := grams.get((*history[start:], word)):
+                    key = (*history[start:], word)[-2:]
+                    behind[key] = max(behind.get(key, -math.inf), total + gram[0])
+                total += grams.get(history[start:], (0.0, 0.0))[1]
+        scores = behind
+    return max(scores.values())
+
+
+def write_graph(folder, tokenizer, *more) -> str:
+    """Writes the graph of SENTENCES, with the weight and the bonus of the other tests."""
+    save_tokenizer(tokenizer, str(folder / "tokenizer.json"))
+    flags = {"lm": write_lm(folder / "lm"), "checkpoint": folder / "tokenizer.json"}
+    flags |= {"graph": folder / "HLG.fst", "lm_weight": 0.7, "word_bonus": 0.3}
+    main([*(f"--{name}={value}" for name, value in flags.items()), *more])
+    return str(folder / "HLG.fst")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path, closed):
+    pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    tokenizer = train_char(["a b"])
+    path = write_graph(tmp_path, tokenizer, *(["--closed"] if closed else []))
+    graph = load_graph(path, tokenizer.vocab_size)
+    grams = read_arpa(str(tmp_path / "lm"))
+    for seed in range(5):
+        log_probs = random_log_probs(1, 4, tokenizer.vocab_size, seed=seed)
+        best = {}
+        for path in itertools.product(range(tokenizer.vocab_size), repeat=4):
+            tokens = collapse(path, 0)
+            total = sum(log_probs[0, t, v].item() for t, v in enumerate(path))
+            best[tokens] = max(best.get(tokens, -math.inf), total)
+        vocabulary = set(" ".join(SENTENCES).split())
+        expected = {}
+        for tokens, total in best.items():
+            text = "".join(tokenizer.texts(tokens))
+            words = text.split(" ") if tokens else []
+            known = not closed or vocabulary.issuperset(words)
+            if all(words) and known and not {1, 2, 3} & set(tokens):
+                lm = 0.7 * by_paths(grams, words) + 0.3 * len(words)
+                expected[tokens] = total + lm
+        (found,) = graph.search(log_probs, torch.tensor([4]), 10, 0)
+        first = sorted(expected, key=expected.get, reverse=True)[: len(found.nbest)]
+        assert list(map(tuple, found.nbest)) == first and len(first) > 3
+        assert found.nbest_scores == pytest.approx([expected[tokens] for tokens in first], abs=1e-3)
+        assert len(found.times) == len(found.tokens)
+
+
+def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path):
+    pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    details = tmp_path / "details"
+    path = write_graph(tmp_path, train_char(TEXTS))
+    (scores,) = score_json(capsys, world, "--graph", path, "--details", details)
+    assert scores["graph"] == path and scores["utterances"] == len(TEXTS)
+    bad = tmp_path / "bad"
+    whole = Path(path).read_bytes()
+    for content, complaint in (
+        (b"", "no graph"),
+        (b"something else", "no graph"),
+        (whole[:50], "no graph"),
+        (whole[:-9], "no graph"),
+        (None, "cannot be read"),
+    ):
+        bad.unlink(missing_ok=True)
+        if content is not None:
+            bad.write_bytes(content)
+        with pytest.raises(UserError) as raised:
+            load_graph(str(bad), 9)
+        assert complaint in one_line(raised)
+    with pytest.raises(UserError, match="its tokens are not the checkpoint's, which has 5;"):
+        load_graph(path, 5)
+    for argv in ["--stream"], ["--hotwords", path]:
+        with pytest.raises(UserError, match="--graph is for whole utterances"):
+            score.main(["--checkpoint", str(world / "best.ckpt"), "--graph", path, *argv])

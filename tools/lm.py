@@ -235,11 +235,12 @@ def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOpt
     import kaldifst
 
     spaces = [i + 1 for i, text in enumerate(texts_of(tokenizer)) if text == " "]
-    behind, begin = (1, 2) if spaces else (0, 0)
+    pieces = any(text[:1].isspace() and not text.isspace() for text in texts_of(tokenizer))
+    behind, begin = (0, 0) if pieces else (1, 2)
     between = sorted({0, behind, begin})
     sign = tokenizer.vocab_size + 1
     arcs = [(state, state, sign, back, 0.0) for state in between]
-    arcs += [(0, begin, 0, 0, 0.0)] if spaces else []
+    arcs += [] if pieces else [(0, begin, 0, 0, 0.0)]
     alone = [0] if any(map(ALONE.match, texts_of(tokenizer))) else []
     arcs += [(state, begin, space, 0, 0.0) for state in (behind, *alone) for space in spaces]
     seen = Counter()
