@@ -591,8 +591,9 @@ class U2(L.LightningModule):
         """Decodes features (B,T,F), feature_lengths (B,) -> a Hypothesis for each utterance.
 
         (U2, section 3.3; U2++, section 3.1.) `search` has fields of decode.SearchOptions, such as
-        beam_size; context is a context.ContextGraph of hotwords. Raises UserError for values out of
-        bounds and for what U2.search refuses, TypeError for a keyword that is no such field.
+        beam_size; context is what ngram.favour makes of hotwords or a language model. Raises
+        UserError for values out of bounds and for what U2.search refuses, TypeError for a keyword
+        that is no such field.
         """
         names = [field.name for field in fields(SearchOptions)]
         if unknown := search.keys() - set(names):
@@ -617,7 +618,7 @@ class U2(L.LightningModule):
         """Decodes encoded (B,T',D), lengths (B,) -> a Hypothesis for each, as in `decode`.
 
         A Hypothesis has no text where CTC's best path has none. Raises UserError for a mode that is
-        none of decode.MODES, or that cannot favour the hotwords of `context`.
+        none of decode.MODES, or that cannot favour a `context`.
         """
         return decode.answered(self.searching(encoded, lengths, mode, search, context))
 
@@ -632,7 +633,7 @@ class U2(L.LightningModule):
             raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(decode.MODES)}")
         if context is not None and mode not in decode.CONTEXT_MODES:
             raise UserError(
-                f"mode {mode} cannot favour hotwords; "
+                f"mode {mode} cannot favour hotwords or a language model; "
                 f"choose one of {', '.join(decode.CONTEXT_MODES)}"
             )
         blank_id = self.net.blank_id
