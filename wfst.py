@@ -5,6 +5,7 @@ tools/lm.py makes the graph of a language model and a tokenizer. The graph's lab
 the likeliest paths, where prefix beam search adds up all paths of a sequence.
 """
 
+import importlib.util
 import math
 from collections import Counter, defaultdict
 from operator import itemgetter
@@ -97,13 +98,18 @@ def read_lattice(lattice) -> tuple[dict, dict[int, float]]:
     return arcs, ends
 
 
+def check_packages() -> None:
+    """Raises UserError where the packages are missing that only graphs need."""
+    for name in ("kaldifst", "kaldi_decoder"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--graph needs the package {name}; make setup installs it")
+
+
 def load_graph(path: str, vocab_size: int) -> Graph:
     """Reads HLG.fst. Raises UserError where it is none, or is of more tokens than vocab_size."""
-    try:
-        import kaldi_decoder  # noqa: F401  Only graphs need these packages.
-        import kaldifst
-    except ImportError as error:
-        raise UserError(f"--graph needs the package {error.name}; make setup installs it") from None
+    check_packages()
+    import kaldifst
+
     try:
         with open(path, "rb") as file:
             known = file.read(4) == b"\xd6\xfd\xb2\x7e"

@@ -198,6 +198,7 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
         (["--lm", text], "give --graph, too"),
         (["--text", text, "--out", "x", "--graph", "x"], "together"),
         (["--text", text, "--out", "x"], "no word in it"),
+        (["--text", text, "--out", text], "is what this command reads"),
         (["--text", tmp_path / "gone", "--out", "x"], "cannot be read (No such file"),
     ):
         with pytest.raises(UserError) as raised:

@@ -12,12 +12,13 @@ model that there is, instead of making one.
 """
 
 import math
+import tempfile
 from collections import Counter, defaultdict
 
 from cli import UserError, build, make_parser, option, options_class, run
 
 from datamodule import load_split
-from files import read_text, why, write_whole
+from files import identity, read_text, why, write_whole
 from ngram import (
     BEGIN,
     END,
@@ -31,6 +32,7 @@ from ngram import (
     spell_words,
 )
 from tokenizer import load_tokenizer, normalize_text
+from wfst import check_packages
 from words import ALONE, split_words
 
 LARGEST_TEXT = 2**34  # bytes
@@ -66,7 +68,13 @@ class MakeOptions:
 
 def main(argv: list[str]) -> None:
     options = build(MakeOptions, vars(make_parser(__doc__, MakeOptions).parse_args(argv)))
-    tokenizer = load_tokenizer(options.checkpoint) if options.graph else None
+    inputs = set(map(identity, filter(None, (options.text, options.lm, options.checkpoint))))
+    for output in filter(None, (options.out, options.graph)):
+        if identity(output) in inputs - {None}:
+            raise UserError(f"{output} is what this command reads; name another file")
+    if options.graph:
+        check_packages()
+        tokenizer = load_tokenizer(options.checkpoint)
     if options.out:
         sentences = read_sentences(options)
         text = arpa_text(*train(sentences, options.order))
@@ -199,8 +207,10 @@ def compile_graph(path: str, tokenizer, options: MakeOptions) -> None:
     kaldifst.determinize_star(graph)
     kaldifst.minimize_encoded(graph)
     graph = add_ctc(graph, tokenizer)
+    with tempfile.NamedTemporaryFile() as file:
+        graph.write(file.name)
+        write_whole(options.graph, file.read())
     print(f"{options.graph}: {graph.num_states} states")
-    graph.write(options.graph)
 
 
 def make_grammar(ngrams: NGrams, back: int, weight: float):
@@ -217,10 +227,8 @@ def make_grammar(ngrams: NGrams, back: int, weight: float):
     for history, (target, cost) in enumerate(zip(ngrams.link, ngrams.backoff)):
         if target != history:
             lines.append(f"{history} {target} {back} 0 {-weight * cost}")
-    # The compiler takes the first line's state for the start.
-    return kaldifst.compile(
-        "\n".join(sorted(lines, key=lambda line: line.split()[0] != "0")) + "\n"
-    )
+    lines.sort(key=lambda line: line.split()[0] != "0")  # The first line's state is the start.
+    return kaldifst.compile("\n".join([*lines, ""]))
 
 
 def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOptions):
@@ -261,10 +269,8 @@ def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOpt
         arcs += [(begin, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
         arcs += [(states, states, i, 0, 0.0) for i in letters]
         arcs.append((states, behind, last, 0, 0.0))
-    lines = [" ".join(map(str, arc)) for arc in arcs] + [
-        str(state) for state in sorted({0, behind})
-    ]
-    return kaldifst.compile("\n".join(lines) + "\n")
+    lines = [" ".join(map(str, line)) for line in (*arcs, *((state,) for state in {0, behind}))]
+    return kaldifst.compile("\n".join([*lines, ""]))
 
 
 def texts_of(tokenizer) -> list[str]:
