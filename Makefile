@@ -26,6 +26,7 @@ help:  ## this list
 	@echo "           DEVICES=$(DEVICES) MAX_EPOCHS=$(MAX_EPOCHS) SPLIT=$(SPLIT) ARGS=\"$(ARGS)\" (more flags for the command)"
 	@echo "           PYTHON=$(PYTHON) RECIPE=\"$(RECIPE)\" (flags of make train)"
 	@echo "           SOURCE=$(SOURCE) AN4_RUN=$(AN4_RUN) AN4_EPOCHS=$(AN4_EPOCHS) AN4_START=\"$(AN4_START)\" (of make an4)"
+	@echo "           SOURCES=\"$(SOURCES)\" (of make ablation)"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -44,8 +45,7 @@ data: data/demo/tokenizer.json  ## the synthetic demo corpus: data/demo_source, 
 train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer.json)  ## train, then score SPLIT in all modes
 	$(PY) train.py --data_root $(DATA_ROOT) --output_dir $(OUTPUT_DIR) --preset $(PRESET) --precision $(PRECISION) \
 	  --devices $(DEVICES) --max_epochs $(MAX_EPOCHS) $(RECIPE) $(ARGS)
-	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 \
-	  | tee -a $(OUTPUT_DIR)/scores.jsonl
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --mode all --examples 5 --keep
 	$(PY) -m tools.compare $(OUTPUT_DIR)
 	@echo
 	@echo "Best checkpoint: $(BEST). Next:"
@@ -54,7 +54,7 @@ train: .venv/installed $(if $(filter data/demo,$(DATA_ROOT)),data/demo/tokenizer
 	@echo "  make train OUTPUT_DIR=runs/idea ARGS='--dropout_rate 0.2'      # an idea, then: make compare"
 
 score: .venv/installed  ## score OUTPUT_DIR/best.ckpt on SPLIT
-	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) $(ARGS) | tee -a $(OUTPUT_DIR)/scores.jsonl
+	$(PY) score.py --checkpoint $(BEST) --data_root $(DATA_ROOT) --split $(SPLIT) --keep $(ARGS)
 
 transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.flac"
 	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
@@ -98,27 +98,45 @@ clean:  ## remove the demo corpus and the demo run (never your data, your runs o
 # SOURCE has the folders train and dev, each with a metadata.csv.
 SOURCE ?=
 # Batches of 8 make twice the updates of 16 for a tenth more time; a small corpus lacks updates.
-AN4 = --batch_size 8 --lr 1e-3 --warmup_steps 500 --ema_decay 0.995 --check_val_every_n_epoch 4 \
+AN4 = --batch_size 8 --optimizer muon --lr 2e-3 --ctc_weight 0.5 --ema_decay 0.995 \
   --speeds 0.9 0.95 1.0 1.05 1.1
 
 data/an4/tokenizer.json: | .venv/installed
 	$(if $(SOURCE),,$(error SOURCE is not set; say make an4 SOURCE=FOLDER with FOLDER/train/metadata.csv and FOLDER/dev))
 	$(PY) prepare.py --source $(SOURCE) --data_root data/an4
 
-AN4_RUN ?= runs/an4
-AN4_EPOCHS ?= 80
-AN4_START ?= --preset small
+# The same words from synthetic voices come first: after them, the real ones take half as long.
+data/an4_spoken/tokenizer.json: | data/an4/tokenizer.json
+	$(PY) -m tools.demo --texts $(SOURCE)/train/metadata.csv --hours 1.5 --out data/an4_spoken_source --overwrite
+	$(PY) prepare.py --source data/an4_spoken_source --data_root data/an4_spoken --tokenizer data/an4/tokenizer.json
 
-an4: data/an4/tokenizer.json  ## SOURCE -> data/an4 -> runs/an4/best.ckpt, in about an hour on two cores
+.DELETE_ON_ERROR:
+runs/an4_spoken/best.ckpt: | data/an4_spoken/tokenizer.json
+	$(PY) train.py --data_root data/an4_spoken --output_dir runs/an4_spoken --overwrite --preset small \
+	  --precision $(PRECISION) --max_epochs 4 $(AN4)
+
+AN4_RUN ?= runs/an4
+AN4_EPOCHS ?= 56
+AN4_START ?= --init_from runs/an4_spoken/best.ckpt
+
+# SOURCE -> data/an4, and synthetic speech of its words -> runs/an4_spoken -> runs/an4/best.ckpt
+an4: data/an4/tokenizer.json runs/an4_spoken/best.ckpt  ## AN4 from nothing to scores, in about an hour on two cores
 	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) $(AN4_START) --precision $(PRECISION) \
-	  --max_epochs $(AN4_EPOCHS) $(AN4) $(ARGS)
+	  --max_epochs $(AN4_EPOCHS) --check_val_every_n_epoch 4 $(AN4) $(ARGS)
 	for chunk in -1 16; do \
-	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk; \
-	done | tee -a $(AN4_RUN)/scores.jsonl
+	  $(PY) score.py --checkpoint $(AN4_RUN)/best.ckpt --data_root data/an4 --split dev --mode all --chunk_size $$chunk --keep; \
+	done
 	$(PY) -m tools.compare $(AN4_RUN)
 
 an4_long:  ## goes on from runs/an4/best.ckpt for as long again, into runs/an4_long
 	$(MAKE) an4 AN4_RUN=runs/an4_long AN4_START="--init_from runs/an4/best.ckpt" ARGS="--lr 5e-4 $(ARGS)"
 
+# ---- What training techniques gain: make ablation SOURCES="../shared/speech/an4 ../shared/speech/librispeech_1h"
+SOURCES ?=
+
+ablation: .venv/installed  ## table of training techniques in equal time, over night (a try: ARGS="--out runs/try --limit_rows 64 --epochs 3")
+	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
+	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
+
 .PHONY: help setup data train score transcribe export parity compare test lint format smoke bench \
-  gpu_check torture clean an4 an4_long
+  gpu_check torture clean an4 an4_long ablation

@@ -287,6 +287,14 @@ class Encoder(nn.Module):
 
         seen (T',T'), of chunk_mask, says which frames a frame may see; None: all.
         """
+        *_, encoded, lengths = self.outputs(features, feature_lengths, seen)
+        return encoded, lengths
+
+    def outputs(self, features, feature_lengths, seen=None, middle: bool = False):
+        """Does what `forward` does; `middle` returns the middle block's output (B,T',D), too.
+
+        The result is then (of the middle block, encoded, encoded_lengths).
+        """
         short = frames.receptive_field(self.options.input_layer)[0] - features.size(1)
         x = self.subsample(F.pad(features, (0, 0, 0, max(short, 0))))  # (B,T',D) with T' >= 1
         lengths = frames.to_device(feature_lengths, x.device)
@@ -301,11 +309,26 @@ class Encoder(nn.Module):
             mask = mask & seen
         mask = mask[:, None] if self.compiled else kernels.attention_mask(mask[:, None], x)
         recompute = self.gradient_checkpointing and self.training
-        for block in self.blocks:
+        depth = len(self.blocks)
+        results = []
+        for number, block in enumerate(self.blocks, 1):
             inputs = x, positions, mask, valid[..., None].to(x.dtype)
-            x, _ = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            y, _ = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            x = self.perhaps(y, x, self.options.stochastic_depth * number / depth)
+            if number == depth or middle and number == depth // 2:
+                results.append(self.after_norm(x))
         # The decoders see one padded frame of an utterance that has none: zeros, in every batch.
-        return self.after_norm(x).masked_fill((lengths == 0)[:, None, None], 0.0), lengths
+        silent = (lengths == 0)[:, None, None]
+        return *(result.masked_fill(silent, 0.0) for result in results), lengths
+
+    def perhaps(self, y, x, p: float):
+        """Returns y (B,T,D) or, in training for a share p of the rows, x (B,T,D) instead.
+
+        The block that made y of x runs for all rows: under DDP every weight needs its gradient.
+        """
+        if not (self.training and p):
+            return y
+        return torch.where(torch.rand(len(x), 1, 1, device=x.device) < p, x, y)
 
     def compile_blocks(self):
         """Compiles the blocks for training. They are alike, so one code serves all of them."""
@@ -477,6 +500,19 @@ class Decoder(nn.Module):
 # ---- The model, its loss
 
 
+def disagreement(logits, lengths):
+    """Returns how far each view's CTC output is from the other view's, summed over frames, (B,).
+
+    logits (T',B,V) have two views of B/2 rows, one behind the other, with lengths (B,). It is the
+    Kullback-Leibler divergence, whose target has no gradient (CR-CTC, Yao et al. 2024, 3.1).
+    """
+    log_probs = kernels.log_softmax(logits)
+    targets = log_probs.detach().roll(logits.size(1) // 2, dims=1)
+    apart = F.kl_div(log_probs, targets, reduction="none", log_target=True).sum(-1)  # (T',B)
+    valid = valid_mask(frames.to_device(lengths, logits.device), logits.size(0))  # (B,T')
+    return apart.masked_fill(~valid.T, 0.0).sum(0)
+
+
 class U2Conformer(nn.Module):
     """Joins encoder, CTC branch and decoders. Its only hidden input is torch's random state."""
 
@@ -518,10 +554,12 @@ class U2Conformer(nn.Module):
         left_chunks: int = -1,
         sizes=None,
         but_ctc=None,
+        views: int = 1,
     ):
         """Computes the losses of a batch (U2++, equations 1 and 2): features (B,T,F), labels (B,U).
 
-        Returns {"loss", "loss_ctc", "loss_att"}, per utterance, and "row_losses" (B,), detached.
+        Returns {"loss", "loss_ctc", "loss_att"}, per utterance, and "row_losses" (B,), detached;
+        with interctc_weight also "loss_interctc", and "loss_cr" where the batch has two `views`.
         Labels may be padded with any numbers. Lengths may stay on the CPU, where CTC wants them.
         The sums are divided by `sizes`, (rows, labels with eos), by default those of the batch.
         `but_ctc` takes the place of the method, see graphs.py.
@@ -532,36 +570,56 @@ class U2Conformer(nn.Module):
         labels = labels.masked_fill(~valid_mask(lengths[1], labels.size(1)), self.blank_id)
         # Backward adds the gradients of both branches in the order of these calls.
         if but_ctc:
-            encoded, att = but_ctc(features, lengths[0], labels, lengths[1], seen)
+            *outputs, att = but_ctc(features, lengths[0], labels, lengths[1], seen)
         else:
-            encoded, frames_there = self.encoder(features, lengths[0], seen)
-        ctc = self.ctc_losses(encoded, feature_lengths, labels, label_lengths)  # (B,)
+            *outputs, frames_there = self.encoder.outputs(features, lengths[0], seen, self.inter)
+        ctc, cr, inter = self.ctc_losses(outputs, feature_lengths, labels, label_lengths, views)
         if not but_ctc:
-            att = self.attention_losses(encoded, frames_there, labels, lengths[1])  # (B,)
+            att = self.attention_losses(outputs[-1], frames_there, labels, lengths[1])  # (B,)
         rows, tokens = sizes or (len(labels), (label_lengths + 1).sum())
-        loss_ctc = ctc.sum() / rows
-        loss_att = att.sum() / (tokens if self.options.length_normalized_loss else rows)
-        weight = self.options.ctc_weight
-        return {
-            "loss": weight * loss_ctc + (1 - weight) * loss_att,
-            "loss_ctc": loss_ctc,
-            "loss_att": loss_att,
-            "row_losses": (ctc + att).detach(),
+        losses = {
+            "loss_ctc": ctc.sum() / rows,
+            "loss_att": att.sum() / (tokens if self.options.length_normalized_loss else rows),
         }
+        loss_ctc = losses["loss_ctc"]
+        row_losses = ctc + att
+        if inter is not None:
+            losses["loss_interctc"] = inter.sum() / rows
+            share = self.options.interctc_weight
+            loss_ctc = (1 - share) * loss_ctc + share * losses["loss_interctc"]
+            row_losses = row_losses + inter
+        if cr is not None:
+            losses["loss_cr"] = cr.sum() / rows
+            loss_ctc = loss_ctc + self.options.cr_ctc_weight * losses["loss_cr"]
+            row_losses = row_losses + cr
+        weight = self.options.ctc_weight
+        loss = weight * loss_ctc + (1 - weight) * losses["loss_att"]
+        return {"loss": loss, **losses, "row_losses": row_losses.detach()}
+
+    @property
+    def inter(self) -> bool:
+        """Returns whether a step has a CTC loss of the middle block, too."""
+        return self.training and self.options.interctc_weight > 0
 
     def but_ctc(self, features, feature_lengths, labels, label_lengths, seen):
-        """Computes all of a step but CTC -> encoded (B,T',D), attention losses (B,).
+        """Computes all of a step but CTC -> what CTC takes, (B,T',D) each, attention losses (B,).
 
         This is tensors alone, so that a CUDA graph can hold it; `seen` is that of Encoder.forward.
         """
-        encoded, lengths = self.encoder(features, feature_lengths, seen)
-        return encoded, self.attention_losses(encoded, lengths, labels, label_lengths)
+        *outputs, lengths = self.encoder.outputs(features, feature_lengths, seen, self.inter)
+        return *outputs, self.attention_losses(outputs[-1], lengths, labels, label_lengths)
 
-    def ctc_losses(self, encoded, feature_lengths, labels, label_lengths):
-        """Returns each utterance's CTC loss, (B,), 0 where the labels have no path, as in WeNet."""
-        logits = self.ctc(encoded.transpose(0, 1))  # (T',B,V)
+    def ctc_losses(self, outputs, feature_lengths, labels, label_lengths, views: int = 1):
+        """Returns each row's losses (B,) by CTC, by CR-CTC of two views, and by InterCTC, or None.
+
+        `outputs` (B,T',D) are of the middle block, if there is InterCTC, and of the encoder. CTC is
+        0 where the labels have no path, as in WeNet.
+        """
         lengths = subsampled_length(feature_lengths, self.options.input_layer), label_lengths
-        return kernels.ctc_loss(logits, labels, *lengths, self.blank_id)
+        logits = [self.ctc(output.transpose(0, 1)) for output in outputs]  # (T',B,V) each
+        *inter, ctc = [kernels.ctc_loss(each, labels, *lengths, self.blank_id) for each in logits]
+        cr = disagreement(logits[-1], lengths[0]) if views == 2 else None
+        return ctc, cr, *(inter or [None])
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):
         """Returns each utterance's attention loss, (B,): both decoders' losses, weighted."""

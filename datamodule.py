@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +117,10 @@ class DataOptions:
 
 
 class Batch(NamedTuple):
-    """Holds rows of one split, padded to the longest."""
+    """Holds rows of one split, padded to the longest.
+
+    With two views of each row, B counts views: first views of all rows come before second ones.
+    """
 
     features: torch.Tensor  # (B,T,F) float32, zero padded
     feature_lengths: torch.Tensor  # (B,) frames
@@ -512,19 +515,22 @@ class SpeechDataset(Dataset):
 
     def __getitem__(self, keys) -> Batch:
         keys, frames, labels = keys if isinstance(keys, Shaped) else (keys, 0, 0)
-        return collate([self.example(*key) for key in keys], frames, labels)
+        views = zip(*(self.views(*key) for key in keys))
+        return collate([example for view in views for example in view], frames, labels)
 
-    def example(
+    def views(
         self, epoch: int, row: int, speed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Returns features (T,F), labels (U,) and the row number."""
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Returns features (T,F), labels (U,) and the row number, for each view of the row."""
         waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
         labels = row_values(self.dataset, "labels", row).astype(np.int64)
         example = {"input_values": torch.from_numpy(waveform)}
         if speed is not None:
             example["speed"] = speed
         example = self.transform(example, make_generator(self.seed, epoch, row))
-        return example["features"], torch.from_numpy(labels), row
+        features = example["features"]  # (T,F), or (views,T,F)
+        features = features[None] if features.dim() == 2 else features
+        return [(view, torch.from_numpy(labels), row) for view in features]
 
 
 def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:
@@ -637,6 +643,45 @@ def load_split(
     return dataset
 
 
+class Sounds(Sequence):
+    """Gives the waveforms (N,) float32 of a dataset's rows as views of the files on disk.
+
+    So a loader process holds no copy of them, and reads no more than it asks for.
+    """
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset.select_columns("input_values")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return row_values(self.dataset, "input_values", row).astype(np.float32, copy=False)
+
+
+def load_sounds(kind: str, roots, frontend: Frontend) -> Sequence[np.ndarray]:
+    """Opens the recordings of --noise or --rir, `kind`, in the folders that prepare.py made.
+
+    Raises UserError where a folder is none of those, has another sample rate, or is damaged.
+    """
+    for root in map(Path, roots):
+        if not any(path.name.isdecimal() for path in (root / kind).glob("*")):
+            raise UserError(
+                f"--{kind} {root}: no {kind} that prepare.py made is there; `prepare.py --{kind} "
+                "RECORDINGS --data_root NEW` makes it, and this flag takes NEW"
+            )
+    if not roots:
+        return ()
+    rows_rate(roots, frontend)
+    dataset = get_concat_dataset(roots, kind)
+    lengths = audio_lengths(dataset)
+    if not lengths.all() or not len(lengths):
+        raise UserError(f"--{kind} {' '.join(roots)}: a recording is empty; prepare it again")
+    minutes = lengths.sum() / frontend.sample_rate / 60
+    rank_zero_info(f"{kind}: {len(lengths)} recordings, {minutes:.1f} minutes")
+    return Sounds(dataset)
+
+
 def rows_rate(data_roots, frontend: Frontend | None = None) -> int:
     """Returns the samples per second of the rows: the rate in ROOT/prepare.json, else 16,000.
 
@@ -701,6 +746,7 @@ class SpeechDataModule(L.LightningDataModule):
         options: DataOptions,
         input_layer: str = "conv2d",
         seed: int = 0,
+        views: int = 1,
     ):
         super().__init__()
         self.data_roots = list(data_roots)
@@ -711,7 +757,7 @@ class SpeechDataModule(L.LightningDataModule):
         self.input_layer = input_layer
         self.seed = seed
         self.splits: dict[str, datasets.Dataset] = {}
-        self.make_train_transform = partial(train_transform, frontend, augment)
+        self.make_train_transform = partial(train_transform, frontend, augment, views=views)
         self.kept = None  # row numbers of train that the filter kept
         self.start_batch = 0  # batches of the first epoch that a resumed run has seen
 
@@ -724,6 +770,11 @@ class SpeechDataModule(L.LightningDataModule):
                     self.data_roots, name, self.tokenizer, self.options.limit_rows
                 )
         if stage == "fit" and self.kept is None:
+            sounds = (
+                load_sounds(kind, getattr(self.augment, kind), self.frontend)
+                for kind in ("rir", "noise")
+            )
+            self.make_train_transform = partial(self.make_train_transform, *sounds)
             self.filter_train()
 
     def filter_train(self):

@@ -26,6 +26,7 @@ from files import json_text
 from frames import StreamState, receptive_field, to_device
 from graphs import Graphs
 from kernels import for_few_rows
+from muon import Muon, hidden_matrices
 from presets import ModelOptions
 from tokenizer import Tokenizer
 from transforms import Frontend
@@ -42,14 +43,13 @@ VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
 FEWEST_OF_A_BLOCK = 14
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
-LOSSES = "loss", "loss_ctc", "loss_att"
 
 
 @options_class
 class OptimOptions:
     """Sets the optimizer, its schedule, the guard, and how a step saves memory or time."""
 
-    optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam"))
+    optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam", "muon"))
     lr: float = option(1e-3, "peak learning rate", above=0, at_most=10.0)
     weight_decay: float = option(0.01, "weight decay", at_least=0.0, at_most=10.0)
     scheduler: str = option(
@@ -252,7 +252,7 @@ class U2(L.LightningModule):
             self.val_metrics["val_cer" + suffix] = CharErrorRate()
             self.val_metrics["val_wer" + suffix] = WordErrorRate()
         self.graphs = Graphs(self.net) if cuda_graphs else None
-        # (rows, row losses, losses by LOSSES) of the micro-batches since the last update.
+        # (rows, row losses, losses by loss_names) of the micro-batches since the last update.
         self.window = []
         self.losses = []  # the same losses as numbers, once the guard has read them
         self.steps = StepLog(step_log)
@@ -356,10 +356,13 @@ class U2(L.LightningModule):
             self.buffers_before = self.keep_buffers()
         inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
         but_ctc = None if self.encoder_is_frozen else self.graphs
-        losses = self.net.loss(*inputs, chunk_size, left_chunks, self.sizes(batch), but_ctc)
-        row_losses = blame(batch.features, losses["row_losses"])
-        values = torch.stack([losses[name].detach() for name in LOSSES])
-        self.window.append((batch.rows.tolist(), row_losses, values))
+        views = self.options.views
+        losses = self.net.loss(*inputs, chunk_size, left_chunks, self.sizes(batch), but_ctc, views)
+        row_losses = blame(batch.features, losses.pop("row_losses"))
+        row_losses = row_losses.unflatten(0, (views, -1)).sum(0)
+        self.loss_names = tuple(losses)
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        self.window.append((batch.rows.tolist()[: len(row_losses)], row_losses, values))
         return losses["loss"]
 
     def on_after_backward(self):
@@ -399,10 +402,19 @@ class U2(L.LightningModule):
 
     def configure_optimizers(self):
         o = self.optim
-        kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
         # Behind a GradScaler a fused optimizer would unscale by itself, after the guard has looked.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        optimizer = kind(self.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused)
+        rates = dict(lr=o.lr, weight_decay=o.weight_decay, fused=fused)
+        if o.optimizer == "muon":
+            net = self.net
+            heads = net.ctc, *(d.output_layer for d in (net.decoder, net.right_decoder) if d)
+            # Products need no more than bfloat16's bits, which not all CPUs multiply fast.
+            slow = self.device.type == "cpu" and self.trainer.precision != "bf16-mixed"
+            dtype = torch.float32 if slow else torch.bfloat16
+            optimizer = Muon(self.parameters(), hidden_matrices(net, heads), dtype, **rates)
+        else:
+            kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
+            optimizer = kind(self.parameters(), **rates)
         if o.scheduler == "onecycle":
             share = min(o.warmup_steps / self.total_steps, 0.3)
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -470,7 +482,8 @@ class U2(L.LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MIN)
         finite, request, *losses = torch.cat((votes, *(each for *_, each in self.window))).tolist()
-        self.losses = [dict(zip(LOSSES, losses[i:])) for i in range(0, len(losses), len(LOSSES))]
+        names = self.loss_names
+        self.losses = [dict(zip(names, losses[i:])) for i in range(0, len(losses), len(names))]
         self.update_skipped = not finite
         self.agreed = int(-request)
         if self.update_skipped:
@@ -508,7 +521,7 @@ class U2(L.LightningModule):
 
     def log_losses(self, rows: int) -> None:
         """Logs the update's losses, means over its micro-batches, as numbers on the CPU."""
-        for name in LOSSES:
+        for name in self.loss_names:
             mean = torch.tensor(sum(each[name] for each in self.losses) / len(self.losses))
             self.log(f"train_{name}", mean, batch_size=rows)
             if name == "loss":

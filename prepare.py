@@ -4,15 +4,20 @@ ROOT/{split}/{shard}/ are datasets saved with save_to_disk. A row has input_valu
 --sample_rate, labels {input_ids: (U,) int32}, length N, text and, where known, speaker.
 ROOT/tokenizer.json holds the vocabulary, ROOT/rejected.csv the rows that could not be used, and
 ROOT/prepare.json a sample rate other than 16 kHz. ROOT appears whole, or not at all.
+
+With --noise DIR, --rir DIR or both in the place of --source, ROOT/noise and ROOT/rir are made of
+folders of recordings, for train.py's flags of these names. Their rows have no text and no labels.
 """
 
 import collections
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import re
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 
 import cli
 from cli import UserError, option, options_class, shown
@@ -24,10 +29,11 @@ from tqdm import tqdm
 
 import files
 import tokenizer as tk
-from audio import read_audio
-from sources import Row, SourceOptions, Split, note, open_source
+from audio import EXTENSIONS, read_audio
+from sources import SPEAKER_COLUMNS, Folder, Row, SourceOptions, Split, ending, note, open_source
 from transforms import RATES
 
+SOUNDS = ("noise", "rir")  # flags, and the folders of ROOT that they make
 # Control characters: clean_text leaves those that are no white space, and nobody writes them.
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 # Invisible characters that are taken out of a text: soft hyphens, zero-width spaces, byte order
@@ -39,6 +45,8 @@ INVISIBLE = re.compile(
 LONGEST_TEXT = 2**16
 SILENT = 20  # steps of 16 bits: in a recording that stays within them nothing is said
 EDGE = 160  # samples: 10 ms
+# Seconds of an impulse response: no room sounds as long, and convolving takes time with the length.
+LONGEST_RIR = 10
 # The most rows, and the most samples, that wait in memory to be written.
 BATCH_ROWS = 100
 BATCH_SAMPLES = 2**25  # 35 minutes at 16 kHz
@@ -47,6 +55,8 @@ BATCH_SAMPLES = 2**25  # 35 minutes at 16 kHz
 @options_class
 class PrepareOptions(SourceOptions):
     data_root: str | None = option(None, "folder to write")
+    noise: str | None = option(None, "folder of recorded noise, for train.py --noise")
+    rir: str | None = option(None, "folder of room impulse responses, for train.py --rir")
     sample_rate: int = option(
         16000, "samples per second of the rows", at_least=RATES[0], at_most=RATES[1]
     )
@@ -66,10 +76,73 @@ class PrepareOptions(SourceOptions):
     remove_punctuation: bool = option(
         False, "leave punctuation out of the text, apostrophes excepted"
     )
+    folds: int | None = option(
+        None,
+        "divide train's speakers into so many groups, of about as many rows each; --fold names one",
+        at_least=2,
+        at_most=1000,
+    )
+    fold: int | None = option(
+        None,
+        "the group, from 0, that becomes dev; the dev of the source is left out",
+        at_least=0,
+        at_most=999,
+    )
 
 
 class BadRow(Exception):
     """Says why one row cannot be used."""
+
+
+# ---- Folds
+
+
+def hold_out(splits: dict[str, list[Split]], options: PrepareOptions) -> dict[str, list[Split]]:
+    """Makes dev of the speakers of one fold, and train of the others, both of the train split.
+
+    Raises UserError where train's rows do not name enough speakers.
+    """
+    where = f"--folds {options.folds}: train of {options.source}"
+    parts = splits.get("train", ())
+    if not parts or not all(part.speakers for part in parts):
+        column = " or ".join(SPEAKER_COLUMNS)
+        raise UserError(f"{where} {'has no column ' + column if parts else 'is not there'}")
+    counts = [collections.Counter(row.speaker for row in part.rows()) for part in parts]
+    rows = sum(counts, collections.Counter())
+    if nameless := rows[""]:
+        raise UserError(f"{where} has {nameless} rows that name no speaker; name them")
+    if len(rows) < options.folds:
+        raise UserError(f"{where} has only {len(rows)} speakers; give fewer")
+    held = share_out(rows, options.folds)[options.fold]
+    left = " (the dev of the source is left out)" if "dev" in splits else ""
+    note(f"dev is {len(held)} of train's {len(rows)} speakers: {', '.join(sorted(held))}{left}")
+    others = {name: split for name, split in splits.items() if name not in ("train", "dev")}
+    return {
+        "train": [said_by(rows.keys() - held, *both) for both in zip(parts, counts)],
+        "dev": [said_by(held, *both) for both in zip(parts, counts)],
+        **others,
+    }
+
+
+def share_out(rows: dict[str, int], folds: int) -> list[set[str]]:
+    """Divides speakers, each with a number of rows, into groups of about equally many rows."""
+    groups = [set() for _ in range(folds)]
+    sizes = [0] * folds
+    for speaker, count in sorted(rows.items(), key=lambda item: (-item[1], item[0])):
+        smallest = sizes.index(min(sizes))
+        groups[smallest].add(speaker)
+        sizes[smallest] += count
+    return groups
+
+
+def said_by(speakers: set[str], part: Split, counts: dict[str, int]) -> Split:
+    """Returns the rows of these speakers in a part of a split, whose rows `counts` has."""
+
+    def rows():
+        return (row for row in part.rows() if row.speaker in speakers)
+
+    count = sum(counts[speaker] for speaker in speakers)
+    return Split(count, True, lambda: (row.text for row in rows()), rows)
 
 
 # ---- One row
@@ -150,6 +223,23 @@ def make_example(row: Row, tokenizer: tk.Tokenizer, options: PrepareOptions) -> 
     }
 
 
+def make_sound(row: Row, kind: str, sample_rate: int) -> dict:
+    """Returns the columns of a recording of --noise or --rir, `kind`. Raises BadRow."""
+    samples = waveform_of(row.audio, sample_rate)
+    if kind == "rir" and len(samples) > LONGEST_RIR * sample_rate:
+        raise BadRow(f"longer than {LONGEST_RIR} s, so it is no impulse response")
+    # An impulse response is silent but for a moment.
+    reason = silence(samples) if kind == "noise" or not samples.any() else ""
+    if reason:
+        raise BadRow(reason)
+    return {
+        "input_values": samples,
+        "labels": {"input_ids": []},
+        "length": len(samples),
+        "text": "",
+    }
+
+
 # ---- Writing
 
 
@@ -165,19 +255,55 @@ def write_split(
     bar = tqdm(rows, desc=shown(name), unit=" rows", total=sum(part.count for part in parts))
     speakers = any(part.speakers for part in parts)
     labels = Labels(name, tokenizer)
+    make = functools.partial(make_example, tokenizer=tokenizer, options=options)
     with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers)) as writer:
-        for row in bar:
-            try:
-                example = make_example(row, tokenizer, options)
-            except BadRow as reason:
-                rejected.append((name, row.name, str(reason)))
-                continue
+        for row, example in usable(name, bar, make, rejected):
             writer.write(example)
             labels.add(row.name, example)
-    if writer.rows == 0:
-        first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == name), "")
-        raise UserError(f"split {name} has no usable row{first}; nothing was written")
     labels.tell(options.tokenizer)
+    return writer.rows
+
+
+def usable(
+    split: str, rows: Iterable[Row], make: Callable[[Row], dict], rejected: list
+) -> Iterator[tuple[Row, dict]]:
+    """Yields each row with what `make` makes of it. Rows that raise BadRow go to `rejected`.
+
+    Raises UserError at the end where no row is usable.
+    """
+    kept = 0
+    for row in rows:
+        try:
+            example = make(row)
+        except BadRow as reason:
+            rejected.append((split, row.name, str(reason)))
+            continue
+        yield row, example
+        kept += 1
+    if not kept:
+        first = next((f": {r[1]}: {r[2]}" for r in rejected if r[0] == split), "")
+        raise UserError(f"split {split} has no usable row{first}; nothing was written")
+
+
+def write_sounds(kind: str, folder: str, options: PrepareOptions, rejected: list) -> int:
+    """Writes the shards of --noise or --rir, `kind`. Returns the recordings kept.
+
+    Raises UserError where no recording is usable.
+    """
+    source = Folder(getattr(options, kind))
+    paths = [path for path in source.files if ending(path) in EXTENSIONS]
+    source.read.update(paths)
+    if not paths:
+        there = source.left_out() or "nothing"
+        raise UserError(f"--{kind} {source.source}: no recordings there, but {there}")
+    rows = (Row(os.path.relpath(path, source.path), path, "", "") for path in paths)
+    bar = tqdm(rows, desc=kind, unit=" rows", total=len(paths))
+    make = functools.partial(make_sound, kind=kind, sample_rate=options.sample_rate)
+    with contextlib.closing(ShardWriter(folder, options.shard_rows, speakers=False)) as writer:
+        for _, example in usable(kind, bar, make, rejected):
+            writer.write(example)
+    if names := source.left_out():
+        note(f"{source.source}: not read: {names}")
     return writer.rows
 
 
@@ -300,30 +426,42 @@ def tokenizer_of(splits: dict[str, list[Split]], options: PrepareOptions) -> tk.
     return tk.train_bpe(texts, options.vocab_size or 500)
 
 
+def write_corpus(folder: str, options: PrepareOptions, rejected: list) -> int:
+    """Writes the splits and the tokenizer of --source. Returns the rows kept."""
+    splits, left_out = open_source(options)
+    if options.folds:
+        splits = hold_out(splits, options)
+    tokenizer = tokenizer_of(splits, options)
+    kept = sum(
+        write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
+        for name, parts in splits.items()
+    )
+    tk.save_tokenizer(tokenizer, os.path.join(folder, "tokenizer.json"))
+    if names := left_out():
+        note(f"{options.source}: neither read nor named by a row: {names}")
+    return kept
+
+
 def prepare(options: PrepareOptions) -> tuple[int, int]:
     """Writes ROOT from the source. Returns the rows kept and rejected.
 
     Raises UserError, and leaves ROOT as it was, where that cannot be done.
     """
     files.check_utf8(os.path.realpath(options.data_root), "--data_root", "Arrow")
+    inputs = (options.source, options.noise, options.rir)
     with files.published(
-        options.data_root, "data of prepare.py", options.overwrite, (options.source,)
+        options.data_root, "data of prepare.py", options.overwrite, inputs
     ) as folder:
-        splits, left_out = open_source(options)
-        tokenizer = tokenizer_of(splits, options)
         rejected: list[tuple[str, str, str]] = []
-        kept = sum(
-            write_split(name, parts, os.path.join(folder, name), tokenizer, options, rejected)
-            for name, parts in splits.items()
-        )
+        kept = write_corpus(folder, options, rejected) if options.source else 0
+        for kind in SOUNDS:
+            if getattr(options, kind):
+                kept += write_sounds(kind, os.path.join(folder, kind), options, rejected)
         table = files.csv_text([("split", "file_name", "reason"), *rejected])
         files.write_whole(os.path.join(folder, "rejected.csv"), table.encode())
         if options.sample_rate != 16000:
             mark = files.json_text({"sample_rate": options.sample_rate}).encode()
             files.write_whole(os.path.join(folder, "prepare.json"), mark)
-        tk.save_tokenizer(tokenizer, os.path.join(folder, "tokenizer.json"))
-    if names := left_out():
-        note(f"{options.source}: neither read nor named by a row: {names}")
     return kept, len(rejected)
 
 
@@ -331,7 +469,9 @@ def prepare_options(argv: list[str]) -> PrepareOptions:
     """Returns the options of a command line. Raises UserError where they contradict each other."""
     given = vars(cli.make_parser(__doc__, PrepareOptions).parse_args(argv))
     options = cli.build(PrepareOptions, given)
-    if options.source is None:
+    if options.noise or options.rir:
+        check_sounds(given)
+    elif options.source is None:
         raise UserError(
             "give --source SRC, what to read, and --data_root ROOT, the folder to write"
         )
@@ -341,12 +481,30 @@ def prepare_options(argv: list[str]) -> PrepareOptions:
         raise UserError("--vocab_size has no effect here; leave it out")
     if options.lowercase and options.uppercase:
         raise UserError("give --lowercase or --uppercase, not both")
+    if (options.folds is None) != (options.fold is None):
+        raise UserError("--folds says how many groups, --fold which one; give both or neither")
+    if options.folds and options.fold >= options.folds:
+        raise UserError(
+            f"--fold {options.fold}: it must be less than --folds {options.folds}; the first is 0"
+        )
     if options.sample_rate % 25:
         raise UserError(
             f"--sample_rate {options.sample_rate}: it must lie within {RATES[0]} .. "
             f"{RATES[1]}, in steps of 25"
         )
     return options
+
+
+def check_sounds(given: dict) -> None:
+    """Raises UserError for flags that have no effect on --noise and --rir, or no such folder."""
+    for name in given.keys() - {*SOUNDS, "data_root", "sample_rate", "shard_rows", "overwrite"}:
+        raise UserError(
+            f"--{name} has no effect with --noise or --rir, whose recordings have no text; leave "
+            "it out, or give it to a run of its own"
+        )
+    for kind in given.keys() & SOUNDS:
+        if not os.path.isdir(given[kind]):
+            raise UserError(f"--{kind} {given[kind]}: no such folder; name one with recordings")
 
 
 def main(argv: list[str]) -> None:

@@ -68,11 +68,31 @@ class ModelOptions:
                                at_least=0.0, at_most=1.0)
     length_normalized_loss: bool = option(
         False, "attention loss per label instead of per utterance")
+    cr_ctc_weight: float = option(
+        0.0,
+        "train on two augmented views of each row, whose CTC outputs shall agree (CR-CTC, "
+        "arXiv:2410.05101, which takes 0.2); 0: off",
+        at_least=0.0, at_most=10.0)
+    interctc_weight: float = option(
+        0.0,
+        "share of a second CTC loss, of the middle block's output, in the CTC loss (InterCTC, "
+        "arXiv:2102.03216, which takes 0.3); 0: off",
+        at_least=0.0, at_most=0.9)
+    stochastic_depth: float = option(
+        0.0,
+        "how often training leaves the last block of the encoder out for a row, and blocks before "
+        "in proportion to their depth (arXiv:1603.09382); 0: off",
+        at_least=0.0, at_most=0.9)
     use_dynamic_chunk: bool = option(
         True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
     use_dynamic_left_chunk: bool = option(
         False, "also draw how many chunks to the left are seen in training")
     # fmt: on
+
+    @property
+    def views(self) -> int:
+        """Returns how many augmented views of each row a training batch has."""
+        return 2 if self.cr_ctc_weight > 0 else 1
 
     def __post_init__(self):
         width = self.output_size
@@ -82,6 +102,8 @@ class ModelOptions:
                 f"--output_size {width} must be even and divisible by --attention_heads {heads} "
                 "and by --decoder_attention_heads"
             )
+        if self.interctc_weight and self.num_blocks == 1:
+            raise UserError("--interctc_weight with --num_blocks 1: there is no middle block")
         if not self.causal and self.cnn_module_kernel % 2 == 0:
             raise UserError(
                 f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}"

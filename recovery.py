@@ -438,10 +438,8 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
     with refusing(path, "optimizer_states"):
         [optimizer] = checkpoint["optimizer_states"]
         for number, state in optimizer["state"].items():
-            if (
-                state["step"].numel() != 1
-                or not state["exp_avg"].shape == state["exp_avg_sq"].shape == shapes[number]
-            ):
+            moments = {value.shape for name, value in state.items() if name != "step"}
+            if state["step"].numel() != 1 or moments != {shapes[number]}:
                 raise TypeError
         if [group["params"] for group in optimizer["param_groups"]] != [list(shapes)]:
             raise TypeError
@@ -625,7 +623,8 @@ class MemoryCheck(L.Callback):
         with trainer.precision_plugin.forward_context():
             inputs = batch.features, batch.feature_lengths, batch.labels, batch.label_lengths
             plain = module.graphs.plain if module.graphs else None
-            loss = module.net.loss(*inputs, but_ctc=plain)["loss"]
+            views = module.options.views
+            loss = module.net.loss(*inputs, but_ctc=plain, views=views)["loss"]
         # These gradients are apart from the parameters, whose own gradients stay unmade.
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del moments

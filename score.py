@@ -3,11 +3,13 @@
   python score.py --checkpoint runs/demo/best.ckpt --data_root data/demo
 
 The command prints one JSON line per mode to stdout; progress goes to stderr. wer and cer are
-fractions over the whole split, as torchmetrics counts them. rtf is the time for features, encoder
-and search, without reading the data, over the duration of the audio.
+fractions over the whole split, as torchmetrics counts them. wer_95 and cer_95 are their 95 %
+intervals over other utterances like these (bootstrap.py). rtf is the time for features, encoder and
+search, without reading the data, over the duration of the audio.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import sys
@@ -24,10 +26,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from bootstrap import interval
 from context import HotwordOptions
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, SearchOptions, overlapped
-from files import identity, json_text, write_whole
+from files import cannot_write, identity, json_text, write_whole
 from model import load_checkpoint
 from ngram import LmOptions, favour
 from sampler import eval_batches
@@ -67,6 +70,11 @@ class ScoreOptions:
     details: str | None = option(
         None, "file to write: a JSON line per utterance, what was said, heard and wrong"
     )
+    keep: bool = option(
+        False,
+        "add the scores, with each utterance's errors, to scores.jsonl beside the checkpoint, "
+        "where tools.compare reads them",
+    )
 
     def __post_init__(self):
         if self.stream and self.mode != "attention_rescoring":
@@ -92,13 +100,9 @@ def main(argv: list[str]) -> None:
     hotwords = build(HotwordOptions, given)
     lm = build(LmOptions, given)
     paths = {"--hotwords": hotwords.hotwords, "--lm": lm.lm, "--graph": lm.graph}
-    favoured = [flag for flag, path in paths.items() if path]
-    if favoured and options.mode not in (*CONTEXT_MODES, "all"):
-        raise UserError(
-            f"--mode {options.mode} cannot favour {' and '.join(favoured)}; choose one of "
-            f"{', '.join(CONTEXT_MODES)}"
-        )
+    check_favoured(options, paths)
     check_details(options, paths.values())
+    check_keep(options)
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, device)
@@ -110,6 +114,7 @@ def main(argv: list[str]) -> None:
     if options.concatenate:
         references = [join(references)]
     scores = []
+    counts = []
     details = []
     for mode in MODES if options.mode == "all" else (options.mode,):
         context = favours if mode in CONTEXT_MODES else None
@@ -121,13 +126,15 @@ def main(argv: list[str]) -> None:
         described = [describe(mode, row, *texts) for row, texts in rows]
         rates = error_rates(references, described) | {"rtf": round(seconds / duration, 5)}
         scores.append(what_was_scored(options, mode) | settings | rates)
+        counts.append(counts_of(references, described))
         details += described
-    try:
+    with contextlib.ExitStack() as stack:  # Where one of these fails, the others still happen.
+        stack.callback(print_results, scores, references[: options.examples], hypotheses)
+        if options.keep:
+            stack.callback(keep_scores, options.checkpoint, scores, counts)
         if options.details:
             lines = "".join(json_text(detail, ensure_ascii=False) + "\n" for detail in details)
             write_whole(options.details, lines.encode())
-    finally:  # Where the details cannot be written, the scores are printed all the same.
-        print_results(scores, references[: options.examples], hypotheses)
 
 
 def what_was_scored(options: ScoreOptions, mode: str) -> dict:
@@ -138,14 +145,26 @@ def what_was_scored(options: ScoreOptions, mode: str) -> dict:
 
 def error_rates(references: list[str], errors: list[dict]) -> dict:
     """Sums errors over the length of the references, in float32, as torchmetrics does."""
-    words = sum(len(reference.split()) for reference in references)
-    characters = sum(map(len, references))
+    counts = counts_of(references, errors)
+    rates = {"utterances": len(references)}
+    for name, wrong, said in (("wer", "word_errors", "words"), ("cer", "char_errors", "chars")):
+        rates[name] = float(np.float32(sum(counts[wrong])) / np.float32(sum(counts[said])))
+        rates[f"{name}_95"] = interval(counts[wrong], counts[said])
+    return rates
+
+
+def counts_of(references: list[str], errors: list[dict]) -> dict:
+    """Lists what each utterance had of errors, words and characters, for tools.compare.
+
+    The digest tells whether two runs heard the same utterances.
+    """
+    digest = hashlib.sha256("\n".join(references).encode(errors="replace")).hexdigest()
     return {
-        "utterances": len(references),
-        "wer": float(np.float32(sum(row["word_errors"] for row in errors)) / np.float32(words)),
-        "cer": float(
-            np.float32(sum(row["char_errors"] for row in errors)) / np.float32(characters)
-        ),
+        "references": digest[:16],
+        "word_errors": [row["word_errors"] for row in errors],
+        "words": [len(reference.split()) for reference in references],
+        "char_errors": [row["char_errors"] for row in errors],
+        "chars": [len(reference) for reference in references],
     }
 
 
@@ -312,6 +331,19 @@ def checked_waveform(row: int, values: dict) -> torch.Tensor:
     return torch.from_numpy(samples)
 
 
+KEPT = "scores.jsonl"  # where --keep adds
+
+
+def check_favoured(options: ScoreOptions, paths: dict[str, str | None]) -> None:
+    """Raises UserError where the mode cannot favour what the flags of `paths` name."""
+    favoured = [flag for flag, path in paths.items() if path]
+    if favoured and options.mode not in (*CONTEXT_MODES, "all"):
+        raise UserError(
+            f"--mode {options.mode} cannot favour {' and '.join(favoured)}; choose one of "
+            f"{', '.join(CONTEXT_MODES)}"
+        )
+
+
 DETAIL = b'{"row": 0, "mode": "'  # how a file of details begins
 
 
@@ -329,6 +361,38 @@ def check_details(options: ScoreOptions, inputs: Iterable[str | None]) -> None:
             f"--details {path} exists and is no file of details, which alone is "
             "replaced; name another file"
         )
+
+
+def check_keep(options: ScoreOptions) -> None:
+    """Raises UserError where --keep could not add to scores.jsonl beside the checkpoint."""
+    if not options.keep or not os.path.lexists(options.checkpoint):
+        return  # load_checkpoint says that there is none
+    folder = os.path.dirname(options.checkpoint) or "."
+    path = os.path.join(folder, KEPT)
+    if not os.path.isfile(options.checkpoint):
+        raise UserError(f"--keep: {options.checkpoint} is no file of a run; leave it out")
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise UserError(f"--keep: {path} is no file; move it away, or leave --keep out")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--keep: {path} cannot be written; change that, or leave --keep out")
+    if options.details and os.path.realpath(options.details) == os.path.realpath(path):
+        raise UserError(f"--details {options.details} is where --keep adds; name another file")
+
+
+def keep_scores(checkpoint: str, scores: list[dict], counts: list[dict]) -> None:
+    """Adds scores, each with the counts of its utterances, to scores.jsonl beside the checkpoint.
+
+    Raises UserError where that cannot be written.
+    """
+    path = os.path.join(os.path.dirname(checkpoint), KEPT)
+    lines = [json_text(score | count) + "\n" for score, count in zip(scores, counts)]
+    try:
+        with open(path, "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            cut = file.read() not in (b"", b"\n")  # the line that a killed command had begun
+            file.write("".join(["\n" * cut, *lines]).encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def beginning(path: str) -> bytes | None:

@@ -137,6 +137,9 @@ MAY_CHANGE = (
     "ctc_weight",
     "lsm_weight",
     "length_normalized_loss",
+    "cr_ctc_weight",
+    "interctc_weight",
+    "stochastic_depth",
     "use_dynamic_chunk",
     "use_dynamic_left_chunk",
     "high_freq",
@@ -185,7 +188,7 @@ def main(argv):
     folder, resume = find_run(given)
     checkpoint = read_resumable(resume) if resume else {}
     settings, source = choose_settings(given, folder, checkpoint)
-    check_run(settings.run)
+    check_run(settings.run, settings.optim.optimizer)
     check_unused(given, settings)
     check_source(source, settings)
     check_overwrite(settings.run, given["overwrite"])
@@ -258,6 +261,7 @@ def open_data(settings: Settings, tokenizer, place: Place) -> SpeechDataModule:
         options=settings.data,
         input_layer=settings.model.input_layer,
         seed=settings.run.seed,
+        views=settings.model.views,
     )
     data.start_batch = place.batches
     data.setup("fit")
@@ -395,8 +399,13 @@ def without_rivals(given: dict, before: dict) -> dict:
     return {**kept, **given}
 
 
-def check_run(options: RunOptions) -> None:
+def check_run(options: RunOptions, optimizer: str) -> None:
     """Raises UserError for a run that would fail late, or not do as asked."""
+    if options.strategy.startswith("fsdp") and optimizer == "muon":
+        raise UserError(
+            "--strategy fsdp --optimizer muon: Muon needs whole matrices, which FSDP cuts; leave "
+            "out one of them"
+        )
     if options.strategy.startswith("fsdp"):
         if not torch.cuda.is_available():
             raise UserError("--strategy fsdp shards over GPUs and none is here; leave it out")
@@ -411,9 +420,22 @@ def check_run(options: RunOptions) -> None:
 
 def check_unused(given: dict, settings: Settings) -> None:
     """Raises UserError for a flag that has no effect beside the others."""
+    augment = settings.augment
+    masks = augment.num_freq_masks, augment.num_time_masks, augment.num_subs
+    if settings.model.views > 1 and not any(masks):
+        raise UserError(
+            "--cr_ctc_weight has no effect without masks, in which the two views differ; leave it "
+            "out, or give --num_time_masks"
+        )
+    if augment.max_time_mask_share < 1 and not augment.num_time_masks:
+        raise UserError("--max_time_mask_share has no effect with --num_time_masks 0; leave it out")
     frontend = settings.frontend.frontend
     others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
     unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
+    if not settings.augment.noise:
+        unused |= dict.fromkeys(("snr", "noise_prob"), "without --noise")
+    if not settings.augment.rir:
+        unused["rir_prob"] = "without --rir"
     if settings.run.init_from is None:
         unused["freeze_encoder_epochs"] = "without --init_from"
     else:
@@ -537,6 +559,13 @@ def check_resume(path: str, checkpoint: dict, given: dict, settings: Settings, t
     if "averaging_state" in checkpoint and not settings.run.ema_decay:
         raise UserError(
             f"--ema_decay 0: {path} averages its weights; give its decay, or start anew with "
+            f"--init_from {path}"
+        )
+    optimizers = {before.get("optimizer", settings.optim.optimizer), settings.optim.optimizer}
+    if len(optimizers) == 2 and "muon" in optimizers:
+        raise UserError(
+            f"--optimizer {settings.optim.optimizer}: {path} has the state of "
+            f"{before['optimizer']}, which is another; leave it out, or start anew with "
             f"--init_from {path}"
         )
     changed = [

@@ -10,6 +10,7 @@ Axes: N samples, T frames, F mel bins.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from files import parse_json, read_text
 RATES = (4000, 384_000)  # samples per second; a resampling filter of others may take gigabytes
 WINDOWS = {"hamming": torch.hamming_window, "hann": torch.hann_window}
 LOW_FREQ = 20.0  # Hz, where Kaldi's mel filters begin
+FFT_LEAST = 2**13  # samples of the shortest FFT that convolves
 LOUDEST = 2.0**31  # float files may hold steps of integers; squares of larger samples overflow
 
 
@@ -105,6 +107,12 @@ class Augment:
     max_freq_mask: int = option(10, "widest frequency mask in mel bins", at_least=0, at_most=512)
     num_time_masks: int = option(2, "time masks per example; 0: off", at_least=0, at_most=100)
     max_time_mask: int = option(50, "longest time mask in frames", at_least=0, at_most=10000)
+    max_time_mask_share: float = option(
+        1.0,
+        "longest time mask as a share of the example's frames (NeMo's time_width is 0.05)",
+        above=0.0,
+        at_most=1.0,
+    )
     num_subs: int = option(
         3,
         "stretches replaced by earlier frames (spec_sub) per example; 0: off",
@@ -124,10 +132,27 @@ class Augment:
         at_least=0.0,
         at_most=32768.0,
     )
+    rir: tuple[str, ...] = option(
+        (), "folders of room impulse responses, of prepare.py --rir; none: off"
+    )
+    rir_prob: float = option(0.5, "share of examples with a room", above=0.0, at_most=1.0)
+    noise: tuple[str, ...] = option(
+        (), "folders of recorded noise, of prepare.py --noise; none: off"
+    )
+    noise_prob: float = option(0.5, "share of examples with noise", above=0.0, at_most=1.0)
+    snr: tuple[float, ...] = option(
+        (5.0, 20.0),
+        "least and most dB by which an example is louder than its noise",
+        at_least=-50.0,
+        at_most=100.0,
+    )
 
     def __post_init__(self):
         if len(self.speeds) > 100:
             raise UserError(f"--speeds: {len(self.speeds)} of them; give at most 100")
+        if len(self.snr) != 2 or self.snr[0] > self.snr[1]:
+            given = " ".join(f"{value:g}" for value in self.snr)
+            raise UserError(f"--snr {given}: give two numbers, the least and the most dB")
         for count, size in (
             ("num_freq_masks", "max_freq_mask"),
             ("num_time_masks", "max_time_mask"),
@@ -241,6 +266,84 @@ def _resampler(orig: int, new: int):
         return (padded.unfold(0, len(matrix), periods * orig) @ matrix).flatten()
 
     return resampler
+
+
+def reverberate(rirs: Sequence[np.ndarray], share: float):
+    """Plays a share of the examples in rooms: each is convolved with one of the `rirs`, (n,) each.
+
+    The largest sample of an impulse response, the direct path, stays where the sound was. So words
+    keep their times, as CTC needs them, and the example keeps its length and its energy.
+    """
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        if torch.rand((), generator=generator) >= share:
+            return example
+        waveform = example["input_values"]
+        rir = _one_of(rirs, generator)
+        peak = int(np.abs(rir).argmax())
+        if not rir[peak]:
+            return example
+        heard = _convolved(waveform, torch.from_numpy(rir / np.abs(rir[peak])), peak)
+        return {**example, "input_values": heard * _gain(heard, waveform)}
+
+    return transform
+
+
+def mix_noise(noises: Sequence[np.ndarray], augment: Augment):
+    """Adds to a share of the examples a piece of one of the `noises`, (n,) each.
+
+    The ratio of the example's energy to the noise's is drawn between the two numbers of augment.snr
+    in dB. Silence stays silence.
+    """
+    least, most = augment.snr
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        if torch.rand((), generator=generator) >= augment.noise_prob:
+            return example
+        waveform = example["input_values"]
+        noise = _piece(_one_of(noises, generator), len(waveform), generator)
+        snr = least + (most - least) * float(torch.rand((), generator=generator))
+        gain = _gain(noise, waveform) * 10 ** (-snr / 20)
+        return {**example, "input_values": torch.add(waveform, noise, alpha=gain)}
+
+    return transform
+
+
+def _one_of(sounds: Sequence[np.ndarray], generator: torch.Generator) -> np.ndarray:
+    return sounds[_draw(0, len(sounds) - 1, generator)]
+
+
+def _piece(sound: np.ndarray, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Returns `length` samples of a sound (n,) from a random place on, repeated where n is less.
+
+    They are a copy: the sound is a map of a file, and only the piece is read.
+    """
+    spare = len(sound) - length
+    start = _draw(0, spare if spare > 0 else len(sound) - 1, generator)
+    if spare <= 0:
+        return torch.from_numpy(np.resize(np.roll(sound, -start), length))
+    return torch.from_numpy(sound[start : start + length].copy())
+
+
+def _convolved(waveform: torch.Tensor, rir: torch.Tensor, peak: int) -> torch.Tensor:
+    """Returns samples [peak, peak + N) of the convolution of a waveform (N,) with `rir` (n,).
+
+    The waveform is transformed in blocks (overlap-save), which stay in the processor's cache: one
+    FFT of the whole takes four times as long.
+    """
+    size = max(FFT_LEAST, 1 << (2 * len(rir) - 1).bit_length())
+    good = size - len(rir) + 1  # samples of a block that do not depend on the block's ends
+    length = max(1, -(-len(waveform) // good)) * good
+    ends = (len(rir) - 1 - peak, length + peak - len(waveform))
+    blocks = torch.nn.functional.pad(waveform, ends).unfold(0, size, good)
+    products = torch.fft.rfft(blocks) * torch.fft.rfft(rir, size)
+    return torch.fft.irfft(products, size)[:, -good:].flatten()[: len(waveform)]
+
+
+def _gain(waveform: torch.Tensor, model: torch.Tensor) -> float:
+    """Returns the factor that gives a waveform (N,) the energy of `model` (N,); 0 for silence."""
+    energy = float(torch.dot(waveform, waveform))
+    return energy and math.sqrt(float(torch.dot(model, model)) / energy)
 
 
 def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
@@ -442,8 +545,12 @@ def spec_aug(augment: Augment):
 
     def transform(example: dict, generator: torch.Generator) -> dict:
         features = example["features"].clone()  # (F, T)
+        longest = augment.max_time_mask
+        if augment.max_time_mask_share < 1:
+            share = math.ceil(augment.max_time_mask_share * features.shape[1])
+            longest = min(longest, share)
         for axis, count, widest in (
-            (1, augment.num_time_masks, augment.max_time_mask),
+            (1, augment.num_time_masks, longest),
             (0, augment.num_freq_masks, augment.max_freq_mask),
         ):
             for _ in range(count):
@@ -485,9 +592,23 @@ def spec_trim(augment: Augment):
     return transform
 
 
+def two_views(transforms: list):
+    """Makes two examples' "features" (2,F,T) of one: each view has masks of its own.
+
+    The views have the same speech at the same times, so that CR-CTC can compare their frames.
+    """
+    masks = Compose(transforms)
+
+    def transform(example: dict, generator: torch.Generator) -> dict:
+        views = [masks(example, generator)["features"] for _ in range(2)]
+        return {**example, "features": torch.stack(views)}
+
+    return transform
+
+
 def transpose(example: dict, generator: torch.Generator | None) -> dict:
-    """Turns features (F,T) into (T,F), the order in which batches are padded."""
-    return {**example, "features": example["features"].T.contiguous()}
+    """Turns features (...,F,T) into (...,T,F), the order in which batches are padded."""
+    return {**example, "features": example["features"].mT.contiguous()}
 
 
 # ---- Chains
@@ -512,16 +633,26 @@ def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
     return ([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend)]
 
 
-def train_transform(frontend: Frontend, augment: Augment) -> Compose:
-    """Makes the chain of training: speed before the frontend, masks after it.
+def train_transform(
+    frontend: Frontend,
+    augment: Augment,
+    rirs: Sequence[np.ndarray] = (),
+    noises: Sequence[np.ndarray] = (),
+    views: int = 1,
+) -> Compose:
+    """Makes the chain of training: speed, room and noise before the frontend, masks after it.
 
-    A part that is switched off is left out.
+    rirs, noises: recordings (n,) float32 of the folders that `augment` names. A part that is
+    switched off is left out. Two `views` differ in their masks, and are trimmed alike.
     """
     chain = [speed_perturb(augment.speeds)] if augment.speeds else []
+    chain += [reverberate(rirs, augment.rir_prob)] if len(rirs) else []
+    chain += [mix_noise(noises, augment)] if len(noises) else []
     chain += features_chain(frontend, augment.dither)
-    chain += [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
-    chain += [spec_sub(augment)] if augment.num_subs else []
-    chain += [spec_trim(augment)] if augment.max_trim else []
+    masks = [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
+    masks += [spec_sub(augment)] if augment.num_subs else []
+    trim = [spec_trim(augment)] if augment.max_trim else []
+    chain += masks + trim if views == 1 else [*trim, two_views(masks)]
     return Compose(chain + [transpose])
 
 

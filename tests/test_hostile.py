@@ -1409,7 +1409,7 @@ COMMANDS = {
     "export": "--checkpoint best.ckpt --out new",
     "parity": "--checkpoint best.ckpt --data_root data",
     "prepare": "--source source --data_root new",
-    "demo": "--out new --rows 1",
+    "demo": "--out new --texts source/train/metadata.csv",
     "bench": "growth",
     "torture": "--kills 1",
     "compare": ".",
@@ -1487,8 +1487,9 @@ def work_is_short(patch):
     """Lets commands end where their long work begins, or do little of it."""
     patch.setattr(train.L.Trainer, "fit", train_a_little)
     patch.setattr(train, "U2", small)
-    patch.setattr(align.demo, "plan", lambda *_: [align.demo.Utterance("ab", "f1", 150, 50)])
-    patch.setattr(align.demo, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
+    patch.setattr(align.demo, "plan", lambda *_: [align.speak.Utterance("ab", "f1", 150, 50)])
+    patch.setattr(align.speak, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
+    patch.setattr(align.demo, "write_wavs", reached)
     patch.setattr(align, "summary", lambda _: defaultdict(float, words=1))
     patch.setattr(export, "write_checked", write_texts)
     patch.setattr(parity, "all_outcomes", reached)

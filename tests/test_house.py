@@ -5,8 +5,8 @@ import pytest
 from helpers import FILES, ROOT, imported
 
 FLOORS = (
-    ("cli", "containers", "fused", "frames"),
-    ("files", "graphs", "kernels"),
+    ("cli", "bootstrap", "containers", "fused", "frames"),
+    ("files", "graphs", "kernels", "muon"),
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer",),
@@ -14,10 +14,10 @@ FLOORS = (
     ("datamodule", "model", "ngram", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("demo", "lm", "onnx_graphs", "traffic", "workloads"),
-    ("onnx_checks",),
+    ("lm", "onnx_graphs", "speak", "traffic", "workloads"),
+    ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
-    ("export", "torture", "gpu_work"),
+    ("ablate", "export", "torture", "gpu_work"),
     ("parity", "gpu_check"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -34,7 +34,7 @@ def test_imports_point_one_way(path):
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
-    *("conformer", "frames", "presets", "kernels", "fused", "graphs"),
+    *("conformer", "frames", "presets", "kernels", "fused", "graphs", "muon"),
     *("decode", "context", "ngram", "stream", "wfst", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),

@@ -106,6 +106,56 @@ def test_a_folder_becomes_shards_with_the_promised_columns(source, tmp_path):
     assert set(tokenizer.tokens[4:]) == set("hello book abcde")  # of the train split only
 
 
+def folds_of(source, tmp_path, folds):
+    """Prepares every fold -> the speakers of (train, dev) of each."""
+    found = []
+    for fold in range(folds):
+        root = tmp_path / f"root{fold}"
+        run(source, root, "--folds", str(folds), "--fold", str(fold))
+        found.append(
+            [{row["speaker"] for row in rows_of(root, split)} for split in ("train", "dev")]
+        )
+    return found
+
+
+def test_each_speaker_of_train_is_in_the_dev_of_one_fold_and_never_in_its_train(
+    source, tmp_path, capsys
+):
+    found = folds_of(source, tmp_path, 3)
+    everyone = {f"s{i}" for i in range(5)}
+    assert all(train | dev == everyone and not train & dev for train, dev in found)
+    assert sorted(speaker for _, dev in found for speaker in dev) == sorted(everyone)
+    assert sorted(len(dev) for _, dev in found) == [1, 2, 2]
+    assert "(the dev of the source is left out)" in capsys.readouterr().out
+    tokenizer = tk.load_tokenizer(tmp_path / "root0/tokenizer.json")
+    assert "a" not in tokenizer.tokens  # which only s0 says, of fold 0
+
+
+def test_folds_have_about_as_many_rows():
+    rows = {"a": 9, "b": 5, "c": 4, "d": 4, "e": 3, "f": 2}
+    groups = prepare.share_out(rows, 3)
+    assert groups == prepare.share_out(dict(reversed(rows.items())), 3)
+    assert sorted(sum(rows[speaker] for speaker in group) for group in groups) == [8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    "header, rows, flags, reason",
+    [
+        (("file_name", "text"), [("0.wav", "a")], "2 0", "no column speaker or speaker_id"),
+        (("file_name", "text", "speaker"), [("0.wav", "a", "s")], "2 0", "only 1 speakers"),
+        (("file_name", "text", "speaker"), [("0.wav", "a", "")], "2 0", "name no speaker"),
+        ((), (), "3 3", "--fold 3: it must be less"),
+    ],
+)
+def test_folds_that_cannot_be_are_refused(tmp_path, header, rows, flags, reason):
+    folds, fold = flags.split()
+    if rows:
+        write_split(tmp_path / "src/train", rows, header)
+    with pytest.raises(UserError, match=reason) as caught:
+        run(tmp_path / "src", tmp_path / "root", "--folds", folds, "--fold", fold)
+    assert "\n" not in str(caught.value) and not (tmp_path / "root").exists()
+
+
 def test_speaker_is_left_out_where_it_is_not_known(tmp_path):
     write_split(tmp_path / "src/train", [("a.wav", "hello")], header=("file_name", "text"))
     run(tmp_path / "src", tmp_path / "root")

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -295,6 +296,84 @@ def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_pat
     assert table[11:] == [
         ["runs/a", "eval_clean", "attention", "no", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]
     ]
+
+
+def kept_run(folder, errors, **changes):
+    """Writes a run with one score that has these errors of its three utterances."""
+    words = [4, 5, 3]
+    score = dict(split="dev", mode="attention", stream=False, chunk_size=16, left_chunks=-1)
+    score |= dict(utterances=len(words), wer=sum(errors) / sum(words), cer=0.5, rtf=0.1)
+    score |= dict(word_errors=errors, words=words, char_errors=errors, chars=words)
+    write_run(folder, {}, [score | {"references": "abc"} | changes])
+
+
+def test_compare_says_by_how_much_runs_differ_from_the_first(capsys, tmp_path):
+    kept_run(tmp_path / "a", [2, 2, 2])
+    kept_run(tmp_path / "b", [1, 1, 1], beam_size=10)  # the default, as if it had not been said
+    kept_run(tmp_path / "c", [2, 2, 2], data_root="elsewhere")
+    out = call(capsys, compare, tmp_path / "a", tmp_path / "b", tmp_path / "c")[1]
+    table = out[out.index(next(line for line in out if line.startswith("differences from"))) :]
+    assert table[1].split()[-8:] == ["wer", "95", "%", "p(better)", "cer", "95", "%", "p(better)"]
+    assert table[2].split()[-8:-4] == ["-0.2500", "-0.3333", "-0.2000", "1.000"]
+    assert table[3].split()[-8:-4] == ["+0.0000", "+0.0000", "+0.0000", "0.500"]
+    assert len(table) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"references": "other"}, "scored on other utterances"),
+        ({"split": "eval_clean"}, "no score of the same split"),
+        ({"beam_size": 3}, "no score of the same split, mode and options"),
+        ({"words": None}, "no errors utterance by utterance"),
+        ({"words": [4, 5]}, "no errors utterance by utterance"),
+        ({"char_errors": [1, 1, "1"]}, "no errors utterance by utterance"),
+    ],
+)
+def test_compare_gives_no_difference_of_what_is_not_comparable(capsys, tmp_path, changes, reason):
+    kept_run(tmp_path / "a", [2, 2, 2])
+    kept_run(tmp_path / "b", [1, 1, 1], **changes)
+    status, out, _ = call(capsys, compare, tmp_path / "a", tmp_path / "b")
+    assert status == 0 and reason in out[-1] and out[-1].startswith("no difference: ")
+    assert not any("bootstrap" in line for line in out)
+
+
+def test_scores_are_kept_beside_the_checkpoint_with_the_errors_of_each_utterance(
+    world, capsys, tmp_path
+):
+    shutil.copy(world / "best.ckpt", tmp_path)
+    (tmp_path / "scores.jsonl").write_text('{"mode": "att')  # what a killed command leaves
+    argv = "--checkpoint", tmp_path / "best.ckpt", "--data_root", world / "data", "--keep"
+    for _ in range(2):
+        _, (line,), _ = call(capsys, score, *argv, "--mode", "ctc_greedy_search")
+    said = json.loads(line)
+    assert said["wer_95"][0] < said["wer"] < said["wer_95"][1] and "words" not in said
+    _, *lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    kept = json.loads(lines[1])
+    assert said == {name: value for name, value in kept.items() if name in said}
+    assert kept["words"] == [len(text.split()) for text in TEXTS]
+    assert kept["chars"] == [len(text) for text in TEXTS]
+    assert sum(kept["word_errors"]) / sum(kept["words"]) == pytest.approx(kept["wer"])
+    assert sum(kept["char_errors"]) / sum(kept["chars"]) == pytest.approx(kept["cer"])
+
+
+@pytest.mark.parametrize(
+    "checkpoint, details, reason",
+    [
+        (".", None, "no file of a run"),
+        ("best.ckpt", "scores.jsonl", "where --keep adds"),
+        ("sub/best.ckpt", None, "sub/scores.jsonl is no file"),
+    ],
+)
+def test_keep_is_refused_before_any_work(tmp_path, monkeypatch, checkpoint, details, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub" / "scores.jsonl").mkdir(parents=True)
+    for name in ("best.ckpt", "sub/best.ckpt"):
+        (tmp_path / name).touch()
+    options = score.ScoreOptions(checkpoint=checkpoint, details=details, keep=True)
+    with pytest.raises(cli.UserError, match=reason):
+        score.check_keep(options)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"options": 1, "metrics": {}}'])

@@ -31,7 +31,7 @@ from helpers_model import TEXTS, call, score_json, tiny_model, waveform
 from model import U2
 from sampler import eval_batches
 from tokenizer import from_vocab, train_bpe, train_char
-from tools import align, demo
+from tools import align, demo, speak
 from transforms import Frontend
 from words import Word
 
@@ -810,17 +810,17 @@ def test_espeak_says_when_it_speaks_each_word():
     pytest.importorskip("espeakng_loader", reason="the wheel espeakng-loader is not installed")
     for utterance in [
         *demo.plan("dev", 10),
-        demo.Utterance("the code of the A is A B nine", "m7", 150, 50),
+        speak.Utterance("the code of the A is A B nine", "m7", 150, 50),
     ]:
-        samples, spoken = demo.speak_with_words(utterance)
+        samples, spoken = speak.speak_with_words(utterance)
         assert " ".join(word.text for word in spoken) == utterance.text
-        assert np.array_equal(samples, demo.speak(utterance))
+        assert np.array_equal(samples, speak.speak(utterance))
         assert all(
             one.start < one.end <= other.start < other.end for one, other in zip(spoken, spoken[1:])
         )
 
         def loudness(start, end):
-            return np.abs(samples[int(start * demo.RATE) : int(end * demo.RATE)]).mean()
+            return np.abs(samples[int(start * speak.RATE) : int(end * speak.RATE)]).mean()
 
         gaps = [loudness(one.end, other.start) for one, other in zip(spoken, spoken[1:])]
         assert np.mean(gaps) < 0.2 * np.mean([loudness(word.start, word.end) for word in spoken])
@@ -829,9 +829,9 @@ def test_espeak_says_when_it_speaks_each_word():
 
 def test_align_measures_by_how_much_words_are_off():
     spoken = [
-        demo.SpokenWord("in the", 1.0, 1.5),
-        demo.SpokenWord("big", 1.6, 2.0),
-        demo.SpokenWord("hall", 2.1, 2.5),
+        speak.SpokenWord("in the", 1.0, 1.5),
+        speak.SpokenWord("big", 1.6, 2.0),
+        speak.SpokenWord("hall", 2.1, 2.5),
     ]
     found = [
         Word("in", 1.1, 1.2, 1.0),

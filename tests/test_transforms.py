@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 from cli import UserError
 
@@ -24,8 +25,10 @@ from transforms import (
     make_generator,
     mean_var_norm,
     mel_power,
+    mix_noise,
     num_frames,
     read_cmvn,
+    reverberate,
     shortest_frames,
     spec_aug,
     spec_sub,
@@ -40,9 +43,15 @@ FRONTEND = Frontend()
 FBANK = Frontend(frontend="fbank")
 AUGMENT = Augment(max_trim=50)
 OFF = Augment(speeds=(), num_freq_masks=0, num_time_masks=0, num_subs=0)
+# Of recorded noise and of impulse responses, in samples; the largest sample of a room's is not its
+# first.
+SOUNDS = [noise(n).numpy() for n in (1, 700, 9000, 20000)]
+ROOM = np.float32([0, 0.1, -2, 0.5, 0.3, 0.2])
 LENGTHS = [0, 1, 159, 160, 399, 400, 401, 559, 560, 561, 1000, 4401, 16000, 16001, 47999, 160007]
 TRANSFORMS = {
     "speed_perturb": speed_perturb(AUGMENT.speeds),
+    "reverberate": reverberate([ROOM, *SOUNDS], 0.5),
+    "mix_noise": mix_noise(SOUNDS, AUGMENT),
     "mean_var_norm": mean_var_norm,
     "log_mel": log_mel(FRONTEND),
     "spec_aug": spec_aug(AUGMENT),
@@ -52,6 +61,7 @@ TRANSFORMS = {
     "transpose": transpose,
     "train_fbank": train_transform(FBANK, AUGMENT),
     "train": train_transform(FRONTEND, AUGMENT),
+    "train_in_noise": train_transform(FRONTEND, AUGMENT, SOUNDS, SOUNDS),
     "eval": eval_transform(FRONTEND),
 }
 
@@ -190,6 +200,90 @@ def test_a_planned_speed_takes_the_place_of_the_draw():
         assert torch.equal(generator.get_state(), make_generator(0, 0, 0).get_state())
 
 
+def energy(waveform):
+    return float(waveform.double().square().sum())
+
+
+@pytest.mark.parametrize("samples", [1, 700, 8999, 9000, 30001])
+def test_noise_is_as_many_db_below_the_example_as_was_drawn(samples):
+    waveform = 0.01 * noise(samples)
+
+    def below(row, snr):
+        transform = mix_noise(SOUNDS, Augment(snr=snr, noise_prob=1.0))
+        made = transform({"input_values": waveform}, make_generator(0, 0, row))["input_values"]
+        return 10 * math.log10(energy(waveform) / energy(made - waveform))
+
+    assert all(
+        below(row, (snr, snr)) == pytest.approx(snr, abs=0.01)
+        for row, snr in enumerate((-9, 0, 20))
+    )
+    drawn = [below(row, (5, 20)) for row in range(60)]
+    assert 4.9 < min(drawn) < 7 and 18 < max(drawn) < 20.1
+
+
+@pytest.mark.parametrize("samples", [60, 99, 100, 250])
+def test_noise_is_a_piece_from_a_random_place_repeated_where_it_is_short(samples):
+    ramp = np.arange(100, dtype=np.float32)
+    transform = mix_noise([ramp], Augment(snr=(0, 0), noise_prob=1.0))
+    waveform = torch.ones(samples)
+    starts = set()
+    for row in range(60):
+        made = transform({"input_values": waveform}, make_generator(0, 0, row))["input_values"] - 1
+        piece = (made / made.diff().median()).round().int().numpy()
+        starts.add(int(piece[0]))
+        assert piece.tolist() == [n % 100 for n in range(piece[0], piece[0] + samples)]
+    # A noise that is long enough is cut where its end does not meet its beginning.
+    possible = range(101 - samples if samples < 100 else 100)
+    assert starts <= set(possible) and len(starts) >= min(20, len(possible))
+
+
+def test_a_room_keeps_the_times_the_length_and_the_energy():
+    for samples, rir in (
+        (1, ROOM),
+        (5, ROOM),
+        (16374, ROOM),
+        (9000, SOUNDS[2]),
+        (90000, SOUNDS[1]),
+    ):
+        waveform = noise(samples)
+        transform = reverberate([rir], 1.0)
+        heard = transform({"input_values": waveform}, make_generator(0, 0, 0))["input_values"]
+        peak = np.abs(rir).argmax()
+        whole = np.convolve(waveform.double().numpy(), rir)[peak : peak + samples]
+        assert energy(heard) == pytest.approx(energy(waveform), rel=1e-4)
+        whole = torch.from_numpy(whole * math.sqrt(energy(waveform) / np.square(whole).sum()))
+        assert torch.allclose(heard.double(), whole, atol=1e-4)
+    click = torch.zeros(9000)
+    click[4000] = 1
+    transform = reverberate([ROOM], 1.0)
+    heard = transform({"input_values": click}, make_generator(0, 0, 0))["input_values"]
+    assert heard.abs().argmax() == 4000
+
+
+@pytest.mark.parametrize("samples", [0, 1, 400, 16000])
+def test_silence_and_sounds_of_nothing_or_of_one_sample_do_no_harm(samples):
+    nothing = [np.zeros(300, np.float32), np.zeros(1, np.float32)]
+    tiny = [np.float32([1e-30]), np.float32([-3e9])]
+    for waveform in (torch.zeros(samples), noise(samples), 1e9 * noise(samples)):
+        for sounds in (nothing, tiny, SOUNDS):
+            for transform in (reverberate(sounds, 1.0), mix_noise(sounds, Augment(noise_prob=1.0))):
+                for row in range(4):
+                    example = {"input_values": waveform}
+                    made = transform(example, make_generator(0, 0, row))["input_values"]
+                    assert made.shape == waveform.shape and made.isfinite().all()
+                    assert sounds is not nothing or torch.equal(made, waveform)
+
+
+def test_noise_and_rooms_come_to_the_share_of_examples_that_was_asked_for():
+    for share in (0.2, 1.0):
+        for transform in (reverberate([ROOM], share), mix_noise(SOUNDS, Augment(noise_prob=share))):
+            example = {"input_values": noise(50)}
+            changed = sum(
+                transform(example, make_generator(0, 0, row)) is not example for row in range(400)
+            )
+            assert changed == 400 if share == 1 else 40 < changed < 120
+
+
 def test_mean_var_norm_gives_zero_mean_and_unit_variance_and_stands_silence():
     normed = mean_var_norm({"input_values": 3 + 5 * noise(16000)}, None)["input_values"]
     assert abs(normed.mean()) < 1e-5 and abs(normed.var(correction=0) - 1) < 1e-4
@@ -306,6 +400,13 @@ def test_every_transform_can_be_left_out():
         "spec_trim",
         "transpose",
     ]
+    chain = train_transform(FRONTEND, AUGMENT, [ROOM], SOUNDS).transforms
+    assert [t.__qualname__.split(".")[0] for t in chain] == [
+        "speed_perturb",
+        "reverberate",
+        "mix_noise",
+        *names[1:],
+    ]
     for name, options in (
         ("speed_perturb", {"speeds": ()}),
         ("spec_aug", {"num_freq_masks": 0, "num_time_masks": 0}),
@@ -367,6 +468,9 @@ def test_the_frontend_travels_as_plain_data():
         (Augment, {"num_subs": -1}),
         (Augment, {"max_time_mask": 0}),
         (Augment, {"max_trim": -1}),
+        (Augment, {"snr": (20.0, 5.0)}),
+        (Augment, {"snr": (5.0,)}),
+        (Augment, {"noise_prob": 0.0}),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_one_line(cls, options):

@@ -23,7 +23,7 @@ from audio import resample
 from decode import MODES, SearchOptions
 from files import json_text
 from model import load_checkpoint
-from tools import demo
+from tools import demo, speak
 from transforms import extract
 from words import Word, align_words, frame_times
 
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
     errors = {"true_text": [], "heard": []}  # (start, end) in seconds, found minus true
     plan = demo.plan(options.split, options.sentences)
     for utterance in tqdm(plan, unit=" sentences", disable=None):
-        waveform, spoken = demo.speak_with_words(utterance)
-        samples = torch.from_numpy(resample(waveform, demo.RATE, model.frontend.sample_rate))
+        waveform, spoken = speak.speak_with_words(utterance)
+        samples = torch.from_numpy(resample(waveform, speak.RATE, model.frontend.sample_rate))
         text = spelled_as(model.tokenizer, utterance.text)
         for name, found in zip(errors, find_words(model, samples, text, options, search)):
             errors[name] += time_errors(match(text.split(), found), spoken)
@@ -106,7 +106,7 @@ def match(said: list[str], found: list[Word]) -> list[Word | None]:
 
 
 def time_errors(
-    matched: list[Word | None], spoken: list[demo.SpokenWord]
+    matched: list[Word | None], spoken: list[speak.SpokenWord]
 ) -> list[tuple[float, float]]:
     """Returns (start, end), found minus true, of each spoken word that is found, in seconds."""
     result = []

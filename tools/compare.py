@@ -1,9 +1,13 @@
 """Tables runs side by side: python -m tools.compare [RUN_DIR ...]
 
 The command reads each run's run.json, which train.py writes, and, where present, scores.jsonl, the
-JSON lines that score.py printed. It shows the last validation of each run, the options in which the
+JSON lines of score.py --keep. It shows the last validation of each run, the options in which the
 runs differ, and the scores, with each option of score.py that changes a score and is not its
 default. Rates are fractions.
+
+Where runs were scored in the same way on the same utterances, the last table says whether they
+differ from the first of them: each rate less that of the first run, its 95 % interval by a paired
+bootstrap over utterances, and the probability that the run is better (bootstrap.py).
 """
 
 import glob
@@ -13,12 +17,16 @@ from dataclasses import asdict
 
 import cli
 
+from bootstrap import difference
 from decode import SearchOptions
 from files import parse_json, read_json, read_small
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
 ASKED = ("split", "mode", "stream", "chunk_size", "left_chunks")  # of a score, always shown
-RESULTS = ("utterances", "wer", "cer", "rtf")
+RESULTS = ("utterances", "wer", "wer_95", "cer", "cer_95", "rtf")
+REQUIRED = {"mode", "utterances", "wer", "cer", "rtf"}  # scores of older versions have these alone
+COUNTS = ("word_errors", "words", "char_errors", "chars")  # of each utterance; --keep adds them
+NOT_ASKED = {*RESULTS, *COUNTS, "references", "run"}
 ORIGINS = ("data_root", "checkpoint")  # shown where scores differ in them
 PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not what
 
@@ -50,6 +58,7 @@ def main(argv: list[str]) -> None:
         names = score_columns(scores)
         print("\nscores")
         print_table(("run", *names), [[*map(score.get, ("run", *names))] for score in scores])
+    print_differences(scores)
 
 
 def read_run(folder: str) -> dict:
@@ -88,15 +97,20 @@ def read_scores(folder: str) -> list[dict]:
             score = parse_json(line)
         except ValueError:  # an example, or the line that a killed score.py had begun
             continue
-        if isinstance(score, dict) and {"mode", *RESULTS} <= score.keys():
+        if isinstance(score, dict) and REQUIRED <= score.keys():
             score["checkpoint"] = os.path.basename(str(score.get("checkpoint", "best.ckpt")))
-            asked = {
-                name: value
-                for name, value in score.items()
-                if name not in RESULTS and value is not None and value is not False
-            }
-            newest[json.dumps(asked, sort_keys=True)] = score
+            newest[asked(score)] = score
     return list(newest.values())
+
+
+def asked(score: dict, *but: str) -> str:
+    """Returns what a score was asked for, without the options `but`, as a key.
+
+    An option that a score of an older version lacks was at its default.
+    """
+    names = {*ASKED, *ORIGINS, *unusual(score)} - {*but, "stream"}
+    options = {name: score.get(name) for name in names} | {"stream": bool(score.get("stream"))}
+    return json.dumps(options, sort_keys=True)
 
 
 def unusual(score: dict) -> list[str]:
@@ -105,7 +119,7 @@ def unusual(score: dict) -> list[str]:
     return [
         name
         for name, value in score.items()
-        if name not in ("run", *ASKED, *RESULTS, *ORIGINS)
+        if name not in {*NOT_ASKED, *ASKED, *ORIGINS}
         and value is not None
         and value is not False
         and value != usual.get(name)
@@ -114,11 +128,88 @@ def unusual(score: dict) -> list[str]:
 
 def score_columns(scores: list[dict]) -> list[str]:
     """Names the columns that tell the scores apart, and those of their results."""
+    there = {name for score in scores for name in score}
+    return [*asked_columns(scores), *(name for name in RESULTS if name in there)]
+
+
+def asked_columns(scores: list[dict]) -> list[str]:
+    """Names the columns that tell the scores apart."""
     names = dict.fromkeys(name for score in scores for name in unusual(score))
     origins = [
         name for name in ORIGINS if any(score.get(name) != scores[0].get(name) for score in scores)
     ]
-    return [*ASKED, *names, *origins, *RESULTS]
+    return [*ASKED, *names, *origins]
+
+
+# ---- Differences
+
+
+def print_differences(scores: list[dict]) -> None:
+    """Prints how the scores of the later runs differ from the same scores of the first run.
+
+    A line says which runs cannot be compared, and why.
+    """
+    pairs, reasons = pair_scores(scores)
+    rows = []
+    names = asked_columns([second for _, second in pairs])
+    for first, second in pairs:
+        cells = [second["run"], *map(second.get, names)]
+        for wrong, said in (COUNTS[:2], COUNTS[2:]):
+            found = difference([first[wrong]], [second[wrong]], first[said])
+            span = f"{found.low:+.4f} {found.high:+.4f}"
+            cells += [f"{found.value:+.4f}", span, f"{found.better:.3f}"]
+        rows.append(cells)
+    if rows:
+        print(f"\ndifferences from {pairs[0][0]['run']}, paired bootstrap over utterances")
+        results = ("wer", "95 %", "p(better)", "cer", "95 %", "p(better)")
+        print_table(("run", *names, *results), rows)
+    for reason in reasons:
+        print(cli.shown(f"no difference: {reason}"))
+
+
+def pair_scores(scores: list[dict]) -> tuple[list[tuple[dict, dict]], list[str]]:
+    """Pairs the scores of the first run with those of each other run that were asked for alike.
+
+    Returns the pairs that heard the same utterances, and why runs are left out.
+    """
+    runs = dict.fromkeys(score["run"] for score in scores)
+    first, *others = runs or [None]
+    pairs = []
+    reasons = []
+    for run in others:
+        alike = [
+            (one, two)
+            for one in scores
+            for two in scores
+            if (one["run"], two["run"]) == (first, run)
+            and asked(one, "data_root") == asked(two, "data_root")
+        ]
+        counted = [pair for pair in alike if all(map(has_counts, pair))]
+        rows = ("references", "words", "chars")
+        same = [(one, two) for one, two in counted if all(one[x] == two[x] for x in rows)]
+        pairs += same
+        if not alike:
+            reasons.append(f"{first} and {run} have no score of the same split, mode and options")
+        elif not counted:
+            reasons.append(
+                f"{first} or {run} has no errors utterance by utterance; score both again, with "
+                "make score or score.py --keep"
+            )
+        elif not same:
+            reasons.append(f"{first} and {run} were scored on other utterances")
+    return pairs, reasons
+
+
+def has_counts(score: dict) -> bool:
+    """Returns whether a score has errors and length of each of its utterances, and a digest."""
+    columns = [score.get(name) for name in COUNTS]
+    return (
+        isinstance(score.get("references"), str)
+        and all(isinstance(column, list) for column in columns)
+        and all(len(column) == score["utterances"] > 1 for column in columns)
+        and all(type(count) is int and count >= 0 for column in columns for count in column)
+        and sum(score["words"]) > 0 < sum(score["chars"])
+    )
 
 
 def validation_row(run: str, record: dict) -> list:

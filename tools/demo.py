@@ -6,14 +6,17 @@ beside wavs of 22.05 kHz and 16 bits. A corpus of your own has the same layout, 
 way on every machine. Its library comes with the wheel espeakng-loader (GPL, loaded at run time, for
 the demo only). The demo shows that everything works; its error rates say nothing about real speech.
 OUT appears when all of it is written, or not at all.
+
+--texts FILE speaks a corpus's own words instead, into OUT/{train,dev}: the sentences of FILE, in
+another order, and then new ones in which each word follows another as in FILE, until --hours or
+--rows are reached. There are more accents, speeds and pauses than in the demo corpus.
 """
 
-import ctypes
 import io
+import itertools
+import math
 import os
 import random
-from itertools import takewhile
-from typing import NamedTuple
 
 from cli import UserError, build, make_parser, option, options_class, run, shown
 
@@ -21,11 +24,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from files import csv_text, published, write_whole
-
-RATE = 22050  # Hz, what espeak-ng synthesises
-# The pause between words, in units of about 10 ms. Without it spelled letters run into each other.
-WORD_GAP = 4
+from files import csv_text, published, read_text, why, write_whole
+from tools.speak import RATE, Utterance, speak
 
 # Voice variants of espeak-ng. A voice belongs to one split only. Robots, whispers, croaks, heavy
 # echoes and the second of near twins are left out. So are voices whose breath is noise that the
@@ -41,6 +41,10 @@ VOICES = {
     "eval_clean": "Annie antonio f4 m7 paul quincy".split(),
 }
 UTTERANCES = {"train": 1150, "dev": 100, "eval_clean": 120}
+# The accents of --texts, half of them American. In the others of espeak-ng a letter may sound as
+# another does in America (E as A), or a digit as few people say it.
+ACCENTS = "en-us en-us en-us en-us en en-gb-x-rp en-gb-scotland en-gb-x-gbclan".split()
+LARGEST_TEXT = 2**30  # bytes of --texts, some millions of sentences
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -65,29 +69,28 @@ MUSIC = "jazz rock folk music songs".split()
 @options_class
 class DemoOptions:
     out: str = option("data/demo_source", "folder to make")
-    rows: int = option(
-        max(UTTERANCES.values()),
-        "utterances of a split, at most; a few are enough for a try",
+    rows: int | None = option(
+        None,
+        "utterances of a split, at most; a few are enough for a try. With --texts: of train",
         at_least=1,
-        at_most=max(UTTERANCES.values()),
+        at_most=1_000_000,
+    )
+    texts: str | None = option(
+        None, "metadata.csv or .jsonl, or a text of one sentence a line, whose words to speak"
+    )
+    hours: float | None = option(
+        None, "of speech in train, with --texts (else: each text once)", above=0.0, at_most=1000.0
+    )
+    seed: int | None = option(
+        None, "of the draws of --texts, 0 unless given", at_least=0, at_most=2**32
     )
     overwrite: bool = option(False, "replace what an earlier run left in --out")
 
-
-class Utterance(NamedTuple):
-    """Holds a sentence and its speaker.
-
-    `spoken` goes to espeak-ng, with letters to spell in capitals; `text` is the transcript.
-    """
-
-    spoken: str
-    voice: str
-    rate: int  # words per minute
-    pitch: int  # espeak-ng's scale, 0 to 99
-
-    @property
-    def text(self) -> str:
-        return self.spoken.lower()
+    def __post_init__(self):
+        if self.texts is None and (self.hours, self.seed) != (None, None):
+            raise UserError("--hours and --seed have no effect without --texts")
+        if None not in (self.hours, self.rows):
+            raise UserError("give --hours or --rows, not both")
 
 
 # ---- Sentences
@@ -181,163 +184,146 @@ def plan(split: str, count: int | None = None) -> list[Utterance]:
     raise UserError(f"the demo corpus has no split {split}; it has {', '.join(UTTERANCES)}")
 
 
-# ---- Speech
+# ---- Sentences of a corpus of one's own
 
 
-class SpokenWord(NamedTuple):
-    """Holds what espeak-ng speaks as one word: one word of the text, or two, such as "in the"."""
+def read_sentences(path: str) -> tuple[list[list[str]], int]:
+    """Returns the words of each sentence, and how many have neither letter nor digit.
 
-    text: str
-    start: float  # seconds
-    end: float  # where the pause behind the word begins
-
-
-class _Event(ctypes.Structure):  # espeak_EVENT
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("identifier", ctypes.c_uint),
-        ("position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("milliseconds", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("phoneme", ctypes.c_char * 8),
-    ]
-
-
-WORD_EVENT, PHONEME_EVENT = 1, 7  # values of _Event.type
-
-
-def speak(utterance: Utterance) -> np.ndarray:
-    """Returns the waveform (N,) float32 in [-1, 1) at RATE Hz, a function of the utterance alone.
-
-    espeak-ng keeps state from sentence to sentence (phases, flutter), so every sentence gets a
-    freshly loaded library. Raises UserError when the library or a voice is missing.
+    Those are left out. Raises UserError where the file has no words.
     """
-    return speak_with_words(utterance)[0]
+    # espeak-ng would end at NUL, and take what lies between [[ and ]] for phonemes.
+    texts = [text.replace("[[", " ").replace("\0", " ").split() for text in read_texts(path)]
+    sentences = [[word for word in words if any(map(str.isalnum, word))] for words in texts]
+    left_out = sum(map(len, texts)) - sum(map(len, sentences))
+    if not any(sentences):
+        raise UserError(f"{shown(path)} has no words; give sentences, one a line or row")
+    return list(filter(None, sentences)), left_out
 
 
-def speak_with_words(utterance: Utterance) -> tuple[np.ndarray, list[SpokenWord]]:
-    """Returns the waveform of `speak`, and when each word is spoken, as espeak-ng reports it."""
-    library, data_path = _load()
-    text = _markup(utterance.spoken)
-    blocks = []
-    events = []
+def read_texts(path: str) -> list[str]:
+    """Returns the transcripts of a metadata file, or the lines of a text."""
+    # The module imports datasets, which takes seconds, and the demo corpus needs none of it.
+    from sources import read_csv, read_jsonl
 
-    @ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+    try:
+        content = read_text(path, LARGEST_TEXT)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {shown(path)}: {why(error)}; give a text in UTF-8") from None
+    read = {".csv": read_csv, ".jsonl": read_jsonl}.get(os.path.splitext(path)[1].lower())
+    if read is None:
+        return content.splitlines()
+    columns, records = read(path, content)
+    column = next((name for name in ("transcription", "text") if name in columns), None)
+    if columns and column is None:
+        there = shown(", ".join(columns))
+        raise UserError(f"{shown(path)} has no column transcription or text, only {there}")
+    return [str(record.get(column) or "") for record in records]
+
+
+def spelled(words: list[str]) -> str:
+    """Returns the words for espeak-ng: letters to spell in capitals, all else in small letters.
+
+    A single letter is spelled; but A, I and O beside longer words only are words.
+    """
+    single = [False, *(len(word) == 1 for word in words), False]
+    return " ".join(
+        word.upper()
+        if here and (before or behind or len(words) == 1 or word not in "AaIiOo")
+        else word.lower()
+        for word, before, here, behind in zip(words, single, single[1:], single[2:])
     )
-    def collect(samples, count, reported):
-        if samples and count > 0:
-            blocks.append(ctypes.string_at(samples, 2 * count))
-        # An event of type 0 ends the list.
-        for event in takewhile(lambda event: event.type, reported):
-            events.append((event.type, event.position, event.sample, event.phoneme))
-        return 0
-
-    try:
-        # 2: espeak-ng synthesises within the call; 0x8001: it reports phonemes, and does not exit.
-        if library.espeak_Initialize(2, 0, data_path, 0x8001) != RATE:
-            raise UserError("espeak-ng did not start; reinstall the wheel espeakng-loader")
-        # Where a variant is missing, espeak-ng would take the plain voice and say nothing.
-        variant = os.path.join(data_path, b"voices", b"!v", utterance.voice.encode())
-        named = library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode())
-        if named != 0 or not os.path.exists(variant):
-            raise UserError(
-                f"espeak-ng has no voice {utterance.voice}; reinstall the wheel espeakng-loader"
-            )
-        library.espeak_SetSynthCallback(collect)
-        for parameter, value in ((1, utterance.rate), (3, utterance.pitch), (7, WORD_GAP)):
-            library.espeak_SetParameter(parameter, value, 0)
-        # 0x101: the text is in UTF-8, and [[...]] in it are phonemes.
-        library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, 0x101, None, None)
-        library.espeak_Synchronize()
-        library.espeak_Terminate()
-    finally:
-        _unload(library)
-    waveform = np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / 32768
-    return waveform, _spoken_words(utterance, events, len(waveform))
 
 
-def _spoken_words(utterance: Utterance, events: list[tuple], num_samples: int) -> list[SpokenWord]:
-    """Returns the words that espeak-ng's events tell of.
+def new_sentences(sentences: list[list[str]], rng):
+    """Yields sentences without end, each word drawn from those that follow the word before.
 
-    events: (type, position in the markup from 1, sample, phoneme), in order. The phonemes of pauses
-    begin with "_".
+    None stands before the first word and behind the last. No sentence is longer than all given.
     """
-    starts = [i for i, event in enumerate(events) if event[0] == WORD_EVENT]
-    spans = []
-    for first, behind in zip(starts, [*starts[1:], len(events)]):
-        pauses = [
-            sample
-            for kind, _, sample, phoneme in events[first:behind]
-            if kind == PHONEME_EVENT and phoneme[:1] == b"_"
-        ]
-        limit = events[behind][2] if behind < len(events) else num_samples
-        spans.append((events[first][2] / RATE, min([*pauses, limit]) / RATE))
-    # A word belongs to the last event that does not lie behind it: of two words that espeak-ng runs
-    # together, only the first has an event.
-    texts = [[] for _ in starts]
-    end = 0
-    for word, marked in zip(utterance.text.split(), _markup(utterance.spoken)[:-1].split()):
-        end += len(marked)
-        texts[sum(events[i][1] <= end for i in starts) - 1].append(word)
-        end += 1
-    return [SpokenWord(" ".join(words), *span) for words, span in zip(texts, spans)]
+    followers = {}
+    for words in sentences:
+        for word, follower in itertools.pairwise([None, *words, None]):
+            followers.setdefault(word, []).append(follower)
+    longest = 1 + max(map(len, sentences))
+    while True:
+        words = [None]
+        while len(words) <= longest and (word := rng.choice(followers[words[-1]])) is not None:
+            words.append(word)
+        if len(words) <= longest:
+            yield words[1:]
 
 
-def _markup(spoken: str) -> bytes:
-    """Returns the text for espeak-ng, ended by NUL.
+def spoken_texts(sentences: list[list[str]], split: str, seed: int):
+    """Yields utterances without end: in train the sentences and then new ones, in dev new ones.
 
-    espeak-ng would read the letter A alone as the article; [['eI]] are the phonemes of its name.
+    Both splits have voices of their own.
     """
-    return " ".join("[['eI]]" if word == "A" else word for word in spoken.split()).encode() + b"\0"
-
-
-def _load():
-    """Returns a library that nobody has used yet, and the path of its data."""
-    try:
-        import espeakng_loader  # The wheel is missing where nobody needs the demo.
-
-        library = ctypes.CDLL(espeakng_loader.get_library_path())
-        return library, espeakng_loader.get_data_path().encode()
-    except (ImportError, OSError) as error:
-        raise UserError(f"cannot load espeak-ng ({error}); pip install espeakng-loader") from None
-
-
-def _unload(library) -> None:
-    """Lets go of the library and its state.
-
-    Where the system keeps the library loaded, the fixed order of sentences keeps speech the same.
-    """
-    if os.name == "posix":
-        ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
+    rng = random.Random(f"texts {split} {seed}")
+    given = rng.sample(sentences, len(sentences)) if split == "train" else []
+    voices = rng.sample(VOICES[split], len(VOICES[split]))
+    for i, words in enumerate(itertools.chain(given, new_sentences(sentences, rng))):
+        yield Utterance(
+            spelled(words),
+            voices[i % len(voices)],
+            rate=rng.randint(110, 200),
+            pitch=rng.randint(20, 80),
+            accent=rng.choice(ACCENTS),
+            word_gap=rng.randint(1, 20),
+            silence=(rng.uniform(0.1, 0.5), rng.uniform(0.1, 0.5)),
+            written=" ".join(words),
+        )
 
 
 # ---- Files
 
 
-def write_wavs(folder: str, utterances: list[Utterance]) -> None:
-    """Writes the wavs 0000.wav, 0001.wav, ... and metadata.csv into a new folder."""
+def write_wavs(folder: str, utterances, hours: float = math.inf) -> int:
+    """Writes the wavs 0000.wav, 0001.wav, ... and metadata.csv into a new folder.
+
+    The last utterance is the one that completes the `hours`. Returns how many there are.
+    """
     os.makedirs(folder)
+    num_samples = 0
     table = [("file_name", "transcription", "speaker")]
     bar = tqdm(utterances, desc=os.path.basename(folder), unit=" utterances", disable=None)
     for i, utterance in enumerate(bar):
         samples = (32768 * speak(utterance)).astype(np.int16)  # which espeak-ng gave, to the bit
+        samples = np.pad(samples, [round(seconds * RATE) for seconds in utterance.silence])
         content = io.BytesIO()
         soundfile.write(content, samples, RATE, "PCM_16", format="WAV")
         table.append((f"{i:04d}.wav", utterance.text, utterance.voice))
         with open(os.path.join(folder, table[-1][0]), "wb") as file:
             file.write(content.getvalue())
+        num_samples += len(samples)
+        if num_samples >= hours * 3600 * RATE:
+            break
     write_whole(os.path.join(folder, "metadata.csv"), csv_text(table).encode())
+    return len(table) - 1
+
+
+def write_texts(folder: str, sentences: list[list[str]], options: DemoOptions) -> None:
+    """Writes the splits train and dev, which has a twentieth of the rows, at most 100."""
+    rows = options.rows or (None if options.hours else len(sentences))
+    train, dev = (spoken_texts(sentences, split, options.seed or 0) for split in ("train", "dev"))
+    train = itertools.islice(train, rows)
+    count = write_wavs(os.path.join(folder, "train"), train, options.hours or math.inf)
+    dev = itertools.islice(dev, min(max(count // 20, 1), UTTERANCES["dev"]))
+    write_wavs(os.path.join(folder, "dev"), dev)
 
 
 def main(argv: list[str]) -> None:
     options = build(DemoOptions, vars(make_parser(__doc__, DemoOptions).parse_args(argv)))
+    sentences, left_out = read_sentences(options.texts) if options.texts else ([], 0)
     with published(options.out, "the demo corpus", options.overwrite) as folder:
-        for split in UTTERANCES:
-            write_wavs(os.path.join(folder, split), plan(split, options.rows))
-    print(f"{shown(options.out)}: {', '.join(UTTERANCES)}; next, prepare.py --source reads them")
+        if sentences:
+            write_texts(folder, sentences, options)
+        else:
+            for split in UTTERANCES:
+                write_wavs(os.path.join(folder, split), plan(split, options.rows))
+        splits = ", ".join(split for split in UTTERANCES if split in os.listdir(folder))
+    if left_out:
+        print(f"words without a letter or digit, left out: {left_out}")
+    print(f"{shown(options.out)}: {splits}; next, prepare.py --source reads them")
 
 
 if __name__ == "__main__":

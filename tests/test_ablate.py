@@ -1,0 +1,198 @@
+"""tools/ablate.py: its plan, what it repeats, and its table, with made-up trainings."""
+
+import json
+import sys
+from pathlib import Path
+
+from cli import UserError
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+import train
+from tools import ablate
+
+ERRORS = {"baseline": [4, 4, 4, 4], "wide_masks": [3, 4, 3, 4], "together": [9, 9, 9, 9]}
+
+
+def value_of(words, flag):
+    return words[words.index(flag) + 1]
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A night's work without the work: run(*flags) -> the commands that were called.
+
+    An epoch of wide_masks takes twice the baseline's time. run.at says at which command, counted
+    from 0, run.error is raised.
+    """
+    calls = []
+
+    def call(log, *words):
+        if len(calls) == run.at:
+            run.at = None
+            raise run.error
+        calls.append(words)
+        if words[0] == "prepare.py":
+            Path(value_of(words, "--data_root")).mkdir(exist_ok=True)
+        elif words[0] == "train.py":
+            folder = Path(value_of(words, "--output_dir"))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.json").write_text(json.dumps({"metrics": {"steps": 20}}))
+            (folder / "flags").write_text(" ".join(words))
+            (folder / "scores.jsonl").unlink(missing_ok=True)
+        elif words[0] == "score.py":
+            folder = Path(value_of(words, "--checkpoint")).parent
+            name, seed = folder.name.rsplit("_", 1)
+            wrong = [count + int(seed) for count in ERRORS.get(name, [0] * 4)]
+            score = {"mode": value_of(words, "--mode"), "split": "dev", "references": "x"}
+            score |= {"chunk_size": int(value_of(words, "--chunk_size")), "utterances": 4}
+            score |= {"wer": 0.5, "cer": 0.5, "rtf": 0.1, "words": [10] * 4, "chars": [50] * 4}
+            score |= {"word_errors": wrong, "char_errors": wrong}
+            with open(folder / "scores.jsonl", "a") as file:
+                file.write(json.dumps(score) + "\n")
+        return 60.0
+
+    def seconds(folder):
+        return 0.2 if "--max_freq_mask" in Path(folder, "flags").read_text() else 0.1
+
+    def run(*flags):
+        calls.clear()
+        words = ["--sources", str(tmp_path / "src"), "--out", str(tmp_path / "out")]
+        ablate.main([*words, "--epochs", "20", "--seeds", "0", "2", *flags])
+        return list(calls)
+
+    monkeypatch.setattr(ablate, "call", call)
+    monkeypatch.setattr(ablate, "update_seconds", seconds)
+    run.at = None
+    run.folder = tmp_path / "out"
+    return run
+
+
+WIDE = ("--techniques", "wide_masks")
+
+
+def trainings(calls, kind="runs"):
+    """The runs that were trained -> epochs."""
+    words = [words for words in calls if words[0] == "train.py"]
+    folders = [Path(value_of(one, "--output_dir")) for one in words]
+    return {
+        folder.name: int(value_of(one, "--max_epochs"))
+        for folder, one in zip(folders, words)
+        if kind in folder.parts
+    }
+
+
+def test_flags_of_all_techniques_are_train_pys():
+    for flags in ("", *ablate.TECHNIQUES.values(), " ".join(ablate.TECHNIQUES.values())):
+        train.read_flags(f"{ablate.BASELINE} {flags}".split())
+
+
+def test_a_technique_gets_the_epochs_that_fit_the_baselines_time(night):
+    calls = night(*WIDE)
+    expected = {"baseline_0": 20, "wide_masks_0": 10, "baseline_2": 20, "wide_masks_2": 10}
+    assert trainings(calls) == expected
+    assert list(trainings(calls)) == list(expected)  # the first seed of all comes first
+    assert sum(words[0] == "prepare.py" for words in calls) == 1
+    assert sum(words[0] == "score.py" for words in calls) == 4 * 4
+
+
+def test_what_a_start_takes_is_taken_off_its_epochs(night, capsys):
+    with pytest.raises(UserError, match="2 runs have failed"):
+        night("--techniques", "synthetic_start")  # three minutes of start, an epoch of a second
+    assert "the start takes 180 s" in capsys.readouterr().out
+    results = json.loads((night.folder / "results.json").read_text())
+    results["starts"] = {"src": 3.0, "src, seed 0": 2.0, "src, seed 2": 2.0}
+    del results["costs"]["src, synthetic_start"]
+    (night.folder / "results.json").write_text(json.dumps(results))
+    calls = night("--techniques", "synthetic_start")
+    assert trainings(calls) == {"synthetic_start_0": 15, "synthetic_start_2": 15}
+    words = next(one for one in calls if "runs/synthetic_start_0" in " ".join(one[:5]))
+    assert value_of(words, "--init_from").endswith("src/spoken_seed0/best.ckpt")
+    assert "--preset" not in words
+
+
+def test_what_is_done_is_not_repeated_and_what_was_killed_is(night, capsys):
+    night.at, night.error = 10, KeyboardInterrupt(15)  # while the second run is scored
+    with pytest.raises(KeyboardInterrupt):
+        night(*WIDE)
+    assert list(trainings(night(*WIDE))) == ["wide_masks_0", "baseline_2", "wide_masks_2"]
+    table = capsys.readouterr().out
+    assert night(*WIDE) == [] == night(*WIDE, "--table") and table in capsys.readouterr().out
+
+
+def test_a_technique_with_other_flags_is_another(night, monkeypatch):
+    night(*WIDE)
+    monkeypatch.setitem(ablate.TECHNIQUES, "wide_masks", "--max_freq_mask 20")
+    assert list(trainings(night(*WIDE))) == ["wide_masks_0", "wide_masks_2"]
+
+
+def test_a_run_that_fails_stops_no_other(night, capsys):
+    night.at, night.error = 3, UserError("no luck")  # the first training
+    with pytest.raises(UserError, match="1 runs have failed"):
+        night(*WIDE)
+    out = capsys.readouterr().out
+    assert "src, baseline, seed 0: no luck" in out and "\nwide_masks" in out
+    assert list(trainings(night(*WIDE))) == ["baseline_0"]
+
+
+def test_the_table_has_means_spreads_and_differences(night, capsys, monkeypatch):
+    monkeypatch.delitem(ablate.TECHNIQUES, "synthetic_start")
+    night("--techniques", "wide_masks", "together")
+    out = capsys.readouterr().out
+    titles = [line for line in out.splitlines() if line.startswith("src, ")]
+    assert titles == [
+        f"src, {search}, {chunk}"
+        for search in ablate.SEARCHES
+        for chunk in ("full context", "chunk 16")
+    ]
+    markdown = (night.folder / "table.md").read_text().splitlines()
+    assert [line[:-1] for line in markdown if line.startswith("src, ")] == titles
+    rows = {line.split(" | ")[0][2:]: line[2:-2].split(" | ") for line in markdown if "|" in line}
+    # 16 and 24 errors of 200 characters and of 40 words.
+    baseline = ["baseline", "2", "20", "1.0", "0.1000", "0.0283", *"---"]
+    assert rows["baseline"] == [*baseline, "0.5000", "0.1414", *"---"]
+    cells = rows["wide_masks"]
+    assert cells[:7] == ["wide_masks", "2", "10", "1.0", "0.0900", "0.0283", "-0.0100"]
+    assert cells[11] == "-0.0500"
+    low, high = map(float, cells[12].split())
+    assert low == -0.1 and high == 0 and float(cells[13]) > 0.9
+    assert rows["together"][7:9] == ["+0.1000 +0.1000", "0.000"]
+    text = next(line for line in out.splitlines() if line.startswith("wide_masks"))
+    assert text.split() == " ".join(cells).split()
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--epochs", "21"], "is of other options"),
+        (["--seeds", "1", "1"], "none twice"),
+        (["--sources", "a/src", "b/src"], "there twice"),
+        (["--sources"], "give --sources"),
+        (["--techniques", "luck"], "invalid choice"),
+    ],
+)
+def test_what_would_mix_results_is_refused(night, flags, reason):
+    night(*WIDE)
+    with pytest.raises(UserError, match=reason):
+        night(*WIDE, *flags)
+
+
+def test_the_time_of_an_update_is_that_between_log_lines(tmp_path):
+    with SummaryWriter(tmp_path / "logs") as log:
+        for step in (9, 19, 29):
+            log.add_scalar("lr-AdamW", 1, step, walltime=100 + step / 4)
+            log.add_scalar("val_cer", 1, step + 50, walltime=900)
+    assert ablate.update_seconds(tmp_path) == 0.25
+    with SummaryWriter(tmp_path / "short" / "logs") as log:
+        log.add_scalar("lr-AdamW", 1, 9)
+    with pytest.raises(UserError, match="give more --calibration_epochs"):
+        ablate.update_seconds(tmp_path / "short")
+
+
+def test_a_command_that_fails_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    script = tmp_path / "script"
+    script.write_text("echo train.py: error: no data >&2; exit 2")
+    with pytest.raises(UserError, match="ends with status 2: train.py: error: no data"):
+        ablate.call(str(tmp_path / "log"), str(script))
