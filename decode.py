@@ -41,7 +41,8 @@ def check_mode(mode: str, context=None) -> None:
         raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if context is not None and mode not in CONTEXT_MODES:
         raise UserError(
-            f"mode {mode} cannot favour hotwords; choose one of {', '.join(CONTEXT_MODES)}"
+            f"mode {mode} cannot favour hotwords or a language model; "
+            f"choose one of {', '.join(CONTEXT_MODES)}"
         )
 
 
@@ -295,7 +296,7 @@ class Beam(NamedTuple):
     """
 
     lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
-    context: object | None  # a context.ContextGraph of phrases to favour
+    context: object | None  # the automaton of context.py (hotwords) or of ngram.py (words)
     frames: int  # how many have been searched
     numbers: np.ndarray  # (7,B,N) int64
     scores: np.ndarray  # (6,B,N) float64
@@ -343,9 +344,9 @@ def ctc_prefix_beam_search(
     search.beam_size nbest. A frame offers only its beam_size likeliest tokens (first pruning), and
     only the beam_size likeliest prefixes go on (second pruning). A score is the log-probability of
     the sequence, exact when the beam holds every prefix; a token's time is the last frame of its
-    run on the likeliest single path. `context`, a context.ContextGraph, adds a bonus to the scores
-    of sequences with its phrases, in the search and in the result. The offers are found on the
-    device of log_probs; the search runs in NumPy on the CPU, in float64.
+    run on the likeliest single path. `context`, a context.ContextGraph or ngram.LanguageModel, adds
+    a bonus to the scores of what it favours, in the search and in the result. The offers are found
+    on the device of log_probs; the search runs in NumPy on the CPU, in float64.
     """
     beam = prefix_start(len(log_probs), context)
     return prefix_result(prefix_advance(beam, log_probs, search, blank_id, lengths))

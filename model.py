@@ -31,6 +31,7 @@ from muon import Muon, hidden_matrices
 from presets import ModelOptions
 from tokenizer import Tokenizer
 from transforms import Frontend
+from wfst import Graph
 
 # The weights that have a row for each token.
 VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
@@ -604,8 +605,9 @@ class U2(L.LightningModule):
         """Decodes features (B,T,F), feature_lengths (B,) -> a Hypothesis for each utterance.
 
         (U2, section 3.3; U2++, section 3.1.) `search` has fields of decode.SearchOptions, such as
-        beam_size; context is a context.ContextGraph of hotwords. Raises UserError for values out of
-        bounds and for what U2.search refuses, TypeError for a keyword that is no such field.
+        beam_size; context is what ngram.favour makes of hotwords or a language model. Raises
+        UserError for values out of bounds and for what U2.search refuses, TypeError for a keyword
+        that is no such field.
         """
         names = [field.name for field in fields(SearchOptions)]
         if unknown := search.keys() - set(names):
@@ -669,6 +671,9 @@ class U2(L.LightningModule):
             picked, sizes, silent = yield picked, lengths, silent
             rows = zip(written, picked, sizes.tolist(), columns)
             found = [decode.align(*row, columns=tokens) for *row, tokens in rows]
+        elif isinstance(context, Graph):
+            log_probs, sizes, silent = yield log_probs, lengths, silent
+            found = context.search(log_probs, sizes, search.beam_size, blank_id)
         else:
             offers = decode.find_offers(log_probs, search, blank_id, lengths)
             del log_probs  # a GPU has several batches at a time

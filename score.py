@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from cli import UserError, build, make_parser, option, options_class, run, shown
@@ -27,11 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from bootstrap import interval
-from context import ContextGraph, HotwordOptions, make_context
+from context import HotwordOptions
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
 from decode import CONTEXT_MODES, MODES, STREAM_MODES, SearchOptions, overlapped
 from files import cannot_write, identity, json_text, write_whole
 from model import load_checkpoint
+from ngram import LmOptions, favour
 from sampler import eval_batches
 from stream import cut, listen
 from tokenizer import check_maker, most_frequent, normalize_text
@@ -93,20 +94,19 @@ class ScoreOptions:
 
 
 def main(argv: list[str]) -> None:
-    given = vars(make_parser(__doc__, ScoreOptions, SearchOptions, HotwordOptions).parse_args(argv))
+    parser = make_parser(__doc__, ScoreOptions, SearchOptions, HotwordOptions, LmOptions)
+    given = vars(parser.parse_args(argv))
     options = build(ScoreOptions, given)
     hotwords = build(HotwordOptions, given)
-    if hotwords.hotwords and options.mode not in (*CONTEXT_MODES, "all"):
-        raise UserError(
-            f"--mode {options.mode} cannot favour --hotwords; choose one of "
-            f"{', '.join(CONTEXT_MODES)}"
-        )
-    check_details(options, hotwords)
+    lm = build(LmOptions, given)
+    paths = {"--hotwords": hotwords.hotwords, "--lm": lm.lm, "--graph": lm.graph}
+    check_favoured(options, paths)
+    check_details(options, paths.values())
     check_keep(options)
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, device)
-    graph = make_context(hotwords, tokenizer)
+    favours = favour(lm, hotwords, tokenizer, options.stream)
     dataset, references = load_data(tokenizer, frontend, options)
     if hint := unspelled(tokenizer, references):
         print(shown(f"score.py: note: {hint}"), file=sys.stderr)
@@ -117,9 +117,11 @@ def main(argv: list[str]) -> None:
     counts = []
     details = []
     for mode in MODES if options.mode == "all" else (options.mode,):
-        context = graph if mode in CONTEXT_MODES else None
+        context = favours if mode in CONTEXT_MODES else None
         hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
-        settings = {**asdict(search), **(asdict(hotwords) if context else {})}
+        settings = asdict(search)
+        for part in (hotwords, lm):
+            settings |= asdict(part) if context and part != type(part)() else {}
         rows = enumerate(zip(references, hypotheses))
         described = [describe(mode, row, *texts) for row, texts in rows]
         rates = error_rates(references, described) | {"rtf": round(seconds / duration, 5)}
@@ -245,7 +247,7 @@ def recognize(
     mode: str,
     options: ScoreOptions,
     search: SearchOptions,
-    context: ContextGraph | None,
+    context,
 ) -> tuple[list[str], float]:
     """Hears all rows -> (a text per row, with --concatenate one text in all; the seconds taken)."""
     if options.concatenate:
@@ -334,15 +336,27 @@ def checked_waveform(row: int, values: dict) -> torch.Tensor:
 
 
 KEPT = "scores.jsonl"  # where --keep adds
+
+
+def check_favoured(options: ScoreOptions, paths: dict[str, str | None]) -> None:
+    """Raises UserError where the mode cannot favour what the flags of `paths` name."""
+    favoured = [flag for flag, path in paths.items() if path]
+    if favoured and options.mode not in (*CONTEXT_MODES, "all"):
+        raise UserError(
+            f"--mode {options.mode} cannot favour {' and '.join(favoured)}; choose one of "
+            f"{', '.join(CONTEXT_MODES)}"
+        )
+
+
 DETAIL = b'{"row": 0, "mode": "'  # how a file of details begins
 
 
-def check_details(options: ScoreOptions, hotwords: HotwordOptions) -> None:
-    """Raises UserError where --details would overwrite anything but details."""
+def check_details(options: ScoreOptions, inputs: Iterable[str | None]) -> None:
+    """Raises UserError where --details would overwrite `inputs`, or anything but details."""
     path = options.details
     if not path or not os.path.exists(path):
         return
-    if identity(path) in map(identity, (options.checkpoint, hotwords.hotwords or "", 1, 2)):
+    if identity(path) in map(identity, (options.checkpoint, *filter(None, inputs), 1, 2)):
         raise UserError(
             f"--details {path} is what this command reads, or where it prints; name another file"
         )

@@ -60,7 +60,7 @@ def listen(
 ) -> Iterator[Heard]:
     """Recognises pieces (n,) of a waveform, of any length, as they come: U2, section 3.3.
 
-    model: a model.U2. context: a context.ContextGraph of hotwords. After every chunk, a Heard has
+    model: a model.U2. context: as in decode.ctc_prefix_beam_search. After every chunk, a Heard has
     the text so far, by CTC prefix search. At the end of an utterance, a final Heard has the text
     that the attention decoders have rescored or, with another `mode`, the text of this search.
     Without `endpoints` all pieces are one utterance. Raises UserError for what decode.check_mode

@@ -40,11 +40,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
-from context import ContextGraph, HotwordOptions, make_context
+from context import HotwordOptions
 from decode import MODES, STREAM_MODES, SearchOptions, Turns, columns_of, overlapped
 from files import FULL, identity, write_whole
 from frames import to_device
 from model import load_checkpoint
+from ngram import LmOptions, favour
 from recovery import leave_terminal
 from sampler import eval_batches
 from stream import frame_ms, listen
@@ -137,7 +138,7 @@ class Job(NamedTuple):
     model: object  # a model.U2
     options: TranscribeOptions
     search: SearchOptions
-    context: ContextGraph | None  # of hotwords
+    context: object | None  # what ngram.favour makes of hotwords and a language model
 
     @property
     def shows_words(self) -> bool:
@@ -146,7 +147,7 @@ class Job(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser(__doc__, TranscribeOptions, SearchOptions, HotwordOptions)
+    parser = make_parser(__doc__, TranscribeOptions, SearchOptions, HotwordOptions, LmOptions)
     parser.add_argument(
         "paths",
         nargs="+",
@@ -158,11 +159,13 @@ def main(argv: list[str]) -> None:
     check_given(given, options)
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     hotwords = build(HotwordOptions, given)
+    lm = build(LmOptions, given)
     recordings = [recording for path in given["paths"] for recording in recordings_at(path)]
-    outputs = output_paths(recordings, options, (options.checkpoint, hotwords.hotwords or ""))
+    inputs = options.checkpoint, hotwords.hotwords or "", lm.lm or "", lm.graph or ""
+    outputs = output_paths(recordings, options, inputs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, _ = load_checkpoint(options.checkpoint, device)
-    job = Job(model, options, search, make_context(hotwords, tokenizer))
+    job = Job(model, options, search, favour(lm, hotwords, tokenizer, options.stream))
     failed = transcribe_all(job, recordings, outputs)
     if failed:
         sys.exit(max(failed.values()))

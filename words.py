@@ -99,11 +99,17 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
     character is a word of its own, with the punctuation and the combining marks that belong to it.
     Other scripts without spaces (Thai) come as long words.
     """
+    words = split_words(tokenizer.texts(tokens))
+    return [word._replace(text=tokenizer.written(word.text)) for word in words]
+
+
+def split_words(texts: Iterable[str]) -> list[Spelled]:
+    """Splits the text that pieces join to into words, as `spell` does; `places` are of pieces."""
     words = []
     spaced = True  # a space stands before the next character
     inside = False  # the last word may go on with letters
     opened = False  # the last character opened a bracket or a quotation
-    for place, text in enumerate(tokenizer.texts(tokens)):
+    for place, text in enumerate(texts):
         for character in text:
             if character.isspace():
                 spaced = True
@@ -111,7 +117,7 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
                 opened = False
                 continue
             category = unicodedata.category(character)
-            goes_on = character in GOES_ON or category[0] == "M" or category in CLOSING
+            goes_on = belongs(character)
             alone = not goes_on and bool(ALONE.match(character))
             opens = category in OPENING and (not inside or ord(character) > 0x2E7F)
             if spaced or not (goes_on or opened or inside and not alone and not opens):
@@ -122,7 +128,13 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
             spaced = False
             opened = category in OPENING
             inside = not alone and (inside or not goes_on)
-    return [word._replace(text=tokenizer.written(word.text)) for word in words]
+    return words
+
+
+def belongs(character: str) -> bool:
+    """Returns whether a character goes on with the word before: a mark, or closing punctuation."""
+    category = unicodedata.category(character)
+    return character in GOES_ON or category[0] == "M" or category in CLOSING
 
 
 def text_of(words: Iterable[Spelled | Word]) -> str:

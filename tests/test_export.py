@@ -6,6 +6,7 @@ onnxruntime is called here as sherpa-onnx and WeNet's runtime call it.
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 from cli import UserError
 
@@ -20,8 +21,8 @@ from decode import SearchOptions
 from frames import MAX_POSITION, subsampled_length
 from helpers import ROOT, TWO_BLOCKS, one_line
 from helpers_model import exportable_model, save_model, tiny_model
-from tokenizer import Tokenizer, train_char
-from tools import export, onnx_checks, parity
+from tokenizer import Tokenizer, save_tokenizer, train_char
+from tools import export, lm, onnx_checks, parity
 from tools.export import BLANK, ExportOptions, main, token_lines
 from tools.export import export as export_model
 from tools.onnx_checks import (
@@ -36,6 +37,7 @@ from tools.onnx_checks import (
 from tools.onnx_graphs import Chunk, ChunkOptions, cache_inputs
 from tools.wenet_import import load_wenet
 from transforms import STREAM_WINDOW, Frontend, extract
+from wfst import load_graph
 
 CHUNK, LEFT = 4, 2
 CHUNKS = ChunkOptions(CHUNK, LEFT)
@@ -655,3 +657,27 @@ def test_the_graphs_of_a_wenet_model_give_what_wenet_gives(golden, tmp_path):
     np.testing.assert_allclose(
         torch.cat(outs, dim=1), expected["stream_out_chunk8_left1"], atol=1e-4
     )
+
+
+def test_a_graph_of_tools_lm_runs_in_sherpa_onnx(fbank, tmp_path):
+    """Its streams find what wfst.py finds: the nearest of the words that the graph knows."""
+    pytest.importorskip("kaldifst", reason="graphs need kaldifst and kaldi-decoder")
+    model, folder, _ = fbank
+    given = [parity.to_chunks(model, CHUNKS, sound) for sound in sounds()]
+    streams = [network_stream(model, CHUNKS, given_of(model, chunks)) for chunks in given]
+    log_probs = [model.ctc_log_probs(encoded).detach() for encoded in streams]  # (T,V) each
+    plain = [greedy(model, row) for row in log_probs]
+    text, arpa, path, tokenizer = (str(tmp_path / name) for name in ("text", "lm", "fst", "json"))
+    Path(text).write_text("".join(f"{model.tokenizer.decode(row[:-1])}\n" for row in plain))
+    save_tokenizer(model.tokenizer, tokenizer)
+    argv = ["--text", text, "--out", arpa, "--graph", path, "--checkpoint", tokenizer]
+    lm.main([*argv, "--closed"])
+    graph = load_graph(path, model.tokenizer.vocab_size)
+    found = [graph.search_one(row, 10, model.tokenizer.blank_id).tokens for row in log_probs]
+    assert found == [row[:-1] for row in plain]
+    sizes = dict(chunk_size=CHUNK, num_left_chunks=LEFT)
+    kind = parity.sherpa_onnx.OnlineRecognizer
+    made = parity.recognizer(kind, model, folder, parity.OWN, "model-streaming.onnx", **sizes)
+    made.config.ctc_fst_decoder_config.graph = path
+    made.recognizer = type(made.recognizer)(made.config)
+    assert [parity.sherpa_stream(model, made, chunks) for chunks in given] == found

@@ -10,11 +10,11 @@ FLOORS = (
     ("checkpoint",),
     ("transforms", "sampler", "tokenizer", "presets", "decode"),
     ("conformer", "joint"),
-    ("words", "audio", "context", "recovery"),
-    ("datamodule", "model", "sources"),
+    ("words", "audio", "context", "recovery", "wfst"),
+    ("datamodule", "model", "ngram", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("onnx_graphs", "speak", "traffic", "workloads"),
+    ("lm", "onnx_graphs", "speak", "traffic", "workloads"),
     ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
     ("ablate", "export", "torture", "gpu_work"),
@@ -35,7 +35,7 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_ut
 # The network, its decoding and the features are of use without the trainer, too.
 WITHOUT_LIGHTNING = (
     *("conformer", "frames", "presets", "kernels", "fused", "graphs", "muon"),
-    *("decode", "joint", "context", "stream", "words"),
+    *("decode", "joint", "context", "ngram", "stream", "wfst", "words"),
     *("transforms", "sampler", "audio", "containers", "tokenizer"),
     *("cli", "files", "checkpoint"),
 )

@@ -1,0 +1,305 @@
+"""An n-gram language model of words: this file reads one (ARPA), and scores tokens by it.
+
+The automaton stands where a context.ContextGraph of hotwords stands: prefix beam search adds to a
+hypothesis what the language model says of its words. A word counts when it is complete, that is at
+the space behind it or at the first token of the next word. Before this, its beginning counts as the
+likeliest word that begins so (look-ahead; by the model without history), and what begins no
+word of the vocabulary as the unknown word, which so is spelled out and not lost. The model knows
+characters, whatever tokens they come in.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cli import UserError, option, options_class, shown
+
+import numpy as np
+
+from context import ContextGraph, HotwordOptions, make_context
+from files import read_text, why
+from wfst import load_graph
+from words import ALONE, belongs
+
+BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+LARGEST_ARPA = 2**34  # bytes
+SECTION = re.compile(r"\\(\d+)-grams:")
+# Nodes of the trie of spellings: between words, and two for an unknown word, the second of which
+# ends in a Chinese character.
+BETWEEN, UNSPELLED, _ = range(3)
+ID = 2**32  # above all numbers of words, tokens and histories
+
+
+@options_class
+class LmOptions:
+    """Names the language model that prefix beam search and the rescoring favour."""
+
+    lm: str | None = option(None, "n-gram language model of words (ARPA; python -m tools.lm)")
+    lm_weight: float = option(
+        0.7, "with --lm: weight of its log-probabilities; 0: none", at_least=0.0, at_most=100.0
+    )
+    word_bonus: float = option(
+        3.0, "with --lm: what each word adds to a score", at_least=-100.0, at_most=100.0
+    )
+    graph: str | None = option(
+        None, "HLG.fst of a language model (python -m tools.lm), to be searched in place of --lm"
+    )
+
+    def __post_init__(self):
+        if self.lm and self.graph:
+            raise UserError("--graph has a language model of its own; leave out --lm or --graph")
+        for name in ("lm_weight", "word_bonus"):
+            if self.lm is None and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name} has no effect without --lm; give both or neither")
+
+
+class NGrams(NamedTuple):
+    """An n-gram model as an automaton of H histories; history 0 is that before a sentence."""
+
+    words: dict[str, int]
+    keys: np.ndarray  # (G,) sorted: ID * history + word
+    scores: np.ndarray  # (G,) log-probability of the word after the history
+    targets: np.ndarray  # (G,) the history behind the word
+    link: np.ndarray  # (H,) the history without its first word
+    backoff: np.ndarray  # (H,) what it costs to go there
+
+    def say(self, histories: np.ndarray, words) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the words' log-probabilities, and the histories behind them."""
+        score = np.zeros(np.shape(histories))
+        while True:
+            keys = histories * ID + words
+            places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+            missing = self.keys[places] != keys
+            if not missing.any():
+                return score + self.scores[places], self.targets[places]
+            score = np.where(missing, score + self.backoff[histories], score)
+            histories = np.where(missing, self.link[histories], histories)
+
+
+class LanguageModel(NamedTuple):
+    """An automaton over tokens; state h * nodes + n is history h and node n of the spellings."""
+
+    ngrams: NGrams
+    keys: np.ndarray  # sorted: ID * node + token, for each token with which a spelling goes on
+    targets: np.ndarray  # the node to which it leads
+    word: np.ndarray  # (nodes,) the word that ends at the node, else the unknown word
+    ahead: np.ndarray  # (nodes,) weighted log-probability of the likeliest word through the node
+    alone: np.ndarray  # (nodes,) bool: a letter begins a new word, as behind a Chinese character
+    begins: np.ndarray  # (V,) bool: the token begins a word, or ends one
+    letter: np.ndarray  # (V,) bool: the token begins a word behind an `alone` node
+    closes: np.ndarray  # (V,) bool: the token ends in a Chinese character
+    weight: float
+    bonus: float  # of each word
+
+    def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the states behind the tokens, and the bonus of the step; arguments broadcast."""
+        histories, nodes = np.divmod(states, len(self.word))
+        said, behind = self.end_word(histories, nodes)
+        new = self.begins[tokens] | self.alone[nodes] & self.letter[tokens]
+        after = self.child(np.where(new, BETWEEN, nodes), tokens)
+        after += (after == UNSPELLED) & (
+            self.closes[tokens] | ~self.letter[tokens] & self.alone[nodes]
+        )
+        gain = np.where(new, said, 0.0) + self.ahead[after] - self.ahead[nodes]
+        return np.where(new, behind, histories) * len(self.word) + after, gain
+
+    def end_word(self, histories: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives what the words that end at the nodes add, and the histories behind them."""
+        said, behind = self.ngrams.say(histories, self.word[nodes])
+        between = nodes == BETWEEN
+        said = np.where(between, 0.0, self.weight * said + self.bonus)
+        return said, np.where(between, histories, behind)
+
+    def child(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the nodes to which the tokens lead, UNSPELLED where no word goes on so."""
+        keys = nodes * ID + tokens
+        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[places] == keys, self.targets[places], UNSPELLED)
+
+    def pending(self, states: np.ndarray) -> np.ndarray:
+        """Gives the bonus that is taken back where the sequence ends in these states."""
+        histories, nodes = np.divmod(states, len(self.word))
+        said, behind = self.end_word(histories, nodes)
+        end, _ = self.ngrams.say(behind, self.ngrams.words[END])
+        return self.ahead[nodes] - said - self.weight * end
+
+
+class Both(NamedTuple):
+    """Favours what two automata favour: a language model, and hotwords of H states."""
+
+    lm: LanguageModel
+    hotwords: ContextGraph
+
+    def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the states behind the tokens, and the bonus of the step; arguments broadcast."""
+        size = len(self.hotwords.link)
+        one, other = np.divmod(states, size)
+        one, gain = self.lm.step(one, tokens)
+        other, bonus = self.hotwords.step(other, tokens)
+        return one * size + other, gain + bonus
+
+    def pending(self, states: np.ndarray) -> np.ndarray:
+        """Gives the bonus that is taken back where the sequence ends in these states."""
+        one, other = np.divmod(states, len(self.hotwords.link))
+        return self.lm.pending(one) + self.hotwords.pending(other)
+
+
+def favour(options: LmOptions, hotwords: HotwordOptions, tokenizer, stream: bool):
+    """Makes the automaton of a language model, of hotwords, or of both; None for neither.
+
+    A graph is made in place of an automaton. Raises UserError for a graph with hotwords or streams.
+    """
+    if options.graph is not None:
+        if hotwords.hotwords is not None or stream:
+            raise UserError(
+                "--graph is for whole utterances without --hotwords and --stream; leave out one of "
+                "them, or give --lm instead"
+            )
+        return load_graph(options.graph, tokenizer.vocab_size)
+    context = make_context(hotwords, tokenizer)
+    if options.lm is None or options.lm_weight == 0:
+        return context
+    lm = load_lm(options.lm, tokenizer, options.lm_weight, options.word_bonus)
+    if context is None:
+        return lm
+    return Both(lm, context)
+
+
+def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> LanguageModel:
+    """Makes the automaton of an ARPA file over the tokens of a tokenizer; see read_arpa."""
+    grams = read_arpa(path)
+    ngrams = make_ngrams(grams)
+    unigrams = {word: score for (word, *more), (score, _) in grams.items() if not more}
+    texts = tokenizer.texts(range(tokenizer.vocab_size))
+    by_text = {}  # text without spaces -> the tokens that have it
+    for token, text in enumerate(texts):
+        by_text.setdefault(text.strip(), []).append(token)
+    unknown = ngrams.words[UNKNOWN]
+    word = [unknown, unknown, unknown]
+    ahead = [0.0] + 2 * [weight * unigrams[UNKNOWN]]
+    alone = [False, False, True]
+    steps = {token: BETWEEN for token, text in enumerate(texts) if text.isspace()}
+    trie = {}  # (node, character) -> node
+    longest = max(map(len, by_text))
+    for name, spelling in spell_words(unigrams, tokenizer).items():
+        path = [BETWEEN]
+        for end, character in enumerate(spelling, 1):
+            node = trie.setdefault((path[-1], character), len(word))
+            if node == len(word):
+                word.append(unknown)
+                ahead.append(-math.inf)
+                alone.append(ends_alone(spelling[:end]))
+                for begin in range(max(0, end - longest), end):
+                    for token in by_text.get(spelling[begin:end], ()):
+                        steps[path[begin] * ID + token] = node
+            path.append(node)
+            ahead[node] = max(ahead[node], weight * unigrams[name])
+        word[path[-1]] = ngrams.words[name]
+    keys = np.array(list(steps), np.int64)
+    order = keys.argsort()
+    begins = [text[:1].isspace() or bool(ALONE.match(text)) for text in texts]
+    letter = [text != "" and not belongs(text[0]) for text in texts]
+    closes = list(map(ends_alone, texts))
+    return LanguageModel(
+        ngrams,
+        keys[order],
+        np.array(list(steps.values()))[order],
+        *map(np.array, (word, ahead, alone, begins, letter, closes)),
+        weight,
+        bonus,
+    )
+
+
+def spell_words(words: Iterable[str], tokenizer) -> dict[str, str]:
+    """Gives for each word the text of its tokens, but for words that the tokenizer lacks."""
+    return {
+        word: "".join(tokenizer.texts(tokenizer.encode(word))).strip()
+        for word in words
+        if word not in (BEGIN, END, UNKNOWN) and not tokenizer.unknown(word)
+    }
+
+
+def ends_alone(spelling: str) -> bool:
+    """Returns whether a letter behind the spelling begins a new word, as behind a Chinese sign."""
+    kept = spelling
+    while kept and belongs(kept[-1]):
+        kept = kept[:-1]
+    return bool(kept and ALONE.match(kept[-1]))
+
+
+def make_ngrams(grams: dict[tuple[str, ...], tuple[float, float]]) -> NGrams:
+    """Makes the automaton of {words: (log-probability of the last one, cost of backing off)}."""
+    words = {word: number for number, (word, *more) in enumerate(grams) if not more}
+    # A history is what stands before the last word of an n-gram, or has a cost of backing off.
+    used = {gram[:-1] for gram in grams} | {gram for gram, (_, cost) in grams.items() if cost}
+    first = (BEGIN,) if (BEGIN,) in used else ()
+    histories = {history: n for n, history in enumerate(dict.fromkeys((first, (), *used)))}
+    order = max(map(len, grams))
+
+    def known(history: tuple[str, ...]) -> int:
+        """Finds the longest end of the words that is a history."""
+        while history not in histories:
+            history = history[1:]
+        return histories[history]
+
+    steps = {
+        histories[gram[:-1]] * ID + words[gram[-1]]: (score, known(gram[1 - order :]))
+        for gram, (score, _) in grams.items()
+    }
+    keys = np.array(sorted(steps))
+    scores, targets = zip(*map(steps.get, keys.tolist()))
+    link = [known(history[1:]) for history in histories]
+    backoff = [grams.get(history, (0.0, 0.0))[1] for history in histories]
+    return NGrams(words, keys, *map(np.array, (scores, targets, link, backoff)))
+
+
+def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Reads {words: (log-probability of the last one, cost of backing off)}, natural logarithms.
+
+    A model without the unknown word gives it the score of its rarest word. Raises UserError for a
+    file that cannot be read or is none.
+    """
+    try:
+        lines = read_text(path, LARGEST_ARPA).split("\n")
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
+        raise UserError(
+            f"--lm {path}: cannot be read ({reason}); give a language model in ARPA format"
+        ) from error
+    grams = {}
+    order = 0
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if line == "\\end\\":
+            break
+        if found := SECTION.fullmatch(line):
+            order = int(found[1])
+        elif order and line:
+            gram, values = read_gram(line, order, f"--lm {path}, line {number}")
+            grams[gram] = values
+    words = {gram[0]: score for gram, (score, _) in grams.items() if len(gram) == 1}
+    if END not in words:
+        raise UserError(
+            f"--lm {path}: no ARPA language model (its 1-grams have no {END}); make one with "
+            "python -m tools.lm"
+        )
+    for gram in grams:
+        if gram[-1] not in words:
+            raise UserError(f"--lm {path}: {shown(gram[-1], 100)} is not among its 1-grams")
+    rarest = min(score for word, score in words.items() if word != BEGIN)
+    grams.setdefault((UNKNOWN,), (rarest, 0.0))
+    return grams
+
+
+def read_gram(line: str, order: int, where: str) -> tuple[tuple[str, ...], tuple[float, float]]:
+    """Reads a line of ARPA: a log-probability, the words, and perhaps the cost of backing off."""
+    score, *words = line.split()
+    cost = words.pop() if len(words) == order + 1 else "0"
+    try:
+        values = float(score) * math.log(10), float(cost) * math.log(10)
+    except ValueError:
+        values = math.nan, math.nan
+    if len(words) != order or not all(map(math.isfinite, values)):
+        raise UserError(f"{where}: {shown(line, 100)} is no {order}-gram of an ARPA file")
+    return tuple(words), values

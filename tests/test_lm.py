@@ -1,0 +1,291 @@
+"""ngram.py scores words as the model's definition does; tools/lm.py makes models and graphs."""
+
+import itertools
+import math
+import random
+from pathlib import Path
+
+from cli import UserError
+
+import numpy as np
+import pytest
+import torch
+
+import score
+from context import make_graph
+from decode import ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
+from helpers import all_sequences, beams, collapse, one_line, random_log_probs
+from helpers_model import TEXTS, score_json
+from ngram import Both, LmOptions, load_lm, make_ngrams, read_arpa
+from tokenizer import from_vocab, save_tokenizer, train_bpe, train_char
+from tools.lm import arpa_text, main, train
+from wfst import load_graph
+from words import spell
+
+SENTENCES = ["a b ab", "ab a", "b a ab ab", "a", "abba a b"]
+CHINESE = ["你 好 a 吗", "好 ab 吗 你", "a 你"]
+
+
+def write_lm(path, sentences=SENTENCES, order=3) -> str:
+    path.write_text(arpa_text(*train([line.split() for line in sentences], order)))
+    return str(path)
+
+
+def by_definition(grams, words) -> float:
+    """The log-probability of a sentence: of the longest n-gram there is, backing off to it."""
+    sentence = ["<s>", *(word if (word,) in grams else "<unk>" for word in words), "</s>"]
+    total = 0.0
+    for end in range(1, len(sentence)):
+        gram = tuple(sentence[: end + 1])
+        while gram not in grams:
+            total += grams.get(gram[:-1], (0.0, 0.0))[1]
+            gram = gram[1:]
+        total += grams[gram][0]
+    return total
+
+
+def earned(automaton, tokens) -> float:
+    """What an automaton gives to a whole sequence."""
+    state = np.zeros((), np.int64)
+    total = 0.0
+    for token in tokens:
+        state, gain = automaton.step(state, np.array(token))
+        total += float(gain)
+    return total - float(automaton.pending(state))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_the_probabilities_behind_each_history_add_up_to_one(order):
+    draw = random.Random(order)
+    sentences = [draw.choices("abcdefgh", k=draw.randint(1, 9)) for _ in range(200)]
+    models, backoffs = train(sentences, order)
+    ngrams = make_ngrams(
+        {
+            words: (math.log(p), math.log(backoffs.get(words, 1.0)))
+            for model in [{("<s>",): 1e-99}, *models]
+            for words, p in model.items()
+        }
+    )
+    words = np.array([n for word, n in ngrams.words.items() if word != "<s>"])
+    said, _ = ngrams.say(np.arange(len(ngrams.link))[:, None], words)
+    assert np.exp(said).sum(1) == pytest.approx(1.0)
+
+
+def test_a_small_model_has_the_figures_of_a_hand():
+    """Discounts 0.5, 1 and 1.5: too few counts to estimate them."""
+    models, backoffs = train([["a", "b"], ["a"]], 2)
+    # Behind <s>, a, and b stand 5 different pairs: <s> a; a b, a </s>; b </s>.
+    assert backoffs[()] == pytest.approx((0.5 + 0.5 + 1.0) / 4)
+    unigram = {"a": 0.5 / 4 + 0.125, "b": 0.5 / 4 + 0.125, "</s>": 1.0 / 4 + 0.125, "<unk>": 0.125}
+    assert models[0] == pytest.approx({(word,): p for word, p in unigram.items()})
+    assert models[1]["<s>", "a"] == pytest.approx((2 - 1) / 2 + 0.5 * unigram["a"])
+    assert models[1]["a", "b"] == pytest.approx((1 - 0.5) / 2 + 0.5 * unigram["b"])
+
+
+VOCAB = {token: i for i, token in enumerate(["<pad>", "|", "A", "B", "C", "AB"])}
+
+
+@pytest.mark.parametrize(
+    "tokenizer, sentences",
+    [
+        (train_char(["a bc"]), SENTENCES),
+        (train_bpe(["ab ab abba a b c"] * 9, 16), SENTENCES),
+        (from_vocab(VOCAB, {}, {"do_lower_case": True}), SENTENCES),
+        (train_char(["a bc你好吗"]), CHINESE),
+    ],
+    ids=["char", "bpe", "wav2vec2", "chinese"],
+)
+def test_tokens_earn_what_their_words_are_worth_in_whatever_pieces(tokenizer, sentences, tmp_path):
+    path = write_lm(tmp_path / "lm", sentences)
+    grams = read_arpa(path)
+    lm = load_lm(path, tokenizer, 0.7, 0.3)
+    graph = make_graph([([5, 6], 1.5)])
+    draw = random.Random(0)
+    tokens = [t for t in range(tokenizer.vocab_size) if tokenizer.texts([t]) != [""]]
+    for _ in range(200):
+        drawn = draw.choices(tokens, k=draw.randint(0, 9))
+        words = [word.text for word in spell(drawn, tokenizer)]
+        expected = 0.7 * by_definition(grams, words) + 0.3 * len(words)
+        assert earned(lm, drawn) == pytest.approx(expected), words
+        assert earned(Both(lm, graph), drawn) == pytest.approx(expected + earned(graph, drawn))
+
+
+def test_scores_are_log_probability_and_language_model_when_the_beam_holds_every_prefix(tmp_path):
+    tokenizer = train_char(["a b"])
+    path = write_lm(tmp_path / "lm")
+    lm = load_lm(path, tokenizer, 0.7, 0.3)
+    log_probs = random_log_probs(2, 3, tokenizer.vocab_size)
+    for row, found in zip(
+        log_probs, ctc_prefix_beam_search(log_probs, torch.tensor([3, 3]), beams(1000), 0, lm)
+    ):
+        expected = {
+            tokens: math.log(probability) + earned(lm, tokens)
+            for tokens, probability in all_sequences(row, 0).items()
+        }
+        assert dict(zip(map(tuple, found.nbest), found.nbest_scores)) == pytest.approx(expected)
+        assert found.nbest_scores == sorted(found.nbest_scores, reverse=True)
+
+
+def test_a_batch_hears_what_single_rows_hear_in_one_piece_or_many(tmp_path):
+    tokenizer = train_char(["a b"])
+    lm = load_lm(write_lm(tmp_path / "lm"), tokenizer, 5.0, 0.3)
+    log_probs = random_log_probs(3, 40, tokenizer.vocab_size)
+    lengths = torch.tensor([40, 31, 7])
+    batch = ctc_prefix_beam_search(log_probs, lengths, beams(5), 0, lm)
+    plain = ctc_prefix_beam_search(log_probs, lengths, beams(5), 0)
+    assert [row.tokens for row in batch] != [row.tokens for row in plain]
+    for row, length, found in zip(log_probs, lengths, batch):
+        beam = prefix_start(1, lm)
+        for piece in row[None, :length].split(7, dim=1):
+            beam = prefix_advance(beam, piece, beams(5))
+            prefix_result(beam)  # what is given back here is not missing later
+        assert prefix_result(beam) == [found]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
+def test_score_favours_a_model_by_its_weight_and_without_weight_not(
+    world, capsys, tmp_path, stream
+):
+    lm = write_lm(tmp_path / "lm", ["g z g z", "z g"])
+    runs = []
+    for more in (
+        [],
+        ["--lm", lm, "--lm_weight", 0],
+        ["--lm", lm, "--lm_weight", 20.0, "--word_bonus", 40],
+    ):
+        details = tmp_path / "details"
+        (scores,) = score_json(
+            capsys, world, *stream, "--beam_size", 20, "--details", details, *more
+        )
+        runs.append((details.read_text(), scores.get("lm_weight")))
+    assert runs[0] == runs[1] and runs[2][1] == 20.0
+    assert "g z" not in runs[0][0] and "g z" in runs[2][0]
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", "no ARPA language model"),
+        ("\\data\\\n\\1-grams:\n-1 a\n", "no ARPA language model"),
+        ("\\1-grams:\n-1 </s>\n\\2-grams:\n-1 a b\n", "b is not among its 1-grams"),
+        ("\\1-grams:\n-1 </s>\nx a\n", "line 3: x a is no 1-gram"),
+        ("\\1-grams:\n-1 </s>\nnan a\n", "line 3: nan a is no 1-gram"),
+        ("\\1-grams:\n-1 a b c\n", "line 2: -1 a b c is no 1-gram"),
+        (None, "cannot be read (No such file"),
+        (b"\xff\xfe", "cannot be read (not UTF-8)"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_one_line(tmp_path, text, complaint):
+    path = tmp_path / "lm"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as raised:
+        read_arpa(str(path))
+    assert complaint in one_line(raised) and str(raised.value).startswith(f"--lm {path}")
+
+
+def test_flags_that_mean_nothing_are_refused(tmp_path):
+    for flags in {"lm_weight": 2.0}, {"word_bonus": 1.0}:
+        with pytest.raises(UserError, match="has no effect without --lm"):
+            LmOptions(**flags)
+    with pytest.raises(UserError, match="--mode attention cannot favour --lm"):
+        score.main(["--mode", "attention", "--lm", "lm"])
+    text = tmp_path / "text"
+    text.write_text("\n \n")
+    for argv, complaint in (
+        ([], "give one of"),
+        (["--text", text], "give --out"),
+        (["--lm", text], "give --graph, too"),
+        (["--text", text, "--out", "x", "--graph", "x"], "together"),
+        (["--text", text, "--out", "x"], "no word in it"),
+        (["--text", text, "--out", text], "is what this command reads"),
+        (["--text", tmp_path / "gone", "--out", "x"], "cannot be read (No such file"),
+    ):
+        with pytest.raises(UserError) as raised:
+            main(list(map(str, argv)))
+        assert complaint in one_line(raised)
+
+
+# Graphs
+
+
+def by_paths(grams, words) -> float:
+    """What by_definition gives, but a graph may back off although it knows the longer n-gram."""
+    scores = {("<s>",): 0.0}
+    for word in [*(word if (word,) in grams else "<unk>" for word in words), "</s>"]:
+        behind = {}
+        for history, total in scores.items():
+            for start in range(len(history) + 1):
+                if gram := grams.get((*history[start:], word)):
+                    key = (*history[start:], word)[-2:]
+                    behind[key] = max(behind.get(key, -math.inf), total + gram[0])
+                total += grams.get(history[start:], (0.0, 0.0))[1]
+        scores = behind
+    return max(scores.values())
+
+
+def write_graph(folder, tokenizer, *more) -> str:
+    """Writes the graph of SENTENCES, with the weight and the bonus of the other tests."""
+    save_tokenizer(tokenizer, str(folder / "tokenizer.json"))
+    flags = {"lm": write_lm(folder / "lm"), "checkpoint": folder / "tokenizer.json"}
+    flags |= {"graph": folder / "HLG.fst", "lm_weight": 0.7, "word_bonus": 0.3}
+    main([*(f"--{name}={value}" for name, value in flags.items()), *more])
+    return str(folder / "HLG.fst")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path, closed):
+    pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    tokenizer = train_char(["a b"])
+    path = write_graph(tmp_path, tokenizer, *(["--closed"] if closed else []))
+    graph = load_graph(path, tokenizer.vocab_size)
+    grams = read_arpa(str(tmp_path / "lm"))
+    for seed in range(5):
+        log_probs = random_log_probs(1, 4, tokenizer.vocab_size, seed=seed)
+        best = {}
+        for path in itertools.product(range(tokenizer.vocab_size), repeat=4):
+            tokens = collapse(path, 0)
+            total = sum(log_probs[0, t, v].item() for t, v in enumerate(path))
+            best[tokens] = max(best.get(tokens, -math.inf), total)
+        vocabulary = set(" ".join(SENTENCES).split())
+        expected = {}
+        for tokens, total in best.items():
+            text = "".join(tokenizer.texts(tokens))
+            words = text.split(" ") if tokens else []
+            known = not closed or vocabulary.issuperset(words)
+            if all(words) and known and not {1, 2, 3} & set(tokens):
+                lm = 0.7 * by_paths(grams, words) + 0.3 * len(words)
+                expected[tokens] = total + lm
+        (found,) = graph.search(log_probs, torch.tensor([4]), 10, 0)
+        first = sorted(expected, key=expected.get, reverse=True)[: len(found.nbest)]
+        assert list(map(tuple, found.nbest)) == first and len(first) > 3
+        assert found.nbest_scores == pytest.approx([expected[tokens] for tokens in first], abs=1e-3)
+        assert len(found.times) == len(found.tokens)
+
+
+def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path):
+    pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    details = tmp_path / "details"
+    path = write_graph(tmp_path, train_char(TEXTS))
+    (scores,) = score_json(capsys, world, "--graph", path, "--details", details)
+    assert scores["graph"] == path and scores["utterances"] == len(TEXTS)
+    bad = tmp_path / "bad"
+    whole = Path(path).read_bytes()
+    for content, complaint in (
+        (b"", "no graph"),
+        (b"something else", "no graph"),
+        (whole[:50], "no graph"),
+        (whole[:-9], "no graph"),
+        (None, "cannot be read"),
+    ):
+        bad.unlink(missing_ok=True)
+        if content is not None:
+            bad.write_bytes(content)
+        with pytest.raises(UserError) as raised:
+            load_graph(str(bad), 9)
+        assert complaint in one_line(raised)
+    with pytest.raises(UserError, match="its tokens are not the checkpoint's, which has 5;"):
+        load_graph(path, 5)
+    for argv in ["--stream"], ["--hotwords", path]:
+        with pytest.raises(UserError, match="--graph is for whole utterances"):
+            score.main(["--checkpoint", str(world / "best.ckpt"), "--graph", path, *argv])
