@@ -1,10 +1,10 @@
 """Tables what training techniques gain in equal wall time: python -m tools.ablate --sources DIR ...
 
-Each technique below, alone and all of them together, trains preset tiny on each corpus with each
-seed. A technique gets as many epochs as fit the time of the baseline's --epochs: two epochs of each
-are measured first, and what is made before a training counts. Work that is done is not repeated, so
-that the same command goes on after a kill. OUT/results.json holds what was measured, OUT/table.md
-the table so far, in Markdown too.
+Each technique below alone, and those of RECIPE together, trains preset tiny on each corpus with
+each seed. A technique gets as many epochs as fit the time of the baseline's --epochs: two epochs of
+each are measured first, and what is made before a training counts. Work that is done is not
+repeated, so that the same command goes on after a kill. OUT/results.json holds what was measured,
+OUT/table.md the table so far, in Markdown too.
 
 The difference of a technique from the baseline is of the means over seeds, with its 95 % interval
 by a paired bootstrap over utterances and seeds, and the probability that the technique is better.
@@ -33,6 +33,9 @@ BASELINE = "--batch_size 8 --lr 2e-3 --ema_decay 0.99 --check_val_every_n_epoch 
 # Flags of train.py by the name of a technique. {spoken} is a model that was trained on synthetic
 # speech of the corpus's own words.
 TECHNIQUES = {
+    "muon": "--optimizer muon --lr 4e-3",
+    "ctc_weight": "--ctc_weight 0.5",
+    "few_masks": "--num_subs 0 --num_time_masks 1 --dropout_rate 0.05",
     "cr_ctc": "--cr_ctc_weight 0.2",
     "interctc": "--interctc_weight 0.3",
     "stochastic_depth": "--stochastic_depth 0.1",
@@ -40,8 +43,13 @@ TECHNIQUES = {
     "dynamic_left_chunk": "--use_dynamic_left_chunk",
     "synthetic_start": "--init_from {spoken}",
 }
+RECIPE = "muon", "ctc_weight", "few_masks", "cr_ctc", "synthetic_start"  # as in `make an4`
 SPOKEN = "--hours 1.5"  # flags of tools.demo --texts
-SPOKEN_EPOCHS = 5
+SPOKEN_EPOCHS = 3
+SPOKEN_FLAGS = (
+    "--optimizer muon --lr 4e-3 --ctc_weight 0.5 --dropout_rate 0.05 "
+    "--num_time_masks 0 --num_freq_masks 0 --num_subs 0"
+)
 ALONE = "baseline"
 TOGETHER = "together"
 SEARCHES = ("ctc_greedy_search", "attention_rescoring")
@@ -117,7 +125,7 @@ def name_of(source: str) -> str:
 
 def jobs_of(options: AblateOptions) -> list[Job]:
     """Lists all trainings: of the first seed those of all techniques, then of the next."""
-    flags = {ALONE: "", **TECHNIQUES, TOGETHER: " ".join(TECHNIQUES.values())}
+    flags = {ALONE: "", **TECHNIQUES, TOGETHER: " ".join(map(TECHNIQUES.get, RECIPE))}
     names = [ALONE, *(options.techniques or [name for name in flags if name != ALONE])]
     return [
         Job(name_of(source), name, seed, flags[name])
@@ -254,7 +262,7 @@ def speak(job: Job, options: AblateOptions, results: dict) -> float:
     key = f"{job.corpus}, seed {job.seed}"
     if key not in starts:
         model = spoken_model(job, options)
-        plain = job._replace(flags="")
+        plain = job._replace(flags=SPOKEN_FLAGS)
         words = training(plain, os.path.dirname(model), SPOKEN_EPOCHS, options, data)
         starts[key] = call(log, *words)
         write_results(options, results)
