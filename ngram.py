@@ -37,10 +37,10 @@ class LmOptions:
 
     lm: str | None = option(None, "n-gram language model of words (ARPA; python -m tools.lm)")
     lm_weight: float = option(
-        0.7, "with --lm: weight of its log-probabilities; 0: none", at_least=0.0, at_most=100.0
+        0.5, "with --lm: weight of its log-probabilities; 0: none", at_least=0.0, at_most=100.0
     )
     word_bonus: float = option(
-        3.0, "with --lm: what each word adds to a score", at_least=-100.0, at_most=100.0
+        2.0, "with --lm: what each word adds to a score", at_least=-100.0, at_most=100.0
     )
     graph: str | None = option(
         None, "HLG.fst of a language model (python -m tools.lm), to be searched in place of --lm"
