@@ -103,15 +103,17 @@ AN4 = --batch_size 8 --optimizer muon --lr 4e-3 --warmup_steps 200 --ctc_weight 
 # What synthetic voices teach is soon learnt, and masks would only make it slower.
 AN4_SPOKEN = --max_epochs 3 --num_time_masks 0 --num_freq_masks 0 --dropout_rate 0.05
 
+SOURCE_IS_SET = $(if $(SOURCE),,$(error SOURCE is not set; say make an4 SOURCE=FOLDER with FOLDER/train/metadata.csv and FOLDER/dev))
+
 data/an4/tokenizer.json: | .venv/installed
-	$(if $(SOURCE),,$(error SOURCE is not set; say make an4 SOURCE=FOLDER with FOLDER/train/metadata.csv and FOLDER/dev))
-	$(PY) prepare.py --source $(SOURCE) --data_root data/an4
+	$(SOURCE_IS_SET)$(PY) prepare.py --source "$(SOURCE)" --data_root data/an4
 
 # The same words from synthetic voices come first: after them, the real ones take half as long.
 data/an4_spoken/tokenizer.json: | data/an4/tokenizer.json
-	$(PY) -m tools.demo --texts $(SOURCE)/train/metadata.csv --hours 1.5 --out data/an4_spoken_source --overwrite
+	$(SOURCE_IS_SET)$(PY) -m tools.demo --texts "$(SOURCE)/train/metadata.csv" --hours 1.5 --out data/an4_spoken_source --overwrite
 	$(PY) prepare.py --source data/an4_spoken_source --data_root data/an4_spoken --tokenizer data/an4/tokenizer.json
 
+# A training that is stopped leaves the best.ckpt of an epoch before its last, which is no start.
 .DELETE_ON_ERROR:
 runs/an4_spoken/best.ckpt: | data/an4_spoken/tokenizer.json
 	$(PY) train.py --data_root data/an4_spoken --output_dir runs/an4_spoken --overwrite --preset small \
@@ -122,7 +124,7 @@ AN4_EPOCHS ?= 20
 AN4_START ?= --init_from runs/an4_spoken/best.ckpt --dropout_rate 0.1 --cr_ctc_weight 0.2
 
 # SOURCE -> data/an4, and synthetic speech of its words -> runs/an4_spoken -> runs/an4/best.ckpt
-an4: data/an4/tokenizer.json runs/an4_spoken/best.ckpt  ## AN4 from nothing to scores, in about an hour on two cores
+an4: data/an4/tokenizer.json $(filter runs/an4_spoken/best.ckpt,$(AN4_START))  ## AN4 from nothing to scores, in about an hour on two cores
 	$(PY) train.py --data_root data/an4 --output_dir $(AN4_RUN) $(AN4_START) --precision $(PRECISION) \
 	  --max_epochs $(AN4_EPOCHS) --check_val_every_n_epoch 4 $(AN4) $(ARGS)
 	for chunk in -1 16; do \

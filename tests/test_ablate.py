@@ -1,5 +1,6 @@
 """tools/ablate.py: its plan, what it repeats, and its table, with made-up trainings."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 import train
+from presets import ModelOptions
 from tools import ablate
 
 ERRORS = {"baseline": [4, 4, 4, 4], "wide_masks": [3, 4, 3, 4], "together": [9, 9, 9, 9]}
@@ -90,6 +92,16 @@ def test_flags_of_all_techniques_are_train_pys():
         " ".join(ablate.TECHNIQUES[name] for name in ablate.RECIPE),
     ):
         train.read_flags(f"{ablate.BASELINE} {flags}".split())
+
+
+def test_a_start_hands_no_option_of_its_own_training_on():
+    """With --init_from an option of the model that is not given is as the start had it."""
+    names = {field.name for field in dataclasses.fields(ModelOptions)}
+    of_start, given = (
+        names & train.read_flags(flags.split()).keys()
+        for flags in (ablate.SPOKEN_FLAGS, ablate.BASELINE)
+    )
+    assert of_start and of_start <= given
 
 
 def test_a_technique_gets_the_epochs_that_fit_the_baselines_time(night):

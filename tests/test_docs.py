@@ -1,7 +1,10 @@
 """README.md and docs/ name only what exists: flags, links, files, make targets, functions."""
 
 import operator
+import os
 import re
+import shutil
+import subprocess
 import sys
 import types
 
@@ -75,6 +78,28 @@ def test_make_lists_every_target_and_variable():
     recipe = text[text.index("\nhelp:") : text.index("\n.venv/installed:")]
     variables = re.findall(r"^([A-Z0-9_]+) \?=", text, re.MULTILINE)
     assert [name for name in variables if f"$({name})" not in recipe] == []
+
+
+def test_make_an4_speaks_the_words_only_for_a_start_that_needs_them(tmp_path):
+    """What make would run where data/an4 is there, and nothing else."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", ".venv/installed", "data/an4/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def plan(*words):
+        make = ["make", "-n", "-C", str(tmp_path), *words]
+        env = {"PATH": os.environ["PATH"]}  # without the flags of a make that runs this
+        done = subprocess.run(make, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = plan("an4", "SOURCE=my speech")
+    assert status == 0 and '--texts "my speech/train/metadata.csv"' in said
+    status, said = plan("an4")
+    assert status and "SOURCE is not set" in said and "--texts" not in said
+    for words in (["an4_long"], ["an4", "AN4_START=--preset small"]):
+        status, said = plan(*words)
+        assert status == 0 and "train.py" in said and "spoken" not in said
 
 
 @each_page

@@ -28,8 +28,11 @@ from presets import PRESETS
 from tools.compare import has_counts, print_table, read_scores
 
 # Flags of train.py with which all begin. Where a technique has the same flag, the technique's
-# counts.
-BASELINE = "--batch_size 8 --lr 2e-3 --ema_decay 0.99 --check_val_every_n_epoch 4"
+# counts. Without the weight of CTC and the dropout, --init_from would take those of {spoken}.
+BASELINE = (
+    "--batch_size 8 --lr 2e-3 --ctc_weight 0.3 --dropout_rate 0.1 --ema_decay 0.99 "
+    "--check_val_every_n_epoch 4"
+)
 # Flags of train.py by the name of a technique. {spoken} is a model that was trained on synthetic
 # speech of the corpus's own words.
 TECHNIQUES = {
