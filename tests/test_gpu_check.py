@@ -193,7 +193,9 @@ OOM = "CUDA out of memory. Tried to allocate 2 GiB"
 
 def refusal() -> str:
     """What train.py says of a batch that is too large."""
-    batch = SimpleNamespace(features=torch.zeros(9, 5, 80), labels=torch.zeros(9, 2))
+    batch = SimpleNamespace(
+        features=torch.zeros(9, 5, 80), labels=torch.zeros(9, 2), rows=torch.arange(9)
+    )
     model = SimpleNamespace(
         keep_buffers=list, restore_buffers=list, device=torch.device("cpu"), names=[]
     )
