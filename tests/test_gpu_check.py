@@ -246,8 +246,8 @@ def test_train_takes_the_flags_of_every_check(check, tmp_path, monkeypatch):
 
     def parse(argv):
         given = train.read_flags(argv)
-        options = [train.build(kind, given) for kind in train.OPTIONS]
-        train.check_run(options[0])
+        settings = train.Settings(*(train.build(kind, given) for kind in train.OPTIONS))
+        train.check_run(settings.run, settings.optim.optimizer)
         assert given["accelerator"] == "gpu" and given["devices"] == "1"
         raise Parsed
 
