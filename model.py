@@ -406,13 +406,11 @@ class U2(L.LightningModule):
         # Behind a GradScaler a fused optimizer would unscale by itself, after the guard has looked.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         rates = dict(lr=o.lr, weight_decay=o.weight_decay, fused=fused)
-        if o.optimizer == "muon":
-            net = self.net
-            heads = net.ctc, *(d.output_layer for d in (net.decoder, net.right_decoder) if d)
+        if matrices := self.matrices():
             # Products need no more than bfloat16's bits, which not all CPUs multiply fast.
             slow = self.device.type == "cpu" and self.trainer.precision != "bf16-mixed"
             dtype = torch.float32 if slow else torch.bfloat16
-            optimizer = Muon(self.parameters(), hidden_matrices(net, heads), dtype, **rates)
+            optimizer = Muon(self.parameters(), matrices, dtype, **rates)
         else:
             kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
             optimizer = kind(self.parameters(), **rates)
@@ -434,6 +432,12 @@ class U2(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def matrices(self) -> list:
+        """Lists the weights that Muon updates; with another optimizer there are none."""
+        net = self.net
+        heads = net.ctc, *(d.output_layer for d in (net.decoder, net.right_decoder) if d)
+        return hidden_matrices(net, heads) if self.optim.optimizer == "muon" else []
 
     def on_train_start(self):
         """Gives a resumed run the optimizer's settings and the schedule of its own options.

@@ -435,10 +435,13 @@ def check_restored(trainer, module, checkpoint: dict) -> None:
     if isinstance(trainer.strategy, FSDPStrategy):
         return  # its state goes by the names of parameters, not by their numbers
     shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
+    matrices = set(map(id, module.matrices()))
+    by_muon = {number for number, p in enumerate(module.parameters()) if id(p) in matrices}
     with refusing(path, "optimizer_states"):
         [optimizer] = checkpoint["optimizer_states"]
         for number, state in optimizer["state"].items():
-            moments = {value.shape for name, value in state.items() if name != "step"}
+            names = ("exp_avg",) if number in by_muon else ("exp_avg", "exp_avg_sq")
+            moments = {state[name].shape for name in names}
             if state["step"].numel() != 1 or moments != {shapes[number]}:
                 raise TypeError
         if [group["params"] for group in optimizer["param_groups"]] != [list(shapes)]:
@@ -580,9 +583,8 @@ class MemoryCheck(L.Callback):
     @staticmethod
     def advice(options, batch) -> str:
         """Returns the advice which flag to lower, and to which number."""
-        rows, frames, _ = batch.features.shape
-        if rows == 1:
-            name, now = "max_frame", frames
+        if len(batch.rows.unique()) == 1:  # in one view or two
+            name, now = "max_frame", batch.features.size(1)
         elif options.max_batch_seconds:
             name, now = "max_batch_seconds", options.max_batch_seconds
         else:
@@ -591,7 +593,8 @@ class MemoryCheck(L.Callback):
 
     def reason(self, trainer, module, run, batch, advice) -> str | None:
         """Runs the batch. Returns why it does not fit the memory, or None where it does."""
-        rows, frames, _ = batch.features.shape
+        rows, frames = len(batch.rows.unique()), batch.features.size(1)
+        views = " in two views" * (len(batch.features) > rows)
         buffers = module.keep_buffers()
         try:
             batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
@@ -602,8 +605,8 @@ class MemoryCheck(L.Callback):
                 raise
             said = (str(error).splitlines() or ["out of memory"])[0][:150]
             return (
-                f"a batch of {rows} rows, {frames} frames and {batch.labels.size(1)} labels does "
-                f"not fit the memory of {module.device} ({said}); {advice}"
+                f"a batch of {rows} rows{views}, {frames} frames and {batch.labels.size(1)} labels "
+                f"does not fit the memory of {module.device} ({said}); {advice}"
             )
         finally:
             module.restore_buffers(buffers)
@@ -617,7 +620,8 @@ class MemoryCheck(L.Callback):
 
     def learn(self, trainer, module, batch):
         parameters = [p for p in module.parameters() if p.requires_grad]
-        # The first update will make the optimizer's two moments; a resumed run has them already.
+        # The first update will make the optimizer's moments, two of a parameter, or by Muon one; a
+        # resumed run has them already.
         missing = 0 if trainer.optimizers[0].state else 2
         moments = [torch.empty_like(p) for p in parameters for _ in range(missing)]
         with trainer.precision_plugin.forward_context():

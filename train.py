@@ -422,11 +422,15 @@ def check_unused(given: dict, settings: Settings) -> None:
     """Raises UserError for a flag that has no effect beside the others."""
     augment = settings.augment
     masks = augment.num_freq_masks, augment.num_time_masks, augment.num_subs
-    if settings.model.views > 1 and not any(masks):
+    model = settings.model
+    if model.views > 1 and not any(masks):
         raise UserError(
-            "--cr_ctc_weight has no effect without masks, in which the two views differ; leave it "
-            "out, or give --num_time_masks"
+            "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
+            "--num_time_masks, or --cr_ctc_weight 0"
         )
+    for name in ("cr_ctc_weight", "interctc_weight"):
+        if getattr(model, name) and not model.ctc_weight:
+            raise UserError(f"--{name} has no effect with --ctc_weight 0; give --{name} 0")
     if augment.max_time_mask_share < 1 and not augment.num_time_masks:
         raise UserError("--max_time_mask_share has no effect with --num_time_masks 0; leave it out")
     frontend = settings.frontend.frontend

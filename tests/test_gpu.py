@@ -117,10 +117,12 @@ def trained(model, order, poison=(), **options):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("name", ["default", "batch_norm"])
+@pytest.mark.parametrize("name", ["default", "batch_norm", "techniques"])
 def test_a_run_with_graphs_is_the_run_without(graphs_on_a_cpu, monkeypatch, name, accumulate):
     """Dropout, chunks, accumulation, the average and batch norm's statistics are all in it."""
-    options = TINY if name == "default" else type(TINY)(**{**vars(TINY), **VARIANTS[name]})
+    techniques = dict(num_blocks=2, interctc_weight=0.3, stochastic_depth=0.5)
+    variants = {"default": {}, "techniques": techniques, **VARIANTS}
+    options = type(TINY)(**{**vars(TINY), **variants[name]})
     runs = []
     for eager_steps in (1, 100):
         monkeypatch.setattr(graphs, "EAGER_STEPS", eager_steps)

@@ -193,7 +193,9 @@ OOM = "CUDA out of memory. Tried to allocate 2 GiB"
 
 def refusal() -> str:
     """What train.py says of a batch that is too large."""
-    batch = SimpleNamespace(features=torch.zeros(9, 5, 80), labels=torch.zeros(9, 2))
+    batch = SimpleNamespace(
+        features=torch.zeros(9, 5, 80), labels=torch.zeros(9, 2), rows=torch.arange(9)
+    )
     model = SimpleNamespace(
         keep_buffers=list, restore_buffers=list, device=torch.device("cpu"), names=[]
     )
@@ -244,8 +246,8 @@ def test_train_takes_the_flags_of_every_check(check, tmp_path, monkeypatch):
 
     def parse(argv):
         given = train.read_flags(argv)
-        options = [train.build(kind, given) for kind in train.OPTIONS]
-        train.check_run(options[0])
+        settings = train.Settings(*(train.build(kind, given) for kind in train.OPTIONS))
+        train.check_run(settings.run, settings.optim.optimizer)
         assert given["accelerator"] == "gpu" and given["devices"] == "1"
         raise Parsed
 

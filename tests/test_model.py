@@ -112,7 +112,7 @@ def precision_plugins(precision):
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "muon"])
 def test_a_nan_in_one_micro_batch_of_four_leaves_everything_as_it_was(
     tmp_path, precision, optimizer
 ):

@@ -22,7 +22,7 @@ import torch
 import files
 import train
 from conformer import U2Conformer
-from helpers import same
+from helpers import json_lines, same
 from helpers_train import fine_tune, interrupted, ranks, run, signalled, weights
 from model import load_checkpoint
 
@@ -207,6 +207,18 @@ def test_a_longer_onecycle_run_says_what_becomes_of_its_learning_rate(data, ende
             "--min_frame",
             30,
         ),
+        (
+            "--optimizer",
+            "muon",
+            "--cr_ctc_weight",
+            0.2,
+            "--num_blocks",
+            2,
+            "--interctc_weight",
+            0.3,
+            "--stochastic_depth",
+            0.3,
+        ),
     ],
     ids=lambda words: words[0],
 )
@@ -224,6 +236,8 @@ def test_what_is_not_given_at_a_resume_stays_as_the_run_had_it(data, tmp_path, w
         ]
     )
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
+    rows = [row for step in json_lines(tmp_path / "cut" / "steps.jsonl") for row in step["rows"]]
+    assert sorted(rows) == sorted(3 * list(range(8)))  # once an epoch, in two views, too
     options = [record(tmp_path / name)["options"] for name in ("whole", "cut")]
     places = "output_dir", "resume", "checkpoint_every_n_steps"
     assert {**options[0], **dict.fromkeys(places)} == {**options[1], **dict.fromkeys(places)}
@@ -354,6 +368,7 @@ BROKEN = [
     (("optimizer_states", 0, "state", 10**6), {}),
     (("optimizer_states", 0, "state", 3, "step"), torch.zeros(3)),
     (("optimizer_states", 0, "state", 3), {"step": 1.0}),
+    (("optimizer_states", 0, "state", 3), {"step": torch.ones(()), "exp_avg": torch.zeros(16)}),
     (("callbacks", "Average"), {"latest_update_step": "x"}),
     (("averaging_state",), {}),
     (("current_model_state", "net.ctc.bias"), torch.zeros(3)),

@@ -322,15 +322,16 @@ def test_the_memory_check_changes_nothing(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, advice",
+    "words, rows, advice",
     [
-        (("--batch_size", 2), "lower --batch_size, for example to 1"),
-        (("--max_batch_seconds", 1.5), "lower --max_batch_seconds, for example to 1"),
+        (("--batch_size", 2), "2 rows,", "lower --batch_size, for example to 1"),
+        (("--max_batch_seconds", 1.5), "2 rows,", "lower --max_batch_seconds, for example to 1"),
+        (("--batch_size", 1, "--cr_ctc_weight", 0.2), "1 rows in two views", "lower --max_frame"),
     ],
     ids=str,
 )
 def test_a_batch_that_does_not_fit_the_memory_is_said_before_the_first_update(
-    data, tmp_path, monkeypatch, words, advice
+    data, tmp_path, monkeypatch, words, rows, advice
 ):
     def loss(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -338,7 +339,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_said_before_the_first_update(
     monkeypatch.setattr(train.U2, "training_step", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr("conformer.U2Conformer.loss", loss)
     with pytest.raises(
-        UserError, match=f"a batch of 2 rows, .* does not fit the memory of cpu .*{advice}"
+        UserError, match=f"a batch of {rows}.* does not fit the memory of cpu .*{advice}"
     ):
         run(data, tmp_path / "run", *words)
 
@@ -578,6 +579,12 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
         (("--cmvn", "file"), "--cmvn"),
         (("--high_freq", -400), "--high_freq"),
         (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs"),
+        (
+            "--cr_ctc_weight 1 --num_subs 0 --num_time_masks 0 --num_freq_masks 0".split(),
+            "--cr_ctc_weight",
+        ),
+        (("--cr_ctc_weight", 0.2, "--ctc_weight", 0), "--cr_ctc_weight"),
+        (("--max_time_mask_share", 0.1, "--num_time_masks", 0), "--max_time_mask_share"),
     ],
     ids=str,
 )
