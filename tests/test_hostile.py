@@ -382,12 +382,12 @@ def test_details_replace_details_alone(tmp_path, name, monkeypatch):
     os.mkfifo("pipe")
     os.mkdir("folder")
     os.symlink("best.ckpt", "link")
-    hotwords = context.HotwordOptions(hotwords="words.txt")
+    inputs = ["words.txt", None]
     with pytest.raises(UserError, match=f"--details {name} .*; name another file"):
-        score.check_details(score.ScoreOptions(checkpoint="best.ckpt", details=name), hotwords)
+        score.check_details(score.ScoreOptions(checkpoint="best.ckpt", details=name), inputs)
     Path("details").write_text(json.dumps(score.describe("attention", 0, "a", "b")))
     for free in ("details", "new"):
-        score.check_details(score.ScoreOptions(checkpoint="best.ckpt", details=free), hotwords)
+        score.check_details(score.ScoreOptions(checkpoint="best.ckpt", details=free), inputs)
 
 
 def test_details_do_not_go_where_the_scores_do(tmp_path):
@@ -397,7 +397,7 @@ def test_details_do_not_go_where_the_scores_do(tmp_path):
         os.dup2(file.fileno(), 1)
         try:
             with pytest.raises(UserError, match="where it prints"):
-                score.check_details(options, context.HotwordOptions())
+                score.check_details(options, [])
         finally:
             os.dup2(before, 1)
             os.close(before)

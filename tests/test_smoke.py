@@ -79,13 +79,13 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path):
         "--keep",
     ).stdout
     scores = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert len(scores) == 4 and json.loads(out.splitlines()[-1]) == scores[-1]
+    assert len(scores) == 5 and json.loads(out.splitlines()[-1]) == scores[-1]
     assert all(
         score["split"] == "eval_clean" and score["utterances"] == 3 and score["chunk_size"] == -1
         for score in scores
     )
     assert all(score["wer"] >= 0 and score["cer"] >= 0 and score["rtf"] > 0 for score in scores)
-    assert len((run / "details.jsonl").read_text().splitlines()) == 4 * 3
+    assert len((run / "details.jsonl").read_text().splitlines()) == 5 * 3
 
     files = [source / "dev" / "0000.wav", source / "dev" / "0001.wav"]
     lines = command("transcribe.py", "--checkpoint", run / "best.ckpt", *files).stdout.splitlines()

@@ -55,19 +55,25 @@ class MakeOptions:
     )
     closed: bool = option(False, "in the graph, no other words than the model's")
 
-    def __post_init__(self):
-        if [self.data_root, self.text, self.lm].count(None) != 2:
-            raise UserError("give one of --data_root, --text and --lm, where the model comes from")
-        if (self.lm is None) != (self.out is not None):
-            raise UserError("give --out for a model that is made, and not for one of --lm")
-        if (self.graph is None) != (self.checkpoint is None):
-            raise UserError("give --graph and --checkpoint, whose tokens the graph knows, together")
-        if self.lm and not self.graph:
-            raise UserError("--lm alone asks for nothing; give --graph, too")
+
+def check_options(options: MakeOptions) -> None:
+    """Raises UserError for options that do not go together."""
+    if [options.data_root, options.text, options.lm].count(None) != 2:
+        raise UserError("give one of --data_root, --text and --lm, where the model comes from")
+    if (options.lm is None) != (options.out is not None):
+        raise UserError("give --out for a model that is made, and not for one of --lm")
+    if (options.graph is None) != (options.checkpoint is None):
+        raise UserError("give --graph and --checkpoint, whose tokens the graph knows, together")
+    if options.lm and not options.graph:
+        raise UserError("--lm alone asks for nothing; give --graph, too")
+    for name in () if options.graph else ("lm_weight", "word_bonus", "closed"):
+        if getattr(options, name) != getattr(MakeOptions, name):
+            raise UserError(f"--{name} has no effect without --graph; give both or neither")
 
 
 def main(argv: list[str]) -> None:
     options = build(MakeOptions, vars(make_parser(__doc__, MakeOptions).parse_args(argv)))
+    check_options(options)
     inputs = set(map(identity, filter(None, (options.text, options.lm, options.checkpoint))))
     for output in filter(None, (options.out, options.graph)):
         if identity(output) in inputs - {None}:
