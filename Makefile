@@ -108,7 +108,7 @@ SOURCE_IS_SET = $(if $(SOURCE),,$(error SOURCE is not set; say make an4 SOURCE=F
 data/an4/tokenizer.json: | .venv/installed
 	$(SOURCE_IS_SET)$(PY) prepare.py --source "$(SOURCE)" --data_root data/an4
 
-# The same words from synthetic voices come first: after them, the real ones take half as long.
+# The same words from synthetic voices come first.
 data/an4_spoken/tokenizer.json: | data/an4/tokenizer.json
 	$(SOURCE_IS_SET)$(PY) -m tools.demo --texts "$(SOURCE)/train/metadata.csv" --hours 1.5 --out data/an4_spoken_source --overwrite
 	$(PY) prepare.py --source data/an4_spoken_source --data_root data/an4_spoken --tokenizer data/an4/tokenizer.json

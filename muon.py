@@ -1,8 +1,8 @@
 """Muon: an optimizer that takes equally large steps in all directions of a weight matrix.
 
 Adam scales each number of a gradient by itself. Muon makes the momentum of a whole matrix
-orthogonal, so that its few strong directions do not drown the many weak ones. Small corpora allow
-few updates, and Muon needs about two thirds of them (`make ablation`).
+orthogonal, so that its few strong directions do not drown the many weak ones. An update takes
+longer and does more, which suits small corpora: they allow few updates.
 
 Sources: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the step's size is that of
 Liu et al. 2025 (arXiv:2502.16982), so that Adam's learning rates stay right. torch.optim.Muon

@@ -46,7 +46,7 @@ TECHNIQUES = {
     "dynamic_left_chunk": "--use_dynamic_left_chunk",
     "synthetic_start": "--init_from {spoken}",
 }
-RECIPE = "muon", "ctc_weight", "few_masks", "cr_ctc", "synthetic_start"  # as in `make an4`
+RECIPE = "muon", "ctc_weight", "few_masks", "cr_ctc", "synthetic_start"  # much as `make an4`
 SPOKEN = "--hours 1.5"  # flags of tools.demo --texts
 SPOKEN_EPOCHS = 3
 SPOKEN_FLAGS = (
