@@ -573,28 +573,27 @@ class U2Conformer(nn.Module):
             *outputs, att = but_ctc(features, lengths[0], labels, lengths[1], seen)
         else:
             *outputs, frames_there = self.encoder.outputs(features, lengths[0], seen, self.inter)
-        ctc, cr, inter = self.ctc_losses(outputs, feature_lengths, labels, label_lengths, views)
+        by_ctc = self.ctc_losses(outputs, feature_lengths, labels, label_lengths, views)
         if not but_ctc:
             att = self.attention_losses(outputs[-1], frames_there, labels, lengths[1])  # (B,)
         rows, tokens = sizes or (len(labels), (label_lengths + 1).sum())
-        losses = {
-            "loss_ctc": ctc.sum() / rows,
-            "loss_att": att.sum() / (tokens if self.options.length_normalized_loss else rows),
-        }
-        loss_ctc = losses["loss_ctc"]
-        row_losses = ctc + att
-        if inter is not None:
-            losses["loss_interctc"] = inter.sum() / rows
-            share = self.options.interctc_weight
-            loss_ctc = (1 - share) * loss_ctc + share * losses["loss_interctc"]
-            row_losses = row_losses + inter
-        if cr is not None:
-            losses["loss_cr"] = cr.sum() / rows
-            loss_ctc = loss_ctc + self.options.cr_ctc_weight * losses["loss_cr"]
-            row_losses = row_losses + cr
+        losses = {name: of_rows.sum() / rows for name, of_rows in by_ctc.items()}
+        loss_att = att.sum() / (tokens if self.options.length_normalized_loss else rows)
         weight = self.options.ctc_weight
-        loss = weight * loss_ctc + (1 - weight) * losses["loss_att"]
-        return {"loss": loss, **losses, "row_losses": row_losses.detach()}
+        return {
+            "loss": weight * self.weighted_ctc(**losses) + (1 - weight) * loss_att,
+            "loss_ctc": losses["loss_ctc"],
+            "loss_att": loss_att,
+            **losses,
+            "row_losses": sum(by_ctc.values(), att).detach(),
+        }
+
+    def weighted_ctc(self, loss_ctc, loss_interctc=None, loss_cr=None):
+        """Adds the losses that the CTC branch has, each with its weight."""
+        if loss_interctc is not None:
+            share = self.options.interctc_weight
+            loss_ctc = (1 - share) * loss_ctc + share * loss_interctc
+        return loss_ctc if loss_cr is None else loss_ctc + self.options.cr_ctc_weight * loss_cr
 
     @property
     def inter(self) -> bool:
@@ -610,7 +609,7 @@ class U2Conformer(nn.Module):
         return *outputs, self.attention_losses(outputs[-1], lengths, labels, label_lengths)
 
     def ctc_losses(self, outputs, feature_lengths, labels, label_lengths, views: int = 1):
-        """Returns each row's losses (B,) by CTC, by CR-CTC of two views, and by InterCTC, or None.
+        """Returns each row's "loss_ctc" (B,), "loss_cr" of two views, "loss_interctc", if there.
 
         `outputs` (B,T',D) are of the middle block, if there is InterCTC, and of the encoder. CTC is
         0 where the labels have no path, as in WeNet.
@@ -618,8 +617,12 @@ class U2Conformer(nn.Module):
         lengths = subsampled_length(feature_lengths, self.options.input_layer), label_lengths
         logits = [self.ctc(output.transpose(0, 1)) for output in outputs]  # (T',B,V) each
         *inter, ctc = [kernels.ctc_loss(each, labels, *lengths, self.blank_id) for each in logits]
-        cr = disagreement(logits[-1], lengths[0]) if views == 2 else None
-        return ctc, cr, *(inter or [None])
+        losses = {"loss_ctc": ctc}
+        if inter:
+            losses["loss_interctc"] = inter[0]
+        if views == 2:
+            losses["loss_cr"] = disagreement(logits[-1], lengths[0])
+        return losses
 
     def attention_losses(self, encoded, encoded_lengths, labels, label_lengths):
         """Returns each utterance's attention loss, (B,): both decoders' losses, weighted."""

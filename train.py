@@ -436,9 +436,9 @@ def check_unused(given: dict, settings: Settings) -> None:
     frontend = settings.frontend.frontend
     others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
     unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
-    if not settings.augment.noise:
+    if not augment.noise:
         unused |= dict.fromkeys(("snr", "noise_prob"), "without --noise")
-    if not settings.augment.rir:
+    if not augment.rir:
         unused["rir_prob"] = "without --rir"
     if settings.run.init_from is None:
         unused["freeze_encoder_epochs"] = "without --init_from"

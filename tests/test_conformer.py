@@ -241,7 +241,7 @@ def test_gradients_are_to_the_bit_those_of_ctc_before_the_decoders():
     found = net.loss(features, lengths, labels, label_lengths)["loss"]
     torch.manual_seed(1)
     encoded, encoded_lengths = net.encode(features, lengths)
-    ctc = net.ctc_losses([encoded], lengths, labels, label_lengths)[0]
+    ctc = net.ctc_losses([encoded], lengths, labels, label_lengths)["loss_ctc"]
     att = net.attention_losses(encoded, encoded_lengths, labels, label_lengths)
     weight = net.options.ctc_weight
     wanted = weight * (ctc.sum() / 3) + (1 - weight) * (att.sum() / 3)
