@@ -451,6 +451,9 @@ class Decoder(nn.Module):
     def __init__(self, o: ModelOptions, vocab_size: int, num_blocks: int):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, o.output_size)
+        # `embedding` multiplies by sqrt(D). Torch's and WeNet's deviation of 1 would drown the
+        # positions, and a decoder that does not know how far it has come skips and repeats words.
+        nn.init.normal_(self.embed.weight, std=o.output_size**-0.5)
         self.blocks = nn.ModuleList(DecoderBlock(o) for _ in range(num_blocks))
         self.after_norm = LayerNorm(o.output_size)
         self.output_layer = Linear(o.output_size, vocab_size)
