@@ -114,13 +114,14 @@ data/an4_spoken/tokenizer.json: | data/an4/tokenizer.json
 	$(PY) prepare.py --source data/an4_spoken_source --data_root data/an4_spoken --tokenizer data/an4/tokenizer.json
 
 # A training that is stopped leaves the best.ckpt of an epoch before its last, which is no start.
-.DELETE_ON_ERROR:
 runs/an4_spoken/best.ckpt: | data/an4_spoken/tokenizer.json
-	$(PY) train.py --data_root data/an4_spoken --output_dir runs/an4_spoken --overwrite --preset small \
+	$(PY) train.py --data_root data/an4_spoken --output_dir runs/an4_spoken.part --overwrite --preset small \
 	  --precision $(PRECISION) $(AN4_SPOKEN) $(AN4)
+	rm -rf runs/an4_spoken
+	mv runs/an4_spoken.part runs/an4_spoken
 
 AN4_RUN ?= runs/an4
-AN4_EPOCHS ?= 24
+AN4_EPOCHS ?= 20
 AN4_START ?= --init_from runs/an4_spoken/best.ckpt --dropout_rate 0.1 --cr_ctc_weight 0.2
 
 # SOURCE -> data/an4, and synthetic speech of its words -> runs/an4_spoken -> runs/an4/best.ckpt

@@ -184,6 +184,14 @@ def test_utterances_too_short_for_a_frame_have_a_finite_loss():
     )
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_new_decoder_hears_the_positions_as_well_as_the_tokens(preset):
+    decoder = network(**PRESETS[preset]).decoder.eval()
+    embedded = decoder.embedding(torch.arange(12).repeat(20, 1).T).detach()  # (tokens,positions,D)
+    of_tokens, of_positions = (embedded.mean(axis).std() for axis in (1, 0))
+    assert 0.5 < of_positions / of_tokens < 2
+
+
 def test_decoder_step_by_step_equals_the_full_pass():
     model = network()
     encoded, lengths = torch.randn(3, 9, 16), torch.tensor([9, 4, 1])
