@@ -71,6 +71,10 @@ class ContextGraph(NamedTuple):
         """Gives the bonus that is taken back where the sequence ends in these states."""
         return self.held[states]
 
+    def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the most that so many more tokens can add, if phrases end in each of them."""
+        return self.whole.max() * tokens - self.held[states]
+
 
 def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
     """Makes the automaton of phrases, each of (token ids, at least one; bonus per token).

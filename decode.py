@@ -31,7 +31,8 @@ import torchaudio
 from frames import to_device
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring", "joint")
-CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
+# Those that can favour hotwords or a language model.
+CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring", "joint")
 STREAM_MODES = ("attention_rescoring", "joint")  # those that a stream's second pass can take
 
 

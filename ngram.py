@@ -124,6 +124,14 @@ class LanguageModel(NamedTuple):
         end, _ = self.ngrams.say(behind, self.ngrams.words[END])
         return self.ahead[nodes] - said - self.weight * end
 
+    def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the most that so many more tokens can add: a bonus each, and for the word before.
+
+        The words themselves may be certain then, and what their beginnings cost is given back.
+        """
+        nodes = states % len(self.word)
+        return max(self.bonus, 0.0) * (tokens + (nodes != BETWEEN)) - self.ahead[nodes]
+
 
 class Both(NamedTuple):
     """Favours what two automata favour: a language model, and hotwords of H states."""
@@ -143,6 +151,11 @@ class Both(NamedTuple):
         """Gives the bonus that is taken back where the sequence ends in these states."""
         one, other = np.divmod(states, len(self.hotwords.link))
         return self.lm.pending(one) + self.hotwords.pending(other)
+
+    def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the most that so many more tokens can add."""
+        one, other = np.divmod(states, len(self.hotwords.link))
+        return self.lm.hope(one, tokens) + self.hotwords.hope(other, tokens)
 
 
 def favour(options: LmOptions, hotwords: HotwordOptions, tokenizer, stream: bool):
