@@ -29,7 +29,15 @@ from tqdm import tqdm
 from bootstrap import interval
 from context import HotwordOptions
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
-from decode import CONTEXT_MODES, MODES, STREAM_MODES, SearchOptions, overlapped
+from decode import (
+    CONTEXT_MODES,
+    GRAPH_MODES,
+    MODES,
+    STREAM_MODES,
+    SearchOptions,
+    modes_for,
+    overlapped,
+)
 from files import cannot_write, identity, json_text, write_whole
 from model import load_checkpoint
 from ngram import LmOptions, favour
@@ -117,7 +125,7 @@ def main(argv: list[str]) -> None:
     counts = []
     details = []
     for mode in MODES if options.mode == "all" else (options.mode,):
-        context = favours if mode in CONTEXT_MODES else None
+        context = favours if mode in modes_for(favours) else None
         hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
         settings = asdict(search)
         for part in (hotwords, lm):
@@ -341,10 +349,11 @@ KEPT = "scores.jsonl"  # where --keep adds
 def check_favoured(options: ScoreOptions, paths: dict[str, str | None]) -> None:
     """Raises UserError where the mode cannot favour what the flags of `paths` name."""
     favoured = [flag for flag, path in paths.items() if path]
-    if favoured and options.mode not in (*CONTEXT_MODES, "all"):
+    modes = GRAPH_MODES if "--graph" in favoured else CONTEXT_MODES
+    if favoured and options.mode not in (*modes, "all"):
         raise UserError(
             f"--mode {options.mode} cannot favour {' and '.join(favoured)}; choose one of "
-            f"{', '.join(CONTEXT_MODES)}"
+            f"{', '.join(modes)}"
         )
 
 
