@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decode import Hypothesis, SearchOptions, Turns, rank_beams, silence
+from decode import Hypothesis, SearchOptions, Turns, rank_beams, read, silence
 from frames import to_device, valid_mask
 
 # A probability of 0 would be -inf, and the sums of a scan would subtract it from itself. So it
@@ -260,33 +260,31 @@ def _choose_favoured(
 
     `left` (B,) is how many tokens may come behind these.
     """
-    earned, states = _favour(context, beam, totals.shape[2], eos_id, left <= 0)
+    earned = _favour(context, beam, totals.shape[2], eos_id, left <= 0)
+    states = beam.states
     beam, choice = _choose(beam, totals + earned, written, eos_id, left <= 0, apart=True)
-    states = np.take_along_axis(states.reshape(len(states), -1), choice.cpu().numpy(), 1)
+    parents, tokens, left = read(beam.parents, beam.prefixes[..., -1], left[:, None])
+    states, _ = context.step(np.take_along_axis(states, parents.numpy(), 1), tokens.numpy())
+    hope = torch.from_numpy(context.hope(states, left.numpy()))
     beam = beam._replace(earned=earned.flatten(1).gather(1, choice), states=states)
-    hope = context.hope(states, left[:, None].cpu().numpy())
-    return _drop_hopeless(beam, to_device(torch.from_numpy(hope), totals.device))
+    return _drop_hopeless(beam, to_device(hope, totals.device))
 
 
-def _favour(
-    context, beam: _Beam, vocabulary: int, eos_id: int, over: torch.Tensor
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Asks the context for its part (B,N,V) with each next token, and for the states behind it.
+def _favour(context, beam: _Beam, vocabulary: int, eos_id: int, over: torch.Tensor) -> torch.Tensor:
+    """Asks the context for its part (B,N,V) of the scores with each next token.
 
     Where a hypothesis ends, in eos or in the rows `over` (B,), what is pending is taken back. The
     context is asked for hypotheses that go on; the others keep what they have.
     """
-    goes_on = ~beam.ended.cpu().numpy()
-    before = beam.states[goes_on]  # (M,)
-    behind, gains = context.step(before[:, None], np.arange(vocabulary))  # (M,V) each
-    last = over[:, None].expand_as(beam.ended).cpu().numpy()[goes_on]
+    goes_on, over = (part.numpy() for part in read(~beam.ended, over[:, None] & ~beam.ended))
+    states = beam.states[goes_on]  # (M,)
+    behind, gains = context.step(states[:, None], np.arange(vocabulary))  # (M,V) each
+    last = over[goes_on]
     gains[last] -= context.pending(behind[last])
-    gains[:, eos_id] = -context.pending(before)
-    states = beam.states[..., None].repeat(vocabulary, axis=2)
-    states[goes_on] = behind
+    gains[:, eos_id] = -context.pending(states)
     earned = beam.earned[..., None].repeat(1, 1, vocabulary)
     earned[~beam.ended] += to_device(torch.from_numpy(gains), earned.device)
-    return earned, states
+    return earned
 
 
 def _drop_hopeless(beam: _Beam, hope: torch.Tensor) -> _Beam:
