@@ -116,7 +116,8 @@ def scan(entering: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
 class _Beam(NamedTuple):
     """Holds the N best hypotheses of each utterance.
 
-    With a context there are 2 N: the N best that have ended, then the N best that go on.
+    With a context there are 2 N: the N best that have ended, then the N best that go on. A context
+    may add more than the next words cost, so those that have ended must not take others' places.
     """
 
     prefixes: torch.Tensor  # (B,N,L)
@@ -138,26 +139,24 @@ def joint_beam_search(
     eos_id: int,
     context=None,
 ) -> tuple[list[Hypothesis], list[list[float]]]:
-    """Finds the sequences that CTC and the decoder together find likeliest.
+    """Finds what CTC and the decoder together find likeliest; for each also the score without it.
 
     log_probs (B,T,V) of CTC, lengths (B,) frames. step(prefixes (M,L), state, parents (M,) | None,
     utterances (M,)) -> (log-probabilities of the next token (M,V), new state), as for
     decode.attention_beam_search, except that the rows are only those hypotheses that go on, ordered
     by utterance. The score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * decoder, sums of
     log-probabilities, CTC's those of next_scores, plus what `context` adds, as in
-    decode.ctc_prefix_beam_search. Besides comes the score without the decoder's term, for each of
-    the nbest. What has no weight is not computed, so weight 0 is attention search. Times are empty.
-
-    A hypothesis ends in eos or with as many tokens as frames. Without a context no score ever
-    grows. So an utterance ends when all its beams have ended: no hypothesis that was left could
-    come to be better. A context may add more than the next words cost. So with one, hypotheses that
-    have ended take no place of those that go on, which _drop_hopeless ends.
+    decode.ctc_prefix_beam_search. What has no weight is not computed, so weight 0 is attention
+    search. An utterance ends when all its beams have ended, in eos or with as many tokens as
+    frames. Without a context no score ever grows, so no hypothesis that was left could come to be
+    better than these; with one, _drop_hopeless ends them. Times are empty.
     """
-    beam = _first_beam(lengths, search.beam_size * (1 if context is None else 2), sos_id)
+    size = search.beam_size * (1 if context is None else 2)
+    beam = _first_beam(lengths, size, sos_id)
     frames = paths = None
     if search.joint_ctc_weight > 0:
         frames = read_frames(log_probs, lengths, blank_id)
-        paths = Paths(*(part.expand(-1, beam.scores.shape[1], -1) for part in first_paths(frames)))
+        paths = Paths(*(part.expand(-1, size, -1) for part in first_paths(frames)))
     asked = None
     left = lengths
     while not bool(beam.ended.all()):
@@ -172,18 +171,10 @@ def joint_beam_search(
         if frames is not None:
             scores = next_scores(frames, paths, last, eos_id)
             totals = totals + search.joint_ctc_weight * scores
-        written = written.expand_as(totals)
-        if context is None:
-            beam, _ = _choose(beam, totals, written, eos_id, left <= 0)
-        else:
-            beam = _choose_favoured(beam, totals, written, eos_id, left, context)
+        beam = _choose(beam, totals, written, eos_id, left, context)
         if frames is not None:
             paths = advance(frames, paths, last, beam.parents, beam.prefixes[..., -1])
-    order = beam.scores.argsort(stable=True, dim=-1, descending=True)[:, : search.beam_size]
-    prefixes = beam.prefixes.gather(1, order[..., None].expand(-1, -1, beam.prefixes.shape[2]))
-    scores, written = (part.gather(1, order) for part in (beam.scores, beam.written))
-    others = scores - (1 - search.joint_ctc_weight) * written
-    return rank_beams(prefixes.flatten(0, 1), scores, eos_id), others.tolist()
+    return _results(beam, search, eos_id)
 
 
 def joint_rescoring(
@@ -223,22 +214,46 @@ def _choose(
     totals: torch.Tensor,
     written: torch.Tensor,
     eos_id: int,
-    over: torch.Tensor,
-    apart: bool = False,
-) -> tuple[_Beam, torch.Tensor]:
-    """Keeps the N best of totals (B,N,V), of which `written` is the decoder's part.
+    left: torch.Tensor,
+    context,
+) -> _Beam:
+    """Keeps the best of totals (B,N,V), to which the context's part is added here.
 
-    A hypothesis that has ended only offers eos, at no cost. In the rows `over` (B,) all end. The
-    places (B,N) of the best among the N*V come besides. Where `apart`, half of the N are for those
-    in eos, and half for the others.
+    `written` (B,N,V or 1) is the decoder's part, `left` (B,) how many tokens may come behind these.
+    """
+    if context is None:
+        return _keep(beam, totals, written, eos_id, left <= 0, 1)[0]
+    earned = _favour(context, beam, totals.shape[2], eos_id, left <= 0)
+    before = beam.states
+    beam, choice = _keep(beam, totals + earned, written, eos_id, left <= 0, 2)
+    parents, tokens, left = read(beam.parents, beam.prefixes[..., -1], left[:, None])
+    states, _ = context.step(np.take_along_axis(before, parents.numpy(), 1), tokens.numpy())
+    hope = torch.from_numpy(context.hope(states, left.numpy()))
+    beam = beam._replace(earned=earned.flatten(1).gather(1, choice), states=states)
+    return _drop_hopeless(beam, to_device(hope, totals.device))
+
+
+def _keep(
+    beam: _Beam,
+    totals: torch.Tensor,
+    written: torch.Tensor,
+    eos_id: int,
+    over: torch.Tensor,
+    kinds: int,
+) -> tuple[_Beam, torch.Tensor]:
+    """Keeps the N best of totals (B,N,V), and gives their places (B,N) among the N*V, too.
+
+    A hypothesis that has ended only offers eos, at no cost. In the rows `over` (B,) all end. Of 2
+    kinds, one ends in eos, and the other does not; each gets half of the N.
     """
     is_eos = torch.arange(totals.shape[2], device=totals.device) == eos_id
     as_they_are = torch.where(is_eos, beam.scores[..., None], -math.inf)
     totals = torch.where(beam.ended[..., None], as_they_are, totals)
-    kinds = [totals]
-    if apart:
-        kinds = [totals.masked_fill(others, -math.inf) for others in (~is_eos, is_eos)]
-    best = [kind.flatten(1).topk(beam.scores.shape[1] // len(kinds), dim=-1) for kind in kinds]
+    offers = [totals]
+    if kinds == 2:
+        offers = [totals.masked_fill(others, -math.inf) for others in (~is_eos, is_eos)]
+    size = beam.scores.shape[1] // kinds
+    best = (offer.flatten(1).topk(size, dim=-1) for offer in offers)
     scores, choice = (torch.cat(part, dim=1) for part in zip(*best))  # (B,N) each
     parents = choice // totals.shape[2]
     tokens = choice % totals.shape[2]
@@ -246,28 +261,11 @@ def _choose(
     beam = beam._replace(
         prefixes=torch.cat((before, tokens[..., None]), dim=2),
         scores=scores,
-        written=written.flatten(1).gather(1, choice),
+        written=written.expand_as(totals).flatten(1).gather(1, choice),
         ended=(tokens == eos_id) | (scores == -math.inf) | over[:, None],
         parents=parents,
     )
     return beam, choice
-
-
-def _choose_favoured(
-    beam: _Beam, totals: torch.Tensor, written: torch.Tensor, eos_id: int, left, context
-) -> _Beam:
-    """Does what _choose does, of totals (B,N,V) to which the context's part is added here.
-
-    `left` (B,) is how many tokens may come behind these.
-    """
-    earned = _favour(context, beam, totals.shape[2], eos_id, left <= 0)
-    states = beam.states
-    beam, choice = _choose(beam, totals + earned, written, eos_id, left <= 0, apart=True)
-    parents, tokens, left = read(beam.parents, beam.prefixes[..., -1], left[:, None])
-    states, _ = context.step(np.take_along_axis(states, parents.numpy(), 1), tokens.numpy())
-    hope = torch.from_numpy(context.hope(states, left.numpy()))
-    beam = beam._replace(earned=earned.flatten(1).gather(1, choice), states=states)
-    return _drop_hopeless(beam, to_device(hope, totals.device))
 
 
 def _favour(context, beam: _Beam, vocabulary: int, eos_id: int, over: torch.Tensor) -> torch.Tensor:
@@ -285,6 +283,17 @@ def _favour(context, beam: _Beam, vocabulary: int, eos_id: int, over: torch.Tens
     earned = beam.earned[..., None].repeat(1, 1, vocabulary)
     earned[~beam.ended] += to_device(torch.from_numpy(gains), earned.device)
     return earned
+
+
+def _results(
+    beam: _Beam, search: SearchOptions, eos_id: int
+) -> tuple[list[Hypothesis], list[list[float]]]:
+    """Lists the beam_size best hypotheses, and their scores without the decoder's part."""
+    order = beam.scores.argsort(stable=True, dim=-1, descending=True)[:, : search.beam_size]
+    prefixes = beam.prefixes.gather(1, order[..., None].expand(-1, -1, beam.prefixes.shape[2]))
+    scores, written = (part.gather(1, order) for part in (beam.scores, beam.written))
+    others = scores - (1 - search.joint_ctc_weight) * written
+    return rank_beams(prefixes.flatten(0, 1), scores, eos_id), others.tolist()
 
 
 def _drop_hopeless(beam: _Beam, hope: torch.Tensor) -> _Beam:
