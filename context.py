@@ -15,7 +15,7 @@ from cli import UserError, option, options_class, shown
 
 import numpy as np
 
-from files import read_text, why
+from files import cannot_read, read_text
 from tokenizer import quoted
 
 LARGEST_SCORE = 1000.0  # a token's bonus, in natural logarithms: no sound outweighs it
@@ -134,10 +134,8 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
     try:
         lines = re.split("\r\n?|\n", read_text(path))
     except (OSError, ValueError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
-        raise UserError(
-            f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line"
-        ) from error
+        remedy = "give a text file, a phrase a line"
+        raise cannot_read(f"--hotwords {path}", error, remedy) from error
     phrases = []
     count = 0
     for number, line in enumerate(lines, 1):

@@ -18,7 +18,7 @@ from cli import UserError, option, options_class, shown
 import numpy as np
 
 from context import ContextGraph, HotwordOptions, make_context
-from files import read_text, why
+from files import cannot_read, read_text
 from wfst import load_graph
 from words import ALONE, belongs
 
@@ -276,10 +276,8 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
     try:
         lines = read_text(path, LARGEST_ARPA).split("\n")
     except (OSError, ValueError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
-        raise UserError(
-            f"--lm {path}: cannot be read ({reason}); give a language model in ARPA format"
-        ) from error
+        remedy = "give a language model in ARPA format"
+        raise cannot_read(f"--lm {path}", error, remedy) from error
     grams = {}
     order = 0
     for number, line in enumerate(lines, 1):
