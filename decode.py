@@ -100,6 +100,23 @@ class SearchOptions:
             )
 
 
+# The modes that use an option which not all use.
+USED_IN = {
+    "beam_size": MODES[1:],
+    "ctc_weight": ("attention_rescoring",),
+    "reverse_weight": ("attention_rescoring", "joint"),
+    "joint_ctc_weight": ("joint",),
+    "length_penalty": ("attention",),
+}
+
+
+def check_used(given: dict, modes: tuple[str, ...]) -> None:
+    """Raises UserError for an option that was given although none of the modes uses it."""
+    for name, users in USED_IN.items():
+        if name in given and not set(modes) & set(users):
+            raise UserError(f"--{name} has no effect on --mode {modes[0]}; leave one of them out")
+
+
 class Hypothesis(NamedTuple):
     """Holds one utterance's results. `tokens`, `score` and `times` are those of nbest[0]."""
 

@@ -35,6 +35,7 @@ from decode import (
     MODES,
     STREAM_MODES,
     SearchOptions,
+    check_used,
     modes_for,
     overlapped,
 )
@@ -105,6 +106,8 @@ def main(argv: list[str]) -> None:
     parser = make_parser(__doc__, ScoreOptions, SearchOptions, HotwordOptions, LmOptions)
     given = vars(parser.parse_args(argv))
     options = build(ScoreOptions, given)
+    modes = MODES if options.mode == "all" else (options.mode,)
+    check_used(given, modes)
     hotwords = build(HotwordOptions, given)
     lm = build(LmOptions, given)
     paths = {"--hotwords": hotwords.hotwords, "--lm": lm.lm, "--graph": lm.graph}
@@ -124,7 +127,7 @@ def main(argv: list[str]) -> None:
     scores = []
     counts = []
     details = []
-    for mode in MODES if options.mode == "all" else (options.mode,):
+    for mode in modes:
         context = favours if mode in modes_for(favours) else None
         hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
         settings = asdict(search)
