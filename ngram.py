@@ -33,7 +33,7 @@ ID = 2**32  # above all numbers of words, tokens and histories
 
 @options_class
 class LmOptions:
-    """Names the language model that prefix beam search and the rescoring favour."""
+    """Names the language model that the search favours (prefix beam search, joint, rescoring)."""
 
     lm: str | None = option(None, "n-gram language model of words (ARPA; python -m tools.lm)")
     lm_weight: float = option(
