@@ -24,7 +24,7 @@ MANY_TOKENS = 2**20  # the most tokens that all phrases together may have
 
 @options_class
 class HotwordOptions:
-    """Names the phrases that prefix beam search, joint search and the rescoring favour."""
+    """Names the phrases that a search and its rescoring favour. Raises UserError."""
 
     hotwords: str | None = option(
         None, "file of phrases to favour, one a line, which may end in its own score: new york :2"
