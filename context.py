@@ -15,7 +15,7 @@ from cli import UserError, option, options_class, shown
 
 import numpy as np
 
-from files import read_text, why
+from files import cannot_read, read_text
 from tokenizer import quoted
 
 LARGEST_SCORE = 1000.0  # a token's bonus, in natural logarithms: no sound outweighs it
@@ -24,7 +24,7 @@ MANY_TOKENS = 2**20  # the most tokens that all phrases together may have
 
 @options_class
 class HotwordOptions:
-    """Names the phrases that prefix beam search and the rescoring favour. Raises UserError."""
+    """Names the phrases that a search and its rescoring favour. Raises UserError."""
 
     hotwords: str | None = option(
         None, "file of phrases to favour, one a line, which may end in its own score: new york :2"
@@ -70,6 +70,10 @@ class ContextGraph(NamedTuple):
     def pending(self, states: np.ndarray) -> np.ndarray:
         """Gives the bonus that is taken back where the sequence ends in these states."""
         return self.held[states]
+
+    def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the most that so many more tokens can add, if phrases end in each of them."""
+        return self.whole.max() * tokens - self.held[states]
 
 
 def make_graph(phrases: list[tuple[list[int], float]]) -> ContextGraph:
@@ -130,10 +134,8 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
     try:
         lines = re.split("\r\n?|\n", read_text(path))
     except (OSError, ValueError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
-        raise UserError(
-            f"--hotwords {path}: cannot be read ({reason}); give a text file, a phrase a line"
-        ) from error
+        remedy = "give a text file, a phrase a line"
+        raise cannot_read(f"--hotwords {path}", error, remedy) from error
     phrases = []
     count = 0
     for number, line in enumerate(lines, 1):

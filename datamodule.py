@@ -30,7 +30,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from files import SMALL, parse_json, read_json, read_text, why
+from files import SMALL, cannot_read, parse_json, read_json, read_text
 from frames import receptive_field, subsampled_length
 from sampler import LengthGroupedSampler, Shaped, ShapedSampler, eval_batches
 from tokenizer import Tokenizer
@@ -181,9 +181,7 @@ def check_tokenizers(data_roots) -> None:
         try:
             contents |= {path: parse_json(read_text(path))} if path.exists() else {}
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({shown(str(why(error)), 200)}); prepare it again"
-            ) from error
+            raise cannot_read(path, error, "prepare it again") from error
     for path, content in contents.items():
         if content != next(iter(contents.values())):
             raise UserError(

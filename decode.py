@@ -31,19 +31,25 @@ import torchaudio
 from frames import to_device
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring", "joint")
-CONTEXT_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can favour hotwords
+GRAPH_MODES = ("ctc_prefix_beam_search", "attention_rescoring")  # those that can search a graph
+CONTEXT_MODES = (*GRAPH_MODES, "joint")  # those that can favour hotwords or a language model
 STREAM_MODES = ("attention_rescoring", "joint")  # those that a stream's second pass can take
 
 
 def check_mode(mode: str, context=None) -> None:
-    """Raises UserError for a mode that is none of MODES, or that cannot favour hotwords."""
+    """Raises UserError for a mode that is none of MODES, or that is not for the context."""
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if context is not None and mode not in CONTEXT_MODES:
-        raise UserError(
-            f"mode {mode} cannot favour hotwords or a language model; "
-            f"choose one of {', '.join(CONTEXT_MODES)}"
-        )
+    if mode not in (modes := modes_for(context)):
+        what = "hotwords or a language model" if modes == CONTEXT_MODES else "a graph"
+        raise UserError(f"mode {mode} cannot favour {what}; choose one of {', '.join(modes)}")
+
+
+def modes_for(context) -> tuple[str, ...]:
+    """Lists the modes that a context may go with; `step` sets an automaton apart from a graph."""
+    if context is None:
+        return MODES
+    return CONTEXT_MODES if hasattr(context, "step") else GRAPH_MODES
 
 
 @options_class
@@ -92,6 +98,23 @@ class SearchOptions:
                 f"--left_chunks {self.left_chunks} means nothing at full context; give "
                 "--chunk_size too"
             )
+
+
+# The modes that use an option which not all use.
+USED_IN = {
+    "beam_size": MODES[1:],
+    "ctc_weight": ("attention_rescoring",),
+    "reverse_weight": ("attention_rescoring", "joint"),
+    "joint_ctc_weight": ("joint",),
+    "length_penalty": ("attention",),
+}
+
+
+def check_used(given: dict, modes: tuple[str, ...]) -> None:
+    """Raises UserError for an option that was given although none of the modes uses it."""
+    for name, users in USED_IN.items():
+        if name in given and not set(modes) & set(users):
+            raise UserError(f"--{name} has no effect on --mode {modes[0]}; leave one of them out")
 
 
 class Hypothesis(NamedTuple):

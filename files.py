@@ -1,6 +1,6 @@
 """Reads small files within bounds, and writes files and folders whole or not at all.
 
-Reading: open_file, read_small, read_text, read_json, parse_json, parse_yaml.
+Reading: open_file, read_small, read_text, read_json, parse_json, parse_yaml, cannot_read.
 Text for others: json_text, csv_text. Writing: write_whole for a file, `published` for a folder.
 Both hold the lock `alone`, so that one process writes at a time.
 """
@@ -72,7 +72,14 @@ def read_text(path: str, limit: int = SMALL) -> str:
 
 def why(error: OSError | ValueError):
     """Returns why one of these functions failed, without the file's name, which the caller adds."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
     return getattr(error, "strerror", None) or error
+
+
+def cannot_read(path: str, error: OSError | ValueError, remedy: str) -> UserError:
+    """Makes the error for a file, called `path` by the user, that one of these cannot read."""
+    return UserError(f"{path}: cannot be read ({shown(str(why(error)), 200)}); {remedy}")
 
 
 def parse_json(text: str):

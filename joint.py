@@ -13,11 +13,12 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from decode import Hypothesis, SearchOptions, Turns, rank_beams, silence
-from frames import valid_mask
+from decode import Hypothesis, SearchOptions, Turns, rank_beams, read, silence
+from frames import to_device, valid_mask
 
 # A probability of 0 would be -inf, and the sums of a scan would subtract it from itself. So it
 # counts as ZERO, and what stays below LEAST is impossible.
@@ -113,13 +114,19 @@ def scan(entering: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
 
 
 class _Beam(NamedTuple):
-    """Holds the N best hypotheses of each utterance."""
+    """Holds the N best hypotheses of each utterance.
+
+    With a context there are 2 N: the N best that have ended, then the N best that go on. A context
+    may add more than the next words cost, so those that have ended must not take others' places.
+    """
 
     prefixes: torch.Tensor  # (B,N,L)
     scores: torch.Tensor  # (B,N) float64, the weighted sum
     written: torch.Tensor  # (B,N) float64, the decoder's part
     ended: torch.Tensor  # (B,N) bool: the hypothesis stays as it is
     parents: torch.Tensor | None  # (B,N) place in the beam before of what a hypothesis continues
+    earned: torch.Tensor  # (B,N) float64, the context's part
+    states: np.ndarray  # (B,N) int64, the context's states
 
 
 def joint_beam_search(
@@ -130,27 +137,30 @@ def joint_beam_search(
     blank_id: int,
     sos_id: int,
     eos_id: int,
+    context=None,
 ) -> tuple[list[Hypothesis], list[list[float]]]:
-    """Finds the sequences that CTC and the decoder together find likeliest, and CTC's part of each.
+    """Finds what CTC and the decoder together find likeliest; for each also the score without it.
 
     log_probs (B,T,V) of CTC, lengths (B,) frames. step(prefixes (M,L), state, parents (M,) | None,
     utterances (M,)) -> (log-probabilities of the next token (M,V), new state), as for
     decode.attention_beam_search, except that the rows are only those hypotheses that go on, ordered
-    by utterance. The score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * decoder: the sums
-    of log-probabilities, CTC's those of next_scores. The first term of this sum, for each of the
-    nbest, comes besides. What has no weight is not computed, so weight
-    0 is attention search. An utterance ends when all its beams have ended, in eos or with as many
-    tokens as frames. No score ever grows, so no hypothesis that was left could come to be better
-    than these. Times are empty.
+    by utterance. The score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * decoder, sums of
+    log-probabilities, CTC's those of next_scores, plus what `context` adds, as in
+    decode.ctc_prefix_beam_search. What has no weight is not computed, so weight 0 is attention
+    search. An utterance ends when all its beams have ended, in eos or with as many tokens as
+    frames. Without a context no score ever grows, so no hypothesis that was left could come to be
+    better than these; with one, _drop_hopeless ends them. Times are empty.
     """
-    beam = _first_beam(lengths, search.beam_size, sos_id)
+    size = search.beam_size * (1 if context is None else 2)
+    beam = _first_beam(lengths, size, sos_id)
     frames = paths = None
     if search.joint_ctc_weight > 0:
         frames = read_frames(log_probs, lengths, blank_id)
-        paths = Paths(*(part.expand(-1, search.beam_size, -1) for part in first_paths(frames)))
+        paths = Paths(*(part.expand(-1, size, -1) for part in first_paths(frames)))
     asked = None
-    length = 0
+    left = lengths
     while not bool(beam.ended.all()):
+        left = left - 1
         written = beam.written[..., None]
         totals = 0.0
         if search.joint_ctc_weight < 1:
@@ -161,27 +171,25 @@ def joint_beam_search(
         if frames is not None:
             scores = next_scores(frames, paths, last, eos_id)
             totals = totals + search.joint_ctc_weight * scores
-        length += 1
-        beam = _choose(beam, totals, written.expand_as(totals), eos_id, length >= lengths)
+        beam = _choose(beam, totals, written, eos_id, left, context)
         if frames is not None:
             paths = advance(frames, paths, last, beam.parents, beam.prefixes[..., -1])
-    by_ctc = beam.scores - (1 - search.joint_ctc_weight) * beam.written
-    return rank_beams(beam.prefixes.flatten(0, 1), beam.scores, eos_id), by_ctc.tolist()
+    return _results(beam, search, eos_id)
 
 
 def joint_rescoring(
-    hypotheses: list[Hypothesis], by_ctc: list[list[float]], rescore, search: SearchOptions
+    hypotheses: list[Hypothesis], others: list[list[float]], rescore, search: SearchOptions
 ) -> Turns:
-    """Sorts what joint_beam_search has found by CTC and the attention decoders of both directions.
+    """Sorts what joint_beam_search has found by the attention decoders of both directions.
 
-    A new score is joint_ctc_weight * CTC + (1 - joint_ctc_weight) * ((1 - reverse_weight)
-    left-to-right + reverse_weight right-to-left). rescore(hypotheses, search) is
+    In the scores, (1 - reverse_weight) left-to-right + reverse_weight right-to-left takes the place
+    of the decoder; `others` are the scores without it. rescore(hypotheses, search) is
     decode.attention_rescoring, which adds ctc_weight times the scores to the decoders'.
     """
     share = 1 - search.joint_ctc_weight
     alone = [
         hypothesis._replace(nbest_scores=[score / share for score in scores])
-        for hypothesis, scores in zip(hypotheses, by_ctc)
+        for hypothesis, scores in zip(hypotheses, others)
     ]
     found = yield from rescore(alone, replace(search, ctc_weight=1.0))
     return [
@@ -197,30 +205,106 @@ def _first_beam(lengths: torch.Tensor, beam_size: int, sos_id: int) -> _Beam:
     scores[:, 0] = 0.0
     ended = (scores == -math.inf) | (lengths <= 0)[:, None]
     prefixes = torch.full((*shape, 1), sos_id, device=lengths.device)
-    return _Beam(prefixes, scores, torch.zeros_like(scores), ended, None)
+    zeros = torch.zeros_like(scores)
+    return _Beam(prefixes, scores, zeros, ended, None, zeros, np.zeros(shape, np.int64))
 
 
 def _choose(
-    beam: _Beam, totals: torch.Tensor, written: torch.Tensor, eos_id: int, over: torch.Tensor
+    beam: _Beam,
+    totals: torch.Tensor,
+    written: torch.Tensor,
+    eos_id: int,
+    left: torch.Tensor,
+    context,
 ) -> _Beam:
-    """Keeps the N best of totals (B,N,V), of which `written` is the decoder's part.
+    """Keeps the best of totals (B,N,V), to which the context's part is added here.
 
-    A hypothesis that has ended only offers eos, at no cost. In the rows `over` (B,) all end.
+    `written` (B,N,V or 1) is the decoder's part, `left` (B,) how many tokens may come behind these.
+    """
+    if context is None:
+        return _keep(beam, totals, written, eos_id, left <= 0, 1)[0]
+    earned = _favour(context, beam, totals.shape[2], eos_id, left <= 0)
+    before = beam.states
+    beam, choice = _keep(beam, totals + earned, written, eos_id, left <= 0, 2)
+    parents, tokens, left = read(beam.parents, beam.prefixes[..., -1], left[:, None])
+    states, _ = context.step(np.take_along_axis(before, parents.numpy(), 1), tokens.numpy())
+    hope = torch.from_numpy(context.hope(states, left.numpy()))
+    beam = beam._replace(earned=earned.flatten(1).gather(1, choice), states=states)
+    return _drop_hopeless(beam, to_device(hope, totals.device))
+
+
+def _keep(
+    beam: _Beam,
+    totals: torch.Tensor,
+    written: torch.Tensor,
+    eos_id: int,
+    over: torch.Tensor,
+    kinds: int,
+) -> tuple[_Beam, torch.Tensor]:
+    """Keeps the N best of totals (B,N,V), and gives their places (B,N) among the N*V, too.
+
+    A hypothesis that has ended only offers eos, at no cost. In the rows `over` (B,) all end. Of 2
+    kinds, one ends in eos, and the other does not; each gets half of the N.
     """
     is_eos = torch.arange(totals.shape[2], device=totals.device) == eos_id
     as_they_are = torch.where(is_eos, beam.scores[..., None], -math.inf)
     totals = torch.where(beam.ended[..., None], as_they_are, totals)
-    scores, choice = totals.flatten(1).topk(beam.scores.shape[1], dim=-1)  # (B,N) each
+    offers = [totals]
+    if kinds == 2:
+        offers = [totals.masked_fill(others, -math.inf) for others in (~is_eos, is_eos)]
+    size = beam.scores.shape[1] // kinds
+    best = (offer.flatten(1).topk(size, dim=-1) for offer in offers)
+    scores, choice = (torch.cat(part, dim=1) for part in zip(*best))  # (B,N) each
     parents = choice // totals.shape[2]
     tokens = choice % totals.shape[2]
     before = beam.prefixes.gather(1, parents[..., None].expand_as(beam.prefixes))
-    return _Beam(
-        torch.cat((before, tokens[..., None]), dim=2),
-        scores,
-        written.flatten(1).gather(1, choice),
-        (tokens == eos_id) | (scores == -math.inf) | over[:, None],
-        parents,
+    beam = beam._replace(
+        prefixes=torch.cat((before, tokens[..., None]), dim=2),
+        scores=scores,
+        written=written.expand_as(totals).flatten(1).gather(1, choice),
+        ended=(tokens == eos_id) | (scores == -math.inf) | over[:, None],
+        parents=parents,
     )
+    return beam, choice
+
+
+def _favour(context, beam: _Beam, vocabulary: int, eos_id: int, over: torch.Tensor) -> torch.Tensor:
+    """Asks the context for its part (B,N,V) of the scores with each next token.
+
+    Where a hypothesis ends, in eos or in the rows `over` (B,), what is pending is taken back. The
+    context is asked for hypotheses that go on; the others keep what they have.
+    """
+    goes_on, over = (part.numpy() for part in read(~beam.ended, over[:, None] & ~beam.ended))
+    states = beam.states[goes_on]  # (M,)
+    behind, gains = context.step(states[:, None], np.arange(vocabulary))  # (M,V) each
+    last = over[goes_on]
+    gains[last] -= context.pending(behind[last])
+    gains[:, eos_id] = -context.pending(states)
+    earned = beam.earned[..., None].repeat(1, 1, vocabulary)
+    earned[~beam.ended] += to_device(torch.from_numpy(gains), earned.device)
+    return earned
+
+
+def _results(
+    beam: _Beam, search: SearchOptions, eos_id: int
+) -> tuple[list[Hypothesis], list[list[float]]]:
+    """Lists the beam_size best hypotheses, and their scores without the decoder's part."""
+    order = beam.scores.argsort(stable=True, dim=-1, descending=True)[:, : search.beam_size]
+    prefixes = beam.prefixes.gather(1, order[..., None].expand(-1, -1, beam.prefixes.shape[2]))
+    scores, written = (part.gather(1, order) for part in (beam.scores, beam.written))
+    others = scores - (1 - search.joint_ctc_weight) * written
+    return rank_beams(prefixes.flatten(0, 1), scores, eos_id), others.tolist()
+
+
+def _drop_hopeless(beam: _Beam, hope: torch.Tensor) -> _Beam:
+    """Drops the hypotheses that go on but will not come to be among the N best that have ended.
+
+    hope (B,2*N) is the most that a context may add to the score of each; nothing else adds.
+    """
+    worst = beam.scores[:, beam.scores.shape[1] // 2 - 1, None]
+    hopeless = ~beam.ended & (beam.scores + hope < worst)
+    scores = beam.scores.masked_fill(hopeless, -math.inf)
+    return beam._replace(scores=scores, ended=beam.ended | hopeless)
 
 
 def _ask(step, beam: _Beam, asked, vocabulary: int):

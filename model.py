@@ -669,7 +669,7 @@ class U2(L.LightningModule):
             if mode == "attention":
                 written = self.attention_search(encoded, lengths, search)
             else:
-                written, by_ctc = self.joint_search(encoded, lengths, log_probs, search)
+                written, others = self.joint_search(encoded, lengths, log_probs, search, context)
             nbests = [hypothesis.nbest for hypothesis in written]
             picked, columns = decode.columns_of(log_probs, nbests, blank_id)
             picked, sizes, silent = yield picked, lengths, silent
@@ -689,7 +689,7 @@ class U2(L.LightningModule):
             found = yield from self.rescoring(found, search, encoded, lengths)
         elif mode == "joint" and search.joint_ctc_weight < 1 and self.reverse_weight(search) > 0:
             rescore = partial(self.rescoring, encoded=encoded, lengths=lengths)
-            found = yield from joint_rescoring(found, by_ctc, rescore, search)
+            found = yield from joint_rescoring(found, others, rescore, search)
         rows = zip(found, silent.tolist())
         return [decode.without_text(row) if nothing else row for row, nothing in rows]
 
@@ -737,7 +737,7 @@ class U2(L.LightningModule):
             step, len(lengths), lengths, search, net.sos_id, net.eos_id, encoded.device
         )
 
-    def joint_search(self, encoded, lengths, log_probs, search: SearchOptions):
+    def joint_search(self, encoded, lengths, log_probs, search: SearchOptions, context=None):
         """Runs joint_beam_search with the left-to-right decoder and CTC's log_probs (B,T',V)."""
         net = self.net
         sources = [block.src_attn.keys_values(encoded) for block in net.decoder.blocks]
@@ -756,7 +756,7 @@ class U2(L.LightningModule):
             return logits.float().log_softmax(-1), (pasts, source, utterances)
 
         ids = net.blank_id, net.sos_id, net.eos_id
-        return joint_beam_search(step, log_probs, lengths, search, *ids)
+        return joint_beam_search(step, log_probs, lengths, search, *ids, context)
 
     # ---- Checkpoint
 

@@ -18,7 +18,7 @@ from cli import UserError, option, options_class, shown
 import numpy as np
 
 from context import ContextGraph, HotwordOptions, make_context
-from files import read_text, why
+from files import cannot_read, read_text
 from wfst import load_graph
 from words import ALONE, belongs
 
@@ -33,7 +33,7 @@ ID = 2**32  # above all numbers of words, tokens and histories
 
 @options_class
 class LmOptions:
-    """Names the language model that prefix beam search and the rescoring favour."""
+    """Names the language model that the search favours (prefix beam search, joint, rescoring)."""
 
     lm: str | None = option(None, "n-gram language model of words (ARPA; python -m tools.lm)")
     lm_weight: float = option(
@@ -124,6 +124,14 @@ class LanguageModel(NamedTuple):
         end, _ = self.ngrams.say(behind, self.ngrams.words[END])
         return self.ahead[nodes] - said - self.weight * end
 
+    def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the most that so many more tokens can add: a bonus each, and for the word before.
+
+        The words themselves may be certain then, and what their beginnings cost is given back.
+        """
+        nodes = states % len(self.word)
+        return max(self.bonus, 0.0) * (tokens + (nodes != BETWEEN)) - self.ahead[nodes]
+
 
 class Both(NamedTuple):
     """Favours what two automata favour: a language model, and hotwords of H states."""
@@ -143,6 +151,11 @@ class Both(NamedTuple):
         """Gives the bonus that is taken back where the sequence ends in these states."""
         one, other = np.divmod(states, len(self.hotwords.link))
         return self.lm.pending(one) + self.hotwords.pending(other)
+
+    def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Gives the most that so many more tokens can add."""
+        one, other = np.divmod(states, len(self.hotwords.link))
+        return self.lm.hope(one, tokens) + self.hotwords.hope(other, tokens)
 
 
 def favour(options: LmOptions, hotwords: HotwordOptions, tokenizer, stream: bool):
@@ -263,10 +276,8 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
     try:
         lines = read_text(path, LARGEST_ARPA).split("\n")
     except (OSError, ValueError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
-        raise UserError(
-            f"--lm {path}: cannot be read ({reason}); give a language model in ARPA format"
-        ) from error
+        remedy = "give a language model in ARPA format"
+        raise cannot_read(f"--lm {path}", error, remedy) from error
     grams = {}
     order = 0
     for number, line in enumerate(lines, 1):

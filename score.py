@@ -29,7 +29,16 @@ from tqdm import tqdm
 from bootstrap import interval
 from context import HotwordOptions
 from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
-from decode import CONTEXT_MODES, MODES, STREAM_MODES, SearchOptions, overlapped
+from decode import (
+    CONTEXT_MODES,
+    GRAPH_MODES,
+    MODES,
+    STREAM_MODES,
+    SearchOptions,
+    check_used,
+    modes_for,
+    overlapped,
+)
 from files import cannot_write, identity, json_text, write_whole
 from model import load_checkpoint
 from ngram import LmOptions, favour
@@ -97,6 +106,8 @@ def main(argv: list[str]) -> None:
     parser = make_parser(__doc__, ScoreOptions, SearchOptions, HotwordOptions, LmOptions)
     given = vars(parser.parse_args(argv))
     options = build(ScoreOptions, given)
+    modes = MODES if options.mode == "all" else (options.mode,)
+    check_used(given, modes)
     hotwords = build(HotwordOptions, given)
     lm = build(LmOptions, given)
     paths = {"--hotwords": hotwords.hotwords, "--lm": lm.lm, "--graph": lm.graph}
@@ -116,8 +127,8 @@ def main(argv: list[str]) -> None:
     scores = []
     counts = []
     details = []
-    for mode in MODES if options.mode == "all" else (options.mode,):
-        context = favours if mode in CONTEXT_MODES else None
+    for mode in modes:
+        context = favours if mode in modes_for(favours) else None
         hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
         settings = asdict(search)
         for part in (hotwords, lm):
@@ -341,10 +352,11 @@ KEPT = "scores.jsonl"  # where --keep adds
 def check_favoured(options: ScoreOptions, paths: dict[str, str | None]) -> None:
     """Raises UserError where the mode cannot favour what the flags of `paths` name."""
     favoured = [flag for flag, path in paths.items() if path]
-    if favoured and options.mode not in (*CONTEXT_MODES, "all"):
+    modes = GRAPH_MODES if "--graph" in favoured else CONTEXT_MODES
+    if favoured and options.mode not in (*modes, "all"):
         raise UserError(
             f"--mode {options.mode} cannot favour {' and '.join(favoured)}; choose one of "
-            f"{', '.join(CONTEXT_MODES)}"
+            f"{', '.join(modes)}"
         )
 
 

@@ -84,7 +84,7 @@ def listen(
         if last or endpoints and is_endpoint(model, has_text, utterance.silent, utterance.frames):
             whole = torch.cat(utterance.chunks, dim=1)
             hushed = torch.cat(utterance.hushes, dim=1)
-            found = second_pass(model, found, whole, hushed, search, mode)
+            found = second_pass(model, found, whole, hushed, search, mode, context)
             yield Heard(found, utterance.first_frame, seconds, True, whole)
             waiting = state.features
             state = model.stream_state(search.chunk_size, search.left_chunks)
@@ -220,6 +220,7 @@ def second_pass(
     hushed: torch.Tensor,
     search: decode.SearchOptions,
     mode: str,
+    context=None,
 ) -> decode.Hypothesis:
     """Rescores or, with another mode, searches anew, over the encoder's output (1,m,D).
 
@@ -229,5 +230,5 @@ def second_pass(
         return found
     lengths = torch.tensor([encoded.size(1)], device=encoded.device)
     if mode != "attention_rescoring":
-        return model.search(encoded, lengths, mode, search, hushed=hushed)[0]
+        return model.search(encoded, lengths, mode, search, context, hushed)[0]
     return model.rescore([found], encoded, lengths, search)[0]

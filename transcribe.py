@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from context import HotwordOptions
-from decode import MODES, STREAM_MODES, SearchOptions, Turns, columns_of, overlapped
+from decode import MODES, STREAM_MODES, SearchOptions, Turns, check_used, columns_of, overlapped
 from files import FULL, identity, write_whole
 from frames import to_device
 from model import load_checkpoint
@@ -199,6 +199,7 @@ def transcribe_all(
 
 def check_given(given: dict, options: TranscribeOptions) -> None:
     """Raises UserError for flags that have no effect beside the others."""
+    check_used(given, (options.mode,))
     for name in ("max_seconds", "batch_seconds"):
         if options.stream and name in given:
             raise UserError(f"--{name} has no effect with --stream; leave one of them out")

@@ -16,9 +16,11 @@ from cli import UserError
 import torch
 
 from decode import Hypothesis, align
+from files import cannot_read
 
 BEAM = 10.0  # paths so much worse than the best one, in natural logarithms, are left
 LATTICE_BEAM = 8.0  # and so much worse sequences are none of the n-best
+MAKE_ONE = "make one with python -m tools.lm"
 
 
 class Graph(NamedTuple):
@@ -115,9 +117,9 @@ def load_graph(path: str, vocab_size: int) -> Graph:
             known = file.read(4) == b"\xd6\xfd\xb2\x7e"
         fst = kaldifst.StdVectorFst.read(path) if known else None
     except OSError as error:
-        raise UserError(f"--graph {path}: cannot be read ({error.strerror})") from error
+        raise cannot_read(f"--graph {path}", error, MAKE_ONE) from error
     if fst is None:
-        raise UserError(f"--graph {path}: no graph; make one with python -m tools.lm")
+        raise UserError(f"--graph {path}: no graph; {MAKE_ONE}")
     most = max(
         (arc.ilabel for state in range(fst.num_states) for arc in kaldifst.ArcIterator(fst, state)),
         default=0,

@@ -13,6 +13,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -168,3 +169,13 @@ def all_sequences(log_probs, blank_id):
             sum(log_probs[t, v].item() for t, v in enumerate(path))
         )
     return sums
+
+
+def earned(automaton, tokens) -> float:
+    """What an automaton gives to a whole sequence."""
+    state = np.zeros((), np.int64)
+    total = 0.0
+    for token in tokens:
+        state, gain = automaton.step(state, np.array(token))
+        total += float(gain)
+    return total - float(automaton.pending(state))

@@ -215,7 +215,7 @@ def test_flags_that_mean_nothing_are_refused():
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="above 0"):
             HotwordOptions(hotwords="words.txt", context_score=value)
-    for mode in ("ctc_greedy_search", "attention", "joint"):
+    for mode in ("ctc_greedy_search", "attention"):
         with pytest.raises(UserError, match=f"--mode {mode} cannot favour --hotwords"):
             score.main(["--mode", mode, "--hotwords", "words.txt"])
         with pytest.raises(UserError, match=f"mode {mode} cannot favour hotwords"):

@@ -258,7 +258,7 @@ def test_a_sign_that_espeak_does_not_speak_has_no_words():
         ("", [], "texts.csv has no words; give sentences"),
         ("file_name,text\na.wav,?!\n", [], "texts.csv has no words; give sentences"),
         ("file_name,words\na.wav,yes\n", [], "no column transcription or text, only file_name, w"),
-        (None, [], "cannot read .*texts.csv: No such file"),
+        (None, [], "texts.csv: cannot be read .No such file"),
         ("text\nyes\n", ["--rows", "1", "--hours", "1"], "give --hours or --rows, not both"),
     ],
 )

@@ -1,21 +1,34 @@
 """joint.py equals its definition: CTC's sum over all paths plus the decoder's sum over all tokens.
 
-Batches and padding change nothing, and only what goes on costs the decoder a step.
+Batches and padding change nothing, and only what goes on costs the decoder a step. The context is
+ngram.Both, which stands for a language model, for hotwords, and for any automaton.
 """
 
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from context import make_graph
 from decode import SearchOptions, attention_beam_search
-from helpers import all_sequences, random_log_probs
+from helpers import all_sequences, earned, random_log_probs
 from helpers_model import tiny_model
 from joint import advance, first_paths, joint_beam_search, next_scores, read_frames
+from ngram import Both, load_lm
 from tokenizer import train_char
+from tools.lm import arpa_text, train
 
 BLANK, SOS, EOS = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    """An automaton over the tokens 4 to 6 (space, a, b), which may add more than words cost."""
+    path = tmp_path_factory.mktemp("lm") / "lm"
+    path.write_text(arpa_text(*train([["a", "b", "ab"], ["ab", "a"]], 2)))
+    return Both(load_lm(str(path), train_char(["a b"]), 0.7, 3.0), make_graph([([5, 6], 1.5)]))
 
 
 def says(prefix, salt, vocabulary):
@@ -57,15 +70,15 @@ def search_of(weight, beam_size=4):
     return search
 
 
-def search_rows(rows, salts, search, calls=None):
+def search_rows(rows, salts, search, calls=None, context=None):
     """Searches rows of CTC log-probabilities (T,V), padded to one length by nonsense."""
     log_probs = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-0.5)
     lengths = torch.tensor([len(row) for row in rows])
     step = make_step(log_probs.shape[2], salts, calls)
-    return joint_beam_search(step, log_probs, lengths, search, BLANK, SOS, EOS)[0]
+    return joint_beam_search(step, log_probs, lengths, search, BLANK, SOS, EOS, context)[0]
 
 
-def define(log_probs, weight, salt):
+def define(log_probs, weight, salt, context=None):
     """The score of every sequence that is not impossible, by the definition.
 
     After as many tokens as frames the end is certain, so that eos costs nothing.
@@ -81,6 +94,8 @@ def define(log_probs, weight, salt):
             ctc_score = math.log(probability) if probability else -math.inf
             parts = ((weight, ctc_score), (1 - weight, float(attention)))
             scores[tokens] = sum(share * part for share, part in parts if share)
+            if context is not None:
+                scores[tokens] += earned(context, tokens)
     return {tokens: score for tokens, score in scores.items() if score > -math.inf}
 
 
@@ -99,14 +114,55 @@ def test_a_wide_beam_finds_every_sequence_with_the_score_of_the_definition(weigh
         assert found.tokens == list(max(expected, key=expected.get))
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+def test_a_wide_beam_finds_what_the_definition_favours_with_a_context(weight, context):
+    for seed, frames in enumerate((1, 2, 3)):
+        log_probs = ctc_frames(frames, 7, seed)
+        expected = define(log_probs, weight, seed, context)
+        (found,) = search_rows([log_probs], [seed], search_of(weight, 100), context=context)
+        heard = dict(zip(map(tuple, found.nbest), found.nbest_scores))
+        assert heard == pytest.approx(expected, abs=1e-5) and len(found.nbest) == len(heard)
+        assert found.nbest_scores == sorted(found.nbest_scores, reverse=True)
+
+
+class Hopeful:
+    """A context of which all is hoped, so that no hypothesis is dropped before the last frame."""
+
+    def __init__(self, context):
+        self.step = context.step
+        self.pending = context.pending
+
+    def hope(self, states, tokens):
+        return np.full(states.shape, math.inf)
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 4])
+def test_hypotheses_end_when_a_context_cannot_make_them_the_best(beam_size, context):
+    search = search_of(0.2, beam_size)
+    rows = [ctc_frames(frames, 7, frames) for frames in (7, 9, 12, 13, 14)]
+    rows[-1][4:, BLANK] += 100.0  # CTC is sure that nothing comes there
+    rows[-1] = rows[-1].log_softmax(-1)
+    asked = [[], []]
+    early, late = (
+        search_rows(rows, range(5), search, calls, automaton)
+        for calls, automaton in zip(asked, (context, Hopeful(context)))
+    )
+    assert early == late and all(len(found.nbest) == beam_size for found in early)
+    assert sum(map(len, asked[0])) < sum(map(len, asked[1]))
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("beam_size", [1, 3])
-def test_a_row_is_heard_alike_alone_and_among_longer_and_shorter_rows(weight, beam_size):
+@pytest.mark.parametrize("favours", [False, True])
+def test_a_row_is_heard_alike_alone_and_among_longer_and_shorter_rows(
+    weight, beam_size, favours, context
+):
+    context = context if favours else None
     search = search_of(weight, beam_size)
     salts = range(6)
     rows = [ctc_frames(frames, 6, salt) for salt, frames in enumerate((5, 0, 17, 1, 9, 30))]
-    for salt, row, heard in zip(salts, rows, search_rows(rows, salts, search)):
-        (alone,) = search_rows([row], [salt], search)
+    for salt, row, heard in zip(salts, rows, search_rows(rows, salts, search, context=context)):
+        (alone,) = search_rows([row], [salt], search, context=context)
         assert heard.nbest == alone.nbest and 1 <= len(alone.nbest) <= beam_size
         assert heard.nbest_scores == pytest.approx(alone.nbest_scores, abs=1e-9)
 
@@ -191,13 +247,20 @@ def by_frames(log_probs, tokens):
     return [score.item() for score in scores]
 
 
-@pytest.mark.parametrize("weight, reverse_weight", [(0.6, 0.0), (0.6, 0.4), (0.2, 1.0), (1.0, 0.4)])
-def test_a_model_hears_by_ctc_and_its_decoders_in_both_directions(weight, reverse_weight):
-    model = tiny_model(train_char(["one two three"]), sharpness=2).double().eval()
+@pytest.mark.parametrize(
+    "weight, reverse_weight, favours",
+    [(0.6, 0.0, 0), (0.6, 0.4, 0), (0.2, 1.0, 0), (1.0, 0.4, 0), (0.6, 0.0, 1), (0.6, 0.4, 1)],
+)
+def test_a_model_hears_by_ctc_and_its_decoders_in_both_directions(
+    weight, reverse_weight, favours, context
+):
+    model = tiny_model(train_char(["a b" if favours else "one two three"]), sharpness=2)
+    model = model.double().eval()
     encoded = torch.randn(3, 30, 16, generator=torch.Generator().manual_seed(2)).double()
     lengths = torch.tensor([30, 22, 0])
     search = SearchOptions(joint_ctc_weight=weight, reverse_weight=reverse_weight, ctc_weight=0.0)
-    *heard, nothing = model.search(encoded, lengths, "joint", search)
+    context = context if favours else None
+    *heard, nothing = model.search(encoded, lengths, "joint", search, context)
     assert nothing.tokens == []
     log_probs = model.ctc_log_probs(encoded).detach().transpose(0, 1)
     for row, found in enumerate(heard):
@@ -210,5 +273,6 @@ def test_a_model_hears_by_ctc_and_its_decoders_in_both_directions(weight, revers
             sizes = lengths[only], torch.tensor([len(tokens)])
             loss = torch.nn.functional.ctc_loss(log_probs[:, only], labels, *sizes, reduction="sum")
             expected = (1 - weight) * decoders[tuple(tokens)] - weight * loss.item()
+            expected += earned(context, tokens) if favours else 0.0
             assert score == pytest.approx(expected, abs=1e-4)
             assert len(times) == len(tokens) and times == sorted(times)

@@ -13,13 +13,13 @@ import torch
 
 import score
 from context import make_graph
-from decode import ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
-from helpers import all_sequences, beams, collapse, one_line, random_log_probs
+from decode import check_mode, ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
+from helpers import all_sequences, beams, collapse, earned, one_line, random_log_probs
 from helpers_model import TEXTS, score_json
 from ngram import Both, LmOptions, load_lm, make_ngrams, read_arpa
 from tokenizer import from_vocab, save_tokenizer, train_bpe, train_char
 from tools.lm import arpa_text, main, train
-from wfst import load_graph
+from wfst import Graph, load_graph
 from words import spell
 
 SENTENCES = ["a b ab", "ab a", "b a ab ab", "a", "abba a b"]
@@ -42,16 +42,6 @@ def by_definition(grams, words) -> float:
             gram = gram[1:]
         total += grams[gram][0]
     return total
-
-
-def earned(automaton, tokens) -> float:
-    """What an automaton gives to a whole sequence."""
-    state = np.zeros((), np.int64)
-    total = 0.0
-    for token in tokens:
-        state, gain = automaton.step(state, np.array(token))
-        total += float(gain)
-    return total - float(automaton.pending(state))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -110,6 +100,25 @@ def test_tokens_earn_what_their_words_are_worth_in_whatever_pieces(tokenizer, se
         assert earned(Both(lm, graph), drawn) == pytest.approx(expected + earned(graph, drawn))
 
 
+def test_no_tokens_earn_more_than_was_hoped_for(tmp_path):
+    tokenizer = train_char(["a b"])
+    path = write_lm(tmp_path / "lm", [*SENTENCES, *["b ab"] * 9])
+    graph = make_graph([([5, 6], 1.5), ([5, 6, 4], 0.5), ([6], 3.0)])
+    draw = random.Random(0)
+    for bonus in (-1.0, 0.0, 5.0):
+        lm = load_lm(path, tokenizer, 0.7, bonus)
+        for automaton in (lm, graph, Both(lm, graph)):
+            for _ in range(100):
+                tokens = draw.choices((4, 5, 6), k=draw.randint(0, 6))
+                cut = draw.randint(0, len(tokens))
+                state = so_far = np.zeros((), np.int64)
+                for token in tokens[:cut]:
+                    state, gain = automaton.step(state, np.array(token))
+                    so_far = so_far + gain
+                hope = automaton.hope(state, np.array(len(tokens) - cut))
+                assert earned(automaton, tokens) - so_far <= hope + 1e-9
+
+
 def test_scores_are_log_probability_and_language_model_when_the_beam_holds_every_prefix(tmp_path):
     tokenizer = train_char(["a b"])
     path = write_lm(tmp_path / "lm")
@@ -142,7 +151,11 @@ def test_a_batch_hears_what_single_rows_hear_in_one_piece_or_many(tmp_path):
         assert prefix_result(beam) == [found]
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
+@pytest.mark.parametrize(
+    "stream",
+    [[], ["--stream", "--chunk_size", 4], ["--stream", "--chunk_size", 4, "--mode", "joint"]],
+    ids=["whole", "stream", "joint"],
+)
 def test_score_favours_a_model_by_its_weight_and_without_weight_not(
     world, capsys, tmp_path, stream
 ):
@@ -188,8 +201,11 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
     for flags in {"lm_weight": 2.0}, {"word_bonus": 1.0}:
         with pytest.raises(UserError, match="has no effect without --lm"):
             LmOptions(**flags)
-    with pytest.raises(UserError, match="--mode attention cannot favour --lm"):
-        score.main(["--mode", "attention", "--lm", "lm"])
+    for mode, flag in ("attention", "--lm"), ("joint", "--graph"):
+        with pytest.raises(UserError, match=f"--mode {mode} cannot favour {flag}"):
+            score.main(["--mode", mode, flag, "lm"])
+    with pytest.raises(UserError, match="mode joint cannot favour a graph; choose one of ctc_p"):
+        check_mode("joint", Graph(None))
     text = tmp_path / "text"
     text.write_text("\n \n")
     for argv, complaint in (

@@ -87,7 +87,7 @@ def test_a_score_and_its_details_are_not_lost_with_one_another(
 @pytest.mark.parametrize("mode", MODES)
 def test_score_counts_the_errors_of_the_whole_split(world, capsys, tmp_path, mode):
     details = tmp_path / "details.jsonl"
-    (result,) = score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", details)
+    (result,) = score_json(capsys, world, "--mode", mode, "--details", details)
     lines = [json.loads(line) for line in details.read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(6))
     assert [line["reference"] for line in lines] == TEXTS
@@ -191,6 +191,8 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
         (["--concatenate"], ["--concatenate", "--stream"]),
         (["--stream", "--mode", "attention"], ["--mode attention", "--stream"]),
         (["--reverse_weight", "1.5"], ["--reverse_weight"]),
+        (["--beam_size", "3", "--mode", "ctc_greedy_search"], ["--beam_size has no effect on"]),
+        (["--joint_ctc_weight", "0.5"], ["--joint_ctc_weight", "--mode attention_rescoring"]),
         (["--details", "{}/nowhere/details"], ["--details"]),
     ],
 )

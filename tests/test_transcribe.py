@@ -147,11 +147,12 @@ def test_transcribe_hears_what_score_hears(world, capsys, tmp_path, mode):
     for row, path in enumerate(files):
         soundfile.write(path, waveform(row), RATE, subtype="FLOAT")
     # score.py hears all rows in one batch, as transcribe.py does here.
-    score_json(capsys, world, "--mode", mode, "--beam_size", 3, "--details", tmp_path / "details")
+    score_json(capsys, world, "--mode", mode, "--details", tmp_path / "details")
     expected = [
         json.loads(line)["hypothesis"] for line in (tmp_path / "details").read_text().splitlines()
     ]
-    _, out, _ = hear(capsys, world, "--mode", mode, *files)
+    argv = "--checkpoint", world / "best.ckpt", "--mode", mode, *files
+    _, out, _ = call(capsys, transcribe, *argv)
     assert out == [f"{path}\t{text}" for path, text in zip(files, expected, strict=True)]
 
 

@@ -19,7 +19,7 @@ import cli
 
 from bootstrap import difference
 from decode import SearchOptions
-from files import parse_json, read_json, read_small
+from files import cannot_read, parse_json, read_json, read_small
 
 VALIDATION = ("val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16", "best_val_cer_mean")
 ASKED = ("split", "mode", "stream", "chunk_size", "left_chunks")  # of a score, always shown
@@ -89,9 +89,7 @@ def read_scores(folder: str) -> list[dict]:
     try:
         lines = read_small(path).decode(errors="replace").splitlines()
     except (OSError, ValueError) as error:
-        raise cli.UserError(
-            f"{path}: cannot be read ({error}); keep there what score.py printed"
-        ) from error
+        raise cannot_read(path, error, "keep there what score.py printed") from error
     for line in lines:
         try:
             score = parse_json(line)

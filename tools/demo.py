@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from files import csv_text, published, read_text, why, write_whole
+from files import cannot_read, csv_text, published, read_text, write_whole
 from tools.speak import RATE, Utterance, speak
 
 # Voice variants of espeak-ng. A voice belongs to one split only. Robots, whispers, croaks, heavy
@@ -209,7 +209,7 @@ def read_texts(path: str) -> list[str]:
     try:
         content = read_text(path, LARGEST_TEXT)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {shown(path)}: {why(error)}; give a text in UTF-8") from None
+        raise cannot_read(f"--texts {path}", error, "give a text in UTF-8") from error
     read = {".csv": read_csv, ".jsonl": read_jsonl}.get(os.path.splitext(path)[1].lower())
     if read is None:
         return content.splitlines()

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from cli import UserError, build, make_parser, option, options_class, run
 
 from datamodule import load_split
-from files import identity, read_text, why, write_whole
+from files import cannot_read, identity, read_text, write_whole
 from ngram import (
     BEGIN,
     END,
@@ -97,10 +97,7 @@ def read_sentences(options: MakeOptions) -> list[list[str]]:
         try:
             lines = read_text(options.text, LARGEST_TEXT).split("\n")
         except (OSError, ValueError) as error:
-            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why(error)
-            raise UserError(
-                f"--text {options.text}: cannot be read ({reason}); give a text file"
-            ) from error
+            raise cannot_read(f"--text {options.text}", error, "give a text file") from error
     else:
         tokenizer = load_tokenizer(options.data_root)
         rows = load_split([options.data_root], "train", tokenizer)["labels"]
