@@ -21,6 +21,9 @@ for name in list(os.environ):
         del os.environ[name]
     elif name.endswith(("RANK", "WORLD_SIZE")):
         del os.environ[name]
+# Tests run side by side, and threads of one that wait for others would take the cores of another.
+# This variable holds for numpy, and for the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The home directory may be read-only or absent.
 CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = CACHE.name

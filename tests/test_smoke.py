@@ -2,7 +2,6 @@
 transcribe, compare."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -21,13 +20,8 @@ from tools import demo
 
 def command(*words):
     """Runs a program in a Python of its own, as a user starts it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return result
