@@ -775,7 +775,10 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
 
-def test_under_nohup_ignored_signals_do_nothing_and_sigterm_still_ends_it(source, tmp_path):
+def test_under_nohup_ignored_signals_do_nothing_and_sigterm_still_ends_it(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "DYING", 0.1)  # the first process does not end
     ignored = (signal.SIGINT, signal.SIGHUP)
     process = start_stuck(source, tmp_path / "root", signal.SIG_IGN, ignored)
     process.send_signal(signal.SIGINT)

@@ -217,7 +217,9 @@ def test_a_signal_saves_between_two_updates_and_ends_with_its_status(
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
 
 
-def test_two_processes_survive_signals_to_one_of_them_and_kill_9(data, tmp_path):
+def test_two_processes_survive_signals_to_one_of_them_and_kill_9(data, tmp_path, monkeypatch):
+    # The loader process of a killed process holds its connection, and looks every 5 s for its end.
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)
     words = ("--max_epochs", 4, "--checkpoint_every_n_steps", 1, "--num_workers", 1)
     assert ranks(data, tmp_path / "whole", *words) == [0, 0]
     stop = (1, signal.SIGTERM, "on_before_optimizer_step", 0)
