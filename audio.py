@@ -230,6 +230,13 @@ class Forward(soundfile.SoundFile):
     def seekable(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """Closes the file once, which a signal between the closing and soundfile's note of it would
+        let happen twice: Python would end."""
+        if not self.closed:
+            with signals_wait():
+                super().close()
+
 
 class Joined(io.RawIOBase):
     """Joins pieces of a file, and bytes, to one file. State: the place in it, the disk's error.

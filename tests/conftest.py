@@ -21,6 +21,9 @@ for name in list(os.environ):
         del os.environ[name]
     elif name.endswith(("RANK", "WORLD_SIZE")):
         del os.environ[name]
+# Tests run side by side, and threads of one that wait for others would take the cores of another.
+# This variable holds for numpy, and for the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The home directory may be read-only or absent.
 CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = CACHE.name
@@ -39,6 +42,8 @@ tqdm.monitor_interval = 0
 # A child must not collect the garbage of other tests: onnxruntime's would wait for ever for threads
 # that only the parent has.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
+# No test pulls the plug, and fsync waits for a disk that other tests keep busy.
+os.fsync = lambda file: os.fstat(file) and None
 # Under nohup or in a script's background signals are ignored, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)

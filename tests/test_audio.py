@@ -214,6 +214,27 @@ def test_a_signal_is_never_lost_in_the_decoder(tmp_path, number):
             signal.signal(changed, handler)
 
 
+def test_a_signal_while_a_file_closes_does_not_close_it_twice(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", speech(1.0), RATE)
+    library, closed = soundfile._snd, []
+
+    class Library:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def sf_close(self, file):
+            if not closed:
+                library.sf_close(file)
+            closed.append(file)
+            signal.raise_signal(signal.SIGINT)
+            return 0
+
+    monkeypatch.setattr(soundfile, "_snd", Library())
+    with pytest.raises(KeyboardInterrupt):
+        list(read_blocks(str(tmp_path / "a.wav"), RATE))
+    assert len(closed) == 1
+
+
 # ---- Mp3
 
 

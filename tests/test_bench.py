@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, SIZES
+from presets import PRESETS
 from sampler import LengthGroupedSampler, ShapedSampler
 from tools import bench, workloads
 
@@ -39,7 +40,8 @@ def in_this_process(work, *arguments):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes every measurement small, so that no test waits."""
+    """Makes every measurement small, and the model, so that no test waits."""
+    monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], **SIZES, "num_blocks": 4})
     for name, value in {"GEMM": 64, "WARM_UP": 1, "ROUNDS": 2}.items():
         monkeypatch.setattr(bench, name, value)
     for name, value in {

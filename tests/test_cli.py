@@ -109,7 +109,8 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_lock_is_held_by_one_process_and_not_by_a_dead_one(tmp_path, holder):
+def test_a_lock_is_held_by_one_process_and_not_by_a_dead_one(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(files, "DYING", 0.1)  # the holder does not end
     with (
         pytest.raises(cli.UserError, match="^it: another process"),
         files.alone(str(tmp_path / "lock"), "it"),
@@ -122,7 +123,8 @@ def test_a_lock_is_held_by_one_process_and_not_by_a_dead_one(tmp_path, holder):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_child_does_not_inherit_a_lock(tmp_path):
+def test_a_child_does_not_inherit_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "DYING", 0.1)  # the parent does not end
     with files.alone(str(tmp_path / "lock"), "it"):
         child = os.fork()
         if not child:

@@ -113,6 +113,8 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_lengths(
         "compile",
         lambda block, dynamic, options: original(block, backend="aot_eager", dynamic=dynamic),
     )
+    # Else torch traces each block a second time, once it has seen that no number of it changes.
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", True)
 
     def gradients(net, rows, frames):
         torch.manual_seed(frames)

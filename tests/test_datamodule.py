@@ -377,15 +377,18 @@ def test_a_kept_row_has_finite_ctc_loss_and_one_dropped_for_ctc_has_none(input_l
             -1
         )
         # Labels are of 3 kinds, so repeats are many. The boundary lies within this range.
-        for count in range(max(1, frames // 2), frames + 2):
-            labels = rng.integers(1, 4, count)
-            [[length], [repeats]] = label_statistics(
-                datasets.Dataset.from_dict({"labels": [labels]})
-            )
+        counts = range(max(1, frames // 2), frames + 2)
+        drawn = [rng.integers(1, 4, count) for count in counts]
+        statistics = label_statistics(datasets.Dataset.from_dict({"labels": drawn}))
+        for labels, length, repeats in zip(drawn, *statistics, strict=True):
             if abs(length + repeats - frames) > 1:
                 continue
             loss = torch.nn.functional.ctc_loss(
-                log_probs, torch.from_numpy(labels)[None], (frames,), (count,), reduction="none"
+                log_probs,
+                torch.from_numpy(labels)[None],
+                (frames,),
+                (len(labels),),
+                reduction="none",
             )
             keep, _ = filter_conformer_len_prob(
                 np.array([samples]),

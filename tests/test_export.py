@@ -12,7 +12,6 @@ from cli import UserError
 
 import datasets
 import numpy as np
-import onnxruntime
 import pytest
 import soundfile
 import torch
@@ -66,7 +65,7 @@ def log_mel(tmp_path_factory):
 
 
 def session_of(folder, name):
-    return onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+    return onnx_checks.open_session(str(folder / name))
 
 
 def described(nodes):

@@ -359,7 +359,8 @@ def test_a_check_that_crashes_fails_with_its_last_line_and_others_go_on(tmp_path
 def test_a_check_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
     code = (
         "child = os.fork(); "
-        "open(f'{folder}/pid', 'a').write(f'{os.getpid()} '); print('at step 3', flush=True); "
+        "open(f'{folder}/pid', 'a').write(f'{os.getpid()} '); "
+        "os.write(1, b'at step 3\\n'); "  # print may write the end of the line by itself
         "time.sleep(600)"
     )
     found = run([check(seconds=4)], tmp_path, code, monkeypatch)

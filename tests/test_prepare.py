@@ -4,6 +4,7 @@ nothing."""
 import csv
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -726,48 +727,47 @@ def test_data_is_replaced_only_when_asked_and_foreign_folders_never(source, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
 
-STUCK = """
-import time, cli, prepare
-decode = prepare.waveform_of
-prepare.waveform_of = lambda audio, rate: (
-    time.sleep(600) if audio.endswith("stuck.wav") else decode(audio, rate))
-cli.run(prepare.main)
-"""
-
-
-def set_signals(handler, signals):
-    for number in signals:
-        signal.signal(number, handler)
-
-
 def start_stuck(source, root, handler=signal.SIG_DFL, how=cli.SIGNALS):
-    """Starts prepare.py, which writes dev and stays in train until a signal comes."""
+    """Starts prepare.py in a fork, which writes dev and stays in train until a signal comes.
+
+    -> the process, and the file of its stderr.
+    """
     with open(source / "train/metadata.csv", "a") as file:
         file.write("stuck.wav,hello,s\n")
-    command = [sys.executable, "-c", STUCK, "--source", source, "--data_root", root]
-    process = subprocess.Popen(
-        command,
-        cwd=PREPARE.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: set_signals(handler, how),
-    )
+    errors = source / "errors"
+    decode = prepare.waveform_of
+
+    def body():
+        for number in how:
+            signal.signal(number, handler)
+        with open(errors, "w") as file:
+            os.dup2(file.fileno(), 2)
+        sys.stderr = open(2, "w", closefd=False)
+        sys.argv = ["prepare.py", "--source", str(source), "--data_root", str(root)]
+        prepare.waveform_of = lambda audio, rate: (
+            time.sleep(600) if audio.endswith("stuck.wav") else decode(audio, rate)
+        )
+        cli.run(prepare.main)
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
     deadline = time.time() + 60
     while not (root.parent / f".{root.name}{files.ASIDE}/new/train.arrow").exists():
-        assert process.poll() is None and time.time() < deadline
+        assert process.is_alive() and time.time() < deadline
         time.sleep(0.05)
-    return process
+    return process, errors
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, tmp_path):
-    process = start_stuck(source, tmp_path / "root")
-    process.send_signal(how)
-    said = process.communicate(timeout=60)[1].decode().splitlines()[-1]
+    process, errors = start_stuck(source, tmp_path / "root")
+    os.kill(process.pid, how)
+    process.join(60)
     killed = how == signal.SIGKILL
-    assert process.returncode == (-how if killed else 128 + how)
+    assert process.exitcode == (-how if killed else 128 + how)
     assert not (tmp_path / "root").exists()
-    assert killed or said == f"-c: interrupted ({how.name})"
+    said = errors.read_text().splitlines()[-1]
+    assert killed or said == f"prepare.py: interrupted ({how.name})"
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".root")) == (
         [f".root{files.ASIDE}", f".root{files.ASIDE}.lock"] if killed else []
     )
@@ -775,18 +775,21 @@ def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(how, source, t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["root", "src"]
 
 
-def test_under_nohup_ignored_signals_do_nothing_and_sigterm_still_ends_it(source, tmp_path):
+def test_under_nohup_ignored_signals_do_nothing_and_sigterm_still_ends_it(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "DYING", 0.1)  # the first process does not end
     ignored = (signal.SIGINT, signal.SIGHUP)
-    process = start_stuck(source, tmp_path / "root", signal.SIG_IGN, ignored)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=0.5)
+    process, _ = start_stuck(source, tmp_path / "root", signal.SIG_IGN, ignored)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(0.5)
+    assert process.is_alive()
     with pytest.raises(UserError, match="root: another process is writing there"):  # a second one
         run(source, tmp_path / "root", "--overwrite")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 

@@ -523,7 +523,8 @@ def test_what_a_run_is_made_from_is_not_overwritten(data, ended, flag):
     assert contents(ended) == before
 
 
-def test_two_trainings_do_not_share_a_folder(data, ended):
+def test_two_trainings_do_not_share_a_folder(data, ended, monkeypatch):
+    monkeypatch.setattr(files, "DYING", 0.1)  # the first does not end
     with files.alone(str(ended / train.LOCK), "the first"):
         before = contents(ended)
         assert in_child(lambda: run(data, ended, "--max_epochs", 3, "--resume")) == 2
