@@ -231,8 +231,11 @@ class Forward(soundfile.SoundFile):
         return False
 
     def close(self) -> None:
-        """Closes the file once, which a signal between the closing and soundfile's note of it would
-        let happen twice: Python would end."""
+        """Closes the file, while signals wait.
+
+        A signal between the closing and soundfile's note of it had the file closed twice, which
+        ends Python.
+        """
         if not self.closed:
             with signals_wait():
                 super().close()
