@@ -287,14 +287,18 @@ def test_compare_tables_runs_their_differences_and_newest_scores(capsys, tmp_pat
         {**line, "wer": 0.5, "cer": 0.125, "rtf": 0.01},
     ]
     write_run(Path("runs/a"), {"val_cer": 0.25, "steps": 300}, scores, lr=1e-3)
-    write_run(Path("runs/b"), {}, lr=2e-3)
+    write_run(Path("runs/b"), {}, lr=2e-3, init_from="a")
     status, out, _ = call(capsys, compare)
     assert status == 0
     table = [line.split() for line in out]
     assert table[0][:6] == ["run", "preset", "commit", "seed", "steps", "val_cer"]
     assert table[1][:6] == ["runs/a", "tiny", "abc1234", "7", "300", "0.2500"]
-    assert table[2][:6] == ["runs/b", "tiny", "abc1234", "7", "-", "-"]
-    assert table[5:8] == [["run", "lr"], ["runs/a", "0.0010"], ["runs/b", "0.0020"]]
+    assert table[2][:6] == ["runs/b", "-", "abc1234", "7", "-", "-"]  # as large as "a" is
+    assert table[5:8] == [
+        ["run", "lr", "init_from"],
+        ["runs/a", "0.0010", "-"],
+        ["runs/b", "0.0020", "a"],
+    ]
     assert table[11:] == [
         ["runs/a", "eval_clean", "attention", "no", "16", "-1", "5", "0.5000", "0.1250", "0.0100"]
     ]

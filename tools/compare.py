@@ -215,7 +215,8 @@ def validation_row(run: str, record: dict) -> list:
     metrics = record["metrics"]
     return [
         run,
-        options.get("preset"),
+        # With --init_from the sizes are those of the checkpoint.
+        None if options.get("init_from") else options.get("preset"),
         record.get("commit"),
         record.get("seed"),
         metrics.get("steps"),
