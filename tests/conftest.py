@@ -44,12 +44,22 @@ tqdm.monitor_interval = 0
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 # No test pulls the plug, and fsync waits for a disk that other tests keep busy.
 os.fsync = lambda file: os.fstat(file) and None
-# Under nohup or in a script's background signals are ignored, and child processes inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGTERM, signal.SIG_DFL)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The test that runs must be done at this time.
 ends = time.monotonic() + DEADLINE
+
+
+def hear_signals():
+    """Gives signals Python's own handlers.
+
+    Under nohup or in a script's background signals are ignored, and child processes inherit that. A
+    training leaves handlers of its own to the tests that come after.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+hear_signals()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,6 +68,7 @@ def pytest_runtest_protocol():
     xdist counts that as a failed test, too."""
     global ends
     ends = time.monotonic() + DEADLINE
+    hear_signals()
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not done after {DEADLINE:g} s"))
     # The signal comes again every 30 s, in case the test hangs while it cleans up.
     signal.setitimer(signal.ITIMER_REAL, DEADLINE, 30)
