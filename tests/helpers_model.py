@@ -117,7 +117,9 @@ def write_world(folder) -> None:
     save_tokenizer(tokenizer, str(folder / "data" / "tokenizer.json"))
     save_tokenizer(train_char(["entirely different"]), str(folder / "other" / "tokenizer.json"))
     options = dataclasses.replace(TINY, cnn_module_kernel=8)
-    save_model(tiny_model(tokenizer, options, sharpness=2), folder / "best.ckpt")
+    model = tiny_model(tokenizer, options, sharpness=2)
+    model.net.decoder.output_layer.bias.data[model.net.eos_id] -= 2
+    save_model(model, folder / "best.ckpt")
 
 
 def call(capsys, command, *argv):
