@@ -472,11 +472,12 @@ def filter_conformer_len_prob(
     """Returns the rows that CTC can learn from, (rows,) bool, and {reason: rows dropped for it}.
 
     `lengths` (rows,) are samples; label_lengths and repeats come from label_statistics. A row stays
-    where its feature frames lie within min_frame .. max_frame, and where its encoder frames in the
-    worst case (fastest speed, largest trim, this subsampling) times output_len_prob are at least
-    its labels plus repeats, the length of the shortest CTC path (Graves et al. 2006).
+    where its feature frames, without a tail, lie within min_frame .. max_frame, and where its
+    encoder frames in the worst case (fastest speed, largest trim, this subsampling) times
+    output_len_prob are at least its labels plus repeats, the length of the shortest CTC path
+    (Graves et al. 2006).
     """
-    frames = num_frames(lengths, frontend)
+    frames = num_frames(lengths, frontend.without_tail)
     encoder_frames = subsampled_length(shortest_frames(lengths, frontend, augment), input_layer)
     shortest_path = np.maximum(label_lengths + repeats, 1)
     reasons = {

@@ -32,7 +32,7 @@ class Heard(NamedTuple):
 
     hypothesis: decode.Hypothesis  # its times count from the utterance's first encoder frame
     first_frame: int  # the number of the utterance's first encoder frame since the stream began
-    seconds: float  # how much of the stream has been heard
+    seconds: float  # how much of the stream has been heard, without its tail
     final: bool  # True after the second pass; False after CTC prefix search, which may change it
     encoded: torch.Tensor | None = None  # (1,m,D) of the utterance, where final
 
@@ -73,13 +73,22 @@ def listen(
     features_state = feature_state()
     state = model.stream_state(search.chunk_size, search.left_chunks)
     utterance = _Utterance(0, decode.prefix_start(context=context), [], [])
-    for samples, last in in_chunks(with_last(pieces), *piece_samples(model, search.chunk_size)):
+    received = 0  # samples
+
+    def counted(pieces):
+        nonlocal received
+        for samples, last in pieces:
+            received += 0 if last else len(samples)
+            yield samples, last
+
+    pieces = counted(with_last(pieces, model.frontend.tail_samples))
+    for samples, last in in_chunks(pieces, *piece_samples(model, search.chunk_size)):
         features, features_state = advance(samples, features_state)
         encoded, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
         utterance = _hear_chunk(model, utterance, encoded, search)
         (found,) = decode.prefix_result(utterance.beam)
         end = utterance.first_frame + utterance.frames
-        seconds = end * frame_ms(model) / 1000
+        seconds = min(end * frame_ms(model) / 1000, received / model.frontend.sample_rate)
         has_text = bool(found.tokens)
         if last or endpoints and is_endpoint(model, has_text, utterance.silent, utterance.frames):
             whole = torch.cat(utterance.chunks, dim=1)
@@ -117,8 +126,8 @@ def _hear_chunk(
     )
 
 
-def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Yields the pieces, each with False, then an empty one with True; an error comes after it."""
+def with_last(pieces: Iterable[torch.Tensor], tail: int = 0) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Yields the pieces, each with False, then silence (tail,) with True; an error comes last."""
     error = None
     count = 0
     try:
@@ -133,7 +142,7 @@ def with_last(pieces: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, bo
                 )
     except Exception as failure:
         error = failure
-    yield torch.zeros(0), True
+    yield torch.zeros(tail), True
     if error:
         raise error
 

@@ -143,6 +143,7 @@ MAY_CHANGE = (
     "use_dynamic_chunk",
     "use_dynamic_left_chunk",
     "high_freq",
+    "tail_padding",
 )
 # Checkpoints leave these options out: a run that goes on elsewhere has its own.
 OF_THE_MACHINE = "output_dir", "accelerator", "devices", "num_nodes", "strategy", "num_workers"

@@ -502,8 +502,9 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     )
     for rows, found in zip(batches, overlapped(searches)):
         for row, (tokens, *timing) in zip(rows, found):
-            words = timed(job, tokens, pool[row].offset, *timing)
-            results[row] = HeardPiece(model.tokenizer.decode(tokens), words, lengths[row] / rate)
+            seconds = lengths[row] / rate
+            words = timed(job, tokens, pool[row].offset, seconds, *timing)
+            results[row] = HeardPiece(model.tokenizer.decode(tokens), words, seconds)
         bar.update(sum(results[row].seconds for row in rows))
         speed = bar.n / max(bar.format_dict["elapsed"], 0.001)
         bar.set_postfix_str(f"{speed:.0f} x real time", refresh=False)
@@ -544,16 +545,21 @@ def timed(
     job: Job,
     tokens: list[int],
     offset: float,
+    seconds: float,
     log_probs: torch.Tensor | None = None,
     columns: list[int] | None = None,
 ) -> list[Word]:
-    """Finds the words of tokens in log_probs (T',V), or (T',C) of the columns; none without."""
+    """Finds the words of tokens in log_probs (T',V), or (T',C) of the columns; none without.
+
+    The piece begins at `offset` and lasts for so many seconds.
+    """
     if log_probs is None:
         return []
     model = job.model
     times = frame_times(model.options.input_layer, model.frontend)
     where = offset, job.options.delay
-    return align_words(tokens, log_probs, model.tokenizer, times, *where, columns)
+    until = offset + seconds
+    return align_words(tokens, log_probs, model.tokenizer, times, *where, columns, until)
 
 
 # ---- As a stream
@@ -590,7 +596,8 @@ def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Tran
             log_probs = None
             if job.shows_words:
                 log_probs = model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
-            words.append(timed(job, tokens, heard.first_frame * frame / 1000, log_probs))
+            offset = heard.first_frame * frame / 1000
+            words.append(timed(job, tokens, offset, seconds - offset, log_probs))
         if text and (heard.final or text != before):
             show_heard(text, seconds, heard.final)
         before = text

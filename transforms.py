@@ -70,6 +70,14 @@ class Frontend:
         at_most=RATES[1] / 2,
     )
 
+    tail_padding: int = option(
+        0,
+        "ms of silence put behind every utterance, so that its end is heard; sherpa's examples "
+        "give 660",
+        at_least=0,
+        at_most=5000,
+    )
+
     def __post_init__(self):
         if self.frontend == "fbank" and self.num_mel_bins < 4:
             raise UserError(
@@ -94,6 +102,14 @@ class Frontend:
     @property
     def shift_samples(self) -> int:
         return self.sample_rate * self.frame_shift // 1000
+
+    @property
+    def tail_samples(self) -> int:
+        return self.sample_rate * self.tail_padding // 1000
+
+    @property
+    def without_tail(self) -> "Frontend":
+        return dataclasses.replace(self, tail_padding=0)
 
 
 @options_class
@@ -181,8 +197,12 @@ def check_samples(samples: np.ndarray) -> tuple[int, str]:
 
 
 def num_frames(num_samples, frontend: Frontend):
-    """Returns the frames of `num_samples` samples without padding: 0 for less than a window."""
+    """Returns the frames of an utterance of `num_samples` samples and its tail.
+
+    Nothing else is padded, so that there are 0 for less than a window.
+    """
     window, shift = frontend.window_samples, frontend.shift_samples
+    num_samples = num_samples + frontend.tail_samples
     return (num_samples >= window) * (1 + (num_samples - window) // shift)
 
 
@@ -354,6 +374,21 @@ def mean_var_norm(example: dict, generator: torch.Generator | None) -> dict:
     centred = waveform - waveform.mean()
     variance = torch.dot(centred, centred) / len(centred)  # six times as fast as torch.var
     return {**example, "input_values": centred.mul_(torch.rsqrt(variance + 1e-7))}
+
+
+def tail_padding(frontend: Frontend):
+    """Puts the frontend's silence behind the waveform (N,).
+
+    A causal network writes a token some frames after the token's sound, so where a recording ends
+    with its last word, the end of that word is lost ("SEVEN" becomes "SEV").
+    """
+
+    def transform(example: dict, generator: torch.Generator | None) -> dict:
+        waveform = example["input_values"]
+        padded = torch.nn.functional.pad(waveform, (0, frontend.tail_samples))
+        return {**example, "input_values": padded}
+
+    return transform
 
 
 # ---- Waveform -> features
@@ -628,9 +663,10 @@ class Compose:
 
 def features_chain(frontend: Frontend, dither: float = 0.0) -> list:
     """Lists the transforms from waveform to features that the frontend asks for."""
+    chain = [tail_padding(frontend)] if frontend.tail_padding else []
     if frontend.frontend == "fbank":
-        return [fbank(frontend, dither)]
-    return ([mean_var_norm] if frontend.mean_var_norm else []) + [log_mel(frontend)]
+        return [*chain, fbank(frontend, dither)]
+    return ([mean_var_norm] if frontend.mean_var_norm else []) + [*chain, log_mel(frontend)]
 
 
 def train_transform(
@@ -731,13 +767,15 @@ def feature_state() -> FeatureState:
 def stream_features(frontend: Frontend):
     """Makes a function (samples (n,), state) -> (features (T,F), new state), n >= 0.
 
-    The features are of the frames that are now complete. fbank gives the frames of `extract`, to
-    rounding. mean_var_norm needs the whole utterance; here it takes the last STREAM_WINDOW seconds
-    up to the end of `samples`. So fewer samples scale the first frames of a log_mel stream than
-    later frames, above all where the first piece is short.
+    The features are of the frames that are now complete. The caller puts the tail behind the last
+    samples. fbank gives the frames of `extract`, to rounding. mean_var_norm needs the whole
+    utterance; here it takes the last STREAM_WINDOW seconds up to the end of `samples`. So fewer
+    samples scale the first frames of a log_mel stream than later frames, above all where the first
+    piece is short.
     """
     normalised = frontend.frontend == "log_mel" and frontend.mean_var_norm
     window = STREAM_WINDOW * frontend.sample_rate
+    frontend = frontend.without_tail
     chain = eval_transform(dataclasses.replace(frontend, mean_var_norm=False))
 
     def advance(samples: torch.Tensor, state: FeatureState) -> tuple[torch.Tensor, FeatureState]:

@@ -183,8 +183,11 @@ def align_words(
     offset: float = 0.0,
     delay: float = 0.0,
     columns: list[int] | None = None,
+    until: float = math.inf,
 ) -> list[Word]:
     """Finds the words of `tokens` in log_probs (T,V) of a piece that begins at `offset`.
+
+    The piece ends at `until`, and with it the words that a model hears in the silence behind it.
 
     log_probs may have only the `columns` of decode.columns_of, (T,C).
     A word starts where the frame of its first token begins to see. It ends half a shift behind the
@@ -198,7 +201,7 @@ def align_words(
     alone = decode.Hypothesis(tokens, 0.0, [], [tokens], [0.0], [[]])
     frames = decode.align(alone, log_probs, len(log_probs), tokenizer.blank_id, columns).times
     if not frames:
-        share = len(log_probs) * times.shift / max(len(spelled), 1)
+        share = min(len(log_probs) * times.shift, until - offset) / max(len(spelled), 1)
         return [
             Word(word.text, offset + i * share, offset + (i + 1) * share, 0.0, word.spaced)
             for i, word in enumerate(spelled)
@@ -209,8 +212,8 @@ def align_words(
     words = [
         Word(
             text,
-            offset + max(frames[places[0]] * times.shift - delay, 0.0),
-            offset + frames[places[-1]] * times.shift + behind,
+            min(offset + max(frames[places[0]] * times.shift - delay, 0.0), until),
+            min(offset + frames[places[-1]] * times.shift + behind, until),
             min(probabilities[place] for place in places),
             spaced,
         )

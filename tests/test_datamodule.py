@@ -350,16 +350,22 @@ def test_the_predicted_encoder_length_is_the_real_one(input_layer):
         assert subsampling(extractor(torch.from_numpy(audio(samples)))[None]).shape[1] == predicted
 
 
-def kept(samples, labels, repeats, **options):
+def kept(samples, labels, repeats, tail_padding=0, **options):
     return filter_conformer_len_prob(
         np.array(samples),
         np.array(labels),
         np.array(repeats),
-        frontend=FRONTEND,
+        frontend=dataclasses.replace(FRONTEND, tail_padding=tail_padding),
         augment=AUGMENT,
         input_layer="conv2d",
         options=DataOptions(**options),
     )
+
+
+def test_in_a_tail_ctc_has_room_but_it_makes_no_utterance_of_too_few_frames():
+    rows = [0, 400, 8000, 8000], [1, 1, 10, 20], [0, 0, 0, 0]
+    assert kept(*rows)[0].tolist() == [False, False, True, False]
+    assert kept(*rows, tail_padding=500)[0].tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("input_layer", SUBSAMPLING)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 from cli import UserError
 
@@ -291,8 +292,13 @@ def model():
 
 
 @pytest.mark.parametrize("mode", STREAM_MODES)
-@pytest.mark.parametrize("chunk_size, left_chunks", [(4, -1), (16, 2), (-1, -1)])
-def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks, mode):
+@pytest.mark.parametrize(
+    "chunk_size, left_chunks, tail", [(4, -1, 0), (4, -1, 300), (16, 2, 0), (-1, -1, 300)]
+)
+def test_what_a_stream_hears_is_what_decode_hears(
+    model, monkeypatch, chunk_size, left_chunks, tail, mode
+):
+    monkeypatch.setattr(model, "frontend", replace(model.frontend, tail_padding=tail))
     waveform = 0.1 * noise(40000, dtype=torch.float32)
     search = SearchOptions(chunk_size=chunk_size, left_chunks=left_chunks)
     features = extract(model.frontend)(waveform)[None]
@@ -309,6 +315,7 @@ def test_what_a_stream_hears_is_what_decode_hears(model, chunk_size, left_chunks
         assert heard.hypothesis.nbest == expected.nbest and heard.hypothesis.times == expected.times
         assert heard.hypothesis.score == pytest.approx(expected.score, abs=1e-3)
         assert not any(guess.final for guess in partial) and (len(partial) > 1) == (chunk_size > 0)
+        assert heard.seconds == (2.5 if tail else 2.44)  # a whole number of frames is shorter
 
 
 def test_an_utterance_ends_by_wenets_three_rules(model):

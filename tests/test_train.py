@@ -659,9 +659,13 @@ def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(
     assert after.frontend == before.frontend and after.options == before.options
 
 
-def test_fine_tuning_may_move_the_end_of_the_filters(pretrained, data, tmp_path):
-    fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 1, "--high_freq", -400)
-    assert load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].frontend.high_freq == -400
+def test_fine_tuning_may_move_the_end_of_the_filters_and_give_utterances_a_tail(
+    pretrained, data, tmp_path
+):
+    flags = "--max_steps", 1, "--high_freq", -400, "--tail_padding", 70
+    fine_tune(data, tmp_path / "run", pretrained, *flags)
+    frontend = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].frontend
+    assert (frontend.high_freq, frontend.tail_padding) == (-400, 70)
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])

@@ -731,6 +731,10 @@ def test_words_have_the_times_and_the_least_probability_of_their_tokens():
         [a, t, space, t], log_probs, tokenizer, times, offset=10.0, delay=0.1
     )
     assert early[1:3] == pytest.approx((10.0, 10.0825))  # not before the piece
+    *_, last = words.align_words(
+        [a, t, space, t], log_probs, tokenizer, times, offset=10.0, until=10.25
+    )
+    assert last[1:3] == (10.25, 10.25)  # not behind it, where the model hears silence
 
 
 def test_words_never_overlap():
@@ -748,6 +752,18 @@ def test_words_that_fit_no_ctc_path_are_still_there_without_confidence():
         tokenizer.encode("at at"), log_probs, tokenizer, words.FrameTimes(0.04, 0.085), 1.0
     )
     assert [word[:4] for word in found] == [("at", 1.0, 1.06, 0.0), ("at", 1.06, 1.12, 0.0)]
+    found = words.align_words(
+        tokenizer.encode("at at"),
+        log_probs,
+        tokenizer,
+        words.FrameTimes(0.04, 0.085),
+        1.0,
+        until=1.08,
+    )
+    assert [word[1:3] for word in found] == [
+        pytest.approx((1.0, 1.04)),
+        pytest.approx((1.04, 1.08)),
+    ]
 
 
 def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():

@@ -118,6 +118,8 @@ def test_training_features_repeat_for_the_same_key_and_change_with_the_epoch():
         FBANK,
         Frontend(frame_length=32, frame_shift=12),
         Frontend(sample_rate=8000, num_mel_bins=40),
+        Frontend(tail_padding=73),
+        Frontend(frontend="fbank", tail_padding=300),
     ],
 )
 def test_predicted_frames_are_the_real_ones(frontend):
@@ -129,6 +131,21 @@ def test_predicted_frames_are_the_real_ones(frontend):
     assert num_frames(np.array(LENGTHS), frontend).tolist() == [
         num_frames(n, frontend) for n in LENGTHS
     ]
+
+
+@pytest.mark.parametrize("frontend", [FRONTEND, FBANK], ids=["log_mel", "fbank"])
+def test_a_tail_is_silence_behind_features_that_stay_as_they_are(frontend):
+    waveform = noise(16000)
+    with_tail = extract(dataclasses.replace(frontend, tail_padding=300))(waveform)
+    without = extract(frontend)(waveform)
+    assert len(with_tail) == len(without) + 30
+    assert torch.equal(with_tail[: len(without)], without)
+    silence = extract(frontend)(torch.zeros(16000))[0]
+    # Up to two frames see the end of the waveform as well.
+    assert torch.equal(with_tail[len(without) + 2 :], silence.expand(28, -1))
+    trained = train_transform(dataclasses.replace(frontend, tail_padding=300), OFF)
+    if frontend is FRONTEND:  # fbank has dither here
+        assert torch.equal(trained({"input_values": waveform}, None)["features"], with_tail)
 
 
 @pytest.mark.parametrize("speed", [0.8, 0.9, 1.0, 1.1, 1.25])

@@ -117,6 +117,11 @@ A stream is heard to its end when about {tail:.1f} s of silence follow. Whole re
 with dither, which is random.
 """
 
+TAIL_README = """
+This model was trained with {tail_padding} ms of zeros behind every recording, and misses the ends
+of recordings without. Put them there before either program hears a recording.
+"""
+
 WENET_README = """
 WeNet's onnxruntime runtime hears streams with a second pass, by encoder.onnx, ctc.onnx and
 decoder.onnx:
@@ -150,6 +155,7 @@ def hear_whole(samples):
 
 
 def hear_stream(samples):
+    samples = np.pad(samples, (0, {tail_samples}))  # silence, in which the last word is still heard
     chunk, cache = {chunk_size}, {cache_size}  # encoder frames
     size = {first}  # samples of the first chunk
     least = {first_least}  # samples of a first chunk that is the last as well
@@ -212,14 +218,17 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
         later=later,
         first_least=first_least,
         later_least=later_least,
-        tail=first / frontend.sample_rate,
+        tail=(first + frontend.tail_samples) / frontend.sample_rate,
+        tail_padding=frontend.tail_padding,
+        tail_samples=frontend.tail_samples,
         attn_shape=tuple(caches["attn_cache"].shape),
         conv_shape=tuple(caches["conv_cache"].shape),
     )
     if frontend.frontend == "log_mel":
         templates = {"README.md": WAVEFORM_README, "hear.py": HEAR_PY}
     else:
-        templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets}
+        tail = TAIL_README * (frontend.tail_padding > 0)
+        templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets + tail}
     written = {name: template.format(**values) for name, template in templates.items()}
     return {"tokens.txt": token_lines(model.tokenizer), **written}
 

@@ -102,7 +102,8 @@ def windows(model: U2, chunks: ChunkOptions, given) -> list[torch.Tensor]:
 
     Features (1,T,F) overlap, samples (n,) do not.
     """
-    frames = given.size(1) if given.dim() == 3 else int(num_frames(len(given), model.frontend))
+    frontend = model.frontend.without_tail
+    frames = given.size(1) if given.dim() == 3 else int(num_frames(len(given), frontend))
     starts = range(0, int(subsampled_length(frames, model.options.input_layer)), chunks.chunk_size)
     if given.dim() == 1:
         first, later = piece_samples(model, chunks.chunk_size)

@@ -226,6 +226,7 @@ class OfflineWaveform(nn.Module):
             nothing = feature_state().statistics
             statistics = moments(waveform, nothing, window=math.inf, peak=math.inf)
             waveform = normalize(waveform, statistics)
+        waveform = F.pad(waveform, (0, self.frontend.tail_samples))
         features = self.log_mel(at_least(waveform, self.frontend.window_samples, dim=0))
         lengths = torch.ones_like(features[:, 0, 0], dtype=torch.int64) * features.size(1)
         return self.offline(features, lengths)

@@ -304,7 +304,11 @@ def main(argv: list[str]) -> None:
     model, tokenizer, frontend = load_checkpoint(options.checkpoint)
     check_supported(model)
     dataset, references = load_data(tokenizer, frontend, ScoreOptions(**asdict(options)))
-    outcomes = all_outcomes(model, chunks, list(waveforms_of(dataset)))
+    # All programs hear the same samples, so the model's tail is put there for all of them.
+    tail = (0, frontend.tail_samples)
+    recordings = [torch.nn.functional.pad(sound, tail) for sound in waveforms_of(dataset)]
+    model.frontend = frontend.without_tail
+    outcomes = all_outcomes(model, chunks, recordings)
     print(
         f"{shown(options.checkpoint)} on {shown(options.data_root)}, {shown(options.split)}: "
         f"{len(references)} recordings; chunks of {chunks.chunk_size}, {chunks.left_chunks} to the "
