@@ -251,11 +251,11 @@ def save(path, frontend, tokenizer, **options):
     return model
 
 
-def test_a_model_of_our_own_goes_out_with_spaces_as_wenet_writes_them(tmp_path):
-    model = save(
-        tmp_path / "a.ckpt", Frontend(frontend="fbank"), train_char(["ab c"]), reverse_weight=0.0
-    )
+def test_a_model_of_our_own_goes_out_with_spaces_as_wenet_writes_them(tmp_path, capsys):
+    frontend = Frontend(frontend="fbank", tail_padding=70)
+    model = save(tmp_path / "a.ckpt", frontend, train_char(["ab c"]), reverse_weight=0.0)
     main(["--export", str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "exp")])
+    assert "put 70 ms of zeros behind each recording" in capsys.readouterr().out
     assert (tmp_path / "exp" / "units.txt").read_text().splitlines()[4] == "\u2581 4"
     assert not (tmp_path / "exp" / "global_cmvn").exists()  # it had none
     again, tokenizer, _ = load_wenet(str(tmp_path / "exp"))

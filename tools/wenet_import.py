@@ -707,7 +707,7 @@ def import_model(exp_dir: str, out: str) -> str:
 
 def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
     with published(out, "an experiment directory of --export", overwrite, (checkpoint,)) as folder:
-        model, _, _ = load_checkpoint(checkpoint)
+        model, _, frontend = load_checkpoint(checkpoint)
         try:
             check_exportable(model)
             files = exported_files(model)
@@ -716,10 +716,13 @@ def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
         for name, content in files.items():
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(content)
-    return (
+    said = (
         f"{out}: {', '.join(files)}; WeNet resolves their names in train.yaml from the folder that "
         "it runs in"
     )
+    if frontend.tail_padding:
+        said += f"; put {frontend.tail_padding} ms of zeros behind each recording, as in training"
+    return said
 
 
 def main(argv: list[str]) -> None:
