@@ -38,9 +38,10 @@ EXAMPLES = 6  # training rows before and after augmentation
 WORST = 12  # utterances with the most errors
 PICTURED = 2  # utterances with CTC's probabilities and attention maps
 MOST = 15  # lines of a table
+SPACE = "\u2423"  # what a token's space looks like in figures
 LENGTHS = 5  # groups of utterances alike in length
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
 h2 { margin-top: 2em; border-bottom: 1px solid #ccc } nav a { margin-right: 1em }
 table { border-collapse: collapse; margin: .6em 0; font-size: 14px }
 table { display: block; overflow-x: auto }
@@ -358,7 +359,8 @@ def inside(model, dataset, heard: list[Heard], mode: str) -> str:
     parts = []
     for each in pictured(heard):
         seen = report_heard.see(model, report_heard.samples_of(dataset, each.row), mode)
-        tokens = [shown(piece, 20) for piece in model.tokenizer.texts(seen.tokens)]
+        pieces = model.tokenizer.texts(seen.tokens)
+        tokens = [shown(piece, 20).replace(" ", SPACE) for piece in pieces]
         ids = model.tokenizer.blank_id
         parts.append(f"<h4>Row {each.row}, said: {text(each.said)}</h4>")
         drawn = report_plots.draw_posteriors(seen, each.words, tokens, times, shift, ids)
@@ -436,7 +438,7 @@ def errors(heard: list[Heard], about: str) -> str:
     pairs = ((*words, count) for words, count in confused.most_common(MOST))
     tables = [table(("said", "heard", "times"), pairs)]
     for name, counter in (("inserted", inserted), ("deleted", deleted)):
-        tables.append(table((name, "times"), counter.most_common(MOST)))
+        tables.append(table((name, "times"), counter.most_common(MOST) or [("none", "")]))
     parts.append(f'<div class="tables">{"".join(tables)}</div>')
     order = sorted(heard, key=lambda each: each.seconds)
     groups = np.array_split(np.arange(len(order)), min(LENGTHS, len(order)))

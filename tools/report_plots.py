@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import cycle
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import soundfile
 from matplotlib import font_manager
@@ -92,14 +93,18 @@ def draw_curves(runs: dict[str, dict]) -> str:
         ):
             if points := curves.get(tag):
                 axis.plot(*zip(*points), style, color=colour, markersize=3)
-    training.set(title="loss of training, median of 100 pieces", xlabel="update", yscale="log")
-    loss.set(title="loss on dev", xlabel="update", yscale="log")
-    errors.set(title="CER on dev (dashed: in chunks of 16)", xlabel="update", ylim=0)
+    # Powers of ten would be written as formulas, which `quiet_fonts` switches off.
+    plain = matplotlib.ticker.StrMethodFormatter("{x:g}")
+    training.set(title="training loss, smoothed", yscale="log")
+    training.yaxis.set(major_formatter=plain, minor_formatter=plain)
+    loss.set(title="loss on dev")
+    errors.set(title="CER on dev (dashed: chunks of 16)", ylim=0)
     for axis in (training, loss, errors):
-        axis.title.set_fontsize(10)
+        axis.set_xlabel("update", fontsize=8)
+        axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8, which="both")
-    training.legend(fontsize=8)
+    training.legend(fontsize=7)
     return picture(figure)
 
 
@@ -179,25 +184,22 @@ def draw_posteriors(
 
 
 def draw_attention(maps: dict[str, np.ndarray], tokens: list[str], seconds: float) -> str:
-    """Draws the attention maps (blocks,U+1,T') of each decoder, at most its last three blocks."""
-    columns = max(min(3, len(blocks)) for blocks in maps.values())
-    height = min(1.2 + 0.11 * len(tokens), 6) * len(maps)
-    figure, axes = panels(height, len(maps), columns)
-    for row, (name, blocks) in zip(axes, maps.items()):
+    """Draws the attention maps (blocks,U+1,T') of each decoder, at most its last two blocks."""
+    drawn = [
+        (name, number, len(blocks), weights)
+        for name, blocks in maps.items()
+        for number, weights in list(enumerate(blocks, 1))[-2:]
+    ]
+    figure, (axes,) = panels(min(1.6 + 0.1 * len(tokens), 6), 1, len(drawn))
+    for axis, (name, number, count, weights) in zip(axes, drawn):
         ends = [*tokens, "<eos>"] if name == "left to right" else ["<eos>", *tokens]
-        for axis in row[len(blocks) :]:
-            axis.set_visible(False)
-        first = max(0, len(blocks) - 3)
-        for number, (axis, weights) in enumerate(zip(row, blocks[first:]), first + 1):
-            extent = (0, seconds, len(weights) - 0.5, -0.5)
-            axis.imshow(
-                weights, aspect="auto", extent=extent, cmap="viridis", interpolation="nearest"
-            )
-            axis.set_title(f"{name}, block {number} of {len(blocks)}", fontsize=8)
-            axis.tick_params(labelsize=7)
-            if len(ends) <= MOST_TOKENS:
-                axis.set_yticks(range(len(ends)), ends, fontsize=6)
-    axes[-1, 0].set_xlabel("seconds", fontsize=8)
+        extent = (0, seconds, len(weights) - 0.5, -0.5)
+        axis.imshow(weights, aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
+        axis.set_title(f"{name}, block {number} of {count}", fontsize=8)
+        axis.set_xlabel("seconds", fontsize=8)
+        axis.tick_params(labelsize=7)
+        if len(ends) <= MOST_TOKENS:
+            axis.set_yticks(range(len(ends)), ends, fontsize=6)
     return picture(figure)
 
 
