@@ -14,10 +14,10 @@ FLOORS = (
     ("datamodule", "model", "ngram", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("lm", "onnx_graphs", "speak", "traffic", "workloads"),
+    ("lm", "onnx_graphs", "speak", "traffic", "workloads", "report_heard", "report_plots"),
     ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
-    ("ablate", "export", "torture", "gpu_work"),
+    ("ablate", "export", "torture", "gpu_work", "report"),
     ("parity", "gpu_check"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -26,7 +26,6 @@ from datamodule import DataOptions, SpeechDataModule, load_split, rows_rate
 from decode import MODES
 from files import identity, parse_json, read_text, write_whole
 from model import load_checkpoint
-from presets import ModelOptions
 from tokenizer import check_maker
 from tools import report_heard, report_plots
 from tools.compare import VALIDATION, as_cell, read_run, read_scores, score_columns, validation_row
@@ -312,22 +311,28 @@ def show_model(run: Run, options: ReportOptions) -> dict[str, str]:
     } | guard
 
 
+def data_of_run(run: Run, roots: tuple[str, ...], model) -> SpeechDataModule:
+    """Opens the data that the run trained on, with its options. Raises UserError for other data."""
+    data = SpeechDataModule(
+        data_roots=roots,
+        tokenizer=model.tokenizer,
+        frontend=model.frontend,
+        augment=cli.build(Augment, {}, **run.options),
+        options=cli.build(DataOptions, {}, **{"few_shapes": "off", **run.options}),
+        input_layer=model.options.input_layer,
+        seed=run.options.get("seed", 0),
+        views=model.options.views,
+    )
+    data.setup("fit")
+    return data
+
+
 def augmentation(run: Run, roots: tuple[str, ...], model, epoch: int) -> str:
     """Shows rows of train before and after augmentation, as the run drew it."""
     if not run.record:
         return missing("no run.json says how training augmented")
     try:
-        data = SpeechDataModule(
-            data_roots=roots,
-            tokenizer=model.tokenizer,
-            frontend=model.frontend,
-            augment=cli.build(Augment, {}, **run.options),
-            options=cli.build(DataOptions, {}, **{"few_shapes": "off", **run.options}),
-            input_layer=model.options.input_layer,
-            seed=run.options.get("seed", 0),
-            views=cli.build(ModelOptions, {}, **run.options).views,
-        )
-        data.setup("fit")
+        data = data_of_run(run, roots, model)
         examples = list(report_heard.training_examples(data, epoch, EXAMPLES))
     except (UserError, TypeError) as error:
         return missing(error)

@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 import soundfile
+import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure  # which needs no screen, unlike pyplot
 from PIL import Image
@@ -183,12 +184,12 @@ def draw_posteriors(
     return picture(figure)
 
 
-def draw_attention(maps: dict[str, np.ndarray], tokens: list[str], seconds: float) -> str:
+def draw_attention(maps: dict[str, torch.Tensor], tokens: list[str], seconds: float) -> str:
     """Draws the attention maps (blocks,U+1,T') of each decoder, at most its last two blocks."""
     drawn = [
         (name, number, len(blocks), weights)
         for name, blocks in maps.items()
-        for number, weights in list(enumerate(blocks, 1))[-2:]
+        for number, weights in list(enumerate(blocks.numpy(), 1))[-2:]
     ]
     figure, (axes,) = panels(min(1.6 + 0.1 * len(tokens), 6), 1, len(drawn))
     for axis, (name, number, count, weights) in zip(axes, drawn):
