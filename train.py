@@ -770,7 +770,8 @@ def make_callbacks(settings: Settings, start: Start) -> list[L.Callback]:
 def make_logger(options: RunOptions) -> Logger:
     folder = options.output_dir
     if options.logger == "wandb":
-        return WandbLogger(save_dir=folder, project="lightning-U2", name=os.path.basename(folder))
+        name = os.path.basename(os.path.abspath(folder))
+        return WandbLogger(save_dir=folder, project="lightning-U2", name=name)
     if options.logger == "csv":
         # CSVLogger deletes what it finds, so that a resumed run would lose what came before.
         return CSVLogger(folder, name="logs", version=f"csv_{time.time_ns()}")
