@@ -17,8 +17,8 @@ FLOORS = (
     ("lm", "onnx_graphs", "speak", "traffic", "workloads", "report_heard", "report_plots"),
     ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
-    ("ablate", "export", "torture", "gpu_work", "report"),
-    ("parity", "gpu_check"),
+    ("ablate", "export", "torture", "gpu_work", "report_page"),
+    ("parity", "gpu_check", "report"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

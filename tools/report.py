@@ -9,12 +9,9 @@ page has the rest, and says what is missing.
 
 import csv
 import glob
-import html
 import io
 import logging
-import math
 import os
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import cli
@@ -28,8 +25,9 @@ from files import identity, parse_json, read_text, write_whole
 from model import load_checkpoint
 from tokenizer import check_maker
 from tools import report_heard, report_plots
-from tools.compare import VALIDATION, as_cell, read_run, read_scores, score_columns, validation_row
+from tools.compare import VALIDATION, read_run, read_scores, score_columns, validation_row
 from tools.report_heard import Heard
+from tools.report_page import bar, image, make_page, missing, player, table, text
 from transforms import Augment
 from words import Word, frame_times
 
@@ -39,18 +37,6 @@ PICTURED = 2  # utterances with CTC's probabilities and attention maps
 MOST = 15  # lines of a table
 SPACE = "\u2423"  # what a token's space looks like in figures
 LENGTHS = 5  # groups of utterances alike in length
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-h2 { margin-top: 2em; border-bottom: 1px solid #ccc } nav a { margin-right: 1em }
-table { border-collapse: collapse; margin: .6em 0; font-size: 14px }
-table { display: block; overflow-x: auto }
-td, th { padding: .15em .6em; text-align: left; border-bottom: 1px solid #eee; white-space: nowrap }
-img { max-width: 100%; display: block } audio { height: 2em; vertical-align: middle }
-code { font-size: 13px; overflow-wrap: anywhere } .missing { color: #666; font-style: italic }
-.pairs td { border: 0; padding: 0 .35em } .wrong { background: #fdd } .side { color: #888 }
-.unsure { opacity: .5 } .bar { background: #4878b0; height: .8em; display: inline-block }
-.tables { display: flex; flex-wrap: wrap; gap: 2.5em }
-"""
 
 
 @options_class
@@ -96,7 +82,8 @@ def main(argv: list[str]) -> None:
     out = options.out or os.path.join(run.folder, "report.html")
     check_out(out, run)
     sections = {"Curves": curves(run, others)} | show_model(run, options)
-    page = make_page(run, sections).encode()
+    command = run.record and run.record.get("command")
+    page = make_page(run.name, command and str(command), sections).encode()
     write_whole(out, page)
     print(f"{shown(out)}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
@@ -129,64 +116,6 @@ def check_out(out: str, run: Run) -> None:
         and identity(out) == identity(run.checkpoint or run.folder)
     ):
         raise UserError(f"--out {out}: the page's name must end in .html; name another file")
-
-
-# ---- HTML
-
-
-def text(value) -> str:
-    """Escapes text from outside for HTML."""
-    return html.escape(shown(value, math.inf) if isinstance(value, str) else as_cell(value))
-
-
-def table(header: Iterable, rows: Iterable[Iterable]) -> str:
-    """Makes a table; cells that are no Html are escaped."""
-    lines = [f"<tr>{''.join(f'<th>{text(name)}</th>' for name in header)}</tr>"]
-    for row in rows:
-        cells = (cell if isinstance(cell, Html) else text(cell) for cell in row)
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-class Html(str):
-    """Marks a text as HTML, which is not escaped again."""
-
-
-def bar(share: float) -> Html:
-    """Draws a share, of which 1 and more fill 12 em."""
-    return Html(f'<span class="bar" style="width:{12 * min(share, 1):.2f}em"></span>')
-
-
-def image(source: str) -> str:
-    return f'<img alt="" src="{source}">'
-
-
-def player(source: str) -> Html:
-    return Html(f'<audio controls preload="none" src="{source}"></audio>')
-
-
-def missing(reason) -> str:
-    return f'<p class="missing">Not here: {text(str(reason))}</p>'
-
-
-def make_page(run: Run, sections: dict[str, str]) -> str:
-    """Joins the sections, by title, to a page that loads nothing from elsewhere."""
-    title = f"Report of {text(run.name)}"
-    links = "".join(
-        f'<a href="#s{number}">{text(name)}</a>' for number, name in enumerate(sections)
-    )
-    bodies = "".join(
-        f'<h2 id="s{number}">{text(name)}</h2>{body}'
-        for number, (name, body) in enumerate(sections.items())
-    )
-    command = run.record and run.record.get("command")
-    said = f"<p><code>{text(str(command))}</code></p>" if command else ""
-    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>'
-        f"</head><body><h1>{title}</h1>{said}<nav>{links}</nav>{bodies}</body></html>\n"
-    )
 
 
 # ---- Curves
