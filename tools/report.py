@@ -81,7 +81,8 @@ def main(argv: list[str]) -> None:
     others = [open_run(path) for path in given["others"]]
     out = options.out or os.path.join(run.folder, "report.html")
     check_out(out, run)
-    sections = {"Curves": curves(run, others)} | show_model(run, options)
+    model = show_model(run, options)  # first, because it may refuse the data
+    sections = {"Curves": curves(run, others)} | model
     command = run.record and run.record.get("command")
     page = make_page(run.name, command and str(command), sections).encode()
     write_whole(out, page)

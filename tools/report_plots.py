@@ -26,8 +26,10 @@ RATE = 16000  # samples per second of the sounds, which MP3 has, unlike some rat
 LONGEST = 30.0  # seconds of a sound in the page
 MOST_TOKENS = 60  # along an axis, beyond which they could not be read
 WIDTH = 10.0  # inches of a figure, DPI points each
-DPI = 90
+DPI = 110
 BINS = 10  # of confidences
+# Powers of ten would be written as formulas, which `quiet_fonts` switches off.
+PLAIN = matplotlib.ticker.StrMethodFormatter("{x:g}")
 # The first of these that is installed has the characters that matplotlib's own font lacks.
 CJK = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Source Han Sans SC")
 
@@ -94,10 +96,8 @@ def draw_curves(runs: dict[str, dict]) -> str:
         ):
             if points := curves.get(tag):
                 axis.plot(*zip(*points), style, color=colour, markersize=3)
-    # Powers of ten would be written as formulas, which `quiet_fonts` switches off.
-    plain = matplotlib.ticker.StrMethodFormatter("{x:g}")
     training.set(title="training loss, smoothed", yscale="log")
-    training.yaxis.set(major_formatter=plain, minor_formatter=plain)
+    training.yaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
     loss.set(title="loss on dev")
     errors.set(title="CER on dev (dashed: chunks of 16)", ylim=0)
     for axis in (training, loss, errors):
@@ -177,7 +177,7 @@ def draw_posteriors(
         below.plot(middle, probabilities[:, token], color=colour, linewidth=1.2)
     for token, text, frame in zip(seen.tokens, tokens, seen.frames):
         height = probabilities[frame, token]
-        below.text(middle[frame], height + 0.02, text, ha="center", fontsize=7, clip_on=True)
+        below.text(middle[frame], height, text, ha="center", va="bottom", fontsize=7, clip_on=True)
     below.set(ylim=(0, 1.12), xlabel="seconds (grey: the blank)", xlim=(0, seconds))
     below.tick_params(labelsize=7)
     below.set_ylabel("probability", fontsize=8)
@@ -219,6 +219,7 @@ def draw_calibration(points: np.ndarray) -> str:
     counts.bar(middle, size - wrong, 0.09, label="right")
     counts.bar(middle, wrong, 0.09, bottom=size - wrong, label="wrong", color="tab:red")
     counts.set(xlabel="confidence", ylabel="words", yscale="symlog")
+    counts.yaxis.set(major_formatter=PLAIN)
     counts.legend(fontsize=8)
     for axis in (right, counts):
         axis.grid(alpha=0.3)
