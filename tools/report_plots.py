@@ -97,7 +97,9 @@ def draw_curves(runs: dict[str, dict]) -> str:
             if points := curves.get(tag):
                 axis.plot(*zip(*points), style, color=colour, markersize=3)
     training.set(title="training loss, smoothed", yscale="log")
-    training.yaxis.set(major_formatter=PLAIN, minor_formatter=PLAIN)
+    few = matplotlib.ticker.LogLocator(subs=(1, 2, 5))
+    training.yaxis.set(major_locator=few, major_formatter=PLAIN)
+    training.yaxis.set(minor_formatter=matplotlib.ticker.NullFormatter())
     loss.set(title="loss on dev")
     errors.set(title="CER on dev (dashed: chunks of 16)", ylim=0)
     for axis in (training, loss, errors):
