@@ -68,6 +68,9 @@ parity: .venv/installed  ## AN4 as torch, onnxruntime and sherpa-onnx hear it: m
 compare: .venv/installed  ## table of the runs in runs/
 	$(PY) -m tools.compare $(ARGS)
 
+report: .venv/installed  ## OUTPUT_DIR/report.html: curves, augmentation, attention, errors to hear (ARGS="OTHER_RUN --split dev")
+	$(PY) -m tools.report $(OUTPUT_DIR) $(ARGS)
+
 test: .venv/installed  ## the tests
 	$(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 tests $(ARGS)
 
@@ -141,5 +144,5 @@ ablation: .venv/installed  ## table of training techniques in equal time, over n
 	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
 	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
 
-.PHONY: help setup data train score transcribe export parity compare test lint format smoke bench \
+.PHONY: help setup data train score transcribe export parity compare report test lint format smoke bench \
   gpu_check torture clean an4 ablation

@@ -521,15 +521,18 @@ class SpeechDataset(Dataset):
         self, epoch: int, row: int, speed: int | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
         """Returns features (T,F), labels (U,) and the row number, for each view of the row."""
-        waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
         labels = row_values(self.dataset, "labels", row).astype(np.int64)
+        features = self.example(epoch, row, speed)["features"]  # (T,F), or (views,T,F)
+        features = features[None] if features.dim() == 2 else features
+        return [(view, torch.from_numpy(labels), row) for view in features]
+
+    def example(self, epoch: int, row: int, speed: int | None = None) -> dict:
+        """Returns what the chain makes of the row's waveform."""
+        waveform = row_values(self.dataset, "input_values", row).astype(np.float32)
         example = {"input_values": torch.from_numpy(waveform)}
         if speed is not None:
             example["speed"] = speed
-        example = self.transform(example, make_generator(self.seed, epoch, row))
-        features = example["features"]  # (T,F), or (views,T,F)
-        features = features[None] if features.dim() == 2 else features
-        return [(view, torch.from_numpy(labels), row) for view in features]
+        return self.transform(example, make_generator(self.seed, epoch, row))
 
 
 def row_values(dataset: datasets.Dataset, column: str, row: int) -> np.ndarray:

@@ -5,6 +5,7 @@ A guard skips updates whose gradients are not finite. Axes are those of conforme
 
 import math
 import os
+import time
 import warnings
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from cli import UserError, option, options_class, shown
 import pytorch_lightning as L
 import torch
 import torch.distributed as dist
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate, WordErrorRate
@@ -43,6 +45,7 @@ VOCABULARY_ROWS = {"net.ctc.weight", "net.ctc.bias"} | {
 # the feed-forward, each with a weight and a bias.
 FEWEST_OF_A_BLOCK = 14
 VALIDATION_CHUNKS = {"": -1, "_chunk16": 16}  # metric suffix -> chunk size in encoder frames
+PICTURES = 3  # first rows of dev whose features the log shows, and what was heard in them
 FLUSH_EVERY = 100  # updates between two writes of steps.jsonl
 
 
@@ -261,6 +264,10 @@ class U2(L.LightningModule):
         # What to do after an update (see recovery.py): this rank's request, and the largest one.
         self.request = self.agreed = 0
         self.skips_in_a_row = self.skips_in_all = 0
+        self.pictures = {}  # {row of dev: (features (T,F), said, heard)} of this validation
+        self.norm = None  # of the last update's gradient, before clipping
+        self.heard_frames = 0  # feature frames since the time `heard_since`
+        self.heard_since = time.monotonic()
         self.validated_step = -1  # global_step at the last validation
         self.lr_steps = None  # how often the learning rate had moved before a resume
 
@@ -331,6 +338,11 @@ class U2(L.LightningModule):
         if self.optim.compile and stage == "fit":
             self.net.encoder.compile_blocks()
 
+    def on_train_epoch_start(self):
+        # A validation has come before, which is no part of the pace of training.
+        self.heard_frames = 0
+        self.heard_since = time.monotonic()
+
     def on_train_batch_start(self, batch, batch_idx):
         # Random draws depend on (seed, micro-batch, rank) alone: a resumed run draws the same.
         count = self.trainer.fit_loop.total_batch_idx
@@ -363,6 +375,7 @@ class U2(L.LightningModule):
         row_losses = row_losses.unflatten(0, (views, -1)).sum(0)
         self.loss_names = tuple(losses)
         values = torch.stack([loss.detach() for loss in losses.values()])
+        self.heard_frames += int(batch.feature_lengths.sum()) // views
         self.window.append((batch.rows.tolist()[: len(row_losses)], row_losses, values))
         return losses["loss"]
 
@@ -500,7 +513,8 @@ class U2(L.LightningModule):
     ):
         """Clips by norm. Lightning itself refuses to do so for any fused optimizer."""
         if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), gradient_clip_val)
+            parameters = parameters_of(optimizer)
+            self.norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         """Attempts an update, which global_step counts, and reports it where it was skipped.
@@ -525,12 +539,22 @@ class U2(L.LightningModule):
         self.report_skip(rows, bad_rows)
 
     def log_losses(self, rows: int) -> None:
-        """Logs the update's losses, means over its micro-batches, as numbers on the CPU."""
+        """Logs the update's losses, means over its micro-batches, as numbers on the CPU.
+
+        The pace counts this rank's audio times the ranks, which have about equally much.
+        """
         for name in self.loss_names:
             mean = torch.tensor(sum(each[name] for each in self.losses) / len(self.losses))
             self.log(f"train_{name}", mean, batch_size=rows)
             if name == "loss":
                 self.log(name, mean, prog_bar=True, logger=False, batch_size=rows)
+        if self.norm is not None and not self.update_skipped:
+            self.log("grad_norm", self.norm, batch_size=rows)
+        heard = self.heard_frames * self.frontend.frame_shift / 1000 * self.trainer.world_size
+        now = time.monotonic()
+        self.log("audio_seconds_per_second", heard / (now - self.heard_since), batch_size=rows)
+        self.heard_frames, self.heard_since = 0, now
+        self.log("skipped_updates", float(self.skips_in_all), batch_size=rows)
 
     def gather_window(self, window) -> tuple[list[int], list[int]]:
         """Collects from all ranks the window's rows, and its rows whose loss is not finite."""
@@ -542,7 +566,6 @@ class U2(L.LightningModule):
     def report_skip(self, rows, bad_rows):
         self.skips_in_a_row += 1
         self.skips_in_all += 1
-        self.log("skipped_updates", float(self.skips_in_all), rank_zero_only=True)
         step = self.trainer.global_step
         if self.trainer.is_global_zero and self.skip_log:
             line = {"step": step, "epoch": self.current_epoch, "rows": rows}
@@ -579,6 +602,28 @@ class U2(L.LightningModule):
             texts = [self.tokenizer.decode(hypothesis.tokens) for hypothesis in heard]
             self.val_metrics["val_cer" + suffix].update(texts, references)
             self.val_metrics["val_wer" + suffix].update(texts, references)
+            if chunk_size == -1:
+                self.keep_pictures(batch, references, texts)
+
+    def keep_pictures(self, batch, references: list[str], texts: list[str]) -> None:
+        """Keeps the features of the first rows of dev, what was said and what was heard."""
+        rows = zip(batch.rows.tolist(), batch.features, batch.feature_lengths, references, texts)
+        for row, features, length, *said in rows:
+            if row < PICTURES:
+                self.pictures[row] = (features[:length].float().cpu(), *said)
+
+    def log_pictures(self) -> None:
+        """Shows the logger the pictures; a logger without pictures, such as csv's, gets none."""
+        for row, (features, said, heard) in sorted(self.pictures.items()):
+            low, high = features.aminmax()
+            grey = ((features.T.flip(0) - low) / (high - low).clamp(min=1e-6)).numpy()  # (F,T)
+            name, caption = f"dev_{row}", f"said: {shown(said)}\n\nheard: {shown(heard)}"
+            for logger in self.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(name, grey, self.global_step, dataformats="HW")
+                    logger.experiment.add_text(name, caption, self.global_step)
+                elif isinstance(logger, WandbLogger):
+                    logger.log_image(name, [grey], caption=[caption])
 
     def on_validation_epoch_end(self):
         values = {name: metric.compute() for name, metric in self.val_metrics.items()}
@@ -587,6 +632,8 @@ class U2(L.LightningModule):
         # compute has joined all ranks; without sync_dist Lightning would warn.
         self.log_dict(values, sync_dist=True)
         self.validated_step = self.global_step
+        if self.trainer.is_global_zero:
+            self.log_pictures()
         self.reset_metrics()
         said = ("val_loss", "val_cer", "val_wer", "val_cer_chunk16", "val_wer_chunk16")
         # While fitting, the epoch's training is over, though Lightning counts the epoch later.
@@ -599,6 +646,7 @@ class U2(L.LightningModule):
     def reset_metrics(self):
         for metric in self.val_metrics.values():
             metric.reset()
+        self.pictures.clear()
 
     # ---- Decoding
 

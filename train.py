@@ -2,16 +2,19 @@
 
 Writes OUTPUT_DIR/best.ckpt and last.ckpt (best and newest), run.json (command, options
 and metrics), steps.jsonl (loss and rows of every update), skipped.jsonl (updates that the guard
-skipped) and TensorBoard logs.
+skipped) and the logs of --logger.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import glob
+import importlib.util
 import math
 import os
 import subprocess
 import sys
+import time
 import warnings
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info
 
@@ -107,6 +110,11 @@ class RunOptions:
         "validate and keep an exponential average of the weights, e.g. 0.998; 0: off",
         at_least=0.0,
         at_most=0.999999,
+    )
+    logger: str = option(
+        "tensorboard",
+        "where curves go: OUTPUT_DIR/logs, or Weights & Biases, where wandb is installed",
+        choices=("tensorboard", "csv", "wandb"),
     )
     check_val_every_n_epoch: int = option(
         1, "epochs between validations", at_least=1, at_most=10**6
@@ -415,6 +423,8 @@ def check_run(options: RunOptions, optimizer: str) -> None:
                 "--strategy fsdp neither clips by norm nor averages through Lightning; add "
                 "--gradient_clip_val 0 --ema_decay 0"
             )
+    if options.logger == "wandb" and not importlib.util.find_spec("wandb"):
+        raise UserError("--logger wandb: wandb is not installed; install it, or leave --logger out")
     if options.precision in ("16", "16-mixed") and not torch.cuda.is_available():
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
 
@@ -663,7 +673,7 @@ def only_writer(folder: str):
         if not os.path.exists(os.path.join(folder, "run.json")):
             for path in set(files_of(logs)) - set(before):
                 os.remove(path)
-        for path in (logs, folder):
+        for path in (*glob.glob(f"{glob.escape(logs)}/csv_*"), logs, folder):
             with contextlib.suppress(OSError):
                 os.rmdir(path)
 
@@ -695,6 +705,8 @@ class Start(L.Callback):
         clear_output(self.folder, self.old, self.place.updates)
         metrics = read_metrics(self.folder) if self.place.path else {}
         self.record = write_run(self.folder, {"options": self.options, "metrics": metrics})
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.options)
         size = sum(p.numel() for p in module.parameters()) / 1e6
         print(
             f"{size:.2f} M parameters, vocabulary {module.tokenizer.vocab_size}, "
@@ -712,12 +724,12 @@ def read_metrics(folder: str) -> dict:
 
 
 def files_of(path: str) -> list[str]:
-    """Lists the file `path`, or TensorBoard's files in the folder `path`, but no other logs."""
+    """Lists the file `path`, or the loggers' files in the folder `path`, but no other logs."""
     within = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
         for name in names
-        if name.startswith(("events.out.tfevents", "hparams.yaml"))
+        if name.startswith(("events.out.tfevents", "hparams.yaml", "metrics.csv"))
     ]
     return within or [path] * os.path.isfile(path)
 
@@ -755,6 +767,17 @@ def make_callbacks(settings: Settings, start: Start) -> list[L.Callback]:
     return [MemoryCheck(), start, bar, LearningRateMonitor("step"), *average, best, last]
 
 
+def make_logger(options: RunOptions) -> Logger:
+    folder = options.output_dir
+    if options.logger == "wandb":
+        name = os.path.basename(os.path.abspath(folder))
+        return WandbLogger(save_dir=folder, project="lightning-U2", name=name)
+    if options.logger == "csv":
+        # CSVLogger deletes what it finds, so that a resumed run would lose what came before.
+        return CSVLogger(folder, name="logs", version=f"csv_{time.time_ns()}")
+    return TensorBoardLogger(folder, name="logs", version="")
+
+
 def make_trainer(settings: Settings, start: Start) -> L.Trainer:
     """Makes Lightning's trainer. Raises UserError for options that Lightning refuses."""
     options = settings.run
@@ -778,7 +801,7 @@ def make_trainer(settings: Settings, start: Start) -> L.Trainer:
             check_val_every_n_epoch=options.check_val_every_n_epoch,
             callbacks=make_callbacks(settings, start),
             plugins=[WholeFiles()],
-            logger=TensorBoardLogger(options.output_dir, name="logs", version=""),
+            logger=make_logger(options),
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             log_every_n_steps=10,
@@ -940,6 +963,10 @@ def finish(trainer, model, best, folder, record) -> None:
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val_")
     }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # whose table of options shows this one number
+            logger.log_metrics({"hp_metric": best}, trainer.global_step)
+            logger.save()
     record["metrics"] = {
         **metrics,
         "best_val_cer_mean": best,

@@ -14,11 +14,11 @@ FLOORS = (
     ("datamodule", "model", "ngram", "sources"),
     ("stream",),
     ("prepare", "train", "score", "transcribe"),
-    ("lm", "onnx_graphs", "speak", "traffic", "workloads"),
+    ("lm", "onnx_graphs", "speak", "traffic", "workloads", "report_heard", "report_plots"),
     ("demo", "onnx_checks"),
     ("align", "compare", "wenet_import", "bench"),
-    ("ablate", "export", "torture", "gpu_work"),
-    ("parity", "gpu_check"),
+    ("ablate", "export", "torture", "gpu_work", "report_page"),
+    ("parity", "gpu_check", "report"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
