@@ -16,7 +16,7 @@ FLOORS = (
     ("prepare", "train", "score", "transcribe"),
     ("lm", "onnx_graphs", "speak", "traffic", "workloads"),
     ("demo", "onnx_checks"),
-    ("align", "compare", "wenet_import", "bench"),
+    ("align", "compare", "live", "wenet_import", "bench"),
     ("ablate", "export", "torture", "gpu_work"),
     ("parity", "gpu_check"),
 )

@@ -198,8 +198,11 @@ async def serve(room: Room, certificate: ssl.SSLContext | None = None, tell=SAY)
     async def show(_):
         return web.Response(body=page, content_type="text/html", charset="utf-8", headers=HEADERS)
 
+    async def listen(request):
+        return await talk(room, request)
+
     app.router.add_get("/", show)
-    app.router.add_get("/ws", lambda request: talk(room, request))
+    app.router.add_get("/ws", listen)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     options = room.options
