@@ -300,7 +300,7 @@ console.log(JSON.stringify({
   pcm: [...new Uint8Array(pcm([0, 1, -1, 0.5, 1 / 32768, -2]))],
   whole: all(tone, 4800, 48000, 16000), pieces: all(tone, 128, 48000, 16000),
   odd: all(tone, 100, 44100, 16000), high: all(high, 128, 48000, 16000),
-  srt: srt([[0, 1.5, "a --> b"], [3723.0456, 3724, "c\\nd"]]),
+  srt: srt([[0, 1.5, "a --> b"], [3723.0456, 3724.0456, "c\\nd"]]),
 }));
 """
 
@@ -316,7 +316,7 @@ def test_the_page_resamples_and_writes_subtitles():
     times = np.arange(len(found["odd"])) / 16000 * 44100 / 48000
     assert np.abs(found["odd"] - np.sin(2 * np.pi * 440 * times))[50:].max() < 1e-3
     assert np.abs(found["high"][50:]).max() < 1e-3  # 16 kHz cannot have 12 kHz
-    words = [Word("a --> b", 0.0, 1.5, 1.0), Word("c\nd", 3723.0456, 3724.0, 1.0)]
+    words = [Word("a --> b", 0.0, 1.5, 1.0), Word("c\nd", 3723.0456, 3724.0456, 1.0)]
     expected = as_srt(Transcript("", "", 3724.0, words))
     assert found["srt"] == expected.replace("c\\nd", "c\nd")
 
