@@ -250,7 +250,7 @@ def test_a_clients_hotwords_are_favoured(model):
         ("--key a.pem", "--certificate and --key go together"),
         ("--certificate a.pem --key a.pem", "a.pem: they cannot be used .No such file"),
         ("--load --port 1", "--port has no effect with --load"),
-        ("--chunk_size -1 --left_chunks -1", "a page hears chunk by chunk"),
+        ("--chunk_size -1", "a page hears chunk by chunk"),
         ("--mode joint --ctc_weight 1", "--ctc_weight has no effect"),
         ("--host nowhere.invalid --checkpoint CKPT", "no such host"),
         ("--port TAKEN --checkpoint CKPT", "cannot be served .Address already in use"),

@@ -138,8 +138,6 @@ def main(argv: list[str]) -> None:
         measure_load(argv)
         return
     search = build(SearchOptions, given, chunk_size=16, left_chunks=4)
-    if search.chunk_size < 1:
-        raise UserError("--chunk_size -1: a page hears chunk by chunk; give at least 1")
     hotwords = build(HotwordOptions, given)
     context = certificate(options)
     model, tokenizer, _ = load_checkpoint(
@@ -152,8 +150,10 @@ def main(argv: list[str]) -> None:
 
 
 def check_given(given: dict, options: LiveOptions) -> None:
-    """Raises UserError for flags that have no effect beside the others."""
+    """Raises UserError for flags that have no effect beside the others, or have no use here."""
     check_used(given, (options.mode,))
+    if given.get("chunk_size") == -1:
+        raise UserError("--chunk_size -1: a page hears chunk by chunk; give at least 1")
     for name in ("host", "port", "certificate", "key", "clients", "max_seconds"):
         if options.load and name in given:
             raise UserError(f"--{name} has no effect with --load; leave one of them out")
