@@ -59,6 +59,9 @@ score: .venv/installed  ## score OUTPUT_DIR/best.ckpt on SPLIT
 transcribe: .venv/installed  ## transcribe files: make transcribe ARGS="a.wav b.flac"
 	$(PY) transcribe.py --checkpoint $(BEST) $(ARGS)
 
+live: .venv/installed  ## a page to talk to OUTPUT_DIR/best.ckpt, at http://127.0.0.1:8000/
+	$(PY) -m tools.live --checkpoint $(BEST) $(ARGS)
+
 export: .venv/installed  ## OUTPUT_DIR/best.ckpt as ONNX in OUTPUT_DIR/export: make export ARGS="--audio a.wav b.flac"
 	$(PY) -m tools.export --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite $(ARGS)
 
@@ -144,5 +147,5 @@ ablation: .venv/installed  ## table of training techniques in equal time, over n
 	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
 	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
 
-.PHONY: help setup data train score transcribe export parity compare report test lint format smoke bench \
-  gpu_check torture clean an4 ablation
+.PHONY: help setup data train score transcribe live export parity compare report test lint format \
+  smoke bench gpu_check torture clean an4 ablation

@@ -128,29 +128,36 @@ def load_hotwords(path: str, tokenizer, score: float) -> ContextGraph:
     """Makes the automaton of the phrases in a file, one on each line.
 
     A phrase may end in its own bonus per token, ` :SCORE`; `score` is the bonus of the others.
-    Raises UserError for a file that cannot be read or has no phrase, and, with the line's number,
-    for a phrase that the tokenizer cannot spell.
+    Raises UserError for a file that cannot be read, and what read_hotwords raises.
     """
     try:
-        lines = re.split("\r\n?|\n", read_text(path))
+        text = read_text(path)
     except (OSError, ValueError) as error:
         remedy = "give a text file, a phrase a line"
         raise cannot_read(f"--hotwords {path}", error, remedy) from error
+    return read_hotwords(text, f"--hotwords {path}", tokenizer, score)
+
+
+def read_hotwords(text: str, where: str, tokenizer, score: float) -> ContextGraph:
+    """Makes the automaton of the phrases in a text, as load_hotwords does.
+
+    Raises UserError for a text without a phrase or with too many and, with the line's number, for a
+    phrase that the tokenizer cannot spell. `where` says in the message where the text is from.
+    """
     phrases = []
     count = 0
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(re.split("\r\n?|\n", text), 1):
         if line.strip():
-            where = f"--hotwords {path}, line {number}"
-            tokens, bonus = read_phrase(line, where, tokenizer, score)
+            tokens, bonus = read_phrase(line, f"{where}, line {number}", tokenizer, score)
             phrases.append((tokens, bonus))
             count += len(tokens)
         if count > MANY_TOKENS:
             raise UserError(
-                f"--hotwords {path}: its phrases have more than {MANY_TOKENS} tokens; leave out "
-                "those that matter least"
+                f"{where}: its phrases have more than {MANY_TOKENS} tokens; leave out those that "
+                "matter least"
             )
     if not phrases:
-        raise UserError(f"--hotwords {path}: no phrase in it; write one a line")
+        raise UserError(f"{where}: no phrase in it; write one a line")
     return make_graph(phrases)
 
 

@@ -173,10 +173,12 @@ def favour(options: LmOptions, hotwords: HotwordOptions, tokenizer, stream: bool
     context = make_context(hotwords, tokenizer)
     if options.lm is None or options.lm_weight == 0:
         return context
-    lm = load_lm(options.lm, tokenizer, options.lm_weight, options.word_bonus)
-    if context is None:
-        return lm
-    return Both(lm, context)
+    return both(load_lm(options.lm, tokenizer, options.lm_weight, options.word_bonus), context)
+
+
+def both(lm: LanguageModel | None, hotwords: ContextGraph | None):
+    """Makes the automaton of two, either of which may be absent."""
+    return Both(lm, hotwords) if lm and hotwords else lm or hotwords
 
 
 def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> LanguageModel:

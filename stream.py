@@ -13,8 +13,8 @@ from cli import UserError
 import torch
 
 import decode
-from frames import receptive_field
-from transforms import check_samples, feature_state, stream_features
+from frames import StreamState, receptive_field
+from transforms import FeatureState, check_samples, feature_state, stream_features
 
 # WeNet has three rules. An utterance ends after SILENCE ms of silence, after SILENCE_AFTER_TEXT ms
 # of silence behind some text, or after LONGEST ms in all. A frame is silent when the probability of
@@ -50,6 +50,14 @@ class _Utterance(NamedTuple):
     hushed: int = HUSH
 
 
+class Listening(NamedTuple):
+    """Holds a stream as far as it has been heard."""
+
+    features: FeatureState
+    encoder: StreamState
+    utterance: _Utterance
+
+
 def listen(
     model,
     pieces: Iterable[torch.Tensor],
@@ -68,39 +76,58 @@ def listen(
     transforms.LOUDEST. Such an error, and any error of `pieces`, comes after the final Heard of the
     sound before it.
     """
+    advance, state = listener(model, search, endpoints, context, mode)
+    waiting = no_samples(model, search.chunk_size)
+    received = 0
+    for samples, last in with_last(pieces, model.frontend.tail_samples):
+        received += 0 if last else len(samples)
+        chunks, waiting = in_chunks(samples, last, waiting)
+        for chunk, last in chunks:
+            heard, state = advance(chunk, last, received, state)
+            if heard:
+                yield heard
+
+
+def listener(
+    model,
+    search: decode.SearchOptions,
+    endpoints: bool = True,
+    context=None,
+    mode: str = "attention_rescoring",
+):
+    """Makes the function that hears a stream chunk by chunk, and its first state, for `listen`.
+
+    The function (chunk (n,), last, received, state) -> (Heard or None, new state) takes the chunks
+    of in_chunks, and how many samples of the stream have come by now, without its tail. States are
+    values, so that one function hears many streams. Raises UserError for what decode.check_mode
+    refuses.
+    """
     decode.check_mode(mode, context)
-    advance = stream_features(model.frontend)
-    features_state = feature_state()
-    state = model.stream_state(search.chunk_size, search.left_chunks)
-    utterance = _Utterance(0, decode.prefix_start(context=context), [], [])
-    received = 0  # samples
+    extract = stream_features(model.frontend)
+    encoder = model.stream_state(search.chunk_size, search.left_chunks)
+    silence = _Utterance(0, decode.prefix_start(context=context), [], [])
 
-    def counted(pieces):
-        nonlocal received
-        for samples, last in pieces:
-            received += 0 if last else len(samples)
-            yield samples, last
-
-    pieces = counted(with_last(pieces, model.frontend.tail_samples))
-    for samples, last in in_chunks(pieces, *piece_samples(model, search.chunk_size)):
-        features, features_state = advance(samples, features_state)
-        encoded, state = model.stream(features[None].to(model.device), state, last)  # (1,m,D)
-        utterance = _hear_chunk(model, utterance, encoded, search)
+    def advance(chunk: torch.Tensor, last: bool, received: int, state: Listening):
+        features, heard_features = extract(chunk, state.features)
+        features = features[None].to(model.device)
+        encoded, after = model.stream(features, state.encoder, last)  # (1,m,D)
+        utterance = _hear_chunk(model, state.utterance, encoded, search)
         (found,) = decode.prefix_result(utterance.beam)
-        end = utterance.first_frame + utterance.frames
+        first = utterance.first_frame
+        end = first + utterance.frames
         seconds = min(end * frame_ms(model) / 1000, received / model.frontend.sample_rate)
         has_text = bool(found.tokens)
         if last or endpoints and is_endpoint(model, has_text, utterance.silent, utterance.frames):
             whole = torch.cat(utterance.chunks, dim=1)
             hushed = torch.cat(utterance.hushes, dim=1)
             found = second_pass(model, found, whole, hushed, search, mode, context)
-            yield Heard(found, utterance.first_frame, seconds, True, whole)
-            waiting = state.features
-            state = model.stream_state(search.chunk_size, search.left_chunks)
-            state = state._replace(features=waiting)
-            utterance = _Utterance(end, decode.prefix_start(context=context), [], [])
-        elif encoded.size(1):
-            yield Heard(found, utterance.first_frame, seconds, False)
+            after = encoder._replace(features=after.features)
+            state = Listening(heard_features, after, silence._replace(first_frame=end))
+            return Heard(found, first, seconds, True, whole), state
+        heard = Heard(found, first, seconds, False) if encoded.size(1) else None
+        return heard, Listening(heard_features, after, utterance)
+
+    return advance, Listening(feature_state(), encoder, silence)
 
 
 def _hear_chunk(
@@ -157,30 +184,43 @@ def as_samples(piece) -> torch.Tensor:
     return piece.detach().float().cpu()
 
 
+class Waiting(NamedTuple):
+    """Holds the samples that wait until a chunk is complete."""
+
+    size: float  # samples of this chunk
+    later: float  # samples of each later one
+    pieces: tuple[torch.Tensor, ...] = ()  # each (n,)
+
+
+def no_samples(model, chunk_size: int) -> Waiting:
+    """Returns the state before the first sample of a stream."""
+    return Waiting(*piece_samples(model, chunk_size))
+
+
 def in_chunks(
-    pieces: Iterable[tuple[torch.Tensor, bool]], first: float, later: float
-) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Cuts the output of with_last anew: `first` samples, then `later` at a time, then the rest.
+    piece: torch.Tensor, last: bool, waiting: Waiting
+) -> tuple[list[tuple[torch.Tensor, bool]], Waiting]:
+    """Cuts the pieces of with_last anew -> the chunks that a piece completes, what still waits.
 
     stream_features normalises the samples of a piece by the statistics up to the piece's end. After
     this cut, the same sound always has the same ends, in whatever pieces it came.
     """
-    waiting = []
-    length = 0
-    size = first
-    for piece, last in pieces:
-        waiting.append(piece)
-        length += len(piece)
-        if length >= size or last:
-            samples = torch.cat(waiting)
-            while len(samples) >= size:
-                yield samples[:size], False
-                samples = samples[size:]
-                size = later
-            waiting = [samples]
-            length = len(samples)
+    size, later, pieces = waiting
+    pieces = (*pieces, piece)
+    # Many small pieces become few: each is less than half as long as the one before it.
+    while len(pieces) > 1 and 2 * len(pieces[-1]) >= len(pieces[-2]):
+        pieces = (*pieces[:-2], torch.cat(pieces[-2:]))
+    chunks = []
+    if last or sum(map(len, pieces)) >= size:
+        samples = torch.cat(pieces)
+        while len(samples) >= size:
+            chunks.append((samples[:size], False))
+            samples = samples[size:]
+            size = later
+        pieces = (samples,)
         if last:
-            yield samples, True
+            chunks.append((samples, True))
+    return chunks, Waiting(size, later, pieces)
 
 
 def piece_samples(model, chunk_size: int) -> tuple[float, float]:

@@ -48,7 +48,7 @@ from model import load_checkpoint
 from ngram import LmOptions, favour
 from recovery import leave_terminal
 from sampler import eval_batches
-from stream import frame_ms, listen
+from stream import Heard, frame_ms, listen
 from transforms import extract
 from words import (
     Transcript,
@@ -579,8 +579,7 @@ def transcribe_streams(
 def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Transcript:
     """Transcribes a stream; the text so far goes to stderr whenever it changes."""
     model = job.model
-    frame = frame_ms(model)
-    size = max(job.search.chunk_size, 0) * frame * model.frontend.sample_rate // 1000
+    size = max(job.search.chunk_size, 0) * frame_ms(model) * model.frontend.sample_rate // 1000
     pieces = map(torch.from_numpy, regroup(blocks, size))
     texts = []
     words = []
@@ -588,20 +587,22 @@ def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Tran
     seconds = 0.0
     how = {"context": job.context, "mode": job.options.mode}
     for heard in listen(model, pieces, job.search, **how):
-        tokens = heard.hypothesis.tokens
-        text = model.tokenizer.decode(tokens)
+        text = model.tokenizer.decode(heard.hypothesis.tokens)
         seconds = heard.seconds
         if heard.final:
             texts.append(text)
-            log_probs = None
-            if job.shows_words:
-                log_probs = model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
-            offset = heard.first_frame * frame / 1000
-            words.append(timed(job, tokens, offset, seconds - offset, log_probs))
+            words.append(words_of(job, heard) if job.shows_words else [])
         if text and (heard.final or text != before):
             show_heard(text, seconds, heard.final)
         before = text
     return Transcript(path, join(texts), seconds, join_words(words))
+
+
+def words_of(job: Job, heard: Heard) -> list[Word]:
+    """Finds the words of an utterance that has ended, in seconds since the stream began."""
+    log_probs = job.model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
+    offset = heard.first_frame * frame_ms(job.model) / 1000
+    return timed(job, heard.hypothesis.tokens, offset, heard.seconds - offset, log_probs)
 
 
 def show_heard(text: str, seconds: float, final: bool) -> None:

@@ -235,17 +235,22 @@ def as_txt(transcript: Transcript) -> str:
 
 def as_json(transcript: Transcript) -> str:
     """Writes one line: file, text, duration and words with their start, end and confidence."""
-    words = [
+    words = word_fields(transcript.words)
+    fields = {**transcript._asdict(), "duration": round(transcript.duration, 3), "words": words}
+    return json_text(fields, ensure_ascii=False) + "\n"
+
+
+def word_fields(words: list[Word]) -> list[dict]:
+    """Returns the words as JSON has them."""
+    return [
         {
             "word": word.text,
             "start": round(word.start, 3),
             "end": round(word.end, 3),
             "confidence": round(word.confidence, 4),
         }
-        for word in transcript.words
+        for word in words
     ]
-    fields = {**transcript._asdict(), "duration": round(transcript.duration, 3), "words": words}
-    return json_text(fields, ensure_ascii=False) + "\n"
 
 
 def as_ctm(transcript: Transcript) -> str:
