@@ -265,7 +265,8 @@ class U2(L.LightningModule):
         self.request = self.agreed = 0
         self.skips_in_a_row = self.skips_in_all = 0
         self.pictures = {}  # {row of dev: (features (T,F), said, heard)} of this validation
-        self.norm = None  # of the last update's gradient, before clipping
+        self.norm = None  # () of the last update's gradient, before clipping, on the device
+        self.norm_before = 0.0  # the same of the update before, read with this update's losses
         self.heard_frames = 0  # feature frames since the time `heard_since`
         self.heard_since = time.monotonic()
         self.validated_step = -1  # global_step at the last validation
@@ -375,7 +376,7 @@ class U2(L.LightningModule):
         row_losses = row_losses.unflatten(0, (views, -1)).sum(0)
         self.loss_names = tuple(losses)
         values = torch.stack([loss.detach() for loss in losses.values()])
-        self.heard_frames += int(batch.feature_lengths.sum()) // views
+        self.heard_frames += sum(batch.feature_lengths.tolist()) // views
         self.window.append((batch.rows.tolist()[: len(row_losses)], row_losses, values))
         return losses["loss"]
 
@@ -499,7 +500,9 @@ class U2(L.LightningModule):
         votes = torch.stack((finite, torch.full_like(finite, -self.request)))
         if self.trainer.world_size > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-        finite, request, *losses = torch.cat((votes, *(each for *_, each in self.window))).tolist()
+        norm = torch.zeros_like(finite) if self.norm is None else self.norm
+        values = torch.cat((votes, *(each for *_, each in self.window), norm[None])).tolist()
+        finite, request, *losses, self.norm_before = values
         names = self.loss_names
         self.losses = [dict(zip(names, losses[i:])) for i in range(0, len(losses), len(names))]
         self.update_skipped = not finite
@@ -512,7 +515,7 @@ class U2(L.LightningModule):
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ):
         """Clips by norm. Lightning itself refuses to do so for any fused optimizer."""
-        if gradient_clip_val:
+        if gradient_clip_val and not self.update_skipped:
             parameters = parameters_of(optimizer)
             self.norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
@@ -541,6 +544,7 @@ class U2(L.LightningModule):
     def log_losses(self, rows: int) -> None:
         """Logs the update's losses, means over its micro-batches, as numbers on the CPU.
 
+        The gradient's norm is of the update before, for another wait for the GPU would cost more.
         The pace counts this rank's audio times the ranks, which have about equally much.
         """
         for name in self.loss_names:
@@ -548,13 +552,15 @@ class U2(L.LightningModule):
             self.log(f"train_{name}", mean, batch_size=rows)
             if name == "loss":
                 self.log(name, mean, prog_bar=True, logger=False, batch_size=rows)
-        if self.norm is not None and not self.update_skipped:
-            self.log("grad_norm", self.norm, batch_size=rows)
+        if self.norm is not None:
+            self.log("grad_norm", torch.tensor(self.norm_before), batch_size=rows)
         heard = self.heard_frames * self.frontend.frame_shift / 1000 * self.trainer.world_size
         now = time.monotonic()
-        self.log("audio_seconds_per_second", heard / (now - self.heard_since), batch_size=rows)
-        self.heard_frames, self.heard_since = 0, now
-        self.log("skipped_updates", float(self.skips_in_all), batch_size=rows)
+        pace = torch.tensor(heard / (now - self.heard_since))
+        self.log("audio_seconds_per_second", pace, batch_size=rows)
+        self.heard_frames = 0
+        self.heard_since = now
+        self.log("skipped_updates", torch.tensor(float(self.skips_in_all)), batch_size=rows)
 
     def gather_window(self, window) -> tuple[list[int], list[int]]:
         """Collects from all ranks the window's rows, and its rows whose loss is not finite."""

@@ -333,7 +333,7 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, ranks):
             average.update(model)
             model.window = []
     model.log_losses(2)
-    assert reads == [5, 5]
+    assert reads == [6, 6]
     assert {value.device.type for value in logged.values()} == {"cpu"}
     assert logged["loss"] == 2.0 and logged["train_loss_att"] == 4.0
 

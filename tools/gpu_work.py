@@ -54,7 +54,7 @@ SMALL = "--preset small --batch_size 8"
 AN4_SIZE = "--preset small --max_epochs 80 --check_val_every_n_epoch 4"
 AN4 = (  # the Makefile's recipe
     "--batch_size 8 --optimizer muon --lr 4e-3 --warmup_steps 200 --ctc_weight 0.5 "
-    "--ema_decay 0.99 --num_subs 0 --speeds 0.9 0.95 1.0 1.05 1.1"
+    "--ema_decay 0.99 --num_subs 0 --speeds 0.9 0.95 1.0 1.05 1.1 --tail_padding 300"
 )
 UPDATES = 20  # of which the losses are compared
 EPOCHS = 3  # of a training that is timed
