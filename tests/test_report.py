@@ -161,6 +161,17 @@ def test_csv_keeps_what_came_before_a_resume(root, tmp_path):
     assert [step for step, _ in found["val_cer"]] == [1, 3] and len(found["loss"]) == 4
 
 
+def test_lines_that_are_damaged_or_still_being_written_are_passed_over(tmp_path):
+    (tmp_path / "logs" / "v").mkdir(parents=True)
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 1.5}\n{"loss": 2.5}\n{"step"')
+    (tmp_path / "logs" / "v" / "metrics.csv").write_text(
+        "step,val_cer\n10,0.5\n20,0.4,9\n,0.3\n30,-\n40,0.2\n50,0."
+    )
+    found = report.read_curves(str(tmp_path))
+    assert found["loss"] == [(1, 1.5)]
+    assert found["val_cer"] == [(10, 0.5), (20, 0.4), (40, 0.2)]
+
+
 def test_wandb_that_is_not_installed_is_one_line(root, tmp_path, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(train.UserError) as caught:

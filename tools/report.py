@@ -7,11 +7,13 @@ utterances to listen to, and where the errors are. Where something is missing, s
 page has the rest, and says what is missing.
 """
 
+import contextlib
 import csv
 import glob
 import io
 import logging
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cli
@@ -150,18 +152,28 @@ def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
     found = {}
     lines = read_lines(os.path.join(folder, "steps.jsonl"))
     if losses := [
-        (line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)
+        (line["step"], line["loss"])
+        for line in lines
+        if isinstance(line.get("step"), int) and isinstance(line.get("loss"), float)
     ]:
         found["loss"] = losses
     logs = os.path.join(folder, "logs")
     if glob.glob(f"{glob.escape(logs)}/events.out.tfevents*"):
         found |= read_events(logs)
     for path in sorted(glob.glob(f"{glob.escape(logs)}/**/metrics.csv", recursive=True)):
-        for row in csv.DictReader(io.StringIO(read_text(path))):
-            for name, value in row.items():
-                if name != "step" and value:
-                    found.setdefault(name, []).append((int(row["step"]), float(value)))
+        for name, step, value in read_cells(path):
+            found.setdefault(name, []).append((step, value))
     return found
+
+
+def read_cells(path: str) -> Iterator[tuple[str, int, float]]:
+    """Yields (column, step, value) of a metrics.csv; what is no number is passed over."""
+    # A run that still goes on may have written half of its last line.
+    whole = read_text(path).rpartition("\n")[0]
+    for row in csv.DictReader(io.StringIO(whole)):
+        for name, value in row.items():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                yield name, int(row["step"]), float(value)
 
 
 def read_events(logs: str) -> dict[str, list[tuple[int, float]]]:
