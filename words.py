@@ -201,6 +201,7 @@ def align_words(
     alone = decode.Hypothesis(tokens, 0.0, [], [tokens], [0.0], [[]])
     frames = decode.align(alone, log_probs, len(log_probs), tokenizer.blank_id, columns).times
     if not frames:
+        offset = min(offset, until)  # an utterance of a stream may begin in the silence
         share = min(len(log_probs) * times.shift, until - offset) / max(len(spelled), 1)
         return [
             Word(word.text, offset + i * share, offset + (i + 1) * share, 0.0, word.spaced)

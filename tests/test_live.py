@@ -202,8 +202,9 @@ def test_every_limit_is_told_in_one_message(model, monkeypatch):
 def test_a_strangers_page_may_not_listen_and_nothing_else_is_served(model):
     async def talking(_, session, url):
         page = url.removesuffix("ws")
-        with pytest.raises(WSServerHandshakeError, match="403"):
-            await session.ws_connect(url, origin="http://stranger.example")
+        for origin in ("http://stranger.example", "http://[", "null"):
+            with pytest.raises(WSServerHandshakeError, match="403"):
+                await session.ws_connect(url, origin=origin)
         async with session.ws_connect(url, origin=page.rstrip("/")) as socket:
             assert "sample_rate" in await socket.receive_json()
         for path, status in (("", 200), ("live.py", 404), ("../cli.py", 404), ("ws", 400)):

@@ -21,7 +21,7 @@ from helpers_model import save_model, tiny_model
 from helpers_train import run
 from model import load_checkpoint
 from tokenizer import save_tokenizer, train_char
-from tools import report
+from tools import report, report_plots
 from tools.report_heard import (
     aligned,
     attention_maps,
@@ -164,12 +164,20 @@ def test_csv_keeps_what_came_before_a_resume(root, tmp_path):
 def test_lines_that_are_damaged_or_still_being_written_are_passed_over(tmp_path):
     (tmp_path / "logs" / "v").mkdir(parents=True)
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 1.5}\n{"loss": 2.5}\n{"step"')
-    (tmp_path / "logs" / "v" / "metrics.csv").write_text(
-        "step,val_cer\n10,0.5\n20,0.4,9\n,0.3\n30,-\n40,0.2\n50,0."
+    (tmp_path / "logs" / "v" / "metrics.csv").write_bytes(
+        b"step,val_cer\n10,0.5\n20,0.4,9\n,0.3\n30,\xff\n40,0.2\n50,0."
     )
     found = report.read_curves(str(tmp_path))
     assert found["loss"] == [(1, 1.5)]
     assert found["val_cer"] == [(10, 0.5), (20, 0.4), (40, 0.2)]
+
+
+def test_a_run_without_losses_is_drawn_and_named(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report_plots, "picture", figures.append)
+    report_plots.draw_curves({"one": {"val_cer": [(1, 0.5)]}, "two": {"loss": [(1, 2.0)]}})
+    legend = figures[0].axes[0].get_legend()
+    assert [name.get_text() for name in legend.get_texts()] == ["one", "two"]
 
 
 def test_wandb_that_is_not_installed_is_one_line(root, tmp_path, monkeypatch):

@@ -752,18 +752,11 @@ def test_words_that_fit_no_ctc_path_are_still_there_without_confidence():
         tokenizer.encode("at at"), log_probs, tokenizer, words.FrameTimes(0.04, 0.085), 1.0
     )
     assert [word[:4] for word in found] == [("at", 1.0, 1.06, 0.0), ("at", 1.06, 1.12, 0.0)]
-    found = words.align_words(
-        tokenizer.encode("at at"),
-        log_probs,
-        tokenizer,
-        words.FrameTimes(0.04, 0.085),
-        1.0,
-        until=1.08,
-    )
-    assert [word[1:3] for word in found] == [
-        pytest.approx((1.0, 1.04)),
-        pytest.approx((1.04, 1.08)),
-    ]
+    for until, ends in ((1.08, [(1.0, 1.04), (1.04, 1.08)]), (0.9, [(0.9, 0.9)] * 2)):
+        times = words.FrameTimes(0.04, 0.085)
+        tokens = tokenizer.encode("at at")
+        found = words.align_words(tokens, log_probs, tokenizer, times, 1.0, until=until)
+        assert [word[1:3] for word in found] == [pytest.approx(pair) for pair in ends]
 
 
 def test_cues_fit_the_screen_in_space_and_time_and_hold_every_word():

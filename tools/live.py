@@ -294,7 +294,7 @@ def chunk_ms(job: Job) -> int:
 async def talk(room: Room, request: web.Request) -> web.StreamResponse:
     """Hears a client until it leaves, breaks a rule, or the server ends."""
     origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
+    if origin is not None and host_of(origin) != request.host:
         return web.Response(
             status=403, text=f"A page of {shown(origin, 100)} may not talk to {request.host}.\n"
         )
@@ -320,6 +320,14 @@ async def talk(room: Room, request: web.Request) -> web.StreamResponse:
         room.clients.discard(task)
         await socket.close()
     return socket
+
+
+def host_of(origin: str) -> str | None:
+    """Returns the host and port of a header Origin, None where it is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def greeting(room: Room) -> dict:

@@ -23,7 +23,7 @@ import numpy as np
 
 from datamodule import DataOptions, SpeechDataModule, load_split, rows_rate
 from decode import MODES
-from files import identity, parse_json, read_text, write_whole
+from files import identity, parse_json, write_whole
 from model import load_checkpoint
 from tokenizer import check_maker
 from tools import report_heard, report_plots
@@ -169,7 +169,8 @@ def read_curves(folder: str) -> dict[str, list[tuple[int, float]]]:
 def read_cells(path: str) -> Iterator[tuple[str, int, float]]:
     """Yields (column, step, value) of a metrics.csv; what is no number is passed over."""
     # A run that still goes on may have written half of its last line.
-    whole = read_text(path).rpartition("\n")[0]
+    with open(path, errors="replace") as file:
+        whole = file.read().rpartition("\n")[0]
     for row in csv.DictReader(io.StringIO(whole)):
         for name, value in row.items():
             with contextlib.suppress(ValueError, TypeError, KeyError):

@@ -87,8 +87,9 @@ def draw_curves(runs: dict[str, dict]) -> str:
     figure, ((training, loss, errors),) = panels(3.6, 1, 3)
     colours = cycle(matplotlib.color_sequences["tab10"])
     for (name, curves), colour in zip(runs.items(), colours):
-        if points := curves.get("loss"):
-            training.plot(*smooth(points), color=colour, label=name)
+        points = curves.get("loss")
+        # A run without losses is named, too, for its colour in the other panels.
+        training.plot(*(smooth(points) if points else ((), ())), color=colour, label=name)
         for tag, axis, style in (
             ("val_loss", loss, "o-"),
             ("val_cer", errors, "o-"),
