@@ -502,8 +502,9 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     )
     for rows, found in zip(batches, overlapped(searches)):
         for row, (tokens, *timing) in zip(rows, found):
+            offset = pool[row].offset
             seconds = lengths[row] / rate
-            words = timed(job, tokens, pool[row].offset, seconds, *timing)
+            words = timed(job, tokens, offset, offset + seconds, *timing)
             results[row] = HeardPiece(model.tokenizer.decode(tokens), words, seconds)
         bar.update(sum(results[row].seconds for row in rows))
         speed = bar.n / max(bar.format_dict["elapsed"], 0.001)
@@ -545,20 +546,19 @@ def timed(
     job: Job,
     tokens: list[int],
     offset: float,
-    seconds: float,
+    until: float,
     log_probs: torch.Tensor | None = None,
     columns: list[int] | None = None,
 ) -> list[Word]:
     """Finds the words of tokens in log_probs (T',V), or (T',C) of the columns; none without.
 
-    The piece begins at `offset` and lasts for so many seconds.
+    The piece begins at `offset` and ends at `until`, in seconds.
     """
     if log_probs is None:
         return []
     model = job.model
     times = frame_times(model.options.input_layer, model.frontend)
     where = offset, job.options.delay
-    until = offset + seconds
     return align_words(tokens, log_probs, model.tokenizer, times, *where, columns, until)
 
 
@@ -602,7 +602,7 @@ def words_of(job: Job, heard: Heard) -> list[Word]:
     """Finds the words of an utterance that has ended, in seconds since the stream began."""
     log_probs = job.model.ctc_log_probs(heard.encoded)[0].cpu()  # (T',V)
     offset = heard.first_frame * frame_ms(job.model) / 1000
-    return timed(job, heard.hypothesis.tokens, offset, heard.seconds - offset, log_probs)
+    return timed(job, heard.hypothesis.tokens, offset, heard.seconds, log_probs)
 
 
 def show_heard(text: str, seconds: float, final: bool) -> None:

@@ -69,7 +69,6 @@ class Frontend:
         at_least=-RATES[1] / 2,
         at_most=RATES[1] / 2,
     )
-
     tail_padding: int = option(
         0,
         "ms of silence put behind every utterance, so that its end is heard; sherpa's examples "
