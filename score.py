@@ -203,7 +203,6 @@ def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Data
             raise UserError(
                 f"{where}: column text is {shown(str(kind), 100)}, not text; prepare it again"
             )
-        references = [normalize_text(text or "") for text in dataset["text"]]
     else:
         check_maker(
             tokenizer,
@@ -212,13 +211,20 @@ def load_data(tokenizer, frontend, options: ScoreOptions) -> tuple[datasets.Data
         )
         # load_split checks that the tokenizer has all labels.
         dataset = load_split(roots, options.split, tokenizer)
-        labels = (row["input_ids"] if isinstance(row, dict) else row for row in dataset["labels"])
-        references = [tokenizer.decode(ids) for ids in labels]
+    references = references_of(dataset, tokenizer)
     if not any(references):
         raise UserError(
             f"{where}: no row has any text to compare with; prepare it with transcripts"
         )
     return dataset, references
+
+
+def references_of(dataset, tokenizer) -> list[str]:
+    """Returns the text of each row or, where the split has none, its labels, spelled out."""
+    if "text" in dataset.column_names:
+        return [normalize_text(str(text or "")) for text in dataset["text"]]
+    labels = (row["input_ids"] if isinstance(row, dict) else row for row in dataset["labels"])
+    return [tokenizer.decode(ids) for ids in labels]
 
 
 def unspelled(tokenizer, references: list[str]) -> str:

@@ -25,6 +25,7 @@ from datamodule import DataOptions, SpeechDataModule, load_split, rows_rate
 from decode import MODES
 from files import identity, parse_json, write_whole
 from model import load_checkpoint
+from score import references_of
 from tokenizer import check_maker
 from tools import report_heard, report_plots
 from tools.compare import VALIDATION, read_run, read_scores, score_columns, validation_row
@@ -288,7 +289,7 @@ def augmentation(run: Run, roots: tuple[str, ...], model, epoch: int) -> str:
         views = example.features if example.features.dim() == 3 else example.features[None]
         names = ["trained on"] if len(views) == 1 else ["first view", "second view"]
         shown_views = {"as recorded": example.plain} | dict(zip(names, views))
-        said = report_heard.references(data.splits["train"].select([example.row]), model.tokenizer)
+        said = references_of(data.splits["train"].select([example.row]), model.tokenizer)
         seconds = f"{len(example.before) / rate:.2f} s, then {len(example.after) / rate:.2f} s"
         parts.append(f"<h4>Row {example.row}: {text(said[0])} ({seconds})</h4>")
         parts.append(

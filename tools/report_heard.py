@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from datamodule import EVAL_SECONDS, SpeechDataModule, SpeechDataset, audio_lengths, row_values
-from decode import align
-from sampler import Shaped, eval_batches
-from tokenizer import normalize_text
+from datamodule import SpeechDataModule, SpeechDataset, row_values
+from decode import SearchOptions, align
+from sampler import Shaped
+from score import references_of
+from transcribe import POOL, Job, Piece, TranscribeOptions, pools, recognize_pool
 from transforms import eval_transform, extract
-from words import Word, align_words, frame_times, split_words
+from words import Word, split_words
 
 Pair = tuple[str | None, str | None]  # (said, heard); None where one side has no word
 
@@ -72,40 +73,22 @@ def samples_of(dataset, row: int) -> np.ndarray:
     return row_values(dataset, "input_values", row).astype(np.float32)
 
 
-def references(dataset, tokenizer) -> list[str]:
-    """Returns the text of each row or, where the split has none, its labels, spelled out."""
-    if "text" in dataset.column_names:
-        return [normalize_text(str(text or "")) for text in dataset["text"]]
-    rows = range(len(dataset))
-    return [tokenizer.decode(row_values(dataset, "labels", row).tolist()) for row in rows]
-
-
-@torch.no_grad()
 def hear(model, dataset, mode: str) -> list[Heard]:
     """Hears all rows with full context, and aligns what was heard to what was said."""
-    said = references(dataset, model.tokenizer)
+    job = Job(model, TranscribeOptions(mode=mode, format="json"), SearchOptions(), None)
+    pieces = (Piece(row, 0.0, samples_of(dataset, row)) for row in range(len(dataset)))
+    size = POOL * job.options.batch_seconds * model.frontend.sample_rate
+    with tqdm(disable=True) as bar:
+        found = [each for pool in pools(pieces, size) for each in recognize_pool(job, pool, bar)]
     speakers = dataset["speaker"] if "speaker" in dataset.column_names else [None] * len(dataset)
-    seconds = audio_lengths(dataset) / model.frontend.sample_rate
-    features_of = extract(model.frontend)
-    times = frame_times(model.options.input_layer, model.frontend)
-    results = [None] * len(dataset)
-    for keys in eval_batches(seconds, 16, max_batch=EVAL_SECONDS):
-        rows = [row for _, row in keys]
-        features = [features_of(torch.from_numpy(samples_of(dataset, row))) for row in rows]
-        lengths = torch.tensor([len(frames) for frames in features], device=model.device)
-        encoded, lengths = model.encode(pad_sequence(features, True).to(model.device), lengths)
-        found = model.search(encoded, lengths, mode)
-        log_probs = model.ctc_log_probs(encoded).cpu()
-        for row, hypothesis, scores, length in zip(rows, found, log_probs, lengths.tolist()):
-            limit = float(seconds[row])
-            words = align_words(
-                hypothesis.tokens, scores[:length], model.tokenizer, times, until=limit
-            )
-            pairs = aligned(
-                [word.text for word in split_words(said[row])], [word.text for word in words]
-            )
-            speaker = None if speakers[row] is None else str(speakers[row])
-            results[row] = Heard(row, limit, speaker, said[row], words, pairs)
+    said = references_of(dataset, model.tokenizer)
+    results = []
+    for row, (heard, speaker, text) in enumerate(zip(found, speakers, said)):
+        pairs = aligned(
+            [word.text for word in split_words(text)], [word.text for word in heard.words]
+        )
+        speaker = None if speaker is None else str(speaker)
+        results.append(Heard(row, heard.seconds, speaker, text, heard.words, pairs))
     return results
 
 
