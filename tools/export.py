@@ -291,24 +291,26 @@ def read_sounds(options: ExportOptions, sample_rate: int) -> list[torch.Tensor]:
     return sounds or [synthetic_sound(sample_rate)]
 
 
-def read_runtime(model: U2, path: str | None) -> dict[str, bytes]:
-    """Reads what index.html needs beside it, by file name. Raises UserError where it cannot."""
-    if path is None:
-        return {}
+def write_runtime(model: U2, path: str, folder: str) -> None:
+    """Writes what index.html needs beside it, from web.PACKAGE at `path`.
+
+    Raises UserError for a model without index.html and for another file, or OSError.
+    """
     if model.frontend.frontend != "log_mel":
         raise UserError(
             "--onnxruntime_web: a model on fbank has no index.html, because no graph computes its "
             "features; its README.md names the page of sherpa-onnx's server"
         )
-    return web.runtime(path)
-
-
-def write_onnx(model: U2, chunks: ChunkOptions, runtime: dict[str, bytes], folder: str) -> None:
-    """Writes all files of --out, unchecked, also those of `runtime`. Raises OSError."""
-    written = {name: text.encode() for name, text in texts(model, chunks).items()}
-    for name, content in (written | runtime).items():
+    for name, content in web.runtime(path).items():
         with open(os.path.join(folder, name), "wb") as file:
             file.write(content)
+
+
+def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
+    """Writes all files of --out but the runtime's, unchecked. Raises OSError."""
+    for name, text in texts(model, chunks).items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
     graphs = waveform_graphs if model.frontend.frontend == "log_mel" else sherpa_graphs
     more = wenet_graphs(model, chunks) if model.frontend.is_wenets else []
     try:
@@ -330,7 +332,9 @@ def write_checked(
     """
     check_supported(model)
     sounds = read_sounds(options, model.frontend.sample_rate)
-    write_onnx(model, chunks, read_runtime(model, options.onnxruntime_web), folder)
+    if options.onnxruntime_web is not None:
+        write_runtime(model, options.onnxruntime_web, folder)
+    write_onnx(model, chunks, folder)
     lines = check_files(model, chunks, folder, sounds, options.max_int8_cer)
     seconds = sum(map(len, sounds)) / model.frontend.sample_rate
     heard = "a synthetic sound"
