@@ -35,7 +35,7 @@ SIZES = dict(
 # A graph that notes its inputs, and finds two tokens of `best` in each chunk.
 NODE = """
 const [, body] = process.argv[1].match(/<script>[^]*<script>([^]*)\\/\\/ ---- The page/);
-const best = [1, 1, 0, 1, ...Array(27).fill(0), 2, 0, 0], chunks = [], starts = [];
+const best = [1, 1, 0, 1, ...Array(27).fill(0), 2, 3, 0], chunks = [], starts = [];
 class Tensor { constructor(type, data, dims) { Object.assign(this, {type, data, dims}); } }
 const kept = ["samples", "statistics", "feats"], caches = ["attn", "conv"];
 const session = {
@@ -44,11 +44,11 @@ const session = {
   async run({waveform, offset, mask}) {
     chunks.push([...waveform.data].map(x => 32768 * x));
     starts.push([Number(offset.data[0]), [...mask.data].join("")]);
-    const data = best.splice(0, 2).flatMap(token => [0, 1, 2].map(i => i === token ? 0 : -9));
-    return {log_probs: {data: Float32Array.from(data), dims: [1, 2, 3]}};
+    const data = best.splice(0, 2).flatMap(token => [0, 1, 2, 3].map(i => i === token ? 0 : -9));
+    return {log_probs: {data: Float32Array.from(data), dims: [1, 2, 4]}};
   },
 };
-const tokens = ["<blank>", "\\u2581a", "\\u2581b"];
+const tokens = ["<blank>", "\\u2581a", "\\u2581b", "\\u2581"];
 const loading = Promise.resolve({ort: {Tensor}, session, tokens});
 const Ear = new Function("loading", `"use strict"; ${body}; return Ear`)(loading);
 const ear = new Ear(), told = [];
@@ -75,7 +75,7 @@ def test_the_ear_cuts_sound_as_hear_py_does_and_a_pause_ends_a_line():
     assert heard["left"] == 0
     hello, *told = heard["told"]
     assert (hello["sample_rate"], hello["chunk_ms"]) == (100, 80)
-    # Tokens on both sides of a blank are two. The 25th blank in a row ends a line, as 1 s of them.
+    # Tokens on both sides of a blank are two. A second, 25 frames, without a token ends the line.
     assert [m["text"] for m in told if m["final"]] == ["a a", "b"]
     assert [m["last"] for m in told] == [False] * (len(told) - 1) + [True]
     assert [m["cues"] for m in told if m["final"]] == [[[0, 0.16, "a a"]], [[1.24, 1.28, "b"]]]

@@ -2,14 +2,15 @@
 // of the server. The ear speaks the server's protocol (docs/serving.md), and hears as hear.py does.
 // tools/web.py writes in front of this SIZES, the numbers of hear.py, and PAUSE.
 
+const SPACE = "\u2581";
 const MODEL = "model-streaming.onnx";  // model-streaming.int8.onnx is smaller.
 
 // Opens onnxruntime-web, the streaming graph and its tokens.
 async function load() {
   if (location.protocol === "file:")
-    throw new Error("Browsers load no model into a page that is a file; the README.md beside it says how to serve it.");
+    throw new Error("Browsers load no model into a page from a file; README.md says how to serve it.");
   const ort = await import("./ort.wasm.bundle.min.mjs").catch(() => {
-    throw new Error("onnxruntime-web is not beside this page; the README.md there says how it comes.");
+    throw new Error("onnxruntime-web is not beside this page; README.md says how it comes.");
   });
   ort.env.wasm.numThreads = 1;  // Threads would need headers that few servers send.
   const session = await ort.InferenceSession.create(MODEL);
@@ -28,12 +29,12 @@ class Ear {
     }).catch(error => this.tell({error: error.message}));
   }
 
-  // Begins a stream; the network's state before the first chunk is made in hear().
+  // Begins a stream. hear() makes the state before the first chunk.
   clear() {
     this.waiting = new Float32Array(0);  // samples
     this.size = SIZES.first;  // samples of the next chunk
     this.least = SIZES.first_least;  // samples of a chunk that is the last
-    this.received = this.frames = this.silent = 0;
+    this.received = this.frames = 0;
     this.token = -1;  // the best one of the frame before
     this.line = [];  // [frame, token] since the last pause
     this.state = null;
@@ -105,17 +106,19 @@ class Ear {
       const best = row.reduce((best, x, i) => x > row[best] ? i : best, 0);
       if (![this.token, SIZES.blank_id].includes(best)) this.line.push([this.frames, best]);
       this.token = best;
-      this.silent = Math.exp(row[SIZES.blank_id]) > PAUSE.blank_threshold ? this.silent + 1 : 0;
     }
   }
 
-  // Says what was heard. A pause behind some text ends its line, as the end does, but not the stream.
+  // Says what was heard. PAUSE milliseconds without a token ends a line, but not the stream; spaces
+  // are not counted, because models write them into silence.
   answer(last) {
-    const frame = SIZES.frame_ms / 1000, line = this.line;
-    const final = last || line.length > 0 && this.silent * SIZES.frame_ms >= PAUSE.ms;
-    const text = line.map(([, token]) => this.tokens[token]).join("").replaceAll("\u2581", " ").trim();
+    const frame = SIZES.frame_ms / 1000;
+    const spoken = this.line.filter(([, token]) => this.tokens[token] !== SPACE);
+    const quiet = spoken.length ? (this.frames - spoken.at(-1)[0]) * SIZES.frame_ms : 0;
+    const final = last || quiet >= PAUSE;
+    const text = this.line.map(([, token]) => this.tokens[token]).join("").replaceAll(SPACE, " ").trim();
     const seconds = Math.min(this.frames * frame, this.received / SIZES.rate);
-    const cues = text ? [[line[0][0] * frame, (line.at(-1)[0] + 1) * frame, text]] : [];
+    const cues = text ? [[spoken[0][0] * frame, (spoken.at(-1)[0] + 1) * frame, text]] : [];
     this.tell({text, seconds, final, last, words: [], cues});
     if (final) this.line = [];
   }

@@ -12,7 +12,7 @@ from pathlib import Path
 from cli import UserError
 
 from files import cannot_read, json_text, read_small
-from stream import BLANK_THRESHOLD, SILENCE_AFTER_TEXT
+from stream import SILENCE_AFTER_TEXT
 
 PACKAGE = "onnxruntime-web-1.30.0.tgz"  # as `npm pack` names it
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -29,11 +29,10 @@ FOLDER = Path(__file__).parent
 
 def page(sizes: dict) -> str:
     """Makes index.html for a streaming graph of these sizes, by the names that web.js uses."""
-    pause = {"blank_threshold": BLANK_THRESHOLD, "ms": SILENCE_AFTER_TEXT}
     live = (FOLDER / "live.html").read_text(encoding="utf-8")
     ear = (FOLDER / "web.js").read_text(encoding="utf-8")
     body, end = live.rsplit("</html>", 1)
-    values = f"const SIZES = {json_text(sizes)};\nconst PAUSE = {json_text(pause)};\n"
+    values = f"const SIZES = {json_text(sizes)};\nconst PAUSE = {SILENCE_AFTER_TEXT};\n"
     return f"{body}<script>\n{values}{ear}</script>\n</html>{end}"
 
 
