@@ -65,6 +65,18 @@ live: .venv/installed  ## a page to talk to OUTPUT_DIR/best.ckpt, at http://127.
 export: .venv/installed  ## OUTPUT_DIR/best.ckpt as ONNX in OUTPUT_DIR/export: make export ARGS="--audio a.wav b.flac"
 	$(PY) -m tools.export --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite $(ARGS)
 
+# Browsers hear by this file of the npm registry; the export checks that it is the right one.
+ONNXRUNTIME_WEB = data/onnxruntime-web-1.30.0.tgz
+
+$(ONNXRUNTIME_WEB):
+	@mkdir -p $(@D)
+	@npm pack --silent --pack-destination $(@D) onnxruntime-web@$(patsubst onnxruntime-web-%.tgz,%,$(@F)) >/dev/null 2>&1 \
+	  || { echo "$(@F) did not come: make web needs npm (Node.js) and a network, or that file in $(@D)" >&2; exit 1; }
+
+web: .venv/installed $(ONNXRUNTIME_WEB)  ## OUTPUT_DIR/export with a page that hears in the browser, without a server
+	$(PY) -m tools.export --checkpoint $(BEST) --out $(OUTPUT_DIR)/export --overwrite --onnxruntime_web $(ONNXRUNTIME_WEB) $(ARGS)
+	@echo "To talk: $(PYTHON) -m http.server --bind 127.0.0.1 --directory $(OUTPUT_DIR)/export 8000, then open http://127.0.0.1:8000/"
+
 parity: .venv/installed  ## AN4 as torch, onnxruntime and sherpa-onnx hear it: make parity ARGS="--checkpoint runs/mine/best.ckpt"
 	$(PY) -m tools.parity $(ARGS)
 
@@ -147,5 +159,5 @@ ablation: .venv/installed  ## table of training techniques in equal time, over n
 	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
 	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
 
-.PHONY: help setup data train score transcribe live export parity compare report test lint format \
+.PHONY: help setup data train score transcribe live export web parity compare report test lint format \
   smoke bench gpu_check torture clean an4 ablation

@@ -16,7 +16,7 @@ FLOORS = (
     ("prepare", "train", "score", "transcribe"),
     ("lm", "onnx_graphs", "speak", "traffic", "workloads", "report_heard", "report_plots"),
     ("demo", "onnx_checks"),
-    ("align", "compare", "live", "wenet_import", "bench"),
+    ("align", "compare", "live", "web", "wenet_import", "bench"),
     ("ablate", "export", "torture", "gpu_work", "report_page"),
     ("parity", "gpu_check", "report"),
 )

@@ -7,7 +7,8 @@
 tokens.txt, and a README.md with the commands that run the models. A model on fbank runs in
 sherpa-onnx. Its encoder.onnx, ctc.onnx and decoder.onnx run in WeNet's onnxruntime runtime, which
 rescores. Neither runtime computes log_mel, so a model on log_mel has its frontend inside the
-graphs: they take samples and run in onnxruntime alone.
+graphs: they take samples and run in onnxruntime alone. Such a model also gets index.html, which
+hears in the browser once onnxruntime-web lies beside it, as after `make web`.
 
 Before OUT appears, onnxruntime hears the sounds of --audio, whole and chunk by chunk. Its
 log-probabilities must be those of the network and of stream.py to 1e-4, and int8 must hear the same
@@ -29,8 +30,9 @@ from audio import read_audio
 from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
-from stream import piece_samples
+from stream import frame_ms, piece_samples
 from tokenizer import BPE_SPACE, Tokenizer, unit_lines
+from tools import web
 from tools.compare import as_cell, read_scores, score_columns, unusual
 from tools.onnx_checks import check_files, synthetic_sound
 from tools.onnx_graphs import (
@@ -61,6 +63,9 @@ class ExportOptions:
         "share of the float models' tokens that int8 may hear otherwise",
         at_least=0.0,
         at_most=1.0,
+    )
+    onnxruntime_web: str | None = option(
+        None, f"{web.PACKAGE}, of which index.html of a log_mel model needs two files beside it"
     )
     overwrite: bool = option(
         False, "replace --out or --hub_dir, where it holds nothing but what this command writes"
@@ -122,6 +127,15 @@ This model was trained with {tail_padding} ms of zeros behind every recording, a
 of recordings without. Put them there before either program hears a recording.
 """
 
+SERVER_README = """
+A server to talk to comes with the same programs. Its page is the folder python-api-examples/web of
+https://github.com/k2-fsa/sherpa-onnx, which any web server serves, as `python -m http.server`:
+
+    sherpa-onnx-online-websocket-server --port=6006 --tokens=tokens.txt \\
+      --wenet-ctc-model=model-streaming.onnx --wenet-ctc-chunk-size={chunk_size} \\
+      --wenet-ctc-num-left-chunks={left_chunks} {flags}
+"""
+
 WENET_README = """
 WeNet's onnxruntime runtime hears streams with a second pass, by encoder.onnx, ctc.onnx and
 decoder.onnx:
@@ -141,6 +155,16 @@ second. `hear.py` shows how the graphs are called, in few lines of NumPy.
     pip install onnxruntime soundfile
     python hear.py model.onnx FILE.wav
     python hear.py model-streaming.onnx FILE.wav
+
+`index.html` hears a microphone or a file by model-streaming.onnx in the browser, and sends nothing
+anywhere. Browsers load no model into a page that is a file, so let any web server serve the folder:
+
+    python -m http.server --directory . --bind 127.0.0.1 8000    # and open http://127.0.0.1:8000/
+
+The page needs two files of onnxruntime-web beside it. Where they are missing, they come so:
+
+    npm pack {package}
+    tar --extract --file {package_file} --strip-components 2 {runtime}
 """
 
 HEAR_PY = """import sys
@@ -198,39 +222,53 @@ def token_lines(tokenizer: Tokenizer) -> str:
     return unit_lines(tokens, "tokens.txt")
 
 
-def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
-    """Makes tokens.txt and the files that say how to run the graphs, by file name."""
+def sizes_of(model: U2, chunks: ChunkOptions) -> dict:
+    """Computes what hear.py and index.html have to know of the streaming graph."""
     frontend = model.frontend
     first, later = piece_samples(model, chunks.chunk_size)
     first_least, later_least = piece_samples(model, 1)
     caches = cache_inputs(model, chunks, 0)
-    values = dict(
-        flags=sherpa_flags(frontend),
+    return dict(
         bins=frontend.num_mel_bins,
         rate=frontend.sample_rate,
-        high_freq=frontend.high_freq,
+        frame_ms=frame_ms(model),
         blank_id=model.net.blank_id,
-        reverse_weight=model.options.reverse_weight,
         chunk_size=chunks.chunk_size,
-        left_chunks=chunks.left_chunks,
         cache_size=chunks.cache_size,
         first=first,
         later=later,
         first_least=first_least,
         later_least=later_least,
-        tail=(first + frontend.tail_samples) / frontend.sample_rate,
-        tail_padding=frontend.tail_padding,
         tail_samples=frontend.tail_samples,
         attn_shape=tuple(caches["attn_cache"].shape),
         conv_shape=tuple(caches["conv_cache"].shape),
     )
+
+
+def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
+    """Makes tokens.txt and the files that say how to run the graphs, by file name."""
+    frontend = model.frontend
+    tokens = {"tokens.txt": token_lines(model.tokenizer)}
+    sizes = sizes_of(model, chunks)
     if frontend.frontend == "log_mel":
-        templates = {"README.md": WAVEFORM_README, "hear.py": HEAR_PY}
-    else:
-        tail = TAIL_README * (frontend.tail_padding > 0)
-        templates = {"README.md": SHERPA_README + WENET_README * frontend.is_wenets + tail}
-    written = {name: template.format(**values) for name, template in templates.items()}
-    return {"tokens.txt": token_lines(model.tokenizer), **written}
+        readme = WAVEFORM_README.format(**sizes, **web.NAMES)
+        return {
+            **tokens,
+            "README.md": readme,
+            "hear.py": HEAR_PY.format(**sizes),
+            "index.html": web.page(sizes),
+        }
+    tail = TAIL_README * (frontend.tail_padding > 0)
+    readme = SHERPA_README + SERVER_README + WENET_README * frontend.is_wenets + tail
+    more = dict(
+        flags=sherpa_flags(frontend),
+        high_freq=frontend.high_freq,
+        reverse_weight=model.options.reverse_weight,
+        left_chunks=chunks.left_chunks,
+        tail=(sizes["first"] + frontend.tail_samples) / frontend.sample_rate,
+        tail_padding=frontend.tail_padding,
+    )
+    return {**tokens, "README.md": readme.format(**sizes, **more)}
 
 
 def sherpa_flags(frontend: Frontend) -> str:
@@ -253,8 +291,23 @@ def read_sounds(options: ExportOptions, sample_rate: int) -> list[torch.Tensor]:
     return sounds or [synthetic_sound(sample_rate)]
 
 
+def write_runtime(model: U2, path: str, folder: str) -> None:
+    """Writes what index.html needs beside it, from web.PACKAGE at `path`.
+
+    Raises UserError for a model without index.html and for another file, or OSError.
+    """
+    if model.frontend.frontend != "log_mel":
+        raise UserError(
+            "--onnxruntime_web: a model on fbank has no index.html, because no graph computes its "
+            "features; its README.md names the page of sherpa-onnx's server"
+        )
+    for name, content in web.runtime(path).items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+
+
 def write_onnx(model: U2, chunks: ChunkOptions, folder: str) -> None:
-    """Writes all files of --out, unchecked. Raises OSError."""
+    """Writes all files of --out but the runtime's, unchecked. Raises OSError."""
     for name, text in texts(model, chunks).items():
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
@@ -279,6 +332,8 @@ def write_checked(
     """
     check_supported(model)
     sounds = read_sounds(options, model.frontend.sample_rate)
+    if options.onnxruntime_web is not None:
+        write_runtime(model, options.onnxruntime_web, folder)
     write_onnx(model, chunks, folder)
     lines = check_files(model, chunks, folder, sounds, options.max_int8_cer)
     seconds = sum(map(len, sounds)) / model.frontend.sample_rate
@@ -407,7 +462,7 @@ def export(model: U2, options: ExportOptions, chunks: ChunkOptions) -> list[str]
 
     -> lines for the user. Where it raises UserError, the folder is as before.
     """
-    inputs = (options.checkpoint, *options.audio)
+    inputs = (options.checkpoint, *options.audio, options.onnxruntime_web)
     path = options.hub_dir or options.out
     with published(path, "an export", options.overwrite, inputs) as folder:
         try:
