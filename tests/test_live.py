@@ -183,7 +183,7 @@ def test_every_limit_is_told_in_one_message(model, monkeypatch):
                 monkeypatch.setattr(live, "IDLE", 0.2)
             async with session.ws_connect(url) as socket:
                 await socket.receive_json()
-                if reason.startswith("nothing"):  # A second one finds no place.
+                if reason.startswith("whole"):  # A second one finds no place.
                     async with session.ws_connect(url) as other:
                         assert "1 people talk" in (await other.receive_json())["error"]
                 for said in messages:

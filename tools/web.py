@@ -46,6 +46,9 @@ def runtime(path: str) -> dict[str, bytes]:
     except (OSError, ValueError) as error:
         raise cannot_read(path, error, f"name {PACKAGE}, which make web gets") from error
     if base64.b64encode(hashlib.sha512(package).digest()).decode() != SHA512:
-        raise UserError(f"{path} is not {PACKAGE}, or is damaged; remove it, and make web gets it")
+        raise UserError(
+            f"{path} is not {PACKAGE}, or is damaged; name that file, or, where make web got this "
+            "one, remove it and repeat the command"
+        )
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
         return {name: archive.extractfile(f"package/dist/{name}").read() for name in RUNTIME}
