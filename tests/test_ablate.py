@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cli import UserError
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import train
@@ -61,7 +66,7 @@ def night(tmp_path, monkeypatch):
     def run(*flags):
         calls.clear()
         words = ["--sources", str(tmp_path / "src"), "--out", str(tmp_path / "out")]
-        ablate.main([*words, "--epochs", "20", "--seeds", "0", "2", *flags])
+        ablate.main([*words, "--epochs", "20", "--seeds", "0", "2", *map(str, flags)])
         return list(calls)
 
     monkeypatch.setattr(ablate, "call", call)
@@ -135,6 +140,33 @@ def test_what_is_done_is_not_repeated_and_what_was_killed_is(night, capsys):
     assert list(trainings(night(*WIDE))) == ["wide_masks_0", "baseline_2", "wide_masks_2"]
     table = capsys.readouterr().out
     assert night(*WIDE) == [] == night(*WIDE, "--table") and table in capsys.readouterr().out
+
+
+def test_jobs_share_the_cores_and_make_the_same_table(night, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # which is put back at the end
+    night(*WIDE)
+    table = (night.folder / "table.md").read_text()
+    shutil.rmtree(night.folder)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert trainings(night(*WIDE, "--jobs", 3)).keys() > {"wide_masks_2"}
+    assert (night.folder / "table.md").read_text() == table and os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_command_ends_when_the_night_is_broken_off(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import time; print('begun', flush=True); time.sleep(600)")
+    log = tmp_path / "log"
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            first, second = (pool.submit(ablate.call, str(log), str(script)) for _ in range(2))
+            while not log.exists() or not log.read_text():
+                time.sleep(0.01)
+            ablate.STOP.set()
+            for future in (first, second):
+                with pytest.raises(UserError, match="ends with status -15"):
+                    future.result(60)
+        finally:
+            ablate.STOP.clear()
 
 
 def test_a_technique_with_other_flags_is_another(night, monkeypatch):

@@ -2,9 +2,10 @@
 
 Each technique below alone, and those of RECIPE together, trains preset tiny on each corpus with
 each seed. A technique gets as many epochs as fit the time of the baseline's --epochs: two epochs of
-each are measured first, and what is made before a training counts. Work that is done is not
-repeated, so that the same command goes on after a kill. OUT/results.json holds what was measured,
-OUT/table.md the table so far, in Markdown too.
+each are measured first, and what is made before a training counts. With --jobs N, N trainings run
+at a time, each with its share of the cores. Work that is done is not repeated, so that the same
+command goes on after a kill. OUT/results.json holds what was measured, OUT/table.md the table so
+far, in Markdown too.
 
 The difference of a technique from the baseline is of the means over seeds, with its 95 % interval
 by a paired bootstrap over utterances and seeds, and the probability that the technique is better.
@@ -14,11 +15,14 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
 from cli import UserError, build, make_parser, option, options_class, run, shown
 
+import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tqdm import tqdm
 
@@ -59,6 +63,7 @@ ALONE = "baseline"
 TOGETHER = "together"
 SEARCHES = ("ctc_greedy_search", "attention_rescoring")
 CHUNKS = (-1, 16)
+STOP = threading.Event()  # ends the commands of all threads
 
 
 @options_class
@@ -79,6 +84,7 @@ class AblateOptions:
     calibration_epochs: int = option(
         2, "epochs by which the time of one is measured", at_least=1, at_most=1000
     )
+    jobs: int = option(1, "trainings at a time", at_least=1, at_most=1000)
     table: bool = option(False, "train nothing, print the table as far as it has come")
 
     def __post_init__(self):
@@ -111,6 +117,8 @@ def main(argv: list[str]) -> None:
     if not options.sources:
         raise UserError("give --sources DIR ..., one or more folders of recordings")
     os.makedirs(options.out, exist_ok=True)
+    if options.jobs > 1:  # Threads that fight for a core cost far more than they bring.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // options.jobs))
     with alone(os.path.join(options.out, ".lock"), f"--out {options.out}"):
         results = read_results(options)
         failed = 0 if options.table else train_all(options, results)
@@ -190,24 +198,41 @@ def train_all(options: AblateOptions, results: dict) -> int:
     for source in options.sources:
         prepare(source, os.path.join(options.out, name_of(source)))
     jobs = jobs_of(options)
+    for job in jobs:
+        if "{spoken}" in job.flags:
+            speak(job, options, results)
     for job in tqdm([job for job in jobs if job.seed == options.seeds[0]], "costs"):
         if results["costs"].get(job.cost_key, {}).get("flags") != job.flags:
             results["costs"][job.cost_key] = measure(job, options, results)
             write_results(options, results)
+    pool = ThreadPoolExecutor(options.jobs)
+    started = {}
     failed = 0
-    for job in tqdm(jobs, "trainings"):
-        try:
-            epochs = epochs_of(job, options, results)
-            done = results["runs"].get(job.key, {})
-            if (done.get("flags"), done.get("epochs")) == (job.flags, epochs):
+    try:
+        for job in jobs:
+            try:
+                epochs = epochs_of(job, options, results)
+            except UserError as error:
+                tqdm.write(shown(f"{job.key}: {error}"))
+                failed += 1
                 continue
-            results["runs"].pop(job.key, None)  # of other flags, and its scores with it
-            results["runs"][job.key] = train_and_score(job, epochs, options, results)
-        except UserError as error:
-            tqdm.write(shown(f"{job.key}: {error}"))
-            failed += 1
-        write_results(options, results)
-        write_tables(options, make_tables(options, results))
+            done = results["runs"].get(job.key, {})
+            if (done.get("flags"), done.get("epochs")) != (job.flags, epochs):
+                results["runs"].pop(job.key, None)  # of other flags, and its scores with it
+                started[pool.submit(train_and_score, job, epochs, options, results)] = job
+        for future in tqdm(as_completed(started), "trainings", len(started)):
+            job = started[future]
+            try:
+                results["runs"][job.key] = future.result()
+            except UserError as error:
+                tqdm.write(shown(f"{job.key}: {error}"))
+                failed += 1
+            write_results(options, results)
+            write_tables(options, make_tables(options, results))
+    finally:  # Ctrl-C ends the trainings too.
+        STOP.set()
+        pool.shutdown(cancel_futures=True)
+        STOP.clear()
     return failed
 
 
@@ -318,14 +343,20 @@ def call(log: str, *words: str) -> float:
     Raises UserError, with the last line of the output, where the command fails.
     """
     began = time.monotonic()
-    with open(log, "ab") as file:
-        done = subprocess.run(
-            [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file
-        )
-    if done.returncode:
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with (
+        open(log, "ab") as file,
+        subprocess.Popen([sys.executable, *words], stdout=file, **streams) as process,
+    ):
+        try:
+            while process.poll() is None and not STOP.wait(0.1):
+                pass
+        finally:
+            process.terminate()
+    if process.returncode:
         with open(log, errors="replace") as file:
             last = ([line for line in file.read().splitlines() if line.strip()] or ["nothing"])[-1]
-        raise UserError(f"{' '.join(words)} ends with status {done.returncode}: {last} ({log})")
+        raise UserError(f"{' '.join(words)} ends with status {process.returncode}: {last} ({log})")
     return time.monotonic() - began
 
 
