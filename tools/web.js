@@ -1,6 +1,6 @@
 // The page of an export is tools/live.html with this behind it: an ear in the page takes the place
 // of the server. The ear speaks the server's protocol (docs/serving.md), and hears as hear.py does.
-// tools/web.py writes in front of this SIZES, the numbers of hear.py, and PAUSE.
+// tools/web.py writes in front of this SIZES, the numbers of hear.py, RUNTIME and PAUSE.
 
 const SPACE = "\u2581";
 const MODEL = "model-streaming.onnx";  // model-streaming.int8.onnx is smaller.
@@ -9,9 +9,10 @@ const MODEL = "model-streaming.onnx";  // model-streaming.int8.onnx is smaller.
 async function load() {
   if (location.protocol === "file:")
     throw new Error("Browsers load no model into a page from a file; README.md says how to serve it.");
-  const ort = await import("./ort.wasm.bundle.min.mjs").catch(() => {
-    throw new Error("onnxruntime-web is not beside this page; README.md says how it comes.");
-  });
+  for (const name of [...RUNTIME, MODEL, "tokens.txt"])
+    if (!(await fetch(name, {method: "HEAD"})).ok)
+      throw new Error(`${name} is not beside this page; README.md says what the page needs.`);
+  const ort = await import(`./${RUNTIME[0]}`);
   ort.env.wasm.numThreads = 1;  // Threads would need headers that few servers send.
   const session = await ort.InferenceSession.create(MODEL);
   const lines = (await (await fetch("tokens.txt")).text()).split("\n");

@@ -32,8 +32,9 @@ def page(sizes: dict) -> str:
     live = (FOLDER / "live.html").read_text(encoding="utf-8")
     ear = (FOLDER / "web.js").read_text(encoding="utf-8")
     body, end = live.rsplit("</html>", 1)
-    values = f"const SIZES = {json_text(sizes)};\nconst PAUSE = {SILENCE_AFTER_TEXT};\n"
-    return f"{body}<script>\n{values}{ear}</script>\n</html>{end}"
+    values = {"SIZES": sizes, "RUNTIME": RUNTIME, "PAUSE": SILENCE_AFTER_TEXT}
+    lines = "".join(f"const {name} = {json_text(value)};\n" for name, value in values.items())
+    return f"{body}<script>\n{lines}{ear}</script>\n</html>{end}"
 
 
 def runtime(path: str) -> dict[str, bytes]:
