@@ -155,7 +155,7 @@ an4: data/an4/tokenizer.json $(filter runs/an4_spoken/best.ckpt,$(AN4_START))  #
 # ---- What training techniques gain: make ablation SOURCES="../shared/speech/an4 ../shared/speech/librispeech_1h"
 SOURCES ?=
 
-ablation: .venv/installed  ## table of training techniques in equal time, over night (a try: ARGS="--out runs/try --limit_rows 64 --epochs 3")
+ablation: .venv/installed  ## table of training techniques in equal time, over night (a try: ARGS="--out runs/try --limit_rows 128 --epochs 3 --seeds 0 --techniques wide_masks")
 	$(if $(SOURCES),,$(error SOURCES is not set; name folders, each with train/metadata.csv and dev/metadata.csv))
 	$(PY) -m tools.ablate --sources $(SOURCES) $(ARGS)
 
