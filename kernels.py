@@ -18,12 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from frames import to_device, valid_mask
 
-# Torch multiplies float32 by MKL, which on AMD's CPUs with AVX-512 reaches less than half of
-# oneDNN's rate (`python -m tools.bench train` prints both). On AMD's CPUs with AVX2 alone both are
-# equally fast; Intel's CPUs were not measured.
-ONEDNN = (
-    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def onednn_is_faster() -> bool:
+    """True where oneDNN multiplies float32 faster than MKL, which torch takes.
+
+    On AMD's CPUs with AVX-512 MKL reaches less than half of oneDNN's rate (`python -m tools.bench
+    train` prints both), and on those with AVX2 alone both are equally fast. On Intel's MKL is the
+    faster one, above all for the small layers of presets tiny and small.
+    """
+    of_intel = "intel" in torch.cpu.get_capabilities().get("cpu_name", "").lower()
+    return torch.backends.mkldnn.is_available() and AVX512 and not of_intel
+
+
+ONEDNN = onednn_is_faster()
 
 # For attention with a mask, cuDNN plans anew for every shape, which takes up to a second on an H100
 # (pytorch's pull request 155958). Torch's other fused kernels need no plan.
@@ -33,7 +42,7 @@ TRITON = True  # --no-triton: no kernels of fused.py
 
 
 def by_onednn(x, weight) -> bool:
-    """True where oneDNN is faster: float32 on a CPU with AVX-512."""
+    """True where oneDNN is faster: float32 on some CPUs with AVX-512."""
     return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
 
 
@@ -93,10 +102,10 @@ class Linear(nn.Linear):
 def for_few_rows(module: nn.Module) -> nn.Module:
     """Stores the weights of `module`'s linear layers column by column, and returns `module`.
 
-    oneDNN then multiplies the few rows of a stream's chunk in half the time. Shapes and numbers
-    stay the same.
+    On a CPU with AVX-512 the few rows of a stream's chunk are then multiplied in half the time, by
+    oneDNN on AMD's CPUs and by MKL on Intel's. Shapes and numbers stay the same.
     """
-    if ONEDNN:
+    if AVX512:
         for layer in module.modules():
             if isinstance(layer, Linear) and layer.weight.is_cpu:
                 layer.weight.data = layer.weight.data.T.contiguous().T

@@ -91,12 +91,8 @@ def trainings(calls, kind="runs"):
 
 
 def test_flags_of_all_techniques_are_train_pys():
-    for flags in (
-        "",
-        *ablate.TECHNIQUES.values(),
-        " ".join(ablate.TECHNIQUES[name] for name in ablate.RECIPE),
-    ):
-        train.read_flags(f"{ablate.BASELINE} {flags}".split())
+    for name in (ablate.ALONE, *ablate.TECHNIQUES, ablate.TOGETHER, *ablate.VARIED):
+        train.read_flags(f"{ablate.BASELINE} {ablate.job_of('src', name, 0).flags}".split())
 
 
 def test_a_start_hands_no_option_of_its_own_training_on():
@@ -208,6 +204,24 @@ def test_the_table_has_means_spreads_and_differences(night, capsys, monkeypatch)
     assert rows["together"][7:9] == ["+0.1000 +0.1000", "0.000"]
     text = next(line for line in out.splitlines() if line.startswith("wide_masks"))
     assert text.split() == " ".join(cells).split()
+
+
+def test_the_recipe_without_a_technique_is_compared_with_the_recipe(night, capsys, monkeypatch):
+    """The time is that of the baseline, which is measured and not trained."""
+    monkeypatch.setattr(ablate, "RECIPE", ("muon", "wide_masks"))
+    monkeypatch.setitem(ablate.VARIED, "without_muon", ("wide_masks",))
+    asked = "--techniques", "without_muon", "together", "--against", "together"
+    calls = night(*asked)
+    assert trainings(calls) == dict.fromkeys(
+        ("together_0", "without_muon_0", "together_2", "without_muon_2"), 10
+    )
+    assert trainings(calls, "measured").keys() == {"measured"}
+    flags = [" ".join(words[1:]) for words in calls if "runs/without_muon_0" in " ".join(words)]
+    assert "--max_freq_mask" in flags[0] and "--optimizer" not in flags[0]
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("without_muon")).split()
+    assert "less together" in table and row[4:9] == "0.0200 0.0283 -0.1800 -0.1800 -0.1800".split()
+    assert trainings(night(*asked[:-1], "baseline")).keys() == {"baseline_0", "baseline_2"}
 
 
 @pytest.mark.parametrize(

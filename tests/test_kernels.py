@@ -191,6 +191,7 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
     found = []
     for onednn in (True, False):
         monkeypatch.setattr(kernels, "ONEDNN", onednn)
+        monkeypatch.setattr(kernels, "AVX512", onednn)
         y = layer(x)
         inputs = [x, *layer.parameters()]
         numbers = [y, *torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True)]
@@ -200,6 +201,22 @@ def test_the_linear_layers_of_both_libraries_give_the_same_numbers_and_gradients
         found.append(numbers)
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, avx512, faster",
+    [
+        ("AMD EPYC 9B14", True, True),
+        ("AMD EPYC 7763", False, False),
+        ("Intel Xeon 2.50GHz", True, False),
+        ("", True, True),
+    ],
+)
+def test_linear_layers_take_onednn_only_where_it_is_faster(monkeypatch, name, avx512, faster):
+    monkeypatch.setattr(kernels, "AVX512", avx512)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name} if name else {})
+    assert kernels.onednn_is_faster() is faster
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -7,8 +7,11 @@ at a time, each with its share of the cores. Work that is done is not repeated, 
 command goes on after a kill. OUT/results.json holds what was measured, OUT/table.md the table so
 far, in Markdown too.
 
-The difference of a technique from the baseline is of the means over seeds, with its 95 % interval
-by a paired bootstrap over utterances and seeds, and the probability that the technique is better.
+Whether RECIPE is the right one is asked with --against together and the names without_X and with_X
+of --techniques, which are RECIPE without X, or with X too.
+
+The difference of a technique from --against is of the means over seeds, with its 95 % interval by a
+paired bootstrap over utterances and seeds, and the probability that the technique is better.
 """
 
 import os
@@ -61,6 +64,10 @@ SPOKEN_FLAGS = (
 )
 ALONE = "baseline"
 TOGETHER = "together"
+VARIED = {
+    **{f"without_{name}": tuple(one for one in RECIPE if one != name) for name in RECIPE},
+    **{f"with_{name}": (*RECIPE, name) for name in TECHNIQUES if name not in RECIPE},
+}  # the names of other recipes
 SEARCHES = ("ctc_greedy_search", "attention_rescoring")
 CHUNKS = (-1, 16)
 STOP = threading.Event()  # ends the commands of all threads
@@ -76,8 +83,11 @@ class AblateOptions:
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds", at_least=0, at_most=2**32 - 1)
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
     techniques: tuple[str, ...] = option(
-        (), "only these beside the baseline; none: all", choices=(*TECHNIQUES, TOGETHER)
+        (),
+        "only these beside --against; none: all but those named with_X or without_X",
+        choices=(ALONE, *TECHNIQUES, TOGETHER, *VARIED),
     )
+    against: str = option(ALONE, "what the others are compared with", choices=(ALONE, TOGETHER))
     limit_rows: int | None = option(
         None, "train on so many rows only, for a try", at_least=1, at_most=10**9
     )
@@ -125,7 +135,7 @@ def main(argv: list[str]) -> None:
         tables = make_tables(options, results)
         for title, rows in tables:
             print(f"\n{title}")
-            print_table(HEADER, rows)
+            print_table(header_of(options), rows)
         write_tables(options, tables)
     print(f"\n{shown(options.out)}/table.md: {'the same in Markdown' if tables else 'no run yet'}")
     if failed:
@@ -138,14 +148,18 @@ def name_of(source: str) -> str:
 
 def jobs_of(options: AblateOptions) -> list[Job]:
     """Lists all trainings: of the first seed those of all techniques, then of the next."""
-    flags = {ALONE: "", **TECHNIQUES, TOGETHER: " ".join(map(TECHNIQUES.get, RECIPE))}
-    names = [ALONE, *(options.techniques or [name for name in flags if name != ALONE])]
+    names = options.techniques or (ALONE, *TECHNIQUES, TOGETHER)
     return [
-        Job(name_of(source), name, seed, flags[name])
+        job_of(source, name, seed)
         for seed in options.seeds
         for source in options.sources
-        for name in names
+        for name in dict.fromkeys((options.against, *names))
     ]
+
+
+def job_of(source: str, name: str, seed: int) -> Job:
+    parts = {ALONE: (), TOGETHER: RECIPE, **VARIED}.get(name, (name,))
+    return Job(name_of(source), name, seed, " ".join(TECHNIQUES[part] for part in parts))
 
 
 # ---- What is known
@@ -201,7 +215,10 @@ def train_all(options: AblateOptions, results: dict) -> int:
     for job in jobs:
         if "{spoken}" in job.flags:
             speak(job, options, results)
-    for job in tqdm([job for job in jobs if job.seed == options.seeds[0]], "costs"):
+    first = options.seeds[0]
+    measured = [job_of(source, ALONE, first) for source in options.sources]
+    measured += [job for job in jobs if job.seed == first and job.name != ALONE]
+    for job in tqdm(measured, "costs"):
         if results["costs"].get(job.cost_key, {}).get("flags") != job.flags:
             results["costs"][job.cost_key] = measure(job, options, results)
             write_results(options, results)
@@ -378,16 +395,20 @@ def make_tables(options: AblateOptions, results: dict) -> list[tuple[str, list[l
                         if asked == (search, chunk) and has_counts(score):
                             found.setdefault(job.name, {})[job.seed] = score
                 title = f"{corpus}, {search}, {'full context' if chunk == -1 else f'chunk {chunk}'}"
-                rows = [table_row(corpus, name, found, results["runs"]) for name in found]
+                rows = [
+                    table_row(corpus, name, found, results["runs"], options.against)
+                    for name in found
+                ]
                 tables += [(title, rows)] if rows else []
     return tables
 
 
-RATE_HEADER = ("spread", "less baseline", "95 %", "p(better)")
-HEADER = ("technique", "seeds", "epochs", "minutes", "CER", *RATE_HEADER, "WER", *RATE_HEADER)
+def header_of(options: AblateOptions) -> tuple[str, ...]:
+    rate = "spread", f"less {options.against}", "95 %", "p(better)"
+    return "technique", "seeds", "epochs", "minutes", "CER", *rate, "WER", *rate
 
 
-def table_row(corpus: str, name: str, found: dict, runs: dict) -> list[str]:
+def table_row(corpus: str, name: str, found: dict, runs: dict, against: str) -> list[str]:
     """Makes the cells of a technique. found: {technique: {seed: score}}."""
     own = found[name]
     kept = [runs[Job(corpus, name, seed, "").key] for seed in own]
@@ -397,12 +418,13 @@ def table_row(corpus: str, name: str, found: dict, runs: dict) -> list[str]:
         rates = [sum(score[wrong]) / sum(score[said]) for score in own.values()]
         spread = f"{statistics.stdev(rates):.4f}" if len(rates) > 1 else "-"
         cells += [f"{statistics.mean(rates):.4f}", spread]
-        pairs = [(found[ALONE][seed], own[seed]) for seed in own if seed in found.get(ALONE, {})]
-        if name == ALONE or not pairs:
+        first = found.get(against, {})
+        pairs = [(first[seed], own[seed]) for seed in own if seed in first]
+        if name == against or not pairs:
             cells += ["-"] * 3
             continue
-        first, second = ([score[wrong] for score in side] for side in zip(*pairs))
-        gain = difference(first, second, pairs[0][0][said])
+        before, after = ([score[wrong] for score in side] for side in zip(*pairs))
+        gain = difference(before, after, pairs[0][0][said])
         cells += [f"{gain.value:+.4f}", f"{gain.low:+.4f} {gain.high:+.4f}", f"{gain.better:.3f}"]
     return cells
 
@@ -411,7 +433,8 @@ def write_tables(options: AblateOptions, tables: list[tuple[str, list[list[str]]
     """Writes OUT/table.md."""
     lines = []
     for title, rows in tables:
-        table = [HEADER, ["---"] * len(HEADER), *rows]
+        header = header_of(options)
+        table = [header, ["---"] * len(header), *rows]
         lines += [f"{title}:", "", *(f"| {' | '.join(row)} |" for row in table), ""]
     write_whole(os.path.join(options.out, "table.md"), "\n".join(lines).encode())
 
