@@ -68,7 +68,7 @@ class DataOptions:
     )
     max_batch_seconds: float | None = option(
         None,
-        "instead of --batch_size: seconds of audio per batch, padding included",
+        "instead of --batch_size: seconds of audio per batch, padding and tails included",
         above=0,
         at_most=1e6,
     )
@@ -724,7 +724,8 @@ def eval_plan(
     seconds = options.max_batch_seconds
     rows = math.inf if seconds else options.batch_size or 16
     samples = (seconds or EVAL_SECONDS) * frontend.sample_rate
-    return eval_batches(audio_lengths(dataset), rows, rank, world_size, samples)
+    lengths = audio_lengths(dataset) + frontend.tail_samples
+    return eval_batches(lengths, rows, rank, world_size, samples)
 
 
 def eval_loader(
@@ -860,7 +861,7 @@ class SpeechDataModule(L.LightningDataModule):
                 **shared,
             )
         return LengthGroupedSampler(
-            lengths=self.lengths[self.kept],
+            lengths=self.lengths[self.kept] + self.frontend.tail_samples,
             max_batch=samples,
             group_by_length=self.options.group_by_length,
             **shared,

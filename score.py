@@ -278,9 +278,11 @@ def recognize_batches(
     model, dataset, mode: str, options: ScoreOptions, search: SearchOptions, context
 ) -> tuple[list[str], float]:
     """Hears rows in batches, the longest first, so that memory runs out early or never."""
-    features_of = extract(model.frontend)
-    most_samples = EVAL_SECONDS * model.frontend.sample_rate
-    batches = eval_batches(audio_lengths(dataset), options.batch_size, max_batch=most_samples)
+    frontend = model.frontend
+    features_of = extract(frontend)
+    most_samples = EVAL_SECONDS * frontend.sample_rate
+    lengths = audio_lengths(dataset) + frontend.tail_samples
+    batches = eval_batches(lengths, options.batch_size, max_batch=most_samples)
     samples = dataset.select_columns(["input_values"]).with_format("numpy")
     batches = [[row for _, row in keys] for keys in batches]
     texts = [""] * len(dataset)

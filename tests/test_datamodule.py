@@ -660,6 +660,21 @@ def test_the_largest_batches_of_an_epoch_are_known_before_it(root, world_size):
     assert SAMPLES.index(max(SAMPLES[:3])) in dev
 
 
+def test_tails_count_as_seconds_of_a_batch(root):
+    options = {"batch_size": None, "max_batch_seconds": 4.0}
+    plain, tailed = (module(root, augment=Augment(speeds=()), **options) for _ in range(2))
+    tailed.frontend = Frontend(tail_padding=1000)
+    for data in (plain, tailed):
+        data.setup("fit")
+    for split in ("train", "val"):
+        before, after = (
+            [batch.features.shape for batch in getattr(data, f"{split}_dataloader")()]
+            for data in (plain, tailed)
+        )
+        assert max(rows for rows, *_ in before) > max(rows for rows, *_ in after) > 1
+        assert all(rows * frames <= 400 for rows, frames, _ in after)
+
+
 def test_limit_rows_takes_the_first_rows_of_every_split(root):
     data = module(root, limit_rows=2)
     data.setup("fit")
