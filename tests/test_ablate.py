@@ -114,6 +114,14 @@ def test_a_technique_gets_the_epochs_that_fit_the_baselines_time(night):
     assert sum(words[0] == "score.py" for words in calls) == 4 * 4
 
 
+def test_a_technique_is_measured_beside_the_baseline(night, monkeypatch):
+    """The machine has become four times as slow when the second technique is measured."""
+    real, slow = ablate.update_seconds, iter((1, 1, 4, 4))
+    monkeypatch.setattr(ablate, "update_seconds", lambda folder: next(slow) * real(folder))
+    epochs = trainings(night("--techniques", "wide_masks", "interctc"))
+    assert (epochs["wide_masks_0"], epochs["interctc_0"]) == (10, 20)
+
+
 def test_what_a_start_takes_is_taken_off_its_epochs(night, capsys):
     with pytest.raises(UserError, match="2 runs have failed"):
         night("--techniques", "synthetic_start")  # three minutes of start, an epoch of a second

@@ -2,8 +2,9 @@
 
 Each technique below alone, and those of RECIPE together, trains preset tiny on each corpus with
 each seed. A technique gets as many epochs as fit the time of the baseline's --epochs: two epochs of
-each are measured first, and what is made before a training counts. With --jobs N, N trainings run
-at a time, each with its share of the cores. Work that is done is not repeated, so that the same
+the baseline and two of the technique are measured first, one after the other, because the speed of
+a machine changes over a night. What is made before a training counts. With --jobs N, N trainings
+run at a time, each with its share of the cores. Work that is done is not repeated, so that the same
 command goes on after a kill. OUT/results.json holds what was measured, OUT/table.md the table so
 far, in Markdown too.
 
@@ -192,14 +193,15 @@ def write_results(options: AblateOptions, results: dict) -> None:
 
 def epochs_of(job: Job, options: AblateOptions, results: dict) -> int:
     """Returns the epochs that fit the time of the baseline. Raises UserError where none does."""
+    if job.name == ALONE:
+        return options.epochs
     cost = results["costs"][job.cost_key]
-    baseline = results["costs"][f"{job.corpus}, {ALONE}"]["epoch"]
-    left = options.epochs * baseline - cost["start"]
+    left = options.epochs * cost["baseline"] - cost["start"]
     if left < cost["epoch"]:
         raise UserError(
             f"{job.cost_key}: the start takes {cost['start']:.0f} s and an epoch "
             f"{cost['epoch']:.0f} s, the {options.epochs} epochs of the baseline "
-            f"{options.epochs * baseline:.0f} s; give more --epochs"
+            f"{options.epochs * cost['baseline']:.0f} s; give more --epochs"
         )
     return round(left / cost["epoch"])
 
@@ -215,11 +217,10 @@ def train_all(options: AblateOptions, results: dict) -> int:
     for job in jobs:
         if "{spoken}" in job.flags:
             speak(job, options, results)
-    first = options.seeds[0]
-    measured = [job_of(source, ALONE, first) for source in options.sources]
-    measured += [job for job in jobs if job.seed == first and job.name != ALONE]
-    for job in tqdm(measured, "costs"):
-        if results["costs"].get(job.cost_key, {}).get("flags") != job.flags:
+    first = [job for job in jobs if job.seed == options.seeds[0] and job.name != ALONE]
+    for job in tqdm(first, "costs"):
+        cost = results["costs"].get(job.cost_key, {})
+        if cost.get("flags") != job.flags or "baseline" not in cost:  # an older version's
             results["costs"][job.cost_key] = measure(job, options, results)
             write_results(options, results)
     pool = ThreadPoolExecutor(options.jobs)
@@ -262,15 +263,20 @@ def prepare(source: str, folder: str) -> None:
 
 
 def measure(job: Job, options: AblateOptions, results: dict) -> dict:
-    """Returns the seconds of an epoch of a technique, and of what must be made before it."""
+    """Returns the seconds of an epoch of the baseline and of a technique, and of its start."""
+    start = speak(job, options, results) if "{spoken}" in job.flags else 0.0
+    baseline = epoch_seconds(job._replace(flags=""), options)
+    epoch = epoch_seconds(job, options)
+    return {"flags": job.flags, "baseline": baseline, "epoch": epoch, "start": start}
+
+
+def epoch_seconds(job: Job, options: AblateOptions) -> float:
+    """Trains for some epochs, and returns the seconds that one takes."""
     folder = os.path.join(options.out, job.corpus, "measured")
-    start = 0.0
-    if "{spoken}" in job.flags:
-        start = speak(job, options, results)
     epochs = options.calibration_epochs
     call(f"{folder}.log", *training(job, folder, epochs, options))
     updates = read_json(os.path.join(folder, "run.json"))["metrics"]["steps"]
-    return {"flags": job.flags, "epoch": update_seconds(folder) * updates / epochs, "start": start}
+    return update_seconds(folder) * updates / epochs
 
 
 def update_seconds(folder: str) -> float:
