@@ -28,7 +28,15 @@ from tqdm import tqdm
 
 from bootstrap import interval
 from context import HotwordOptions
-from datamodule import EVAL_SECONDS, audio_lengths, get_concat_dataset, load_split, rows_rate
+from datamodule import (
+    EVAL_SECONDS,
+    DataOptions,
+    audio_lengths,
+    eval_plan,
+    get_concat_dataset,
+    load_split,
+    rows_rate,
+)
 from decode import (
     CONTEXT_MODES,
     GRAPH_MODES,
@@ -42,7 +50,6 @@ from decode import (
 from files import cannot_write, identity, json_text, write_whole
 from model import load_checkpoint
 from ngram import LmOptions, favour
-from sampler import eval_batches
 from stream import cut, listen
 from tokenizer import check_maker, most_frequent, normalize_text
 from transforms import check_samples, extract
@@ -278,11 +285,8 @@ def recognize_batches(
     model, dataset, mode: str, options: ScoreOptions, search: SearchOptions, context
 ) -> tuple[list[str], float]:
     """Hears rows in batches, the longest first, so that memory runs out early or never."""
-    frontend = model.frontend
-    features_of = extract(frontend)
-    most_samples = EVAL_SECONDS * frontend.sample_rate
-    lengths = audio_lengths(dataset) + frontend.tail_samples
-    batches = eval_batches(lengths, options.batch_size, max_batch=most_samples)
+    features_of = extract(model.frontend)
+    batches = eval_plan(dataset, model.frontend, DataOptions(batch_size=options.batch_size))
     samples = dataset.select_columns(["input_values"]).with_format("numpy")
     batches = [[row for _, row in keys] for keys in batches]
     texts = [""] * len(dataset)

@@ -438,8 +438,8 @@ def table_row(corpus: str, name: str, found: dict, runs: dict, against: str) -> 
 def write_tables(options: AblateOptions, tables: list[tuple[str, list[list[str]]]]) -> None:
     """Writes OUT/table.md."""
     lines = []
+    header = header_of(options)
     for title, rows in tables:
-        header = header_of(options)
         table = [header, ["---"] * len(header), *rows]
         lines += [f"{title}:", "", *(f"| {' | '.join(row)} |" for row in table), ""]
     write_whole(os.path.join(options.out, "table.md"), "\n".join(lines).encode())
