@@ -89,7 +89,7 @@ class TranscribeOptions:
     )
     batch_seconds: float = option(
         200.0,
-        "most seconds of audio in a batch, padding included; memory grows with it",
+        "most seconds of audio in a batch, padding and tails included; memory grows with it",
         at_least=1.0,
         at_most=1e6,
     )
@@ -493,7 +493,7 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     rate = model.frontend.sample_rate
     features_of = extract(model.frontend)
     results = [None] * len(pool)
-    lengths = [len(piece.samples) for piece in pool]
+    lengths = [len(piece.samples) + model.frontend.tail_samples for piece in pool]
     keys = eval_batches(lengths, math.inf, max_batch=job.options.batch_seconds * rate)
     batches = [[row for _, row in batch] for batch in keys]
     searches = (

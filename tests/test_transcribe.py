@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 import unicodedata
+from dataclasses import replace
 
 import cli
 from cli import UserError
@@ -177,6 +178,31 @@ def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, fol
     assert sorted(row for batch in batches for row in batch) == list(range(200))
     assert all(len(batch) * max(lengths[row] for row in batch) <= 300 for batch in batches)
     assert len(batches) < 60
+
+
+def test_tails_count_as_seconds_of_a_batch(world, capsys, folder, monkeypatch):
+    """Pieces are of a second at most and a batch of four."""
+    sizes = []
+    load, answer = transcribe.load_checkpoint, transcribe.recognize_batch
+
+    def loaded(*args):
+        model, tokenizer, frontend = load(*args)
+        model.frontend = replace(frontend, tail_padding=tail)
+        return model, tokenizer, model.frontend
+
+    def recorded(job, features):
+        sizes.append((len(features), max(map(len, features))))
+        return answer(job, features)
+
+    monkeypatch.setattr(transcribe, "load_checkpoint", loaded)
+    monkeypatch.setattr(transcribe, "recognize_batch", recorded)
+    most = []
+    for tail in (0, 1000):
+        sizes.clear()
+        assert hear(capsys, world, "--max_seconds", 1, "--batch_seconds", 4, folder)[0] == 0
+        most.append(max(rows for rows, _ in sizes))
+        assert all(rows * frames <= 400 for rows, frames in sizes)
+    assert most[0] > most[1] == 2
 
 
 @pytest.mark.parametrize("words, timed", [((), 0), (("--format", "json"), 1)])
