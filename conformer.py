@@ -324,11 +324,14 @@ class Encoder(nn.Module):
     def perhaps(self, y, x, p: float):
         """Returns y (B,T,D) or, in training for a share p of the rows, x (B,T,D) instead.
 
-        The block that made y of x runs for all rows: under DDP every weight needs its gradient.
+        What the block added counts 1 / (1 - p) times in the other rows, so that the mean over draws
+        is what evaluation gets, y (as in NeMo; Huang et al. 2016 scale in evaluation). The block
+        that made y of x runs for all rows: under DDP every weight needs its gradient.
         """
         if not (self.training and p):
             return y
-        return torch.where(torch.rand(len(x), 1, 1, device=x.device) < p, x, y)
+        left_out = torch.rand(len(x), 1, 1, device=x.device) < p
+        return torch.where(left_out, x, x + (y - x) / (1 - p))
 
     def compile_blocks(self):
         """Compiles the blocks for training. They are alike, so one code serves all of them."""

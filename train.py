@@ -432,9 +432,8 @@ def check_run(options: RunOptions, optimizer: str) -> None:
 def check_unused(given: dict, settings: Settings) -> None:
     """Raises UserError for a flag that has no effect beside the others."""
     augment = settings.augment
-    masks = augment.num_freq_masks, augment.num_time_masks, augment.num_subs
     model = settings.model
-    if model.views > 1 and not any(masks):
+    if model.views > 1 and not (augment.num_freq_masks or augment.num_time_masks):
         raise UserError(
             "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
             "--num_time_masks, or --cr_ctc_weight 0"

@@ -627,9 +627,9 @@ def spec_trim(augment: Augment):
 
 
 def two_views(transforms: list):
-    """Makes two examples' "features" (2,F,T) of one: each view has masks of its own.
+    """Makes two examples' "features" (2,F,T) of one: each view has draws of its own.
 
-    The views have the same speech at the same times, so that CR-CTC can compare their frames.
+    No transform may move speech to other times, because CR-CTC compares the views' frames.
     """
     masks = Compose(transforms)
 
@@ -678,16 +678,16 @@ def train_transform(
     """Makes the chain of training: speed, room and noise before the frontend, masks after it.
 
     rirs, noises: recordings (n,) float32 of the folders that `augment` names. A part that is
-    switched off is left out. Two `views` differ in their masks, and are trimmed alike.
+    switched off is left out. Two `views` differ in the masks of spec_aug alone, which come last.
     """
     chain = [speed_perturb(augment.speeds)] if augment.speeds else []
     chain += [reverberate(rirs, augment.rir_prob)] if len(rirs) else []
     chain += [mix_noise(noises, augment)] if len(noises) else []
     chain += features_chain(frontend, augment.dither)
     masks = [spec_aug(augment)] if augment.num_freq_masks or augment.num_time_masks else []
-    masks += [spec_sub(augment)] if augment.num_subs else []
-    trim = [spec_trim(augment)] if augment.max_trim else []
-    chain += masks + trim if views == 1 else [*trim, two_views(masks)]
+    cuts = [spec_sub(augment)] if augment.num_subs else []
+    cuts += [spec_trim(augment)] if augment.max_trim else []
+    chain += masks + cuts if views == 1 else [*cuts, two_views(masks)]
     return Compose(chain + [transpose])
 
 

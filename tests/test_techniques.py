@@ -66,9 +66,11 @@ def test_stochastic_depth_leaves_out_late_blocks_most_and_none_in_evaluation():
     plain = network(num_blocks=4, **QUIET)
     assert same(*(torch.stack(list(losses(each.eval()).values())[:3]) for each in (net, plain)))
     encoder = net.encoder.train()
-    x, y = torch.zeros(4000, 1, 1), torch.ones(4000, 1, 1)
+    x, y = torch.ones(4000, 1, 1), torch.full((4000, 1, 1), 3.0)
     torch.manual_seed(0)
-    assert abs(encoder.perhaps(y, x, 0.2).mean() - 0.8) < 0.03
+    drawn = encoder.perhaps(y, x, 0.2)
+    assert drawn.unique().tolist() == [1.0, 3.5]
+    assert abs((drawn == 1).float().mean() - 0.2) < 0.03 and abs(drawn.mean() - 3) < 0.05
     left_out = []
     encoder.perhaps = lambda y, x, p: left_out.append(p) or y
     losses(net)
@@ -92,12 +94,13 @@ def test_a_mask_is_at_most_its_share_of_the_frames():
 
 
 def test_two_views_are_the_same_speech_at_the_same_times_under_other_masks():
-    augment = Augment(max_trim=50, num_subs=0)
+    augment, unmasked = (
+        Augment(max_trim=50),
+        Augment(max_trim=50, num_freq_masks=0, num_time_masks=0),
+    )
     example = {"input_values": noise(32000)}
     chains = [train_transform(Frontend(), augment, views=views) for views in (1, 2)]
-    plain = train_transform(
-        Frontend(), Augment(max_trim=50, num_subs=0, num_freq_masks=0, num_time_masks=0)
-    )
+    plain = train_transform(Frontend(), unmasked)
     one, both = (chain(example, make_generator(0, 0, 3))["features"] for chain in chains)
     speech = plain(example, make_generator(0, 0, 3))["features"]
     assert one.dim() == 2 and both.shape == (2, *speech.shape)

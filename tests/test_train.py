@@ -591,10 +591,7 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
         (("--cmvn", "file"), "--cmvn"),
         (("--high_freq", -400), "--high_freq"),
         (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs"),
-        (
-            "--cr_ctc_weight 1 --num_subs 0 --num_time_masks 0 --num_freq_masks 0".split(),
-            "--cr_ctc_weight",
-        ),
+        ("--cr_ctc_weight 1 --num_time_masks 0 --num_freq_masks 0".split(), "--cr_ctc_weight"),
         (("--cr_ctc_weight", 0.2, "--ctc_weight", 0), "--cr_ctc_weight"),
         (("--max_time_mask_share", 0.1, "--num_time_masks", 0), "--max_time_mask_share"),
     ],
