@@ -503,7 +503,7 @@ def recognize_pool(job: Job, pool: list[Piece], bar: tqdm) -> list[HeardPiece]:
     for rows, found in zip(batches, overlapped(searches)):
         for row, (tokens, *timing) in zip(rows, found):
             offset = pool[row].offset
-            seconds = lengths[row] / rate
+            seconds = len(pool[row].samples) / rate
             words = timed(job, tokens, offset, offset + seconds, *timing)
             results[row] = HeardPiece(model.tokenizer.decode(tokens), words, seconds)
         bar.update(sum(results[row].seconds for row in rows))

@@ -180,29 +180,51 @@ def test_batches_change_nothing_and_stay_within_their_seconds(world, capsys, fol
     assert len(batches) < 60
 
 
-def test_tails_count_as_seconds_of_a_batch(world, capsys, folder, monkeypatch):
+@pytest.fixture
+def set_tail(monkeypatch):
+    """Gives the checkpoints that transcribe.py loads a tail of some ms."""
+    load = transcribe.load_checkpoint
+
+    def set_to(tail):
+        def loaded(*args):
+            model, tokenizer, frontend = load(*args)
+            model.frontend = replace(frontend, tail_padding=tail)
+            return model, tokenizer, model.frontend
+
+        monkeypatch.setattr(transcribe, "load_checkpoint", loaded)
+
+    return set_to
+
+
+def test_tails_count_as_seconds_of_a_batch(world, capsys, folder, monkeypatch, set_tail):
     """Pieces are of a second at most and a batch of four."""
     sizes = []
-    load, answer = transcribe.load_checkpoint, transcribe.recognize_batch
-
-    def loaded(*args):
-        model, tokenizer, frontend = load(*args)
-        model.frontend = replace(frontend, tail_padding=tail)
-        return model, tokenizer, model.frontend
+    answer = transcribe.recognize_batch
 
     def recorded(job, features):
         sizes.append((len(features), max(map(len, features))))
         return answer(job, features)
 
-    monkeypatch.setattr(transcribe, "load_checkpoint", loaded)
     monkeypatch.setattr(transcribe, "recognize_batch", recorded)
     most = []
     for tail in (0, 1000):
+        set_tail(tail)
         sizes.clear()
         assert hear(capsys, world, "--max_seconds", 1, "--batch_seconds", 4, folder)[0] == 0
         most.append(max(rows for rows, _ in sizes))
         assert all(rows * frames <= 400 for rows, frames in sizes)
     assert most[0] > most[1] == 2
+
+
+def test_durations_and_times_of_words_are_those_of_the_file_without_its_tail(
+    world, capsys, folder, set_tail
+):
+    set_tail(2000)
+    status, out, _ = hear(capsys, world, "--max_seconds", 1, "--format", "json", folder)
+    assert status == 0
+    for line in map(json.loads, out):
+        assert line["duration"] == pytest.approx(soundfile.info(line["file"]).duration, abs=0.01)
+        assert all(word["end"] <= line["duration"] + 1e-3 for word in line["words"])
 
 
 @pytest.mark.parametrize("words, timed", [((), 0), (("--format", "json"), 1)])
