@@ -68,7 +68,8 @@ class DataOptions:
     )
     max_batch_seconds: float | None = option(
         None,
-        "instead of --batch_size: seconds of audio per batch, padding and tails included",
+        "instead of --batch_size: seconds of audio per batch at the slowest speed, padding and "
+        "tails included",
         above=0,
         at_most=1e6,
     )
@@ -812,13 +813,14 @@ class SpeechDataModule(L.LightningDataModule):
     def cmvn(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (mean, 1 / standard deviation), each (F,), of train without augmentation.
 
-        Of a larger split, CMVN_ROWS rows are taken, spread evenly over it.
+        Of a larger split, CMVN_ROWS rows are taken, spread evenly over it. Tails do not count:
+        their silence, far below any recording, would squeeze the deviations of speech.
         """
         places = np.linspace(0, len(self.kept) - 1, min(len(self.kept), CMVN_ROWS))
         loader = make_loader(
             self.splits["train"],
             [[(0, int(row))] for row in self.kept[places.astype(np.int64)]],
-            partial(eval_transform, self.frontend),
+            partial(eval_transform, self.frontend.without_tail),
             self.seed,
             self.options,
         )
@@ -861,11 +863,16 @@ class SpeechDataModule(L.LightningDataModule):
                 **shared,
             )
         return LengthGroupedSampler(
-            lengths=self.lengths[self.kept] + self.frontend.tail_samples,
+            lengths=self.longest_lengths()[self.kept],
             max_batch=samples,
             group_by_length=self.options.group_by_length,
             **shared,
         )
+
+    def longest_lengths(self) -> np.ndarray:
+        """Returns the samples of every row of train at the slowest speed, tails included."""
+        speed = min(self.augment.speeds, default=1.0)
+        return speed_length(self.lengths, speed) + self.frontend.tail_samples
 
     def frames_by_speed(self) -> np.ndarray:
         """Returns the frames of every row of train at every speed, (speeds, rows) int64."""
@@ -896,14 +903,22 @@ class SpeechDataModule(L.LightningDataModule):
     def largest_batches(self) -> list[Batch]:
         """Loads the batches of this rank's next epoch that need most memory.
 
-        They are the largest by frames and, if it is another batch, the largest by labels. Batches
-        of few shapes have about as many frames each, so of these the largest by the square of the
-        frames, which attention sees, counts as well.
+        They are the largest by frames and, if these are other batches, by labels and by the square
+        of the frames, which attention sees: batches by seconds, or of few shapes, have about as
+        many frames each. Where the plan draws no speed, all rows have the slowest one, which
+        another epoch may draw.
         """
         batches = list(self.sampler(*self.ranks()).batches(self.next_epoch()))
         sizes = np.array(list(map(self.sizes, batches)))  # (batches, measures)
         dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
-        return [dataset[batches[i]] for i in dict.fromkeys(sizes.argmax(axis=0).tolist())]
+        return [dataset[self.slowest(batches[i])] for i in dict.fromkeys(sizes.argmax(0).tolist())]
+
+    def slowest(self, batch):
+        """Returns a planned batch with all rows at the slowest speed, if its plan draws none."""
+        if isinstance(batch, Shaped) or not self.augment.speeds:
+            return batch
+        speed = int(np.argmin(self.augment.speeds))
+        return [(*key, speed) for key in batch]
 
     def sizes(self, batch) -> list[int]:
         """Returns by how much a planned batch asks for memory, padding included, in each measure.
@@ -911,10 +926,12 @@ class SpeechDataModule(L.LightningDataModule):
         The units differ, and compare with those of other batches of the plan alone.
         """
         if isinstance(batch, Shaped):
-            rows = len(batch.keys)
-            return [rows * batch.frames, rows * batch.labels, rows * batch.frames**2]
-        rows = [row for _, row in batch]
-        return [len(rows) * lengths[rows].max() for lengths in (self.lengths, self.label_lengths)]
+            rows, longest, labels = len(batch.keys), batch.frames, batch.labels
+        else:
+            keys = [row for _, row in batch]
+            both = self.longest_lengths(), self.label_lengths
+            rows, longest, labels = len(keys), *(lengths[keys].max() for lengths in both)
+        return [rows * longest, rows * labels, rows * longest**2]
 
     @cached_property
     def dev_checksum(self) -> int:

@@ -55,7 +55,12 @@ class OptimOptions:
 
     optimizer: str = option("adamw", "optimizer", choices=("adamw", "adam", "muon"))
     lr: float = option(1e-3, "peak learning rate", above=0, at_most=10.0)
-    weight_decay: float = option(0.01, "weight decay", at_least=0.0, at_most=10.0)
+    weight_decay: float | None = option(
+        None,
+        "weight decay; by default 0.01, and with adam 0, as in WeNet",
+        at_least=0.0,
+        at_most=10.0,
+    )
     scheduler: str = option(
         "onecycle",
         "OneCycleLR over the whole run, or WeNet's warm-up and decay by 1/sqrt(step)",
@@ -419,7 +424,10 @@ class U2(L.LightningModule):
         o = self.optim
         # Behind a GradScaler a fused optimizer would unscale by itself, after the guard has looked.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        rates = dict(lr=o.lr, weight_decay=o.weight_decay, fused=fused)
+        # In Adam decay is part of the gradient, and would take weights without one away.
+        usual = 0.0 if o.optimizer == "adam" else 0.01
+        decay = usual if o.weight_decay is None else o.weight_decay
+        rates = dict(lr=o.lr, weight_decay=decay, fused=fused)
         if matrices := self.matrices():
             # Products need no more than bfloat16's bits, which not all CPUs multiply fast.
             slow = self.device.type == "cpu" and self.trainer.precision != "bf16-mixed"

@@ -672,7 +672,7 @@ def metadata_rows(
             name,
             path,
             string(record.get(text), table),
-            string(speaker and record.get(speaker), table),
+            tk.normalize_text(string(speaker and record.get(speaker), table)),
             reason,
         )
 
@@ -812,7 +812,7 @@ def arrow_split(
             content, name, reason = sound_of(sound)
             if content is None and name and not reason:
                 content, reason = find(name)
-            voice = words(who[0]) if who else ""
+            voice = tk.normalize_text(words(who[0])) if who else ""
             yield Row(name or f"row {i}", content, words(said), voice, reason)
 
     def texts():

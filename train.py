@@ -433,16 +433,21 @@ def check_unused(given: dict, settings: Settings) -> None:
     """Raises UserError for a flag that has no effect beside the others."""
     augment = settings.augment
     model = settings.model
+    if not model.ctc_weight:
+        raise UserError(
+            "--ctc_weight 0 leaves CTC untrained, which chooses best.ckpt and tells speech from "
+            "silence; give more"
+        )
+    if model.reverse_weight == 1:
+        raise UserError(
+            "--reverse_weight 1 leaves the left-to-right decoder untrained, which attention and "
+            "joint search need; give less"
+        )
     if model.views > 1 and not (augment.num_freq_masks or augment.num_time_masks):
         raise UserError(
             "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
             "--num_time_masks, or --cr_ctc_weight 0"
         )
-    for name in ("cr_ctc_weight", "interctc_weight"):
-        if getattr(model, name) and not model.ctc_weight:
-            raise UserError(f"--{name} has no effect with --ctc_weight 0; give --{name} 0")
-    if augment.max_time_mask_share < 1 and not augment.num_time_masks:
-        raise UserError("--max_time_mask_share has no effect with --num_time_masks 0; leave it out")
     frontend = settings.frontend.frontend
     others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
     unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
@@ -450,6 +455,18 @@ def check_unused(given: dict, settings: Settings) -> None:
         unused |= dict.fromkeys(("snr", "noise_prob"), "without --noise")
     if not augment.rir:
         unused["rir_prob"] = "without --rir"
+    if not augment.num_time_masks:
+        unused |= dict.fromkeys(("max_time_mask", "max_time_mask_share"), "with --num_time_masks 0")
+    if not augment.num_freq_masks:
+        unused["max_freq_mask"] = "with --num_freq_masks 0"
+    if not augment.num_subs:
+        unused["max_sub"] = "with --num_subs 0"
+    if not settings.data.filter:
+        unused |= dict.fromkeys(("min_frame", "max_frame", "output_len_prob"), "with --no-filter")
+    if not model.use_dynamic_chunk:
+        unused["use_dynamic_left_chunk"] = "with --no-use_dynamic_chunk"
+    if model.reverse_weight:
+        unused["keep_right_decoder"] = "without --reverse_weight 0"
     if settings.run.init_from is None:
         unused["freeze_encoder_epochs"] = "without --init_from"
     else:
@@ -479,7 +496,8 @@ def check_source(source: dict | None, settings: Settings) -> None:
     if not source:
         return
     for name, (saved, asked) in differences(source, settings).items():
-        if name not in MAY_CHANGE:
+        both = name == "reverse_weight" and saved and asked  # There are two decoders already.
+        if name not in MAY_CHANGE and not both:
             raise UserError(
                 f"--{name} {asked}: {settings.run.init_from} was made with {saved}; leave it out"
             )

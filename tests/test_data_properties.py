@@ -28,6 +28,7 @@ from tokenizer import train_char
 from transforms import (
     Augment,
     Frontend,
+    dithered,
     fbank,
     log_mel,
     make_generator,
@@ -343,7 +344,8 @@ def test_every_transform_is_pure_and_keeps_its_promises_at_any_length(
     assert len(applied(mean_var_norm, example, key)["input_values"]) == samples
     frames = max(1, num_frames(samples, frontend))
     bins = frontend.num_mel_bins
-    make = fbank(frontend, augment.dither) if frontend.frontend == "fbank" else log_mel(frontend)
+    example = applied(dithered(augment.dither), example, key)
+    make = fbank(frontend) if frontend.frontend == "fbank" else log_mel(frontend)
     example = applied(make, example, key)
     assert example["features"].shape == (bins, frames)
     for make in (spec_aug, spec_sub):

@@ -46,7 +46,9 @@ from transforms import (
     Frontend,
     extract,
     make_generator,
+    num_frames,
     shortest_frames,
+    speed_length,
     train_transform,
 )
 
@@ -658,6 +660,19 @@ def test_the_largest_batches_of_an_epoch_are_known_before_it(root, world_size):
             assert most == found
         dev += data.longest_dev_batch().rows.tolist()
     assert SAMPLES.index(max(SAMPLES[:3])) in dev
+
+
+@pytest.mark.parametrize("size", [{"max_batch_seconds": 4.0}, {"batch_size": 8}], ids=str)
+def test_the_slowest_speed_counts_as_seconds_of_a_batch_and_in_the_memory_check(root, size):
+    data = module(root, augment=Augment(speeds=(0.5, 1.0)), **{"batch_size": None, **size})
+    data.setup("fit")
+    for batch in data.largest_batches():
+        samples = speed_length(data.lengths[batch.rows], 0.5)
+        assert batch.feature_lengths.tolist() == num_frames(samples, FRONTEND).tolist()
+    for epoch in range(4):
+        data.next_epoch = lambda: epoch
+        shapes = [batch.features.shape for batch in data.train_dataloader()]
+        assert all("batch_size" in size or rows * frames <= 400 for rows, frames, _ in shapes)
 
 
 def test_tails_count_as_seconds_of_a_batch(root):

@@ -145,6 +145,12 @@ def test_folds_have_about_as_many_rows():
         (("file_name", "text"), [("0.wav", "a")], "2 0", "no column speaker or speaker_id"),
         (("file_name", "text", "speaker"), [("0.wav", "a", "s")], "2 0", "only 1 speakers"),
         (("file_name", "text", "speaker"), [("0.wav", "a", "")], "2 0", "name no speaker"),
+        (
+            ("file_name", "text", "speaker"),
+            [("0.wav", "a", " s"), ("1.wav", "a", "s ")],
+            "2 0",
+            "only 1 speakers",
+        ),
         ((), (), "3 3", "--fold 3: it must be less"),
     ],
 )

@@ -592,8 +592,12 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
         (("--high_freq", -400), "--high_freq"),
         (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs"),
         ("--cr_ctc_weight 1 --num_time_masks 0 --num_freq_masks 0".split(), "--cr_ctc_weight"),
-        (("--cr_ctc_weight", 0.2, "--ctc_weight", 0), "--cr_ctc_weight"),
         (("--max_time_mask_share", 0.1, "--num_time_masks", 0), "--max_time_mask_share"),
+        (("--max_freq_mask", 9, "--num_freq_masks", 0), "--max_freq_mask"),
+        (("--max_sub", 9, "--num_subs", 0), "--max_sub"),
+        (("--min_frame", 20, "--no-filter"), "--min_frame"),
+        (("--use_dynamic_left_chunk", "--no-use_dynamic_chunk"), "--use_dynamic_left_chunk"),
+        (("--keep_right_decoder",), "--keep_right_decoder"),
     ],
     ids=str,
 )
@@ -601,6 +605,31 @@ def test_a_flag_without_effect_is_refused(data, tmp_path, words, name):
     with pytest.raises(UserError, match=f"{name} has no effect"):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
+def test_a_branch_that_the_searches_need_must_be_trained(data, tmp_path, words):
+    with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves .* untrained"):
+        run(data, tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer, decay", [("adamw", 0.01), ("adam", 0.0), ("muon", 0.01)])
+def test_adam_has_no_weight_decay_unless_asked(data, tmp_path, optimizer, decay):
+    for words, expected in ((), decay), (("--weight_decay", 0.1), 0.1):
+        run(
+            data,
+            tmp_path / "run",
+            "--max_steps",
+            1,
+            "--optimizer",
+            optimizer,
+            "--overwrite",
+            *words,
+        )
+        checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+        (state,) = checkpoint["optimizer_states"]
+        assert {group["weight_decay"] for group in state["param_groups"]} == {expected}
 
 
 @pytest.fixture(scope="module")
@@ -656,13 +685,14 @@ def test_fine_tuning_starts_from_the_encoder_and_the_rows_of_known_tokens(
     assert after.frontend == before.frontend and after.options == before.options
 
 
-def test_fine_tuning_may_move_the_end_of_the_filters_and_give_utterances_a_tail(
+def test_fine_tuning_may_change_the_filters_the_tail_and_the_weight_of_a_decoder(
     pretrained, data, tmp_path
 ):
-    flags = "--max_steps", 1, "--high_freq", -400, "--tail_padding", 70
+    flags = "--max_steps", 1, "--high_freq", -400, "--tail_padding", 70, "--reverse_weight", 0.5
     fine_tune(data, tmp_path / "run", pretrained, *flags)
-    frontend = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].frontend
-    assert (frontend.high_freq, frontend.tail_padding) == (-400, 70)
+    model = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0]
+    assert (model.frontend.high_freq, model.frontend.tail_padding) == (-400, 70)
+    assert model.options.reverse_weight == 0.5
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
@@ -687,6 +717,7 @@ def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data
     [
         (("--frontend", "log_mel"), "--frontend log_mel: .*made with fbank"),
         (("--num_blocks", 2), "--num_blocks 2: .*made with 1"),
+        (("--reverse_weight", 0), "--reverse_weight 0.0: .*made with 0.3"),
         (("--preset", "tiny"), "--preset has no effect"),
     ],
     ids=str,

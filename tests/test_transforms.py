@@ -17,6 +17,7 @@ from transforms import (
     Augment,
     Compose,
     Frontend,
+    dithered,
     eval_transform,
     extract,
     fbank,
@@ -57,7 +58,8 @@ TRANSFORMS = {
     "spec_aug": spec_aug(AUGMENT),
     "spec_sub": spec_sub(AUGMENT),
     "spec_trim": spec_trim(AUGMENT),
-    "fbank": fbank(FBANK, dither=1.0),
+    "dithered": dithered(1.0),
+    "fbank": fbank(FBANK),
     "transpose": transpose,
     "train_fbank": train_transform(FBANK, AUGMENT),
     "train": train_transform(FRONTEND, AUGMENT),
@@ -144,8 +146,9 @@ def test_a_tail_is_silence_behind_features_that_stay_as_they_are(frontend):
     # Up to two frames see the end of the waveform as well.
     assert torch.equal(with_tail[len(without) + 2 :], silence.expand(28, -1))
     trained = train_transform(dataclasses.replace(frontend, tail_padding=300), OFF)
-    if frontend is FRONTEND:  # fbank has dither here
-        assert torch.equal(trained({"input_values": waveform}, None)["features"], with_tail)
+    assert torch.equal(trained({"input_values": waveform}, None)["features"], with_tail)
+    dithered = trained({"input_values": waveform}, make_generator(0, 0, 0))["features"]
+    assert torch.equal(dithered[len(without) + 2 :], silence.expand(28, -1))
 
 
 @pytest.mark.parametrize("speed", [0.8, 0.9, 1.0, 1.1, 1.25])
@@ -568,12 +571,10 @@ def test_filters_that_end_nowhere_are_refused(high_freq):
 
 def test_dither_is_for_training_only_and_of_the_size_asked_for():
     silence = {"input_values": torch.zeros(160000)}
-    plain = fbank(FBANK)
-    dithered = fbank(FBANK, dither=1.0)
-    assert torch.equal(dithered(silence, None)["features"], plain(silence, None)["features"])
-    louder = fbank(FBANK, dither=2.0)
+    assert dithered(1.0)(silence, None) == silence
     quiet, loud = (
-        make(silence, make_generator(0, 0, 0))["features"] for make in (dithered, louder)
+        fbank(FBANK)(dithered(amount)(silence, make_generator(0, 0, 0)), None)["features"]
+        for amount in (1.0, 2.0)
     )
     torch.testing.assert_close(
         loud - quiet, torch.full_like(loud, 2 * np.log(2)), rtol=0, atol=1e-3

@@ -254,7 +254,7 @@ def new_sentences(sentences: list[list[str]], rng):
 
 
 def spoken_texts(sentences: list[list[str]], split: str, seed: int):
-    """Yields utterances without end: in train the sentences and then new ones, in dev new ones.
+    """Yields utterances without end: in train the sentences and then drawn ones, in dev drawn ones.
 
     Both splits have voices of their own.
     """
