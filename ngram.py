@@ -10,6 +10,9 @@ characters, whatever tokens they come in.
 
 import math
 import re
+import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,14 +23,15 @@ import numpy as np
 from context import ContextGraph, HotwordOptions, make_context
 from files import cannot_read, read_text
 from wfst import load_graph
-from words import ALONE, belongs
+from words import ALONE, OPENING, begins_word, belongs, split_words
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LARGEST_ARPA = 2**34  # bytes
 SECTION = re.compile(r"\\(\d+)-grams:")
-# Nodes of the trie of spellings: between words, and two for an unknown word, the second of which
-# ends in a Chinese character.
-BETWEEN, UNSPELLED, _ = range(3)
+COUNT = re.compile(r"ngram\s+(\d+)\s*=\s*(\d+)")
+# Nodes of the trie of spellings: between words, and three for an unknown word, which ends in a
+# letter, in a Chinese character, or in an opening bracket.
+BETWEEN, UNSPELLED, UNSPELLED_ALONE, UNSPELLED_OPEN = range(4)
 ID = 2**32  # above all numbers of words, tokens and histories
 
 
@@ -86,9 +90,11 @@ class LanguageModel(NamedTuple):
     word: np.ndarray  # (nodes,) the word that ends at the node, else the unknown word
     ahead: np.ndarray  # (nodes,) weighted log-probability of the likeliest word through the node
     alone: np.ndarray  # (nodes,) bool: a letter begins a new word, as behind a Chinese character
-    begins: np.ndarray  # (V,) bool: the token begins a word, or ends one
+    opened: np.ndarray  # (nodes,) bool: only a space begins a new word, as behind a bracket
+    spaced: np.ndarray  # (V,) bool: the token begins with a space
+    begins: np.ndarray  # (V,) bool: the token begins a word as a Chinese character does
     letter: np.ndarray  # (V,) bool: the token begins a word behind an `alone` node
-    closes: np.ndarray  # (V,) bool: the token ends in a Chinese character
+    unspelled: np.ndarray  # (V,) the node to which the token leads where no word goes on so
     weight: float
     bonus: float  # of each word
 
@@ -96,11 +102,12 @@ class LanguageModel(NamedTuple):
         """Gives the states behind the tokens, and the bonus of the step; arguments broadcast."""
         histories, nodes = np.divmod(states, len(self.word))
         said, behind = self.end_word(histories, nodes)
-        new = self.begins[tokens] | self.alone[nodes] & self.letter[tokens]
+        begins = self.begins[tokens] | self.alone[nodes] & self.letter[tokens]
+        new = self.spaced[tokens] | begins & ~self.opened[nodes]
         after = self.child(np.where(new, BETWEEN, nodes), tokens)
-        after += (after == UNSPELLED) & (
-            self.closes[tokens] | ~self.letter[tokens] & self.alone[nodes]
-        )
+        joins = ~self.letter[tokens] & self.alone[nodes]  # a mark of the Chinese character before
+        unspelled = np.where(joins, UNSPELLED_ALONE, self.unspelled[tokens])
+        after = np.where(after == UNSPELLED, unspelled, after)
         gain = np.where(new, said, 0.0) + self.ahead[after] - self.ahead[nodes]
         return np.where(new, behind, histories) * len(self.word) + after, gain
 
@@ -182,7 +189,11 @@ def both(lm: LanguageModel | None, hotwords: ContextGraph | None):
 
 
 def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> LanguageModel:
-    """Makes the automaton of an ARPA file over the tokens of a tokenizer; see read_arpa."""
+    """Makes the automaton of an ARPA file over the tokens of a tokenizer.
+
+    A note on stderr says how many words are lost because the search hears several words in each,
+    as in Chinese ones of several characters. Raises UserError as read_arpa and spell_words do.
+    """
     grams = read_arpa(path)
     ngrams = make_ngrams(grams)
     unigrams = {word: score for (word, *more), (score, _) in grams.items() if not more}
@@ -191,48 +202,94 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     for token, text in enumerate(texts):
         by_text.setdefault(text.strip(), []).append(token)
     unknown = ngrams.words[UNKNOWN]
-    word = [unknown, unknown, unknown]
-    ahead = [0.0] + 2 * [weight * unigrams[UNKNOWN]]
-    alone = [False, False, True]
+    word = 4 * [unknown]
+    ahead = [0.0] + 3 * [weight * unigrams[UNKNOWN]]
+    alone = [False, False, True, False]
+    opened = [False, False, False, True]
     steps = {token: BETWEEN for token, text in enumerate(texts) if text.isspace()}
     trie = {}  # (node, character) -> node
+    said = {}  # node -> log-probability of the word that ends there
     longest = max(map(len, by_text))
-    for name, spelling in spell_words(unigrams, tokenizer).items():
-        path = [BETWEEN]
+    spelled = spell_words(unigrams, tokenizer, path)
+    heard = {name: text for name, text in spelled.items() if len(split_words([text])) == 1}
+    if lost := len(spelled) - len(heard):
+        print(
+            f"note: --lm {shown(path)}: {lost} of its {len(spelled)} words count as unknown, for "
+            "each Chinese or Japanese character is a word here; python -m tools.lm writes such "
+            "words, and a --graph of this file knows its own",
+            file=sys.stderr,
+        )
+    for name, spelling in heard.items():
+        nodes = [BETWEEN]
         for end, character in enumerate(spelling, 1):
-            node = trie.setdefault((path[-1], character), len(word))
+            node = trie.setdefault((nodes[-1], character), len(word))
             if node == len(word):
                 word.append(unknown)
                 ahead.append(-math.inf)
                 alone.append(ends_alone(spelling[:end]))
+                opened.append(ends_open(character))
                 for begin in range(max(0, end - longest), end):
                     for token in by_text.get(spelling[begin:end], ()):
-                        steps[path[begin] * ID + token] = node
-            path.append(node)
+                        steps[nodes[begin] * ID + token] = node
+            nodes.append(node)
             ahead[node] = max(ahead[node], weight * unigrams[name])
-        word[path[-1]] = ngrams.words[name]
+        # Of words that are spelled alike the likeliest counts.
+        if unigrams[name] >= said.get(node, -math.inf):
+            said[node] = unigrams[name]
+            word[node] = ngrams.words[name]
     keys = np.array(list(steps), np.int64)
     order = keys.argsort()
-    begins = [text[:1].isspace() or bool(ALONE.match(text)) for text in texts]
+    spaced = [text[:1].isspace() for text in texts]
+    begins = [text != "" and begins_word(text[0]) for text in texts]
     letter = [text != "" and not belongs(text[0]) for text in texts]
-    closes = list(map(ends_alone, texts))
+    unspelled = list(map(unspelled_node, texts))
     return LanguageModel(
         ngrams,
         keys[order],
         np.array(list(steps.values()))[order],
-        *map(np.array, (word, ahead, alone, begins, letter, closes)),
+        *map(np.array, (word, ahead, alone, opened, spaced, begins, letter, unspelled)),
         weight,
         bonus,
     )
 
 
-def spell_words(words: Iterable[str], tokenizer) -> dict[str, str]:
-    """Gives for each word the text of its tokens, but for words that the tokenizer lacks."""
-    return {
-        word: "".join(tokenizer.texts(tokenizer.encode(word))).strip()
+def spell_words(words: Iterable[str], tokenizer, path: str) -> dict[str, str]:
+    """Gives for each word the text of its tokens, but for words that the tokenizer lacks.
+
+    A note on stderr says so where these are more than half of the words of the file `path`. Raises
+    UserError where they are all of them.
+    """
+    words = [word for word in words if word not in (BEGIN, END, UNKNOWN)]
+    spelled = {
+        word: spelling
         for word in words
-        if word not in (BEGIN, END, UNKNOWN) and not tokenizer.unknown(word)
+        if not tokenizer.unknown(word)
+        and (spelling := "".join(tokenizer.texts(tokenizer.encode(word))).strip())
     }
+    if not spelled:
+        raise UserError(
+            f"--lm {path}: the checkpoint's tokenizer spells none of its {len(words)} words; case "
+            "counts, so make it from text like that of the training"
+        )
+    if 2 * len(spelled) < len(words):
+        print(
+            f"note: --lm {shown(path)}: the checkpoint's tokenizer spells {len(spelled)} of its "
+            f"{len(words)} words, and the others count as unknown; case counts",
+            file=sys.stderr,
+        )
+    return spelled
+
+
+def unspelled_node(text: str) -> int:
+    """Returns the node to which a token leads in a word that no language model knows."""
+    if ends_open(text):
+        return UNSPELLED_OPEN
+    return UNSPELLED_ALONE if ends_alone(text) else UNSPELLED
+
+
+def ends_open(spelling: str) -> bool:
+    """Returns whether a bracket or quotation is open at the end, which what follows belongs to."""
+    return spelling != "" and unicodedata.category(spelling[-1]) in OPENING
 
 
 def ends_alone(spelling: str) -> bool:
@@ -281,22 +338,29 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
         remedy = "give a language model in ARPA format"
         raise cannot_read(f"--lm {path}", error, remedy) from error
     grams = {}
+    promised = Counter()  # length of n-grams -> how many the file says it has
     order = 0
+    ended = False
     for number, line in enumerate(lines, 1):
         line = line.strip()
-        if line == "\\end\\":
+        if ended := line == "\\end\\":
             break
         if found := SECTION.fullmatch(line):
             order = int(found[1])
         elif order and line:
             gram, values = read_gram(line, order, f"--lm {path}, line {number}")
             grams[gram] = values
+        elif found := COUNT.fullmatch(line):
+            promised[int(found[1])] = int(found[2])
     words = {gram[0]: score for gram, (score, _) in grams.items() if len(gram) == 1}
     if END not in words:
         raise UserError(
             f"--lm {path}: no ARPA language model (its 1-grams have no {END}); make one with "
             "python -m tools.lm"
         )
+    there = Counter(map(len, grams))
+    if not ended or any(there[length] < count for length, count in promised.items()):
+        raise UserError(f"--lm {path}: it is cut short, or lacks \\end\\; get it again")
     for gram in grams:
         if gram[-1] not in words:
             raise UserError(f"--lm {path}: {shown(gram[-1], 100)} is not among its 1-grams")
@@ -307,7 +371,7 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
 
 def read_gram(line: str, order: int, where: str) -> tuple[tuple[str, ...], tuple[float, float]]:
     """Reads a line of ARPA: a log-probability, the words, and perhaps the cost of backing off."""
-    score, *words = line.split()
+    score, *words = re.split("[ \t]+", line)
     cost = words.pop() if len(words) == order + 1 else "0"
     try:
         values = float(score) * math.log(10), float(cost) * math.log(10)

@@ -131,6 +131,12 @@ def split_words(texts: Iterable[str]) -> list[Spelled]:
     return words
 
 
+def begins_word(character: str) -> bool:
+    """Returns whether a character begins a word in the midst of a text, as a Chinese sign does."""
+    wide_bracket = ord(character) > 0x2E7F and unicodedata.category(character) in OPENING
+    return wide_bracket or not belongs(character) and bool(ALONE.match(character))
+
+
 def belongs(character: str) -> bool:
     """Returns whether a character goes on with the word before: a mark, or closing punctuation."""
     category = unicodedata.category(character)

@@ -24,6 +24,7 @@ from words import spell
 
 SENTENCES = ["a b ab", "ab a", "b a ab ab", "a", "abba a b"]
 CHINESE = ["你 好 a 吗", "好 ab 吗 你", "a 你"]
+SIGNS = ["「你 好」 a", "a( b 「ab」 ガー 好", "“你 ”好 (a) 「"]
 
 
 def write_lm(path, sentences=SENTENCES, order=3) -> str:
@@ -82,8 +83,9 @@ VOCAB = {token: i for i, token in enumerate(["<pad>", "|", "A", "B", "C", "AB"])
         (train_bpe(["ab ab abba a b c"] * 9, 16), SENTENCES),
         (from_vocab(VOCAB, {}, {"do_lower_case": True}), SENTENCES),
         (train_char(["a bc你好吗"]), CHINESE),
+        (train_char(["a b你好「」“”()ガー"]), SIGNS),
     ],
-    ids=["char", "bpe", "wav2vec2", "chinese"],
+    ids=["char", "bpe", "wav2vec2", "chinese", "signs"],
 )
 def test_tokens_earn_what_their_words_are_worth_in_whatever_pieces(tokenizer, sentences, tmp_path):
     path = write_lm(tmp_path / "lm", sentences)
@@ -180,7 +182,9 @@ def test_score_favours_a_model_by_its_weight_and_without_weight_not(
     [
         ("", "no ARPA language model"),
         ("\\data\\\n\\1-grams:\n-1 a\n", "no ARPA language model"),
-        ("\\1-grams:\n-1 </s>\n\\2-grams:\n-1 a b\n", "b is not among its 1-grams"),
+        ("\\1-grams:\n-1 </s>\n\\2-grams:\n-1 a b\n\\end\\", "b is not among its 1-grams"),
+        ("\\1-grams:\n-1 </s>\n", "it is cut short"),
+        ("\\data\\\nngram 1=2\n\\1-grams:\n-1 </s>\n\\end\\", "it is cut short"),
         ("\\1-grams:\n-1 </s>\nx a\n", "line 3: x a is no 1-gram"),
         ("\\1-grams:\n-1 </s>\nnan a\n", "line 3: nan a is no 1-gram"),
         ("\\1-grams:\n-1 a b c\n", "line 2: -1 a b c is no 1-gram"),
@@ -195,6 +199,34 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path, text, complaint):
     with pytest.raises(UserError) as raised:
         read_arpa(str(path))
     assert complaint in one_line(raised) and str(raised.value).startswith(f"--lm {path}")
+
+
+@pytest.mark.parametrize("texts", [["a b"], ["ab"], ["你好"]])
+def test_a_model_of_other_letters_is_refused_and_one_of_few_is_noted(tmp_path, capsys, texts):
+    tokenizer = train_char(texts)
+    with pytest.raises(UserError) as raised:
+        load_lm(write_lm(tmp_path / "lm", ["X Y Z"]), tokenizer, 0.7)
+    assert "spells none of its 3 words; case counts" in one_line(raised)
+    load_lm(write_lm(tmp_path / "lm", [f"X Y {texts[0][0]}"]), tokenizer, 0.7)
+    assert "spells 1 of its 3 words" in capsys.readouterr().err
+    load_lm(write_lm(tmp_path / "lm", [f"X {texts[0][0]}"]), tokenizer, 0.7)
+    assert capsys.readouterr().err == ""
+
+
+def test_words_of_several_chinese_characters_are_noted(tmp_path, capsys):
+    path = write_lm(tmp_path / "lm", ["你好 吗", "好"])
+    load_lm(path, train_char(["你好吗"]), 0.7)
+    assert "1 of its 3 words count as unknown" in capsys.readouterr().err
+
+
+def test_of_words_that_are_spelled_alike_the_likeliest_counts(tmp_path):
+    tokenizer = from_vocab(VOCAB, {}, {"do_lower_case": True})
+    for sentences in ["A B", "a b", "a b"], ["a B", "A b", "A b"]:
+        path = write_lm(tmp_path / "lm", sentences, 1)
+        a, b = (max(read_arpa(path)[name,][0] for name in (c, c.upper())) for c in "ab")
+        end = read_arpa(path)["</s>",][0]
+        drawn = tokenizer.encode("a b")
+        assert earned(load_lm(path, tokenizer, 1.0), drawn) == pytest.approx(a + b + end)
 
 
 def test_flags_that_mean_nothing_are_refused(tmp_path):
@@ -240,10 +272,10 @@ def by_paths(grams, words) -> float:
     return max(scores.values())
 
 
-def write_graph(folder, tokenizer, *more) -> str:
-    """Writes the graph of SENTENCES, with the weight and the bonus of the other tests."""
+def write_graph(folder, tokenizer, *more, sentences=SENTENCES) -> str:
+    """Writes the graph of sentences, with the weight and the bonus of the other tests."""
     save_tokenizer(tokenizer, str(folder / "tokenizer.json"))
-    flags = {"lm": write_lm(folder / "lm"), "checkpoint": folder / "tokenizer.json"}
+    flags = {"lm": write_lm(folder / "lm", sentences), "checkpoint": folder / "tokenizer.json"}
     flags |= {"graph": folder / "HLG.fst", "lm_weight": 0.7, "word_bonus": 0.3}
     main([*(f"--{name}={value}" for name, value in flags.items()), *more])
     return str(folder / "HLG.fst")
@@ -282,7 +314,7 @@ def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path
 def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path):
     pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
     details = tmp_path / "details"
-    path = write_graph(tmp_path, train_char(TEXTS))
+    path = write_graph(tmp_path, train_char(TEXTS), sentences=TEXTS)
     (scores,) = score_json(capsys, world, "--graph", path, "--details", details)
     assert scores["graph"] == path and scores["utterances"] == len(TEXTS)
     bad = tmp_path / "bad"

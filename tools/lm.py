@@ -33,7 +33,7 @@ from ngram import (
 )
 from tokenizer import load_tokenizer, normalize_text
 from wfst import check_packages
-from words import ALONE, split_words
+from words import ALONE, begins_word, split_words
 
 LARGEST_TEXT = 2**34  # bytes
 
@@ -202,7 +202,8 @@ def compile_graph(path: str, tokenizer, options: MakeOptions) -> None:
 
     ngrams = make_ngrams(read_arpa(path))
     back = len(ngrams.words) + 1  # the number of #0 among the words, which count from 1
-    lexicon = make_lexicon(ngrams.words, back, tokenizer, options)
+    spelled = spell_words(ngrams.words, tokenizer, path)
+    lexicon = make_lexicon(spelled, ngrams.words, back, tokenizer, options)
     grammar = make_grammar(ngrams, back, options.lm_weight)
     kaldifst.arcsort(lexicon, sort_type="olabel")
     kaldifst.arcsort(grammar, sort_type="ilabel")
@@ -234,8 +235,10 @@ def make_grammar(ngrams: NGrams, back: int, weight: float):
     return kaldifst.compile("\n".join([*lines, ""]))
 
 
-def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOptions):
-    """Makes L, from labels (token id + 1) to words.
+def make_lexicon(
+    spelled: dict[str, str], numbers: dict[str, int], back: int, tokenizer, options: MakeOptions
+):
+    """Makes L, from labels (token id + 1) to words, of which spell_words gave the `spelled` ones.
 
     State 0 is the start, state 1 behind a word, where a space must come, and state 2 behind the
     space. Where spaces are parts of tokens, and behind Chinese words, state 0 stands for all. Each
@@ -256,11 +259,11 @@ def make_lexicon(numbers: dict[str, int], back: int, tokenizer, options: MakeOpt
     arcs += [(state, begin, space, 0, 0.0) for state in (behind, *alone) for space in spaces]
     seen = Counter()
     states = 3
-    for word, spelling in spell_words(numbers, tokenizer).items():
+    for word, spelling in spelled.items():
         labels = [token + 1 for token in tokenizer.encode(word)]
         seen[tuple(labels)] += 1
         labels.append(sign + seen[tuple(labels)])
-        for state in {begin, behind} if ALONE.match(spelling) else (begin,):
+        for state in {begin, behind} if begins_word(spelling[0]) else (begin,):
             inside = range(states, states + len(labels) - 1)
             path = state, *inside, 0 if ends_alone(spelling) else behind
             arcs.append((*path[:2], labels[0], numbers[word] + 1, -options.word_bonus))
