@@ -818,7 +818,7 @@ def rank_beams(
     prefixes: torch.Tensor, scores: torch.Tensor, eos_id: int, length_penalty: float = 0.0
 ) -> list[Hypothesis]:
     """prefixes (B*N,L), scores (B,N) -> hypotheses, best first, without sos and eos."""
-    lengths = (prefixes != eos_id).sum(dim=1).clamp(min=1).view(scores.shape)
+    lengths = (prefixes[:, 1:] != eos_id).sum(dim=1).clamp(min=1).view(scores.shape)
     scores, order = (scores / lengths**length_penalty).sort(dim=-1, descending=True, stable=True)
     beams = prefixes.view(*scores.shape, -1)[:, :, 1:].tolist()
     results = []

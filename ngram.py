@@ -57,6 +57,12 @@ class LmOptions:
             if self.lm is None and getattr(self, name) != getattr(type(self), name):
                 raise UserError(f"--{name} has no effect without --lm; give both or neither")
 
+    def used(self) -> dict:
+        """Returns the options that count, by name: a graph has its weights inside."""
+        if self.lm:
+            return {name: getattr(self, name) for name in ("lm", "lm_weight", "word_bonus")}
+        return {"graph": self.graph} if self.graph else {}
+
 
 class NGrams(NamedTuple):
     """An n-gram model as an automaton of H histories; history 0 is that before a sentence."""

@@ -98,6 +98,8 @@ class ScoreOptions:
                 f"--mode {self.mode}: --stream hears by {' or '.join(STREAM_MODES)} only; leave "
                 "one of them out"
             )
+        if self.stream and self.batch_size != type(self).batch_size:
+            raise UserError("--batch_size has no effect with --stream; leave one of them out")
         if self.concatenate and not self.stream:
             raise UserError("--concatenate has no effect without --stream; give both or neither")
         folder = self.details and (os.path.dirname(self.details) or ".")
@@ -138,8 +140,8 @@ def main(argv: list[str]) -> None:
         context = favours if mode in modes_for(favours) else None
         hypotheses, seconds = recognize(model, dataset, mode, options, search, context)
         settings = asdict(search)
-        for part in (hotwords, lm):
-            settings |= asdict(part) if context and part != type(part)() else {}
+        if context:
+            settings |= (asdict(hotwords) if hotwords.hotwords else {}) | lm.used()
         rows = enumerate(zip(references, hypotheses))
         described = [describe(mode, row, *texts) for row, texts in rows]
         rates = error_rates(references, described) | {"rtf": round(seconds / duration, 5)}

@@ -16,7 +16,7 @@ from cli import UserError
 import torch
 
 from decode import Hypothesis, align
-from files import cannot_read
+from files import cannot_read, open_file
 
 BEAM = 10.0  # paths so much worse than the best one, in natural logarithms, are left
 LATTICE_BEAM = 8.0  # and so much worse sequences are none of the n-best
@@ -113,11 +113,13 @@ def load_graph(path: str, vocab_size: int) -> Graph:
     import kaldifst
 
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             known = file.read(4) == b"\xd6\xfd\xb2\x7e"
         fst = kaldifst.StdVectorFst.read(path) if known else None
     except OSError as error:
         raise cannot_read(f"--graph {path}", error, MAKE_ONE) from error
+    except (MemoryError, RuntimeError, ValueError):  # A damaged header may ask for any memory.
+        fst = None
     if fst is None:
         raise UserError(f"--graph {path}: no graph; {MAKE_ONE}")
     most = max(

@@ -23,6 +23,7 @@ from decode import (
     ctc_prefix_beam_search,
     overlapped,
     plain_prefix_beam_search,
+    rank_beams,
 )
 from helpers import all_sequences, beams, collapse, random_log_probs
 from presets import PRESETS, ModelOptions
@@ -332,6 +333,13 @@ def test_attention_length_penalty_favours_longer_hypotheses():
     for penalty, tokens in ((0.0, []), (1.0, [2, 2, 2])):
         search = SearchOptions(beam_size=3, length_penalty=penalty)
         assert attention_beam_search(step, 1, 10, search, SOS, EOS)[0].tokens == tokens
+
+
+@pytest.mark.parametrize("sos, eos", [(5, 6), (6, 6)])
+def test_a_length_penalty_counts_tokens_whatever_the_ids_of_sos_and_eos(sos, eos):
+    prefixes = torch.tensor([[sos, 2, 3, 2, eos], [sos, 2, eos, eos, eos]])
+    (found,) = rank_beams(prefixes, torch.tensor([[-3.0, -2.0]]), eos, length_penalty=1.0)
+    assert found.nbest == [[2, 3, 2], [2]] and found.nbest_scores == [-1.0, -2.0]
 
 
 def make_scorer(vocabulary, calls):

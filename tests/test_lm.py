@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import random
 from pathlib import Path
 
@@ -247,6 +248,7 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
         (["--text", text, "--out", "x", "--graph", "x"], "together"),
         (["--text", text, "--out", "x"], "no word in it"),
         (["--text", text, "--out", text], "is what this command reads"),
+        (["--text", text, "--out", "x", "--graph", "./x", "--checkpoint", "y"], "are both x"),
         (["--text", tmp_path / "gone", "--out", "x"], "cannot be read (No such file"),
     ):
         with pytest.raises(UserError) as raised:
@@ -317,13 +319,19 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
     path = write_graph(tmp_path, train_char(TEXTS), sentences=TEXTS)
     (scores,) = score_json(capsys, world, "--graph", path, "--details", details)
     assert scores["graph"] == path and scores["utterances"] == len(TEXTS)
+    assert not {"lm", "lm_weight", "word_bonus"} & set(scores)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        load_graph(str(tmp_path / "fifo"), 9)
     bad = tmp_path / "bad"
     whole = Path(path).read_bytes()
+    huge = [whole[:i] + bytes([whole[i] ^ 0x80]) + whole[i + 1 :] for i in (54, 57)]  # the states
     for content, complaint in (
         (b"", "no graph"),
         (b"something else", "no graph"),
         (whole[:50], "no graph"),
         (whole[:-9], "no graph"),
+        *((content, "no graph") for content in huge),
         (None, "cannot be read"),
     ):
         bad.unlink(missing_ok=True)

@@ -188,6 +188,7 @@ def test_labels_stand_in_for_missing_text_when_their_tokenizer_is_the_checkpoint
         (["--chunk_size", "-2"], ["--chunk_size"]),
         (["--left_chunks", "2"], ["--left_chunks", "--chunk_size"]),
         (["--batch_size", "0"], ["--batch_size"]),
+        (["--stream", "--batch_size", "4"], ["--batch_size has no effect with --stream"]),
         (["--concatenate"], ["--concatenate", "--stream"]),
         (["--stream", "--mode", "attention"], ["--mode attention", "--stream"]),
         (["--reverse_weight", "1.5"], ["--reverse_weight"]),

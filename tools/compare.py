@@ -188,6 +188,8 @@ def pair_scores(scores: list[dict]) -> tuple[list[tuple[dict, dict]], list[str]]
         pairs += same
         if not alike:
             reasons.append(f"{first} and {run} have no score of the same split, mode and options")
+        elif all(score["utterances"] == 1 for pair in alike for score in pair):
+            reasons.append(f"{first} and {run} were scored on one utterance, which has no interval")
         elif not counted:
             reasons.append(
                 f"{first} or {run} has no errors utterance by utterance; score both again, with "

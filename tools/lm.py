@@ -12,6 +12,7 @@ model that there is, instead of making one.
 """
 
 import math
+import os
 import tempfile
 from collections import Counter, defaultdict
 
@@ -64,6 +65,9 @@ def check_options(options: MakeOptions) -> None:
         raise UserError("give --out for a model that is made, and not for one of --lm")
     if (options.graph is None) != (options.checkpoint is None):
         raise UserError("give --graph and --checkpoint, whose tokens the graph knows, together")
+    both = options.out and options.graph
+    if both and os.path.realpath(options.out) == os.path.realpath(options.graph):
+        raise UserError(f"--out and --graph are both {options.out}; name two files")
     if options.lm and not options.graph:
         raise UserError("--lm alone asks for nothing; give --graph, too")
     for name in () if options.graph else ("lm_weight", "word_bonus", "closed"):
