@@ -31,7 +31,7 @@ from transforms import RATES, check_samples
 
 # Files with one of these endings are taken for recordings.
 EXTENSIONS = {name.lower() for name in soundfile.available_formats()} - {"raw"}
-EXTENSIONS |= {"aif", "aifc", "mp2", "oga", "opus", "sph"}
+EXTENSIONS |= {"aif", "aifc", "bwf", "mp2", "mpga", "oga", "opus", "snd", "sph", "wave"}
 # Seconds that are read of a file at a time; shorter blocks take more time.
 BLOCK = 1.0
 # Seconds that are read of a pipe at a time. A block comes when it has as many.

@@ -220,6 +220,12 @@ def shard_paths(root: Path, split: str) -> list[Path]:
     there = list((root / split).iterdir())
     shards = [path for path in there if path.name.isdecimal()]
     shards.sort(key=lambda path: int(path.name))
+    for folder in (root, root / split) if not shards else ():
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            raise UserError(
+                f"{folder} is itself a dataset; save each split with save_to_disk as its shard 0: "
+                f"{root / split / '0'}"
+            )
     if not shards:
         raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
     others = sorted(
@@ -261,7 +267,10 @@ def check_files(path: Path) -> None:
     of other data.
     """
     read_json(path / "dataset_info.json")
-    for name in [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]:
+    names = [entry["filename"] for entry in read_json(path / "state.json")["_data_files"]]
+    if not names:
+        raise ValueError("it has no rows, and no file of them; take the folder away")
+    for name in names:
         # A link may lead to another disk, a name may not.
         if os.path.isabs(name) or os.pardir in Path(name).parts:
             raise ValueError(f"its state.json names {name}, which lies outside")
@@ -279,7 +288,7 @@ def check_arrow(path: str) -> None:
     name = os.path.basename(path)
     # A stream that was cut between two record batches looks to pyarrow like a whole, shorter one.
     with open(path, "rb") as stream:
-        stream.seek(-len(END_OF_STREAM), os.SEEK_END)
+        stream.seek(max(0, os.path.getsize(path) - len(END_OF_STREAM)))
         if stream.read() != END_OF_STREAM:
             raise ValueError(f"{name} is truncated")
     head, *messages = pa.ipc.MessageReader.open_stream(pa.memory_map(path))

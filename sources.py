@@ -172,13 +172,16 @@ def choose_column(
 
 
 def string(value, place: str) -> str:
-    """Returns a cell as text; a speaker may be a number. Raises UserError for bytes and lists."""
+    """Returns a cell as text; a speaker may be a number. Raises UserError for bytes and lists.
+
+    NaN, which some programs write where a cell has no value, is "".
+    """
     if isinstance(value, (bytes, list, dict)):
         raise UserError(
             f"{place}: a {type(value).__name__} is neither text nor speaker; name the "
             "column of the text with --text_column"
         )
-    return "" if value is None else str(value)
+    return "" if value is None or value != value else str(value)
 
 
 # ---- A folder: which file belongs to which split
@@ -559,6 +562,7 @@ def read_metadata(path: str) -> list[dict]:
 
 def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
     """Returns the columns and the rows. Raises UserError where a line is no CSV."""
+    csv.field_size_limit(LARGEST_METADATA)  # A text that is too long costs its own row alone.
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     records = []
     line = 1  # where the next row begins
@@ -624,7 +628,7 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=once_each)
             if "file_name" in record:
                 record["file_name"] = string(record["file_name"], f"{path}: line {number}")
             for name, value in record.items():
@@ -639,11 +643,20 @@ def read_jsonl(path: str, content: str) -> tuple[list[str], list[dict]]:
     return list(dict.fromkeys(itertools.chain(*records))), records
 
 
+def once_each(pairs: list[tuple]) -> dict:
+    """Returns a JSON object's pairs as a dict. Raises ValueError where a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"it has a key of {', '.join(found)} twice")
+    return found
+
+
 def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
     """Joins the rows of all metadata files of a split."""
     parts = []  # (path, rows, column of the text, column of the speaker) of each table
     for table in tables:
         records = table.records or read_metadata(table.path)
+        check_split(table, records)
         columns = [column for column in dict.fromkeys(itertools.chain(*records)) if column]
         text = choose_column(columns, options.text_column, TEXT_COLUMNS, table.path)
         speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
@@ -658,6 +671,18 @@ def metadata_split(folder: Folder, tables: list[Table], options) -> Split:
 
     count = sum(len(records) for _, records, _, _ in parts)
     return Split(count, any(speaker for *_, speaker in parts), texts, rows)
+
+
+def check_split(table: Table, records: list[dict]) -> None:
+    """Raises UserError where a row's column `split` names another split than that of its table."""
+    for record in records if usual(table.split) else ():
+        name = string(record.get("split"), table.path).strip()
+        if usual(name) not in (None, usual(table.split)):
+            raise UserError(
+                f"{table.path}: {record.get('file_name')} is of split {name} by the column split "
+                f"and of {table.split} by the folder; take the column out, or move the file above "
+                "the folders of the splits"
+            )
 
 
 def metadata_rows(

@@ -66,6 +66,8 @@ from words import (
 
 LINGER = 1.0  # seconds for which a pipe is read after Ctrl-C: its writer gets Ctrl-C, too, and ends
 POOL = 8  # batches that are read ahead, so that the pieces of a batch have similar lengths
+# Recordings that need a conversion first: a folder says so of each of them.
+UNHEARD = {"aac", "amr", "m4a", "mp4", "webm", "wma"}
 FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
 
@@ -223,25 +225,47 @@ def recordings_at(path: str) -> list[Recording]:
     """Lists the audio files that a PATH of the command line means, in order.
 
     A PATH that means no file stays in the list as it is, and so does a folder that cannot be
-    opened: reading it will say why.
+    opened: reading it will say why. A pattern without ** means the files in its folders, too.
     """
     if os.path.isdir(path):
-        closed = []
-        walk = os.walk(path, onerror=lambda error: closed.append(error.filename))
-        inside = [
-            os.path.join(folder, name)
-            for folder, _, names in walk
-            for name in names
-            if os.path.splitext(name)[1][1:].lower() in EXTENSIONS and not name.startswith(".")
-        ]
-        return named(sorted(inside + closed), path) or [Recording(path, path)]
+        return named(sorted(files_below(path)), path) or [Recording(path, path)]
     if os.path.exists(path) or not any(sign in path for sign in "*?["):
         return named([path], os.path.dirname(path))
     fixed = path  # the folder above all signs of the pattern
     while any(sign in fixed for sign in "*?["):
         fixed = os.path.dirname(fixed)
-    matches = filter(os.path.isfile, sorted(glob.glob(path, recursive=True)))
+    matches = []
+    for match in sorted(glob.glob(path, recursive=True)):
+        if os.path.isfile(match):
+            matches.append(match)
+        elif "**" not in path:
+            matches += sorted(files_below(match))
     return named(matches, fixed) or [Recording(path, path)]
+
+
+def files_below(path: str) -> list[str]:
+    """Lists the recordings in a folder and below, and folders that cannot be opened.
+
+    Links are followed, and a folder to which several lead counts once. Hidden files and folders do
+    not count. Files of the kinds that cannot be heard count, so that each has a line that says why.
+    """
+    found = []
+    seen = set()
+    walk = os.walk(path, onerror=lambda error: found.append(error.filename), followlinks=True)
+    for folder, folders, names in walk:
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [
+            os.path.join(folder, name)
+            for name in names
+            if os.path.splitext(name)[1][1:].lower() in EXTENSIONS | UNHEARD
+            and not name.startswith(".")
+        ]
+    return found
 
 
 def named(paths: Iterable[str], folder: str) -> list[Recording]:

@@ -229,6 +229,23 @@ def test_a_wrong_root_a_missing_split_and_an_empty_split_are_refused(root):
     (root / "bare").mkdir()
     with pytest.raises(UserError, match="holds no shard"):
         get_concat_dataset([root], "bare")
+    save(root / "whole", SAMPLES[:2])
+    datasets.DatasetDict(train=datasets.load_from_disk(str(root / "whole"))).save_to_disk(
+        str(root / "several")
+    )
+    for place, split, name in (root, "whole", "whole"), (root / "several", "train", "several"):
+        with pytest.raises(UserError, match=f"{name} is itself a dataset.*{split}/0"):
+            get_concat_dataset([place], split)
+    rows = datasets.load_from_disk(str(root / "whole"))
+    rows.select([]).save_to_disk(str(root / "train/2"))
+    with pytest.raises(UserError, match="train/2: .*it has no rows"):
+        get_concat_dataset([root], "train")
+    shutil.rmtree(root / "train/2")
+    save(root / "train/2", SAMPLES[:2])
+    (arrow,) = (root / "train/2").glob("*.arrow")
+    arrow.write_bytes(b"")
+    with pytest.raises(UserError, match="is truncated"):
+        get_concat_dataset([root], "train")
 
 
 def test_roots_with_different_tokenizers_are_refused(tmp_path, root):

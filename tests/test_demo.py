@@ -232,6 +232,14 @@ def test_texts_are_read_from_a_table_or_from_lines(name, tmp_path, capsys):
     assert len(read_wavs(tmp_path / "out/dev")) == 1
 
 
+def test_a_transcript_is_what_was_said_also_where_a_spreadsheet_would_compute(tmp_path):
+    said = ["-5 degrees", "=hello", "@home, we rest", '"quoted"']
+    (tmp_path / "texts.txt").write_text("\n".join(said))
+    demo.main(["--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "out")])
+    with open(tmp_path / "out/train/metadata.csv", newline="") as file:
+        assert sorted(row["transcription"] for row in csv.DictReader(file)) == sorted(said)
+
+
 def test_train_has_as_many_rows_or_hours_as_asked_and_pauses_at_its_ends(tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
     words = ["--texts", str(tmp_path / "texts.txt"), "--out"]

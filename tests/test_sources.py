@@ -3,6 +3,7 @@ are what their names say."""
 
 import csv
 import json
+import math
 import os
 import unicodedata
 
@@ -303,6 +304,38 @@ def test_metadata_at_the_top_that_does_not_say_it_is_refused(content, message, s
         run(src)
 
 
+def test_a_column_split_may_not_say_otherwise_than_the_folder(src):
+    put(src / "train/a.wav")
+    for names in ["train", ""], ["train", "extra"]:
+        rows = "".join(f"a.wav,one,{name}\n" for name in names)
+        put(src / "train/metadata.csv", f"file_name,text,split\n{rows}")
+        assert counts(run(src)[0]) == {"train": 1}
+    put(src / "train/metadata.csv", "file_name,text,split\na.wav,one,train\nb.wav,two,test\n")
+    with pytest.raises(UserError, match="b.wav is of split test by the column split and of train"):
+        run(src)
+
+
+def test_nan_is_no_text_and_no_speaker(src):
+    rows = [
+        {"file_name": f"{name}.wav", "text": text, "speaker": math.nan}
+        for name, text in (("a", "one"), ("b", math.nan))
+    ]
+    for row in rows:
+        put(src / "train" / row["file_name"])
+    put(src / "train/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    assert run(src) == ({"train": ["one"]}, {"b.wav": "empty text"})
+    with pytest.raises(UserError, match="name no speaker"):
+        run(src, "--folds", "2", "--fold", "0")
+
+
+def test_a_text_beyond_all_measure_costs_its_own_row_alone(src):
+    for name in "ab":
+        put(src / f"train/{name}.wav")
+    put(src / "train/metadata.csv", f"file_name,text\na.wav,{'a' * 200_000}\nb.wav,two\n")
+    texts, reasons = run(src)
+    assert texts == {"train": ["two"]} and "a text of 200000 characters" in reasons["a.wav"]
+
+
 def test_folders_whose_metadata_have_the_same_splits_are_not_mixed(src):
     for name in ("en", "de"):
         put(src / name / "metadata.csv", "file_name,text,split\na.wav,one,train\n")
@@ -540,6 +573,7 @@ def test_another_divider_than_the_comma_is_told(divider, src):
         ('{"file_name": "a.wav", "text": "a"}\n[1]\n', "line 2 is no JSON object"),
         ('{"file_name": "a.wav", "text": "\\ud83d"}\n', "line 1 is no JSON object in Unicode"),
         ("[" * 99999, "line 1 is no JSON object"),
+        ('{"file_name": "a.wav", "text": "a", "text": "b"}\n', "a key of file_name, text twice"),
         ('{"text": "a"}\n', "no column file_name; its columns are text"),
         ('{"file_name": "a.wav"}\n', "no column transcription or text"),
         ('{"file_name": "a.wav", "text": ["a"]}\n', "metadata.jsonl: a list is neither text"),

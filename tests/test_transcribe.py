@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -119,6 +120,18 @@ def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
         found[3],
         found[0],
     ]
+    assert paths(folder / "dee*", folder / "[ab].*") == [found[2], found[3], found[0], found[1]]
+    # Links are followed, but not in circles, and hidden folders are left out.
+    elsewhere = folder.parent / "elsewhere"
+    shutil.copytree(folder / "deep", elsewhere / ".hidden")
+    shutil.copy(folder / "b.wav", elsewhere / "t.wave")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "link").symlink_to(elsewhere)
+    assert paths(folder) == [*found, str(folder / "link" / "t.wave")]
+    (folder / "link").unlink()
+    (folder / "video.mp4").write_bytes(b"no sound")
+    status, out, err = hear(capsys, world, folder)
+    assert (status, len(out)) == (2, len(found)) and "video.mp4: cannot be decoded" in err[-1]
     # A PATH that exists is a file's name, even if it looks like a pattern.
     os.rename(folder / "b.wav", folder / "b[1].wav")
     assert paths(folder / "b[1].wav") == [str(folder / "b[1].wav")]

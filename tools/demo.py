@@ -12,6 +12,7 @@ another order, and then new ones in which each word follows another as in FILE, 
 --rows are reached. There are more accents, speeds and pauses than in the demo corpus.
 """
 
+import csv
 import io
 import itertools
 import math
@@ -24,7 +25,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from files import cannot_read, csv_text, published, read_text, write_whole
+from files import cannot_read, published, read_text, write_whole
 from tools.speak import RATE, Utterance, speak
 
 # Voice variants of espeak-ng. A voice belongs to one split only. Robots, whispers, croaks, heavy
@@ -297,7 +298,9 @@ def write_wavs(folder: str, utterances, hours: float = math.inf) -> int:
         num_samples += len(samples)
         if num_samples >= hours * 3600 * RATE:
             break
-    write_whole(os.path.join(folder, "metadata.csv"), csv_text(table).encode())
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(table)
+    write_whole(os.path.join(folder, "metadata.csv"), text.getvalue().encode())
     return len(table) - 1
 
 
