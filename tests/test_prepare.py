@@ -467,7 +467,6 @@ def test_a_file_named_twice_is_used_once_and_not_at_all_where_the_texts_differ(s
             "from line 3 on: .* is a quotation mark left open",
         ),
         (b'file_name,text\n0.wav,"hi" he said\n', "from line 2 on"),
-        (b"file_name,text\n0.wav," + b"x" * 200_000 + b"\n", "from line 2 on: field larger"),
         (b"file_name,text,text\n0.wav,a,b\n", "two columns text"),
         (b"file_name;text\n0.wav;a\n", "no column file_name; its columns are file_name;text"),
         (b"file_name,words\n0.wav,a\n", "no column transcription or text .*--text_column"),
