@@ -165,7 +165,8 @@ def check_archive(path: str) -> int:
     """Returns the size in bytes of a file that torch.save wrote.
 
     Raises an Exception where reading the file could take far more memory than its size, or end the
-    process: its records are compressed or overlap, or check_pickle refuses one of its pickles.
+    process: its records are compressed or overlap, or check_pickle refuses one of its pickles. So
+    does a record that is not what was saved, by its checksum, at which torch does not look.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -189,6 +190,8 @@ def check_archive(path: str) -> int:
             for record in records:
                 if record.filename.lower().endswith(".pkl"):  # torch takes capitals, too
                     check_pickle(io.BytesIO(archive.open(record).read(SMALL)))
+            if changed := archive.testzip():
+                raise UserError(f"damaged: {changed} is not what was saved; get it again")
     return size
 
 

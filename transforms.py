@@ -82,6 +82,11 @@ class Frontend:
             raise UserError(
                 f"--num_mel_bins {self.num_mel_bins}: --frontend fbank needs at least 4"
             )
+        if self.frame_shift > self.frame_length:
+            raise UserError(
+                f"--frame_shift {self.frame_shift} is more than --frame_length "
+                f"{self.frame_length}, and the sound between would be lost; give at most as much"
+            )
         half = self.sample_rate / 2
         if not LOW_FREQ < self.high_freq + (self.high_freq <= 0) * half <= half:
             raise UserError(
@@ -728,8 +733,8 @@ PEAK = 2.0
 
 
 def bounded(samples: torch.Tensor) -> torch.Tensor:
-    """Clamps samples (n,) to +-1e9, and nan to 0, so that none can spoil the rest of its stream."""
-    return samples.nan_to_num(0.0).clamp(-1e9, 1e9)
+    """Clamps samples (n,) to +-LOUDEST, nan to 0, so that none can spoil the rest of its stream."""
+    return samples.nan_to_num(0.0).clamp(-LOUDEST, LOUDEST)
 
 
 def peak_of(samples: torch.Tensor) -> torch.Tensor:

@@ -220,6 +220,18 @@ def test_a_folder_that_is_not_ours_or_damaged_is_one_line(made, tmp_path, name, 
         read_checked(str(tmp_path))
 
 
+def test_a_checkpoint_whose_weights_have_changed_on_the_disk_is_one_line(tmp_path):
+    model = exportable_model()
+    path = tmp_path / "best.ckpt"
+    save_model(model, path)
+    content = bytearray(path.read_bytes())
+    place = content.find(model.net.ctc.weight.detach().numpy().tobytes())
+    content[place + 3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: .*is not what was saved; get it again"):
+        read_checked(str(path))
+
+
 def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tmp_path):
     card = (made[1] / "README.md").read_text()
     assert "None yet. `python score.py" in card and "| wer" not in card

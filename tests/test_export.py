@@ -363,6 +363,15 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
     assert not list(folder.glob("encoder.onnx"))
 
 
+def test_hear_py_hears_nothing_in_less_than_an_encoder_frame(tmp_path):
+    folder, _ = write(exportable_model("log_mel", input_layer="conv2d8"), tmp_path)
+    soundfile.write(folder / "short.wav", SOUND[:900].numpy(), 16000, subtype="FLOAT")
+    for name in "model.onnx", "model-streaming.onnx":
+        words = [sys.executable, "hear.py", name, "short.wav"]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.stdout == "\n", done.stderr
+
+
 @torch.no_grad()
 def test_the_streaming_graph_forgets_as_a_stream_does(log_mel):
     """The sound gets louder and quieter from window to window, clicks, and has samples of nan."""

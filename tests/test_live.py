@@ -1,6 +1,7 @@
 """A page to talk to: its texts are transcribe.py's, and no client can harm the others."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError
 import stream
 import transcribe
 from decode import SearchOptions
-from helpers import ROOT, noise
+from helpers import ROOT, TINY, noise
 from helpers_browser import browser, needs_browser
-from helpers_model import call
+from helpers_model import call, save_model, tiny_model
 from model import load_checkpoint
 from stream import in_chunks, no_samples
+from tokenizer import train_char
 from tools import live
 from tools.live import LiveOptions
 from words import Transcript, Word, as_srt, join
@@ -262,6 +264,13 @@ def test_what_cannot_be_served_is_one_clear_line(argv, reason, world):
         port = str(taken.getsockname()[1])
         argv = argv.replace("TAKEN", port).replace("CKPT", str(world / "best.ckpt"))
         live.main(argv.split())
+
+
+def test_a_model_that_hears_no_streams_is_refused_before_it_is_served(tmp_path):
+    model = tiny_model(train_char(["ab"]), dataclasses.replace(TINY, causal=False))
+    save_model(model, tmp_path / "best.ckpt")
+    with pytest.raises(UserError, match="is not causal: it hears whole utterances only"):
+        live.main(["--checkpoint", str(tmp_path / "best.ckpt"), "--port", "0"])
 
 
 @pytest.mark.parametrize("host, more", [("127.0.0.1", 0), ("0.0.0.0", 1), ("192.0.2.1", 1)])

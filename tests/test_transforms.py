@@ -14,9 +14,12 @@ import torchaudio.compliance.kaldi as kaldi
 from audio import read_audio
 from helpers import ROOT, noise
 from transforms import (
+    LOUDEST,
     Augment,
     Compose,
     Frontend,
+    bounded,
+    check_samples,
     dithered,
     eval_transform,
     extract,
@@ -561,6 +564,18 @@ def test_fbank_ends_where_kaldis_does(high_freq):
         extract(dataclasses.replace(FBANK, high_freq=high_freq))(waveform) - expected
     ).abs().max() < 1e-3
     assert (kaldis(waveform) - expected).abs().max() > 0.1
+
+
+def test_windows_may_not_leave_sound_out():
+    Frontend(frame_length=20, frame_shift=20)
+    with pytest.raises(UserError, match="--frame_shift 20 is more than --frame_length 10"):
+        Frontend(frame_length=10, frame_shift=20)
+
+
+def test_a_stream_hears_as_loud_samples_as_a_recording():
+    loud = LOUDEST * torch.tensor([1.0, -1.0, 0.5])
+    assert check_samples(loud.numpy()) == (3, "")
+    assert bounded(loud).equal(loud)
 
 
 @pytest.mark.parametrize("high_freq", [8001.0, 20.0, -7980.0, float("nan")])

@@ -28,7 +28,7 @@ from helpers import ROOT, TINY
 from helpers_model import save_model, tiny_model
 from model import load_checkpoint
 from presets import ModelOptions
-from tokenizer import load_tokenizer, train_char
+from tokenizer import from_vocab, load_tokenizer, train_char
 from tools.wenet_import import from_wenet, load_wenet, main, to_wenet
 from transforms import Frontend
 
@@ -229,6 +229,16 @@ def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, name, capsys):
     returned = torch.load(tmp_path / "back" / "final.pt", weights_only=True)
     assert all(torch.equal(returned[key], value) for key, value in given.items())
     assert all(key in given or key.endswith(".pe") for key in returned)
+
+
+@pytest.mark.parametrize("vocabulary, config", [("AB", {"do_lower_case": True}), (["a", "ab"], {})])
+def test_a_tokenizer_that_would_come_back_another_one_is_not_exported(tmp_path, vocabulary, config):
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *vocabulary]
+    tokenizer = from_vocab({token: i for i, token in enumerate(tokens)}, {}, config)
+    save_model(tiny_model(tokenizer, frontend=Frontend(frontend="fbank")), tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="which WeNet does not have; train with one of characters"):
+        main(["--export", str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "exp")])
+    assert not (tmp_path / "exp").exists()
 
 
 def test_exported_cmvn_reads_back_to_the_bit_from_its_file_too(tmp_path):

@@ -175,7 +175,8 @@ import soundfile
 
 
 def hear_whole(samples):
-    return session.run(None, dict(waveform=samples))[0]
+    log_probs, lengths = session.run(None, dict(waveform=samples))
+    return log_probs[:, : lengths[0]]
 
 
 def hear_stream(samples):
@@ -199,7 +200,7 @@ def hear_stream(samples):
         samples = samples[size:]
         offset += chunk
         size, least = {later}, {later_least}  # of the later chunks
-    return np.concatenate(found, axis=1)
+    return np.concatenate(found, axis=1) if found else np.zeros((1, 0, 1))
 
 
 model, path = sys.argv[1:]

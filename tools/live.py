@@ -145,6 +145,7 @@ def main(argv: list[str]) -> None:
     )
     lm = favour(build(LmOptions, given), HotwordOptions(), tokenizer, stream=True)
     room = make_room(options, model, search, lm, hotwords)
+    new_ear(room, room.job.context)  # A model that hears no streams is refused here.
     number = asyncio.run(serve(room, context))
     raise KeyboardInterrupt(number)
 
@@ -359,8 +360,8 @@ async def answer(room: Room, socket: web.WebSocketResponse) -> None:
     loop = asyncio.get_running_loop()
     queue = asyncio.Queue(QUEUE)
     reading = asyncio.create_task(read(room, socket, queue))
-    ear = new_ear(room, room.job.context)
     try:
+        ear = new_ear(room, room.job.context)
         while (work := await queue.get()) is not None:
             if isinstance(work, Exception):
                 raise work

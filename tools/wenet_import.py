@@ -644,6 +644,14 @@ def check_exportable(model: U2) -> None:
             "its tokenizer is of byte pairs, which WeNet does not have; train with one of "
             "characters to export"
         )
+    tokenizer = model.tokenizer
+    special = {tokenizer.blank_id, tokenizer.unk_id, tokenizer.sos_id, tokenizer.eos_id}
+    longer = (len(token) > 1 and i not in special for i, token in enumerate(tokenizer.tokens))
+    if tokenizer.wav2vec2 and (tokenizer.wav2vec2["do_lower_case"] or any(longer)):
+        raise UserError(
+            "its tokenizer is one of transformers that lowers case or has tokens of several "
+            "characters, which WeNet does not have; train with one of characters to export"
+        )
     o = model.options
     if o.encoder == "transformer" and o.selfattention_layer_type != "selfattn":
         raise UserError("WeNet's transformer encoder has no selfattention_layer_type rel_selfattn")
