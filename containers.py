@@ -238,6 +238,25 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
     return b"", 0
 
 
+def name_behind(magic: bytes, size: int, content: bytes) -> bytes:
+    """Returns the name of the chunk or file that follows samples on a pipe, or b"": more samples.
+
+    content: what comes after `size` bytes of samples behind a header that begins with `magic`. The
+    last bytes count as a name, too, where they are too few for one.
+    """
+    if magic not in WALKS:
+        return b""
+    kind = CHUNKS.get(magic, Chunks(24, 4, 4, "big", 1))  # au has no chunks, but files may follow
+    padding = -size % max(kind.align, 2)  # libsndfile pads caf as well
+    for gap in (padding, 0):  # an odd number of bytes may be padded or not
+        head = content[gap:][: kind.name + kind.size]
+        known = head[:4] in METADATA or head[:4] in WALKS
+        is_chunk = len(head) == kind.name + kind.size and NAME.fullmatch(head[:4])
+        if known or is_chunk and head[:4] != kind.data and chunk_size(kind, head) < LONGEST_HEADER:
+            return head[:4]
+    return content if size and len(content) < padding + 4 else b""
+
+
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     """Returns (the part of an au file that begins at `start`, where the next file begins)."""
     head = at(file, start, 12)

@@ -444,7 +444,8 @@ def test_a_pipe_is_heard_to_its_end_whatever_its_header_says(pipe, subtype, chan
     at = size_field(content, "WAV")
     expected = heard(content)
     right = int.from_bytes(content[at : at + 4], "little")
-    wrong = [(size, b"") for size in (0, 1200, 0xFFFFFFFF, 0x7FFFF000)]
+    # 1001 bytes would end within a frame.
+    wrong = [(size, b"") for size in (0, 1001, 1200, 0xFFFFFFFF, 0x7FFFF000)]
     chunk = b"LIST" + struct.pack("<I", 4) + b"INFO"
     for size, tail in ((right, b""), (right, chunk), *wrong):
         pipe(content[:at] + size.to_bytes(4, "little") + content[at + 4 :] + tail)
@@ -486,6 +487,47 @@ def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(
         assert not reasons and np.array_equal(samples, expected), size
     pipe(content[: -len(content) // 3])
     assert told("-")[1][0].startswith("cut short: 0.")
+
+
+@pytest.mark.parametrize("samples", [4000, 4001])
+@pytest.mark.parametrize(
+    "format, subtype, form, names",
+    [
+        ("WAV", "PCM_U8", "<4sI", ("LIST", "DISP", "acid", "inst", "afsp", "axml", "umid", "PAD ")),
+        ("WAV", "PCM_24", "<4sI", ("LIST", "DISP")),
+        ("AIFF", "PCM_S8", ">4sI", ("ANNO", "NAME", "MARK", "APPL")),
+        ("AIFF", "PCM_16", ">4sI", ("ANNO",)),
+        ("CAF", "PCM_S8", ">4sQ", ("info",)),
+        ("W64", "PCM_16", "<4s12xQ", ("list",)),
+    ],
+)
+def test_chunks_and_padding_behind_the_samples_of_a_pipe_are_not_heard(
+    pipe, format, subtype, form, names, samples
+):
+    content = encoded(speech()[:samples], format, subtype)
+    expected = heard(content)
+    text = bytes(range(100, 200))
+    chunks = [struct.pack(form, name.encode(), len(text)) + text for name in names]
+    for tail in (b"", *chunks):
+        pipe(content + tail)
+        assert np.array_equal(told("-")[0], expected), tail[:4]
+
+
+def test_a_second_chunk_of_samples_on_a_pipe_is_not_lost(pipe):
+    content = encoded(speech(0.3))
+    pipe(content + content[content.index(b"data") :])
+    assert len(told("-")[0]) >= 2 * 4800
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU", "CAF", "W64"])
+def test_a_second_file_on_a_pipe_is_told_and_not_heard_at_the_rate_of_the_first(pipe, format):
+    content = encoded(speech(0.5), format, "PCM_16")
+    pipe(content + encoded(speech(0.2, 44100), "WAV", "PCM_16", 44100))
+    blocks = []
+    with pytest.raises(UserError, match="^another file begins after 0.5 s; pipe one at a time$"):
+        for block in read_blocks("-", RATE, damaged=print):
+            blocks.append(block)
+    assert np.array_equal(np.concatenate(blocks), heard(content))
 
 
 @pytest.mark.parametrize(
