@@ -225,9 +225,13 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
         size = chunk_size(kind, chunk)
         if chunk[:4] == kind.data:
             none = kind.ahead + (24 if kind.name == 16 else 0)
-            empty = chunk[: kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
+            ahead = read(kind.ahead)
             size = wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
-            return bytes(head) + empty, size
+            if kind.data == b"SSND":  # its first number says how many bytes precede the samples
+                skipped = read(min(int.from_bytes(ahead[:4], "big"), LONGEST_HEADER))
+                size = max(size - len(skipped), 0)
+            none = none.to_bytes(kind.size, kind.order)
+            return bytes(head) + chunk[: kind.name] + none + bytes(kind.ahead), size
         if not chunk or max(size, len(head)) > LONGEST_HEADER:
             break
         body = read(size + -size % kind.align)

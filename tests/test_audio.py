@@ -530,6 +530,14 @@ def test_a_second_file_on_a_pipe_is_told_and_not_heard_at_the_rate_of_the_first(
     assert np.array_equal(np.concatenate(blocks), heard(content))
 
 
+def test_bytes_ahead_of_the_samples_of_an_aiff_are_not_heard_on_a_pipe(pipe):
+    content = encoded(speech(0.5), "AIFF", "PCM_16")
+    body = content.index(b"SSND") + 16
+    sizes = struct.pack(">III", len(content) - body + 8 + 100, 100, 0)
+    pipe(content[: body - 12] + sizes + b"\x55" * 100 + content[body:])
+    assert np.array_equal(told("-")[0], heard(content))
+
+
 @pytest.mark.parametrize(
     "content",
     [
