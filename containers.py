@@ -299,7 +299,7 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     The first pages of a stream may each open one of several streams that are mixed. A page that
     opens a stream later begins the next file.
     """
-    place = start
+    place = end = start
     opening = True
     while place < stop:
         page = at(file, place, 27)
@@ -308,11 +308,13 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
         if page[5] & 2 and not opening:
             break
         opening = page[5] & 2
-        after = place + 27 + page[26] + sum(at(file, place + 27, page[26]))
+        end = after = place + 27 + page[26] + sum(at(file, place + 27, page[26]))
         if at(file, after, 4) not in (b"OggS", b""):  # this page was cut short, or no page follows
             after = next(matches(file, b"OggS", place + 4, stop), stop)
+            is_last = page[5] & 4 and end <= after  # what follows a stream's last page is no sound
+            end = end if is_last else after
         place = after
-    return [Part([(start, min(place, stop))])], min(place, stop)
+    return [Part([(start, min(end, stop))])], min(place, stop)
 
 
 # ---- Mp3

@@ -379,6 +379,16 @@ def test_a_file_that_is_cut_short_is_told_and_the_one_after_it_is_heard(format, 
         assert np.array_equal(told(cut + content)[0][-len(expected) :], expected)
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_what_follows_the_last_page_of_an_ogg_stream_is_no_sound_and_no_loss(subtype):
+    content = encoded(speech(), "OGG", subtype)
+    expected = heard(content)
+    for junk in (b"\0", bytes(70_000), b"junk" * 99):
+        assert np.array_equal(heard(content + junk), expected)
+        assert np.array_equal(heard(content + junk + content), np.tile(expected, 2))
+        assert "no end mark" in loss(content[:-100] + junk)
+
+
 @pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
 def test_recordings_of_unknown_length_that_follow_each_other_do_not_hear_the_other_header(format):
     content = encoded(speech(), format, "PCM_16")
