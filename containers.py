@@ -274,6 +274,12 @@ def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     return [Part(pieces, share=share_of(stop - body, size, 4))], stop
 
 
+def nist_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """Returns (the part of a NIST SPHERE file that begins at `start`, where it ends)."""
+    count = re.search(rb"\nsample_count -i (\d{1,15})", at(file, start, 4096))
+    return [Part([(start, stop)], int(count[1]) if count else 0)], stop
+
+
 # ---- FLAC and Ogg
 
 
@@ -515,4 +521,5 @@ WALKS = dict.fromkeys(CHUNKS, chunk_parts) | {
     b"OggS": ogg_parts,
     b".snd": au_parts,
     b"dns.": au_parts,
+    b"NIST": nist_parts,
 }

@@ -389,6 +389,17 @@ def test_what_follows_the_last_page_of_an_ogg_stream_is_no_sound_and_no_loss(sub
         assert "no end mark" in loss(content[:-100] + junk)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "ULAW"])
+def test_a_sphere_file_that_is_cut_short_is_told(subtype, channels):
+    content = encoded(np.stack([speech()] * channels, axis=1), "NIST", subtype)
+    assert len(heard(content)) == 2 * RATE
+    cut = content[: 1024 + (len(content) - 1024) // 4]
+    assert loss(cut) == "cut short: 0.5 s of 2.0 s"
+    endless = cut.replace(b"count -i 32000", b"count -i " + b"9" * 400)
+    assert loss(endless).startswith("cut short: ")
+
+
 @pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
 def test_recordings_of_unknown_length_that_follow_each_other_do_not_hear_the_other_header(format):
     content = encoded(speech(), format, "PCM_16")
