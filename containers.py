@@ -20,10 +20,16 @@ class Part(NamedTuple):
     flaw: str = ""  # why the part is not whole, where nothing says how much is lost
 
 
+# How files begin that ffmpeg reads and libsndfile does not: mp4, webm, wma, aac, amr.
+FOREIGN = re.compile(rb".{4}ftyp|\x1aE\xdf\xa3|0&\xb2u|\xff[\xf0\xf1\xf8\xf9]|#!AMR", re.DOTALL)
+ADVICE = "Convert it: ffmpeg -i IN OUT.wav"
+
+
 def parts(file: BinaryIO) -> list[Part]:
     """Returns the parts of a file, and of the files that were appended to it.
 
-    A file of a format without a walk (WALKS) is one part, as it is.
+    A file of a format without a walk (WALKS) is one part, as it is. Raises ValueError for a file of
+    a FOREIGN format, and for one that begins as mp3 but has no frames.
     """
     place = 0
     stop = file.seek(0, 2)
@@ -33,8 +39,13 @@ def parts(file: BinaryIO) -> list[Part]:
         place += size
     while size := tag_before(file, stop):
         stop -= size
-    if at(file, place, 4) not in WALKS and (place or sound_frame(file, place, stop)):
+    head = at(file, place, 8)
+    if FOREIGN.match(head):
+        raise ValueError(f"Format not recognised. {ADVICE}")
+    if head[:4] not in WALKS and (place or frame_of(head)):
         found = list(mpeg_parts(file, place, stop))
+        if not found:  # the decoder would take anything for mp3 that begins so, and print notes
+            raise ValueError(f"no mp3 frames follow its beginning. {ADVICE}")
         place = stop
     while walk := WALKS.get(at(file, place, 4)) if place < stop else None:
         more, place = walk(file, place, stop)
@@ -373,11 +384,12 @@ def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
     """Returns the frame at `place`, or None.
 
     A frame of the same kind, a tag or the end must follow: four bytes of anything may look like the
-    header of a frame.
+    header of a frame. In free format any frame without a next one would reach to the end.
     """
     head = at(file, place, 4)
-    frame = sized(file, place, stop, frame_of(head), head)
-    if frame is None or place + frame.size == stop:
+    said = frame_of(head)
+    frame = sized(file, place, stop, said, head)
+    if frame is None or said.size and place + frame.size == stop:
         return frame
     after = at(file, place + frame.size, 32)
     other = frame_of(after)
@@ -494,7 +506,7 @@ def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
             place += size
             last = place - 4
         elif not frame:  # the last frame may have been cut short, and the next begin in it
-            likely = matches(file, rb"\xff(?=[\xe0-\xff])", last + 4, stop)
+            likely = matches(file, rb"\xff(?=[\xe0-\xff][\0-\xef])", last + 4, stop)
             after = next((p for p in likely if sound_frame(file, p, stop)), stop)
             if run:
                 run.junk += max(after - place, 0)

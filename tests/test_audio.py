@@ -321,6 +321,61 @@ def test_layer_2_and_the_free_format_have_lengths_too():
     assert part.pieces[1:] == [(0, 2040)] and part.frames == 10 * 1152 - 529
 
 
+ID3 = b"ID3\3\0\0\0\0\0\5hello"
+ADTS = b"\xff\xf1\x60\x40\x1a\x1f\xfc" + bytes(204)  # a frame of aac
+MP4 = b"\0\0\0\x18ftypM4A \0\0\2\0isommp41" + bytes(999)
+
+
+def test_what_only_begins_as_an_mp3_is_refused_in_one_line_and_the_decoder_is_silent(capfd):
+    # The second text looks like the free format.
+    texts = [(500 * text).encode("utf-16") for text in ("hello world ", "\n\u4e00")]
+    for content in (*texts, b"\xff\xfb\x90\0" + bytes(9999), ID3, ID3 + 99 * b"no"):
+        with pytest.raises(UserError, match="^cannot be decoded: no mp3 frames follow.*ffmpeg -i"):
+            read_audio(content)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bytes_of_ones_are_passed_over_without_a_look_at_each():
+    class Counted(io.BytesIO):
+        reads = 0
+
+        def read(self, *size):
+            self.reads += 1
+            return super().read(*size)
+
+    file = Counted(b"\xff\xfb\x90\0" + b"\xff" * 2**17)
+    with pytest.raises(ValueError, match="no mp3 frames"):
+        parts(file)
+    assert file.reads < 50
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        MP4,
+        ID3 + MP4,
+        9 * ADTS,
+        ID3 + 9 * ADTS,
+        b"\x1aE\xdf\xa3" + bytes(99),
+        b"#!AMR\n" + bytes(99),
+    ],
+    ids=["m4a", "m4a behind a tag", "aac", "aac behind a tag", "webm", "amr"],
+)
+def test_a_format_that_only_ffmpeg_reads_is_refused_with_the_way_to_convert_it(content, capfd):
+    with pytest.raises(UserError, match="^cannot be decoded: Format not recognised. .*ffmpeg -i"):
+        read_audio(content)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_mp3_whose_first_frame_is_damaged_or_is_its_only_one_is_heard():
+    content = without_xing(constant(speech(), 0.5))
+    size = frame_of(content).size
+    damaged = content[:4] + bytes(size // 2) + content[size:]
+    for tag in (b"", ID3):
+        assert np.array_equal(heard(tag + damaged), heard(content[size:]))
+        assert len(heard(tag + content[:size])) == 576 - 529
+
+
 # ---- Headers that were never written, or too early
 
 
