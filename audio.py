@@ -26,7 +26,7 @@ import soundfile
 import torch
 import torchaudio
 
-from containers import METADATA, UNKNOWN, Part, at, header, parts
+from containers import UNKNOWN, WALKS, Part, at, header, name_behind, parts
 from transforms import RATES, check_samples
 
 # Files with one of these endings are taken for recordings.
@@ -143,18 +143,21 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
         width = WIDTHS.get(sound.subtype, 0) * sound.channels  # bytes of a sample of all channels
         if not width:
             raise ValueError(f"its samples are {sound.subtype}")
-        if promised >= UNKNOWN[4]:
+        if promised >= UNKNOWN[4] or promised % width:
             promised = 0
-        blocks = pcm_blocks(sound, width, promised)
+        blocks = pcm_blocks(sound, width, promised, head[:4])
         blocks = mono(sound, blocks, Part([], promised // width), None, damaged)
         yield from resampled(blocks, sound.samplerate, sample_rate, at_once=True)
 
 
-def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterator[np.ndarray]:
+def pcm_blocks(
+    sound: soundfile.SoundFile, width: int, promised: int, magic: bytes
+) -> Iterator[np.ndarray]:
     """Yields blocks (n, channels) of the samples that follow the header `sound` on standard input.
 
     width: bytes of a sample of all channels. promised: bytes of samples, by the header. More may
-    come where the header says 0 or was never written anew; chunks of metadata are left out.
+    come where the header says 0 or was never written anew; chunks of metadata are left out. magic:
+    how the header begins. Raises UserError where another file follows.
     """
     order = "BIG" if sound.format in ("AIFF", "AU", "CAF") else "LITTLE"
     how = {
@@ -167,7 +170,10 @@ def pcm_blocks(sound: soundfile.SoundFile, width: int, promised: int) -> Iterato
     place = 0
     size = block_size(sound, PIPE_BLOCK) * width
     while content := pipe_bytes(min(size, promised - place) if place < promised else size):
-        if place == promised and content[:4] in METADATA:
+        if place == promised and (name := name_behind(magic, promised, content)):
+            if name in WALKS:
+                after = place / width / sound.samplerate
+                raise UserError(f"another file begins after {after:.1f} s; pipe one at a time")
             return
         yield soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True, **how)[0]
         place += len(content)

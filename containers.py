@@ -20,10 +20,16 @@ class Part(NamedTuple):
     flaw: str = ""  # why the part is not whole, where nothing says how much is lost
 
 
+# How files begin that ffmpeg reads and libsndfile does not: mp4, webm, wma, aac, amr.
+FOREIGN = re.compile(rb".{4}ftyp|\x1aE\xdf\xa3|0&\xb2u|\xff[\xf0\xf1\xf8\xf9]|#!AMR", re.DOTALL)
+ADVICE = "Convert it: ffmpeg -i IN OUT.wav"
+
+
 def parts(file: BinaryIO) -> list[Part]:
     """Returns the parts of a file, and of the files that were appended to it.
 
-    A file of a format without a walk (WALKS) is one part, as it is.
+    A file of a format without a walk (WALKS) is one part, as it is. Raises ValueError for a file of
+    a FOREIGN format, and for one that begins as mp3 but has no frames.
     """
     place = 0
     stop = file.seek(0, 2)
@@ -33,8 +39,13 @@ def parts(file: BinaryIO) -> list[Part]:
         place += size
     while size := tag_before(file, stop):
         stop -= size
-    if at(file, place, 4) not in WALKS and (place or sound_frame(file, place, stop)):
+    head = at(file, place, 8)
+    if FOREIGN.match(head):
+        raise ValueError(f"Format not recognised. {ADVICE}")
+    if head[:4] not in WALKS and (place or frame_of(head)):
         found = list(mpeg_parts(file, place, stop))
+        if not found:  # the decoder would take anything for mp3 that begins so, and print notes
+            raise ValueError(f"no mp3 frames follow its beginning. {ADVICE}")
         place = stop
     while walk := WALKS.get(at(file, place, 4)) if place < stop else None:
         more, place = walk(file, place, stop)
@@ -225,9 +236,13 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
         size = chunk_size(kind, chunk)
         if chunk[:4] == kind.data:
             none = kind.ahead + (24 if kind.name == 16 else 0)
-            empty = chunk[: kind.name] + none.to_bytes(kind.size, kind.order) + read(kind.ahead)
+            ahead = read(kind.ahead)
             size = wide if wide and size == 2**32 - 1 else max(size - kind.ahead, 0)
-            return bytes(head) + empty, size
+            if kind.data == b"SSND":  # its first number says how many bytes precede the samples
+                skipped = read(min(int.from_bytes(ahead[:4], "big"), LONGEST_HEADER))
+                size = max(size - len(skipped), 0)
+            none = none.to_bytes(kind.size, kind.order)
+            return bytes(head) + chunk[: kind.name] + none + bytes(kind.ahead), size
         if not chunk or max(size, len(head)) > LONGEST_HEADER:
             break
         body = read(size + -size % kind.align)
@@ -236,6 +251,25 @@ def header(read: Callable[[int], bytes]) -> tuple[bytes, int]:
         else:
             head += chunk + body
     return b"", 0
+
+
+def name_behind(magic: bytes, size: int, content: bytes) -> bytes:
+    """Returns the name of the chunk or file that follows samples on a pipe, or b"": more samples.
+
+    content: what comes after `size` bytes of samples behind a header that begins with `magic`. The
+    last bytes count as a name, too, where they are too few for one.
+    """
+    if magic not in WALKS:
+        return b""
+    kind = CHUNKS.get(magic, Chunks(24, 4, 4, "big", 1))  # au has no chunks, but files may follow
+    padding = -size % max(kind.align, 2)  # libsndfile pads caf as well
+    for gap in (padding, 0):  # an odd number of bytes may be padded or not
+        head = content[gap:][: kind.name + kind.size]
+        known = head[:4] in METADATA or head[:4] in WALKS
+        is_chunk = len(head) == kind.name + kind.size and NAME.fullmatch(head[:4])
+        if known or is_chunk and head[:4] != kind.data and chunk_size(kind, head) < LONGEST_HEADER:
+            return head[:4]
+    return content if size and len(content) < padding + 4 else b""
 
 
 def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
@@ -249,6 +283,12 @@ def au_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     stop = next(matches(file, HEAD, body, stop), stop)
     pieces = [head[:8] + b"\xff" * 4, (start + 12, stop)]
     return [Part(pieces, share=share_of(stop - body, size, 4))], stop
+
+
+def nist_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
+    """Returns (the part of a NIST SPHERE file that begins at `start`, where it ends)."""
+    count = re.search(rb"\nsample_count -i (\d{1,15})", at(file, start, 4096))
+    return [Part([(start, stop)], int(count[1]) if count else 0)], stop
 
 
 # ---- FLAC and Ogg
@@ -276,7 +316,7 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
     The first pages of a stream may each open one of several streams that are mixed. A page that
     opens a stream later begins the next file.
     """
-    place = start
+    place = end = start
     opening = True
     while place < stop:
         page = at(file, place, 27)
@@ -285,11 +325,13 @@ def ogg_parts(file: BinaryIO, start: int, stop: int) -> tuple[list[Part], int]:
         if page[5] & 2 and not opening:
             break
         opening = page[5] & 2
-        after = place + 27 + page[26] + sum(at(file, place + 27, page[26]))
+        end = after = place + 27 + page[26] + sum(at(file, place + 27, page[26]))
         if at(file, after, 4) not in (b"OggS", b""):  # this page was cut short, or no page follows
             after = next(matches(file, b"OggS", place + 4, stop), stop)
+            is_last = page[5] & 4 and end <= after  # what follows a stream's last page is no sound
+            end = end if is_last else after
         place = after
-    return [Part([(start, min(place, stop))])], min(place, stop)
+    return [Part([(start, min(end, stop))])], min(place, stop)
 
 
 # ---- Mp3
@@ -342,11 +384,12 @@ def sound_frame(file: BinaryIO, place: int, stop: int) -> SoundFrame | None:
     """Returns the frame at `place`, or None.
 
     A frame of the same kind, a tag or the end must follow: four bytes of anything may look like the
-    header of a frame.
+    header of a frame. In free format any frame without a next one would reach to the end.
     """
     head = at(file, place, 4)
-    frame = sized(file, place, stop, frame_of(head), head)
-    if frame is None or place + frame.size == stop:
+    said = frame_of(head)
+    frame = sized(file, place, stop, said, head)
+    if frame is None or said.size and place + frame.size == stop:
         return frame
     after = at(file, place + frame.size, 32)
     other = frame_of(after)
@@ -463,7 +506,7 @@ def mpeg_parts(file: BinaryIO, start: int, stop: int) -> Iterator[Part]:
             place += size
             last = place - 4
         elif not frame:  # the last frame may have been cut short, and the next begin in it
-            likely = matches(file, rb"\xff(?=[\xe0-\xff])", last + 4, stop)
+            likely = matches(file, rb"\xff(?=[\xe0-\xff][\0-\xef])", last + 4, stop)
             after = next((p for p in likely if sound_frame(file, p, stop)), stop)
             if run:
                 run.junk += max(after - place, 0)
@@ -490,4 +533,5 @@ WALKS = dict.fromkeys(CHUNKS, chunk_parts) | {
     b"OggS": ogg_parts,
     b".snd": au_parts,
     b"dns.": au_parts,
+    b"NIST": nist_parts,
 }

@@ -321,6 +321,61 @@ def test_layer_2_and_the_free_format_have_lengths_too():
     assert part.pieces[1:] == [(0, 2040)] and part.frames == 10 * 1152 - 529
 
 
+ID3 = b"ID3\3\0\0\0\0\0\5hello"
+ADTS = b"\xff\xf1\x60\x40\x1a\x1f\xfc" + bytes(204)  # a frame of aac
+MP4 = b"\0\0\0\x18ftypM4A \0\0\2\0isommp41" + bytes(999)
+
+
+def test_what_only_begins_as_an_mp3_is_refused_in_one_line_and_the_decoder_is_silent(capfd):
+    # The second text looks like the free format.
+    texts = [(500 * text).encode("utf-16") for text in ("hello world ", "\n\u4e00")]
+    for content in (*texts, b"\xff\xfb\x90\0" + bytes(9999), ID3, ID3 + 99 * b"no"):
+        with pytest.raises(UserError, match="^cannot be decoded: no mp3 frames follow.*ffmpeg -i"):
+            read_audio(content)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bytes_of_ones_are_passed_over_without_a_look_at_each():
+    class Counted(io.BytesIO):
+        reads = 0
+
+        def read(self, *size):
+            self.reads += 1
+            return super().read(*size)
+
+    file = Counted(b"\xff\xfb\x90\0" + b"\xff" * 2**17)
+    with pytest.raises(ValueError, match="no mp3 frames"):
+        parts(file)
+    assert file.reads < 50
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        MP4,
+        ID3 + MP4,
+        9 * ADTS,
+        ID3 + 9 * ADTS,
+        b"\x1aE\xdf\xa3" + bytes(99),
+        b"#!AMR\n" + bytes(99),
+    ],
+    ids=["m4a", "m4a behind a tag", "aac", "aac behind a tag", "webm", "amr"],
+)
+def test_a_format_that_only_ffmpeg_reads_is_refused_with_the_way_to_convert_it(content, capfd):
+    with pytest.raises(UserError, match="^cannot be decoded: Format not recognised. .*ffmpeg -i"):
+        read_audio(content)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_mp3_whose_first_frame_is_damaged_or_is_its_only_one_is_heard():
+    content = without_xing(constant(speech(), 0.5))
+    size = frame_of(content).size
+    damaged = content[:4] + bytes(size // 2) + content[size:]
+    for tag in (b"", ID3):
+        assert np.array_equal(heard(tag + damaged), heard(content[size:]))
+        assert len(heard(tag + content[:size])) == 576 - 529
+
+
 # ---- Headers that were never written, or too early
 
 
@@ -377,6 +432,27 @@ def test_a_file_that_is_cut_short_is_told_and_the_one_after_it_is_heard(format, 
         cut = content[: int(share * len(content))]
         assert " s" in loss(cut) and " s" in loss(cut + content)
         assert np.array_equal(told(cut + content)[0][-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_what_follows_the_last_page_of_an_ogg_stream_is_no_sound_and_no_loss(subtype):
+    content = encoded(speech(), "OGG", subtype)
+    expected = heard(content)
+    for junk in (b"\0", bytes(70_000), b"junk" * 99):
+        assert np.array_equal(heard(content + junk), expected)
+        assert np.array_equal(heard(content + junk + content), np.tile(expected, 2))
+        assert "no end mark" in loss(content[:-100] + junk)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "ULAW"])
+def test_a_sphere_file_that_is_cut_short_is_told(subtype, channels):
+    content = encoded(np.stack([speech()] * channels, axis=1), "NIST", subtype)
+    assert len(heard(content)) == 2 * RATE
+    cut = content[: 1024 + (len(content) - 1024) // 4]
+    assert loss(cut) == "cut short: 0.5 s of 2.0 s"
+    endless = cut.replace(b"count -i 32000", b"count -i " + b"9" * 400)
+    assert loss(endless).startswith("cut short: ")
 
 
 @pytest.mark.parametrize("format", ["WAV", "AIFF", "AU"])
@@ -444,7 +520,8 @@ def test_a_pipe_is_heard_to_its_end_whatever_its_header_says(pipe, subtype, chan
     at = size_field(content, "WAV")
     expected = heard(content)
     right = int.from_bytes(content[at : at + 4], "little")
-    wrong = [(size, b"") for size in (0, 1200, 0xFFFFFFFF, 0x7FFFF000)]
+    # 1001 bytes would end within a frame.
+    wrong = [(size, b"") for size in (0, 1001, 1200, 0xFFFFFFFF, 0x7FFFF000)]
     chunk = b"LIST" + struct.pack("<I", 4) + b"INFO"
     for size, tail in ((right, b""), (right, chunk), *wrong):
         pipe(content[:at] + size.to_bytes(4, "little") + content[at + 4 :] + tail)
@@ -486,6 +563,55 @@ def test_a_pipe_of_any_format_with_its_samples_behind_a_header_is_heard(
         assert not reasons and np.array_equal(samples, expected), size
     pipe(content[: -len(content) // 3])
     assert told("-")[1][0].startswith("cut short: 0.")
+
+
+@pytest.mark.parametrize("samples", [4000, 4001])
+@pytest.mark.parametrize(
+    "format, subtype, form, names",
+    [
+        ("WAV", "PCM_U8", "<4sI", ("LIST", "DISP", "acid", "inst", "afsp", "axml", "umid", "PAD ")),
+        ("WAV", "PCM_24", "<4sI", ("LIST", "DISP")),
+        ("AIFF", "PCM_S8", ">4sI", ("ANNO", "NAME", "MARK", "APPL")),
+        ("AIFF", "PCM_16", ">4sI", ("ANNO",)),
+        ("CAF", "PCM_S8", ">4sQ", ("info",)),
+        ("W64", "PCM_16", "<4s12xQ", ("list",)),
+    ],
+)
+def test_chunks_and_padding_behind_the_samples_of_a_pipe_are_not_heard(
+    pipe, format, subtype, form, names, samples
+):
+    content = encoded(speech()[:samples], format, subtype)
+    expected = heard(content)
+    text = bytes(range(100, 200))
+    chunks = [struct.pack(form, name.encode(), len(text)) + text for name in names]
+    for tail in (b"", *chunks):
+        pipe(content + tail)
+        assert np.array_equal(told("-")[0], expected), tail[:4]
+
+
+def test_a_second_chunk_of_samples_on_a_pipe_is_not_lost(pipe):
+    content = encoded(speech(0.3))
+    pipe(content + content[content.index(b"data") :])
+    assert len(told("-")[0]) >= 2 * 4800
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "AU", "CAF", "W64"])
+def test_a_second_file_on_a_pipe_is_told_and_not_heard_at_the_rate_of_the_first(pipe, format):
+    content = encoded(speech(0.5), format, "PCM_16")
+    pipe(content + encoded(speech(0.2, 44100), "WAV", "PCM_16", 44100))
+    blocks = []
+    with pytest.raises(UserError, match="^another file begins after 0.5 s; pipe one at a time$"):
+        for block in read_blocks("-", RATE, damaged=print):
+            blocks.append(block)
+    assert np.array_equal(np.concatenate(blocks), heard(content))
+
+
+def test_bytes_ahead_of_the_samples_of_an_aiff_are_not_heard_on_a_pipe(pipe):
+    content = encoded(speech(0.5), "AIFF", "PCM_16")
+    body = content.index(b"SSND") + 16
+    sizes = struct.pack(">III", len(content) - body + 8 + 100, 100, 0)
+    pipe(content[: body - 12] + sizes + b"\x55" * 100 + content[body:])
+    assert np.array_equal(told("-")[0], heard(content))
 
 
 @pytest.mark.parametrize(
