@@ -106,13 +106,14 @@ def test_processes_train_as_one_with_their_rows_does(data, tmp_path, sgd, words)
 
 
 def test_processes_train_as_one_on_batches_by_duration(tmp_path, sgd):
-    # All rows have 0.5 s. With others, the bound of each process would make other batches.
+    # All rows have 0.5 s, at the slowest speed 0.56 s. With others, the bound of each process would
+    # make other batches.
     rows = make_data(tmp_path, train=30, dev=4, longer=0)
-    run(rows, tmp_path / "1", *SAME, "--max_batch_seconds", 6)
+    run(rows, tmp_path / "1", *SAME, "--max_batch_seconds", 6.8)
     assert 6 in {len(step["rows"]) for step in steps(tmp_path / "1")}
     for count in (2, 4):
         assert set(
-            train_on(count, rows, tmp_path / str(count), *SAME, "--max_batch_seconds", 6 / count)
+            train_on(count, rows, tmp_path / str(count), *SAME, "--max_batch_seconds", 6.8 / count)
         ) == {0}
         assert_same(tmp_path / str(count), tmp_path / "1")
 
