@@ -164,8 +164,9 @@ FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 def check_archive(path: str) -> int:
     """Returns the size in bytes of a file that torch.save wrote.
 
-    Raises an Exception where reading the file could take far more memory than its size, or end the
-    process: its records are compressed or overlap, or check_pickle refuses one of its pickles.
+    Raises an Exception where a record's bytes are not those of its checksum, and where reading the
+    file could take far more memory than its size, or end the process: its records are compressed or
+    overlap, or check_pickle refuses one of its pickles.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -186,6 +187,8 @@ def check_archive(path: str) -> int:
                 raise UserError(
                     "its records are compressed, which torch.save never does; save it anew"
                 )
+            if bad := archive.testzip():  # torch reads past the checksums
+                raise UserError(f"damaged: {shown(bad, 100)} has another checksum; get it again")
             for record in records:
                 if record.filename.lower().endswith(".pkl"):  # torch takes capitals, too
                     check_pickle(io.BytesIO(archive.open(record).read(SMALL)))

@@ -220,6 +220,15 @@ def test_a_folder_that_is_not_ours_or_damaged_is_one_line(made, tmp_path, name, 
         read_checked(str(tmp_path))
 
 
+def test_a_ckpt_with_one_flipped_bit_among_the_weights_is_one_line(made, tmp_path):
+    content = bytearray(made[0].read_bytes())
+    weight = read_checked(str(made[0]))["state_dict"]["net.ctc.weight"]
+    content[content.find(weight.numpy().tobytes()) + 3] ^= 0x40
+    (tmp_path / "best.ckpt").write_bytes(content)
+    said = refused([f"--checkpoint={tmp_path / 'best.ckpt'}", f"--hub_dir={tmp_path / 'hub'}"])
+    assert f"{tmp_path}/best.ckpt: " in said and "another checksum; get it again" in said
+
+
 def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tmp_path):
     card = (made[1] / "README.md").read_text()
     assert "None yet. `python score.py" in card and "| wer" not in card
