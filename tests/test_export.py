@@ -4,6 +4,7 @@ onnxruntime is called here as sherpa-onnx and WeNet's runtime call it.
 """
 
 import dataclasses
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -361,6 +362,17 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
         )
         assert done.stdout == "".join(token_of(model, i) for i in expected) + "\n", done.stderr
     assert not list(folder.glob("encoder.onnx"))
+
+
+def test_hear_py_prints_an_empty_line_for_less_than_an_encoder_frame(tmp_path, monkeypatch, capsys):
+    export.write_onnx(exportable_model("log_mel"), CHUNKS, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.onnx", "model-streaming.onnx"):
+        monkeypatch.setattr(sys, "argv", ["hear.py", name, "sound.wav"])
+        for samples in (0, 1, 200, 1000):
+            soundfile.write("sound.wav", SOUND[5000 : 5000 + samples].numpy(), 16000)
+            runpy.run_path("hear.py")
+            assert capsys.readouterr().out == "\n", (name, samples)
 
 
 @torch.no_grad()

@@ -175,7 +175,8 @@ import soundfile
 
 
 def hear_whole(samples):
-    return session.run(None, dict(waveform=samples))[0]
+    log_probs, frames = session.run(None, dict(waveform=samples))
+    return log_probs[0, : frames[0]].argmax(-1).tolist()
 
 
 def hear_stream(samples):
@@ -195,21 +196,20 @@ def hear_stream(samples):
         inputs = samples[:size], *kept, *counts, *caches, mask
         log_probs, *state = session.run(None, dict(zip(names, inputs)))
         kept, caches = state[:3], state[3:]
-        found.append(log_probs)
+        found += log_probs[0].argmax(-1).tolist()
         samples = samples[size:]
         offset += chunk
         size, least = {later}, {later_least}  # of the later chunks
-    return np.concatenate(found, axis=1)
+    return found
 
 
 model, path = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 samples, rate = soundfile.read(path, dtype="float32")
 assert rate == {rate} and samples.ndim == 1
-log_probs = hear_stream(samples) if "streaming" in model else hear_whole(samples)
+best = hear_stream(samples) if "streaming" in model else hear_whole(samples)
 with open("tokens.txt", encoding="utf-8") as file:
     tokens = [line.split()[0] for line in file]
-best = log_probs[0].argmax(-1).tolist()
 heard = [i for i, before in zip(best, [-1, *best]) if i not in (before, {blank_id})]
 print("".join(tokens[i] for i in heard).replace("\u2581", " "))
 """
