@@ -31,7 +31,7 @@ from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
 from stream import frame_ms, piece_samples
-from tokenizer import BPE_SPACE, Tokenizer, unit_lines
+from tokenizer import BPE_SPACE, UNKNOWN_MARK, Tokenizer, unit_lines
 from tools import web
 from tools.compare import as_cell, read_scores, score_columns, unusual
 from tools.onnx_checks import check_files, synthetic_sound
@@ -168,6 +168,7 @@ The page needs two files of onnxruntime-web beside it. Where they are missing, t
 """
 
 HEAR_PY = """import sys
+import unicodedata
 
 import numpy as np
 import onnxruntime
@@ -210,8 +211,10 @@ assert rate == {rate} and samples.ndim == 1
 best = hear_stream(samples) if "streaming" in model else hear_whole(samples)
 with open("tokens.txt", encoding="utf-8") as file:
     tokens = [line.split()[0] for line in file]
-heard = [i for i, before in zip(best, [-1, *best]) if i not in (before, {blank_id})]
-print("".join(tokens[i] for i in heard).replace("\u2581", " "))
+tokens[{unk_id}] = "{unknown}"
+heard = [i for i, before in zip(best, [-1, *best]) if i not in (before, *{silent})]
+text = " ".join("".join(tokens[i] for i in heard).replace("\u2581", " ").split())
+print(unicodedata.normalize("NFC", text.lower() if {lower} else text))
 """
 
 
@@ -225,6 +228,7 @@ def token_lines(tokenizer: Tokenizer) -> str:
 def sizes_of(model: U2, chunks: ChunkOptions) -> dict:
     """Computes what hear.py and index.html have to know of the streaming graph."""
     frontend = model.frontend
+    tokenizer = model.tokenizer
     first, later = piece_samples(model, chunks.chunk_size)
     first_least, later_least = piece_samples(model, 1)
     caches = cache_inputs(model, chunks, 0)
@@ -232,7 +236,10 @@ def sizes_of(model: U2, chunks: ChunkOptions) -> dict:
         bins=frontend.num_mel_bins,
         rate=frontend.sample_rate,
         frame_ms=frame_ms(model),
-        blank_id=model.net.blank_id,
+        silent=(tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id),
+        unk_id=tokenizer.unk_id,
+        unknown=UNKNOWN_MARK,
+        lower=tokenizer.written("A") == "a",
         chunk_size=chunks.chunk_size,
         cache_size=chunks.cache_size,
         first=first,
@@ -263,6 +270,7 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
     more = dict(
         flags=sherpa_flags(frontend),
         high_freq=frontend.high_freq,
+        blank_id=model.net.blank_id,
         reverse_weight=model.options.reverse_weight,
         left_chunks=chunks.left_chunks,
         tail=(sizes["first"] + frontend.tail_samples) / frontend.sample_rate,
