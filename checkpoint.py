@@ -164,9 +164,9 @@ FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 def check_archive(path: str) -> int:
     """Returns the size in bytes of a file that torch.save wrote.
 
-    Raises an Exception where reading the file could take far more memory than its size, or end the
-    process: its records are compressed or overlap, or check_pickle refuses one of its pickles. So
-    does a record that is not what was saved, by its checksum, at which torch does not look.
+    Raises an Exception where a record's bytes are not those of its checksum, and where reading the
+    file could take far more memory than its size, or end the process: its records are compressed or
+    overlap, or check_pickle refuses one of its pickles.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -187,11 +187,11 @@ def check_archive(path: str) -> int:
                 raise UserError(
                     "its records are compressed, which torch.save never does; save it anew"
                 )
+            if bad := archive.testzip():  # torch reads past the checksums
+                raise UserError(f"damaged: {shown(bad, 100)} has another checksum; get it again")
             for record in records:
                 if record.filename.lower().endswith(".pkl"):  # torch takes capitals, too
                     check_pickle(io.BytesIO(archive.open(record).read(SMALL)))
-            if changed := archive.testzip():
-                raise UserError(f"damaged: {changed} is not what was saved; get it again")
     return size
 
 

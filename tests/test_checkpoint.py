@@ -228,7 +228,7 @@ def test_a_checkpoint_whose_weights_have_changed_on_the_disk_is_one_line(tmp_pat
     place = content.find(model.net.ctc.weight.detach().numpy().tobytes())
     content[place + 3] ^= 0x40
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path}: .*is not what was saved; get it again"):
+    with pytest.raises(UserError, match=f"{path}: .*another checksum; get it again"):
         read_checked(str(path))
 
 

@@ -4,9 +4,12 @@ onnxruntime is called here as sherpa-onnx and WeNet's runtime call it.
 """
 
 import dataclasses
+import itertools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from cli import UserError
 
@@ -20,7 +23,7 @@ from decode import SearchOptions
 from frames import MAX_POSITION, subsampled_length
 from helpers import ROOT, TWO_BLOCKS, one_line
 from helpers_model import exportable_model, save_model, tiny_model
-from tokenizer import Tokenizer, save_tokenizer, train_char
+from tokenizer import Tokenizer, from_vocab, save_tokenizer, train_bpe, train_char
 from tools import export, lm, onnx_checks, parity
 from tools.export import BLANK, ExportOptions, main, token_lines
 from tools.export import export as export_model
@@ -359,17 +362,48 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
             capture_output=True,
             text=True,
         )
-        assert done.stdout == "".join(token_of(model, i) for i in expected) + "\n", done.stderr
+        assert done.stdout == model.tokenizer.decode(expected) + "\n", done.stderr
     assert not list(folder.glob("encoder.onnx"))
 
 
-def test_hear_py_hears_nothing_in_less_than_an_encoder_frame(tmp_path):
-    folder, _ = write(exportable_model("log_mel", input_layer="conv2d8"), tmp_path)
-    soundfile.write(folder / "short.wav", SOUND[:900].numpy(), 16000, subtype="FLOAT")
-    for name in "model.onnx", "model-streaming.onnx":
-        words = [sys.executable, "hear.py", name, "short.wav"]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-        assert done.stdout == "\n", done.stderr
+def test_hear_py_prints_an_empty_line_for_less_than_an_encoder_frame(tmp_path, monkeypatch, capsys):
+    export.write_onnx(exportable_model("log_mel"), CHUNKS, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.onnx", "model-streaming.onnx"):
+        monkeypatch.setattr(sys, "argv", ["hear.py", name, "sound.wav"])
+        for samples in (0, 1, 200, 1000):
+            soundfile.write("sound.wav", SOUND[5000 : 5000 + samples].numpy(), 16000)
+            runpy.run_path("hear.py")
+            assert capsys.readouterr().out == "\n", (name, samples)
+
+
+WAV2VEC2 = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "E": 6, "\u0301": 7}
+TOKENIZERS = {
+    "char": train_char(["a\u0323\u0308 e"]),
+    "bpe": train_bpe(["a bad ace"] * 3, 12),
+    "wav2vec2": from_vocab(WAV2VEC2, config={"do_lower_case": True}),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_hear_py_writes_what_the_tokenizer_decodes(kind, tmp_path, monkeypatch, capsys):
+    """The graph finds each token next to each other one, special tokens and spaces included."""
+    tokenizer = TOKENIZERS[kind]
+    every = range(tokenizer.vocab_size)
+    heard = [i for pair in itertools.permutations(every, 2) for i in pair]
+    log_probs = np.eye(len(every))[None, heard]
+    session = SimpleNamespace(run=lambda *_: (log_probs, [len(heard)]))
+    opened = SimpleNamespace(InferenceSession=lambda _: session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", opened)
+    monkeypatch.setattr(soundfile, "read", lambda *_, **__: (np.zeros(1), 16000))
+    monkeypatch.setattr(sys, "argv", ["hear.py", "model.onnx", "sound.wav"])
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(tokenizer)
+    for name in ("hear.py", "tokens.txt"):
+        Path(name).write_text(export.texts(model, CHUNKS)[name], encoding="utf-8")
+    runpy.run_path("hear.py")
+    found = greedy(model, torch.tensor(log_probs[0]))
+    assert capsys.readouterr().out == tokenizer.decode(found) + "\n"
 
 
 @torch.no_grad()
@@ -383,10 +417,6 @@ def test_the_streaming_graph_forgets_as_a_stream_does(log_mel):
     assert len(expected) > STREAM_WINDOW * 1.5 * 25 and expected.isfinite().all()
     heard = graph_stream(model, session_of(folder, "model-streaming.onnx"), CHUNKS, sound)
     np.testing.assert_allclose(heard, expected, atol=1e-4)
-
-
-def token_of(model, i):
-    return model.tokenizer.tokens[i]
 
 
 def test_other_sizes_and_kinds(tmp_path):

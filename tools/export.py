@@ -31,7 +31,7 @@ from checkpoint import write_folder
 from files import check_utf8, published
 from model import U2, load_checkpoint, read_checked
 from stream import frame_ms, piece_samples
-from tokenizer import BPE_SPACE, Tokenizer, unit_lines
+from tokenizer import BPE_SPACE, UNKNOWN_MARK, Tokenizer, unit_lines
 from tools import web
 from tools.compare import as_cell, read_scores, score_columns, unusual
 from tools.onnx_checks import check_files, synthetic_sound
@@ -168,6 +168,7 @@ The page needs two files of onnxruntime-web beside it. Where they are missing, t
 """
 
 HEAR_PY = """import sys
+import unicodedata
 
 import numpy as np
 import onnxruntime
@@ -175,8 +176,8 @@ import soundfile
 
 
 def hear_whole(samples):
-    log_probs, lengths = session.run(None, dict(waveform=samples))
-    return log_probs[:, : lengths[0]]
+    log_probs, frames = session.run(None, dict(waveform=samples))
+    return log_probs[0, : frames[0]].argmax(-1).tolist()
 
 
 def hear_stream(samples):
@@ -196,23 +197,24 @@ def hear_stream(samples):
         inputs = samples[:size], *kept, *counts, *caches, mask
         log_probs, *state = session.run(None, dict(zip(names, inputs)))
         kept, caches = state[:3], state[3:]
-        found.append(log_probs)
+        found += log_probs[0].argmax(-1).tolist()
         samples = samples[size:]
         offset += chunk
         size, least = {later}, {later_least}  # of the later chunks
-    return np.concatenate(found, axis=1) if found else np.zeros((1, 0, 1))
+    return found
 
 
 model, path = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 samples, rate = soundfile.read(path, dtype="float32")
 assert rate == {rate} and samples.ndim == 1
-log_probs = hear_stream(samples) if "streaming" in model else hear_whole(samples)
+best = hear_stream(samples) if "streaming" in model else hear_whole(samples)
 with open("tokens.txt", encoding="utf-8") as file:
     tokens = [line.split()[0] for line in file]
-best = log_probs[0].argmax(-1).tolist()
-heard = [i for i, before in zip(best, [-1, *best]) if i not in (before, {blank_id})]
-print("".join(tokens[i] for i in heard).replace("\u2581", " "))
+tokens[{unk_id}] = "{unknown}"
+heard = [i for i, before in zip(best, [-1, *best]) if i not in (before, *{silent})]
+text = " ".join("".join(tokens[i] for i in heard).replace("\u2581", " ").split())
+print(unicodedata.normalize("NFC", text.lower() if {lower} else text))
 """
 
 
@@ -226,6 +228,7 @@ def token_lines(tokenizer: Tokenizer) -> str:
 def sizes_of(model: U2, chunks: ChunkOptions) -> dict:
     """Computes what hear.py and index.html have to know of the streaming graph."""
     frontend = model.frontend
+    tokenizer = model.tokenizer
     first, later = piece_samples(model, chunks.chunk_size)
     first_least, later_least = piece_samples(model, 1)
     caches = cache_inputs(model, chunks, 0)
@@ -233,7 +236,10 @@ def sizes_of(model: U2, chunks: ChunkOptions) -> dict:
         bins=frontend.num_mel_bins,
         rate=frontend.sample_rate,
         frame_ms=frame_ms(model),
-        blank_id=model.net.blank_id,
+        silent=(tokenizer.blank_id, tokenizer.sos_id, tokenizer.eos_id),
+        unk_id=tokenizer.unk_id,
+        unknown=UNKNOWN_MARK,
+        lower=tokenizer.written("A") == "a",
         chunk_size=chunks.chunk_size,
         cache_size=chunks.cache_size,
         first=first,
@@ -264,6 +270,7 @@ def texts(model: U2, chunks: ChunkOptions) -> dict[str, str]:
     more = dict(
         flags=sherpa_flags(frontend),
         high_freq=frontend.high_freq,
+        blank_id=model.net.blank_id,
         reverse_weight=model.options.reverse_weight,
         left_chunks=chunks.left_chunks,
         tail=(sizes["first"] + frontend.tail_samples) / frontend.sample_rate,

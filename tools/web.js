@@ -100,14 +100,21 @@ class Ear {
     return found;
   }
 
-  // Searches greedily: the best token of each frame, without blanks and repetitions.
+  // Searches greedily: the best token of each frame, without repetitions and what has no text.
   read({data, dims: [, frames, vocabulary]}) {
     for (let t = 0; t < frames; t++, this.frames++) {
       const row = data.subarray(t * vocabulary, (t + 1) * vocabulary);
       const best = row.reduce((best, x, i) => x > row[best] ? i : best, 0);
-      if (![this.token, SIZES.blank_id].includes(best)) this.line.push([this.frames, best]);
+      if (![this.token, ...SIZES.silent].includes(best)) this.line.push([this.frames, best]);
       this.token = best;
     }
+  }
+
+  // Writes the line as the tokenizer does.
+  text() {
+    const parts = this.line.map(([, i]) => i === SIZES.unk_id ? SIZES.unknown : this.tokens[i]);
+    const text = parts.join("").split(SPACE).filter(part => part).join(" ");
+    return (SIZES.lower ? text.toLowerCase() : text).normalize("NFC");
   }
 
   // Says what was heard. PAUSE milliseconds without a token ends a line, but not the stream; spaces
@@ -117,7 +124,7 @@ class Ear {
     const spoken = this.line.filter(([, token]) => this.tokens[token] !== SPACE);
     const quiet = spoken.length ? (this.frames - spoken.at(-1)[0]) * SIZES.frame_ms : 0;
     const final = last || quiet >= PAUSE;
-    const text = this.line.map(([, token]) => this.tokens[token]).join("").replaceAll(SPACE, " ").trim();
+    const text = this.text();
     const seconds = Math.min(this.frames * frame, this.received / SIZES.rate);
     const cues = text ? [[spoken[0][0] * frame, (spoken.at(-1)[0] + 1) * frame, text]] : [];
     this.tell({text, seconds, final, last, words: [], cues});
