@@ -871,8 +871,10 @@ class SpeechDataModule(L.LightningDataModule):
                 max_batch=samples and samples / self.frontend.shift_samples,
                 **shared,
             )
+        # The order of batches of so many rows does not depend on the speeds.
+        lengths = self.longest_lengths() if seconds else self.lengths + self.frontend.tail_samples
         return LengthGroupedSampler(
-            lengths=self.longest_lengths()[self.kept],
+            lengths=lengths[self.kept],
             max_batch=samples,
             group_by_length=self.options.group_by_length,
             **shared,
@@ -918,7 +920,8 @@ class SpeechDataModule(L.LightningDataModule):
         another epoch may draw.
         """
         batches = list(self.sampler(*self.ranks()).batches(self.next_epoch()))
-        sizes = np.array(list(map(self.sizes, batches)))  # (batches, measures)
+        lengths = self.longest_lengths()
+        sizes = np.array([self.sizes(batch, lengths) for batch in batches])  # (batches, measures)
         dataset = SpeechDataset(self.splits["train"], self.make_train_transform, self.seed)
         return [dataset[self.slowest(batches[i])] for i in dict.fromkeys(sizes.argmax(0).tolist())]
 
@@ -929,17 +932,18 @@ class SpeechDataModule(L.LightningDataModule):
         speed = int(np.argmin(self.augment.speeds))
         return [(*key, speed) for key in batch]
 
-    def sizes(self, batch) -> list[int]:
+    def sizes(self, batch, lengths: np.ndarray) -> list[int]:
         """Returns by how much a planned batch asks for memory, padding included, in each measure.
 
-        The units differ, and compare with those of other batches of the plan alone.
+        lengths (rows,): of all rows, in samples. The units differ, and compare with those of other
+        batches of the plan alone.
         """
         if isinstance(batch, Shaped):
             rows, longest, labels = len(batch.keys), batch.frames, batch.labels
         else:
             keys = [row for _, row in batch]
-            both = self.longest_lengths(), self.label_lengths
-            rows, longest, labels = len(keys), *(lengths[keys].max() for lengths in both)
+            rows, longest = len(keys), lengths[keys].max()
+            labels = self.label_lengths[keys].max()
         return [rows * longest, rows * labels, rows * longest**2]
 
     @cached_property

@@ -217,7 +217,7 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     said = {}  # node -> log-probability of the word that ends there
     longest = max(map(len, by_text))
     spelled = spell_words(unigrams, tokenizer, path)
-    heard = {name: text for name, text in spelled.items() if len(split_words([text])) == 1}
+    heard = {name: text for name, text in spelled.items() if is_one_word(text)}
     if lost := len(spelled) - len(heard):
         print(
             f"note: --lm {shown(path)}: {lost} of its {len(spelled)} words count as unknown, for "
@@ -286,6 +286,11 @@ def spell_words(words: Iterable[str], tokenizer, path: str) -> dict[str, str]:
     return spelled
 
 
+def is_one_word(spelling: str) -> bool:
+    """Returns whether the search hears one word in the spelling of one; in ASCII it always does."""
+    return spelling.isascii() or len(split_words([spelling])) == 1
+
+
 def unspelled_node(text: str) -> int:
     """Returns the node to which a token leads in a word that no language model knows."""
     if ends_open(text):
@@ -348,7 +353,7 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
     order = 0
     ended = False
     for number, line in enumerate(lines, 1):
-        line = line.strip()
+        line = line.strip(" \t\r")
         if ended := line == "\\end\\":
             break
         if found := SECTION.fullmatch(line):

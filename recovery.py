@@ -456,6 +456,8 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     seconds = data.options.max_batch_seconds
     rows = data.kept
     speeds = " ".join(map(str, data.augment.speeds or (1.0,)))  # those that the plan draws
+    slowest = min(data.augment.speeds, default=1.0)
+    by_length = seconds and data.options.few_shapes != "on"
     checksum = zlib.crc32(data.lengths[rows].tobytes(), zlib.crc32(rows.tobytes()))
     return {
         "seed": data.seed,
@@ -465,10 +467,16 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
         "batch_size": None if seconds else data.options.batch_size or 16,
         "group_by_length": data.options.group_by_length,
         "few_shapes": f"on (speeds {speeds})" if data.options.few_shapes == "on" else "off",
+        "seconds": counted(slowest, data.frontend.tail_padding) if by_length else "",
         "accumulate_grad_batches": accumulate_grad_batches,
         "processes": world_size,
         "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})",
     }
+
+
+def counted(speed: float, tail: int) -> str:
+    """Says what --max_batch_seconds counts as the length of a row; `tail` is in ms."""
+    return f"at speed {speed:g} with a tail of {tail} ms"
 
 
 def check_plan(place: Place, plan: dict, data) -> None:
@@ -480,9 +488,14 @@ def check_plan(place: Place, plan: dict, data) -> None:
     """
     before = place.plan or plan
     before = {"few_shapes": "off", **before}  # older checkpoints do not have it
+    if "seconds" not in before:  # They counted rows as they are.
+        by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
+        before["seconds"] = counted(1.0, 0) if by_length else ""
     differ = {
         name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
+    if "" in differ.get("seconds", ()):  # Batches of so many rows took their place.
+        del differ["seconds"]
     if dev := differ.pop("dev", None):
         rank_zero_info(
             f"note: {place.path} was validated on {shown(dev[0], 50)} of dev, which is now "

@@ -199,6 +199,8 @@ def main(argv):
     settings, source = choose_settings(given, folder, checkpoint)
     check_run(settings.run, settings.optim.optimizer)
     check_unused(given, settings)
+    if not checkpoint:
+        check_branches(settings.model)
     check_source(source, settings)
     check_overwrite(settings.run, given["overwrite"])
     tokenizer = label_tokenizer(settings.run.tokenizer, settings.run.data_root[0])
@@ -429,10 +431,8 @@ def check_run(options: RunOptions, optimizer: str) -> None:
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
 
 
-def check_unused(given: dict, settings: Settings) -> None:
-    """Raises UserError for a flag that has no effect beside the others."""
-    augment = settings.augment
-    model = settings.model
+def check_branches(model: ModelOptions) -> None:
+    """Raises UserError where a branch stays untrained that the searches of a new run need."""
     if not model.ctc_weight:
         raise UserError(
             "--ctc_weight 0 leaves CTC untrained, which chooses best.ckpt and tells speech from "
@@ -443,6 +443,12 @@ def check_unused(given: dict, settings: Settings) -> None:
             "--reverse_weight 1 leaves the left-to-right decoder untrained, which attention and "
             "joint search need; give less"
         )
+
+
+def check_unused(given: dict, settings: Settings) -> None:
+    """Raises UserError for a flag that has no effect beside the others."""
+    augment = settings.augment
+    model = settings.model
     if model.views > 1 and not (augment.num_freq_masks or augment.num_time_masks):
         raise UserError(
             "--cr_ctc_weight has no effect without masks, in which the two views differ; give "

@@ -242,6 +242,20 @@ def test_a_cut_epoch_is_not_mixed_with_another_plan(data, cut_run, words, reason
     assert before == ((cut_run / "steps.jsonl").read_bytes(), (cut_run / "run.json").read_bytes())
 
 
+def test_a_cut_epoch_of_batches_by_seconds_keeps_the_speed_that_they_count(data, tmp_path):
+    """Older checkpoints, which do not say, counted rows at speed 1 without a tail."""
+    words = (*SAME, "--max_batch_seconds", 4)
+    cut(1, data, tmp_path / "run", *words)
+    place = tmp_path / "run" / "last.ckpt"
+    with pytest.raises(UserError, match="with seconds at speed 0.9 .*, not at speed 0.5 with"):
+        run(data, tmp_path / "run", *words, "--speeds", 0.5, 1.0, "--resume")
+    checkpoint = torch.load(place, weights_only=True)
+    del checkpoint["plan"]["seconds"]
+    torch.save(checkpoint, place)
+    with pytest.raises(UserError, match="with seconds at speed 1 .*, not at speed 0.9 with"):
+        run(data, tmp_path / "run", *words, "--resume")
+
+
 def relabelled(data, folder):
     """Copy the data with other labels of the same lengths."""
     shutil.copytree(data, folder)

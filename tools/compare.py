@@ -96,6 +96,8 @@ def read_scores(folder: str) -> list[dict]:
         except ValueError:  # an example, or the line that a killed score.py had begun
             continue
         if isinstance(score, dict) and REQUIRED <= score.keys():
+            if score.get("graph"):  # An older version also wrote down weights that had no effect.
+                score = {k: v for k, v in score.items() if k not in ("lm_weight", "word_bonus")}
             score["checkpoint"] = os.path.basename(str(score.get("checkpoint", "best.ckpt")))
             newest[asked(score)] = score
     return list(newest.values())
