@@ -562,7 +562,7 @@ class U2(L.LightningModule):
                 self.log(name, mean, prog_bar=True, logger=False, batch_size=rows)
         if self.norm is not None:
             self.log("grad_norm", torch.tensor(self.norm_before), batch_size=rows)
-        heard = self.heard_frames * self.frontend.frame_shift / 1000 * self.trainer.world_size
+        heard = self.heard_frames * self.frontend.shift_ms / 1000 * self.trainer.world_size
         now = time.monotonic()
         pace = torch.tensor(heard / (now - self.heard_since))
         self.log("audio_seconds_per_second", pace, batch_size=rows)

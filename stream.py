@@ -233,15 +233,14 @@ def piece_samples(model, chunk_size: int) -> tuple[float, float]:
     return first, chunk_size * rate * frontend.shift_samples
 
 
-def frame_ms(model) -> int:
+def frame_ms(model) -> float:
     """Gives the milliseconds from one encoder frame to the next."""
-    return receptive_field(model.options.input_layer)[1] * model.frontend.frame_shift
+    return receptive_field(model.options.input_layer)[1] * model.frontend.shift_ms
 
 
 def cut(model, waveform: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, ...]:
     """Cuts a recording (N,) into chunks, as from a microphone; at full context it stays whole."""
-    samples = chunk_size * frame_ms(model) * model.frontend.sample_rate // 1000
-    return waveform.split(samples) if chunk_size > 0 else (waveform,)
+    return waveform.split(piece_samples(model, chunk_size)[1]) if chunk_size > 0 else (waveform,)
 
 
 def trailing_blanks(blank_log_probs: torch.Tensor, before: int) -> int:

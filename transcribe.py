@@ -48,7 +48,7 @@ from model import load_checkpoint
 from ngram import LmOptions, favour
 from recovery import leave_terminal
 from sampler import eval_batches
-from stream import Heard, frame_ms, listen
+from stream import Heard, frame_ms, listen, piece_samples
 from transforms import extract
 from words import (
     Transcript,
@@ -603,7 +603,7 @@ def transcribe_streams(
 def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Transcript:
     """Transcribes a stream; the text so far goes to stderr whenever it changes."""
     model = job.model
-    size = max(job.search.chunk_size, 0) * frame_ms(model) * model.frontend.sample_rate // 1000
+    _, size = piece_samples(model, job.search.chunk_size)
     pieces = map(torch.from_numpy, regroup(blocks, size))
     texts = []
     words = []

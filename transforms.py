@@ -108,6 +108,12 @@ class Frontend:
         return self.sample_rate * self.frame_shift // 1000
 
     @property
+    def shift_ms(self) -> float:
+        """Returns the ms between frames: frame_shift itself where it is whole samples, or less."""
+        whole = self.sample_rate * self.frame_shift % 1000 == 0
+        return self.frame_shift if whole else 1000 * self.shift_samples / self.sample_rate
+
+    @property
     def tail_samples(self) -> int:
         return self.sample_rate * self.tail_padding // 1000
 

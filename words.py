@@ -79,8 +79,8 @@ class FrameTimes(NamedTuple):
 def frame_times(input_layer: str, frontend: Frontend) -> FrameTimes:
     """Computes the times of a model's encoder frames."""
     field, rate = receptive_field(input_layer)
-    shift = rate * frontend.frame_shift
-    seen = (field - 1) * frontend.frame_shift + frontend.frame_length
+    shift = rate * frontend.shift_ms
+    seen = (field - 1) * frontend.shift_ms + frontend.frame_length
     return FrameTimes(shift / 1000, seen / 1000)
 
 

@@ -13,6 +13,7 @@ import torch
 import conformer
 import decode
 import helpers
+import stream
 from conformer import U2Conformer
 from decode import MODES, STREAM_MODES, SearchOptions
 from frames import receptive_field, subsampled_length
@@ -22,6 +23,7 @@ from presets import PRESETS, ModelOptions
 from stream import LONGEST, cut, frame_ms, is_endpoint, listen, trailing_blanks
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features
+from words import frame_times
 
 noise = functools.partial(helpers.noise, dtype=torch.float64)
 CONTEXTS = list(itertools.product((1, 4, 16, 25), (-1, 0, 1, 4)))
@@ -329,6 +331,24 @@ def test_an_utterance_ends_by_wenets_three_rules(model):
     assert trailing_blanks(probabilities.log(), 7) == 2
     assert trailing_blanks(probabilities[:2].log(), 7) == 9
     assert trailing_blanks(probabilities[:0].log(), 7) == 7
+
+
+@pytest.mark.parametrize("rate", [16000, 11025])
+def test_times_count_the_samples_between_frames_at_any_rate(rate, monkeypatch):
+    """10 ms are 110.25 samples at 11,025 Hz, where frames are 110 apart."""
+    monkeypatch.setattr(stream, "LONGEST", 1000)
+    frontend = Frontend(frontend="fbank", sample_rate=rate, num_mel_bins=23)
+    model = tiny_model(train_char(["abcdefgh"]), frontend=frontend).eval()
+    seconds = 4 * frontend.shift_samples / rate  # between encoder frames
+    pieces = cut(model, 0.1 * noise(3 * rate, dtype=torch.float32), 4)
+    assert len(pieces[0]) == round(4 * seconds * rate)
+    heard = [found for found in listen(model, pieces, SearchOptions(chunk_size=4)) if found.final]
+    assert len(heard) >= 3
+    for one, other in zip(heard, heard[1:]):
+        assert one.seconds == pytest.approx(other.first_frame * seconds, rel=1e-12)
+    assert frame_times("conv2d", frontend).shift == pytest.approx(seconds, rel=1e-12)
+    assert frame_ms(model) == (40 if rate == 16000 else pytest.approx(1000 * seconds, rel=1e-12))
+    assert isinstance(frame_ms(model), int) == (rate == 16000)
 
 
 def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):

@@ -286,7 +286,7 @@ def whereabouts(room: Room, port: int) -> list[str]:
 
 
 def chunk_ms(job: Job) -> int:
-    return job.search.chunk_size * frame_ms(job.model)
+    return round(job.search.chunk_size * frame_ms(job.model))
 
 
 # ---- A client

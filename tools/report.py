@@ -292,9 +292,7 @@ def augmentation(run: Run, roots: tuple[str, ...], model, epoch: int) -> str:
         said = references_of(data.splits["train"].select([example.row]), model.tokenizer)
         seconds = f"{len(example.before) / rate:.2f} s, then {len(example.after) / rate:.2f} s"
         parts.append(f"<h4>Row {example.row}: {text(said[0])} ({seconds})</h4>")
-        parts.append(
-            image(report_plots.draw_features(shown_views, model.frontend.frame_shift / 1e3))
-        )
+        parts.append(image(report_plots.draw_features(shown_views, model.frontend.shift_ms / 1e3)))
         parts += [
             player(report_plots.sound(each, rate)) for each in (example.before, example.after)
         ]
@@ -304,7 +302,7 @@ def augmentation(run: Run, roots: tuple[str, ...], model, epoch: int) -> str:
 def inside(model, dataset, heard: list[Heard], mode: str) -> str:
     """Shows CTC's probabilities and the decoders' attention of a few utterances."""
     times = frame_times(model.options.input_layer, model.frontend)
-    shift = model.frontend.frame_shift / 1000
+    shift = model.frontend.shift_ms / 1000
     parts = []
     for each in pictured(heard):
         seen = report_heard.see(model, report_heard.samples_of(dataset, each.row), mode)

@@ -25,7 +25,7 @@ class Ear {
     this.clear();
     this.work = loading.then(loaded => {
       Object.assign(this, loaded);
-      this.tell({sample_rate: SIZES.rate, chunk_ms: SIZES.chunk_size * SIZES.frame_ms,
+      this.tell({sample_rate: SIZES.rate, chunk_ms: Math.round(SIZES.chunk_size * SIZES.frame_ms),
         checkpoint: MODEL});
     }).catch(error => this.tell({error: error.message}));
   }
