@@ -220,13 +220,13 @@ def shard_paths(root: Path, split: str) -> list[Path]:
     there = list((root / split).iterdir())
     shards = [path for path in there if path.name.isdecimal()]
     shards.sort(key=lambda path: int(path.name))
-    for folder in (root, root / split) if not shards else ():
-        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            raise UserError(
-                f"{folder} is itself a dataset; save each split with save_to_disk as its shard 0: "
-                f"{root / split / '0'}"
-            )
     if not shards:
+        for folder in (root, root / split):
+            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                raise UserError(
+                    f"{folder} is itself a dataset; save each split with save_to_disk as its shard "
+                    f"0: {root / split / '0'}"
+                )
         raise UserError(f"{root / split} holds no shard 0, 1, ...; prepare it again")
     others = sorted(
         path.name

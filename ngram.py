@@ -197,8 +197,7 @@ def both(lm: LanguageModel | None, hotwords: ContextGraph | None):
 def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> LanguageModel:
     """Makes the automaton of an ARPA file over the tokens of a tokenizer.
 
-    A note on stderr says how many words are lost because the search hears several words in each,
-    as in Chinese ones of several characters. Raises UserError as read_arpa and spell_words do.
+    Raises UserError as read_arpa and spell_words do.
     """
     grams = read_arpa(path)
     ngrams = make_ngrams(grams)
@@ -216,16 +215,7 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     trie = {}  # (node, character) -> node
     said = {}  # node -> log-probability of the word that ends there
     longest = max(map(len, by_text))
-    spelled = spell_words(unigrams, tokenizer, path)
-    heard = {name: text for name, text in spelled.items() if is_one_word(text)}
-    if lost := len(spelled) - len(heard):
-        print(
-            f"note: --lm {shown(path)}: {lost} of its {len(spelled)} words count as unknown, for "
-            "each Chinese or Japanese character is a word here; python -m tools.lm writes such "
-            "words, and a --graph of this file knows its own",
-            file=sys.stderr,
-        )
-    for name, spelling in heard.items():
+    for name, spelling in single_words(spell_words(unigrams, tokenizer, path), path).items():
         nodes = [BETWEEN]
         for end, character in enumerate(spelling, 1):
             node = trie.setdefault((nodes[-1], character), len(word))
@@ -286,9 +276,25 @@ def spell_words(words: Iterable[str], tokenizer, path: str) -> dict[str, str]:
     return spelled
 
 
-def is_one_word(spelling: str) -> bool:
-    """Returns whether the search hears one word in the spelling of one; in ASCII it always does."""
-    return spelling.isascii() or len(split_words([spelling])) == 1
+def single_words(spelled: dict[str, str], path: str) -> dict[str, str]:
+    """Returns the {word: spelling} in which the search hears one word; in ASCII it always does.
+
+    A note on stderr says how many words are lost because the search hears several in each, as in
+    Chinese ones of several characters.
+    """
+    single = {
+        word: spelling
+        for word, spelling in spelled.items()
+        if spelling.isascii() or len(split_words([spelling])) == 1
+    }
+    if lost := len(spelled) - len(single):
+        print(
+            f"note: --lm {shown(path)}: {lost} of its {len(spelled)} words count as unknown, for "
+            "each Chinese or Japanese character is a word here; python -m tools.lm writes such "
+            "words, and a --graph of this file knows its own",
+            file=sys.stderr,
+        )
+    return single
 
 
 def unspelled_node(text: str) -> int:

@@ -66,8 +66,8 @@ from words import (
 
 LINGER = 1.0  # seconds for which a pipe is read after Ctrl-C: its writer gets Ctrl-C, too, and ends
 POOL = 8  # batches that are read ahead, so that the pieces of a batch have similar lengths
-# Recordings that need a conversion first: a folder says so of each of them.
-UNHEARD = {"aac", "amr", "m4a", "mp4", "webm", "wma"}
+# Endings of recordings in a folder. Those that need a conversion first have a line that says so.
+RECORDINGS = EXTENSIONS | {"aac", "amr", "m4a", "mp4", "webm", "wma"}
 FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
 
@@ -262,8 +262,7 @@ def files_below(path: str) -> list[str]:
         found += [
             os.path.join(folder, name)
             for name in names
-            if os.path.splitext(name)[1][1:].lower() in EXTENSIONS | UNHEARD
-            and not name.startswith(".")
+            if os.path.splitext(name)[1][1:].lower() in RECORDINGS and not name.startswith(".")
         ]
     return found
 
