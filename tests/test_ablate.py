@@ -92,7 +92,8 @@ def trainings(calls, kind="runs"):
 
 def test_flags_of_all_techniques_are_train_pys():
     for name in (ablate.ALONE, *ablate.TECHNIQUES, ablate.TOGETHER, *ablate.VARIED):
-        train.read_flags(f"{ablate.BASELINE} {ablate.job_of('src', name, 0).flags}".split())
+        flags = f"{ablate.BASELINE} {ablate.job_of('src', name, 0).flags}"
+        train.read_flags(flags.format(batch_size=8, spoken="best.ckpt").split())
 
 
 def test_a_start_hands_no_option_of_its_own_training_on():
@@ -100,7 +101,7 @@ def test_a_start_hands_no_option_of_its_own_training_on():
     names = {field.name for field in dataclasses.fields(ModelOptions)}
     of_start, given = (
         names & train.read_flags(flags.split()).keys()
-        for flags in (ablate.SPOKEN_FLAGS, ablate.BASELINE)
+        for flags in (ablate.SPOKEN_FLAGS, ablate.BASELINE.format(batch_size=8))
     )
     assert of_start and of_start <= given
 
@@ -112,6 +113,12 @@ def test_a_technique_gets_the_epochs_that_fit_the_baselines_time(night):
     assert list(trainings(calls)) == list(expected)  # the first seed of all comes first
     assert sum(words[0] == "prepare.py" for words in calls) == 1
     assert sum(words[0] == "score.py" for words in calls) == 4 * 4
+
+
+def test_all_trainings_have_the_batch_size_that_is_asked_for(night):
+    calls = night("--techniques", "synthetic_start", "--epochs", "2000", "--batch_size", "2")
+    sizes = [value_of(words, "--batch_size") for words in calls if words[0] == "train.py"]
+    assert len(sizes) == 2 + 2 + 4 and set(sizes) == {"2"}  # starts, measured, runs
 
 
 def test_a_technique_is_measured_beside_the_baseline(night, monkeypatch):
@@ -236,6 +243,7 @@ def test_the_recipe_without_a_technique_is_compared_with_the_recipe(night, capsy
     "flags, reason",
     [
         (["--epochs", "21"], "is of other options"),
+        (["--batch_size", "2"], "is of other options"),
         (["--seeds", "1", "1"], "none twice"),
         (["--sources", "a/src", "b/src"], "there twice"),
         (["--sources"], "give --sources"),

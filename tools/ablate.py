@@ -38,7 +38,7 @@ from tools.compare import has_counts, print_table, read_scores
 # Flags of train.py with which all begin. Where a technique has the same flag, the technique's
 # counts. Without the weight of CTC and the dropout, --init_from would take those of {spoken}.
 BASELINE = (
-    "--batch_size 8 --lr 2e-3 --ctc_weight 0.3 --dropout_rate 0.1 --ema_decay 0.99 "
+    "--batch_size {batch_size} --lr 2e-3 --ctc_weight 0.3 --dropout_rate 0.1 --ema_decay 0.99 "
     "--check_val_every_n_epoch 4"
 )
 # Flags of train.py by the name of a technique. {spoken} is a model that was trained on synthetic
@@ -82,6 +82,12 @@ class AblateOptions:
     out: str = option("runs/ablation", "folder for data, runs and results")
     epochs: int = option(40, "epochs of the baseline", at_least=1, at_most=10**6)
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds", at_least=0, at_most=2**32 - 1)
+    batch_size: int = option(
+        8,
+        "rows per batch; long recordings need fewer, for a corpus lacks updates",
+        at_least=1,
+        at_most=10**6,
+    )
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
     techniques: tuple[str, ...] = option(
         (),
@@ -170,7 +176,7 @@ def read_results(options: AblateOptions) -> dict:
     """Reads OUT/results.json, or begins it. Raises UserError where it is of other options."""
     path = os.path.join(options.out, "results.json")
     asked = {name: getattr(options, name) for name in ("preset", "epochs", "limit_rows")}
-    asked["baseline"] = BASELINE
+    asked["baseline"] = BASELINE.format(batch_size=options.batch_size)
     if not os.path.lexists(path):
         return {"options": asked, "costs": {}, "starts": {}, "runs": {}}
     try:
@@ -349,8 +355,8 @@ def run_folder(job: Job, options: AblateOptions) -> str:
 def training(job: Job, folder: str, epochs: int, options: AblateOptions, data="") -> list[str]:
     """Returns the command of a training into `folder`, on the corpus's data or on other data."""
     data = data or os.path.join(options.out, job.corpus, "data")
-    spoken = spoken_model(job, options)
-    flags = [word.replace("{spoken}", spoken) for word in f"{BASELINE} {job.flags}".split()]
+    values = {"batch_size": options.batch_size, "spoken": spoken_model(job, options)}
+    flags = [word.format(**values) for word in f"{BASELINE} {job.flags}".split()]
     words = ["train.py", "--data_root", data, "--output_dir", folder, "--overwrite"]
     words += ["--max_epochs", str(epochs), "--seed", str(job.seed)]
     if "--init_from" not in flags:
