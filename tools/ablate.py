@@ -125,6 +125,10 @@ class Job(NamedTuple):
         return f"{self.corpus}, {self.name}, seed {self.seed}"
 
     @property
+    def start_key(self) -> str:
+        return f"{self.corpus}, seed {self.seed}"
+
+    @property
     def cost_key(self) -> str:
         return f"{self.corpus}, {self.name}"
 
@@ -198,18 +202,19 @@ def write_results(options: AblateOptions, results: dict) -> None:
 
 
 def epochs_of(job: Job, options: AblateOptions, results: dict) -> int:
-    """Returns the epochs that fit the time of the baseline. Raises UserError where none does."""
+    """Returns the epochs that fit the time of the baseline, 0 where none does."""
     if job.name == ALONE:
         return options.epochs
     cost = results["costs"][job.cost_key]
     left = options.epochs * cost["baseline"] - cost["start"]
-    if left < cost["epoch"]:
-        raise UserError(
-            f"{job.cost_key}: the start takes {cost['start']:.0f} s and an epoch "
-            f"{cost['epoch']:.0f} s, the {options.epochs} epochs of the baseline "
-            f"{options.epochs * cost['baseline']:.0f} s; give more --epochs"
-        )
-    return round(left / cost["epoch"])
+    return round(left / cost["epoch"]) if left >= cost["epoch"] else 0
+
+
+def start_seconds(job: Job, results: dict) -> float:
+    """Returns the seconds that a training's {spoken} took, with the speech of its corpus."""
+    if "{spoken}" not in job.flags:
+        return 0.0
+    return results["starts"][job.corpus] + results["starts"][job.start_key]
 
 
 # ---- Work
@@ -220,43 +225,43 @@ def train_all(options: AblateOptions, results: dict) -> int:
     for source in options.sources:
         prepare(source, os.path.join(options.out, name_of(source)))
     jobs = jobs_of(options)
-    for job in jobs:
-        if "{spoken}" in job.flags:
-            speak(job, options, results)
-    first = [job for job in jobs if job.seed == options.seeds[0] and job.name != ALONE]
-    for job in tqdm(first, "costs"):
-        cost = results["costs"].get(job.cost_key, {})
-        if cost.get("flags") != job.flags or "baseline" not in cost:  # an older version's
-            results["costs"][job.cost_key] = measure(job, options, results)
-            write_results(options, results)
     pool = ThreadPoolExecutor(options.jobs)
-    started = {}
-    failed = 0
     try:
-        for job in jobs:
-            try:
-                epochs = epochs_of(job, options, results)
-            except UserError as error:
-                tqdm.write(shown(f"{job.key}: {error}"))
-                failed += 1
-                continue
-            done = results["runs"].get(job.key, {})
-            if (done.get("flags"), done.get("epochs")) != (job.flags, epochs):
-                results["runs"].pop(job.key, None)  # of other flags, and its scores with it
-                started[pool.submit(train_and_score, job, epochs, options, results)] = job
-        for future in tqdm(as_completed(started), "trainings", len(started)):
-            job = started[future]
-            try:
-                results["runs"][job.key] = future.result()
-            except UserError as error:
-                tqdm.write(shown(f"{job.key}: {error}"))
-                failed += 1
-            write_results(options, results)
-            write_tables(options, make_tables(options, results))
+        speak_all(pool, jobs, options, results)
+        first = [job for job in jobs if job.seed == options.seeds[0] and job.name != ALONE]
+        for job in tqdm(first, "costs"):
+            cost = results["costs"].get(job.cost_key, {})
+            if cost.get("flags") != job.flags or "baseline" not in cost:  # an older version's
+                results["costs"][job.cost_key] = measure(job, options, results)
+                write_results(options, results)
+        return train_what_is_left(pool, jobs, options, results)
     finally:  # Ctrl-C ends the trainings too.
         STOP.set()
         pool.shutdown(cancel_futures=True)
         STOP.clear()
+
+
+def train_what_is_left(
+    pool: ThreadPoolExecutor, jobs: list[Job], options: AblateOptions, results: dict
+) -> int:
+    """Trains and scores, and returns how many trainings have failed."""
+    started = {}
+    for job in jobs:
+        done = results["runs"].get(job.key, {})
+        epochs = epochs_of(job, options, results)
+        if (done.get("flags"), done.get("epochs")) != (job.flags, epochs):
+            results["runs"].pop(job.key, None)  # of other flags, and its scores with it
+            started[pool.submit(train_and_score, job, epochs, options, results)] = job
+    failed = 0
+    for future in tqdm(as_completed(started), "trainings", len(started)):
+        job = started[future]
+        try:
+            results["runs"][job.key] = future.result()
+        except UserError as error:
+            tqdm.write(shown(f"{job.key}: {error}"))
+            failed += 1
+        write_results(options, results)
+        write_tables(options, make_tables(options, results))
     return failed
 
 
@@ -270,9 +275,9 @@ def prepare(source: str, folder: str) -> None:
 
 def measure(job: Job, options: AblateOptions, results: dict) -> dict:
     """Returns the seconds of an epoch of the baseline and of a technique, and of its start."""
-    start = speak(job, options, results) if "{spoken}" in job.flags else 0.0
     baseline = epoch_seconds(job._replace(flags=""), options)
     epoch = epoch_seconds(job, options)
+    start = start_seconds(job, results)
     return {"flags": job.flags, "baseline": baseline, "epoch": epoch, "start": start}
 
 
@@ -303,29 +308,46 @@ def update_seconds(folder: str) -> float:
     return (times[last] - times[first]) / (last - first)
 
 
-def speak(job: Job, options: AblateOptions, results: dict) -> float:
-    """Makes the model {spoken} of a corpus and a seed, once, and returns the seconds it took."""
+def speak_all(
+    pool: ThreadPoolExecutor, jobs: list[Job], options: AblateOptions, results: dict
+) -> None:
+    """Makes the models {spoken} that are not there yet, and notes the seconds that each took."""
+    starts = results["starts"]
+    spoken = {job.start_key: job for job in jobs if "{spoken}" in job.flags}
+    for job in spoken.values():
+        if job.corpus not in starts:
+            starts[job.corpus] = make_speech(job, options)
+            write_results(options, results)
+    left = {
+        pool.submit(train_spoken, job, options): key
+        for key, job in spoken.items()
+        if key not in starts
+    }
+    for future in tqdm(as_completed(left), "starts", len(left)):
+        starts[left[future]] = future.result()
+        write_results(options, results)
+
+
+def make_speech(job: Job, options: AblateOptions) -> float:
+    """Makes synthetic speech of a corpus's own words, and returns the seconds it took."""
     folder = os.path.join(options.out, job.corpus)
     source, data = (os.path.join(folder, name) for name in ("spoken_source", "spoken_data"))
+    texts = next(one for one in options.sources if name_of(one) == job.corpus)
+    texts = os.path.join(texts, "train", "metadata.csv")
+    size = SPOKEN if options.limit_rows is None else f"--rows {options.limit_rows}"
+    demo = "-m", "tools.demo", "--texts", texts, "--out", source, "--overwrite", *size.split()
+    own = "--source", source, "--data_root", data, "--overwrite"
+    letters = "--tokenizer", os.path.join(folder, "data", "tokenizer.json")
     log = f"{folder}/spoken.log"
-    starts = results["starts"]
-    if job.corpus not in starts:
-        texts = next(one for one in options.sources if name_of(one) == job.corpus)
-        texts = os.path.join(texts, "train", "metadata.csv")
-        size = SPOKEN if options.limit_rows is None else f"--rows {options.limit_rows}"
-        demo = "-m", "tools.demo", "--texts", texts, "--out", source, "--overwrite", *size.split()
-        own = "--source", source, "--data_root", data, "--overwrite"
-        letters = "--tokenizer", os.path.join(folder, "data", "tokenizer.json")
-        starts[job.corpus] = call(log, *demo) + call(log, "prepare.py", *own, *letters)
-        write_results(options, results)
-    key = f"{job.corpus}, seed {job.seed}"
-    if key not in starts:
-        model = spoken_model(job, options)
-        plain = job._replace(flags=SPOKEN_FLAGS)
-        words = training(plain, os.path.dirname(model), SPOKEN_EPOCHS, options, data)
-        starts[key] = call(log, *words)
-        write_results(options, results)
-    return starts[job.corpus] + starts[key]
+    return call(log, *demo) + call(log, "prepare.py", *own, *letters)
+
+
+def train_spoken(job: Job, options: AblateOptions) -> float:
+    """Makes the model {spoken} of a corpus and a seed, and returns the seconds it took."""
+    folder = os.path.dirname(spoken_model(job, options))
+    data = os.path.join(options.out, job.corpus, "spoken_data")
+    plain = job._replace(flags=SPOKEN_FLAGS)
+    return call(f"{folder}.log", *training(plain, folder, SPOKEN_EPOCHS, options, data))
 
 
 def spoken_model(job: Job, options: AblateOptions) -> str:
@@ -333,12 +355,21 @@ def spoken_model(job: Job, options: AblateOptions) -> str:
 
 
 def train_and_score(job: Job, epochs: int, options: AblateOptions, results: dict) -> dict:
-    """Trains, scores, and returns what results.json keeps of the run."""
+    """Trains, scores, and returns what results.json keeps of the run.
+
+    Raises UserError where no epoch fits the time.
+    """
+    if not epochs:
+        cost = results["costs"][job.cost_key]
+        raise UserError(
+            f"the start takes {cost['start']:.0f} s and an epoch {cost['epoch']:.0f} s, the "
+            f"{options.epochs} epochs of the baseline {options.epochs * cost['baseline']:.0f} s; "
+            "give more --epochs"
+        )
     folder = run_folder(job, options)
-    start = speak(job, options, results) if "{spoken}" in job.flags else 0.0
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     log = f"{folder}.log"
-    seconds = start + call(log, *training(job, folder, epochs, options))
+    seconds = start_seconds(job, results) + call(log, *training(job, folder, epochs, options))
     data = os.path.join(options.out, job.corpus, "data")
     for search in SEARCHES:
         for chunk in CHUNKS:
