@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +162,14 @@ def test_jobs_share_the_cores_and_make_the_same_table(night, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert trainings(night(*WIDE, "--jobs", 3)).keys() > {"wide_masks_2"}
     assert (night.folder / "table.md").read_text() == table and os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_jobs_train_the_starts_of_the_seeds_side_by_side(night, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    both = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(ablate, "train_spoken", lambda *_: both.wait() * 0.0)
+    calls = night("--techniques", "synthetic_start", "--epochs", "200", "--jobs", "2")
+    assert trainings(calls).keys() > {"synthetic_start_0", "synthetic_start_2"}
 
 
 def test_a_command_ends_when_the_night_is_broken_off(tmp_path):
