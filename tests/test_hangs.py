@@ -81,7 +81,7 @@ def run_all(name, precision):
         for rows, frames in shapes(3, 6, 40):
             learn(net.train(), rows, frames)
             hear(net.eval(), rows, frames)
-        sizes = shapes(15, 16, 150)
+        sizes = shapes(6, 16, 150)
         if net.options.cnn_module_kernel == 15:
             sizes = [(rows, size - 14) for rows, size in HUNG] + sizes
         for rows, frames in sizes:
