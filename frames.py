@@ -21,7 +21,7 @@ SUBSAMPLING = {
 def subsampled_length(length, input_layer: str):
     """Returns how many encoder frames `length` (int, array or tensor) feature frames make."""
     for kernel, stride in SUBSAMPLING[input_layer]:
-        length = (length - kernel) // stride + 1
+        length = (length + stride - kernel) // stride
         length = length * (length > 0)  # too short for one frame: none, not a negative number
     return length
 

@@ -27,6 +27,7 @@ from words import ALONE, OPENING, begins_word, belongs, split_words
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LARGEST_ARPA = 2**34  # bytes
+NEVER = -99 * math.log(10)  # SRILM's -99, which stands for no chance at all
 SECTION = re.compile(r"\\(\d+)-grams:")
 COUNT = re.compile(r"ngram\s+(\d+)\s*=\s*(\d+)")
 # Nodes of the trie of spellings: between words, and three for an unknown word, which ends in a
@@ -358,7 +359,9 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
     promised = Counter()  # length of n-grams -> how many the file says it has
     order = 0
     ended = False
-    for number, line in enumerate(lines, 1):
+    # What stands before \data\, such as a description of the format, is no part of the model.
+    head = next((n for n, line in enumerate(lines) if line.strip() == "\\data\\"), 0)
+    for number, line in enumerate(lines[head:], head + 1):
         line = line.strip(" \t\r")
         if ended := line == "\\end\\":
             break
@@ -375,23 +378,27 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
             f"--lm {path}: no ARPA language model (its 1-grams have no {END}); make one with "
             "python -m tools.lm"
         )
+    # Tools that take n-grams out leave the counts as they were, so a count proves little.
     there = Counter(map(len, grams))
-    if not ended or any(there[length] < count for length, count in promised.items()):
+    if not ended or any(count and not there[length] for length, count in promised.items()):
         raise UserError(f"--lm {path}: it is cut short, or lacks \\end\\; get it again")
     for gram in grams:
         if gram[-1] not in words:
             raise UserError(f"--lm {path}: {shown(gram[-1], 100)} is not among its 1-grams")
-    rarest = min(score for word, score in words.items() if word != BEGIN)
+    rarest = min((score for score in words.values() if score > NEVER), default=NEVER)
     grams.setdefault((UNKNOWN,), (rarest, 0.0))
     return grams
 
 
 def read_gram(line: str, order: int, where: str) -> tuple[tuple[str, ...], tuple[float, float]]:
-    """Reads a line of ARPA: a log-probability, the words, and perhaps the cost of backing off."""
+    """Reads a line of ARPA: a log-probability, the words, and perhaps the cost of backing off.
+
+    KenLM writes -inf where SRILM writes -99, for a word that is never said.
+    """
     score, *words = re.split("[ \t]+", line)
     cost = words.pop() if len(words) == order + 1 else "0"
     try:
-        values = float(score) * math.log(10), float(cost) * math.log(10)
+        values = max(float(score) * math.log(10), NEVER), float(cost) * math.log(10)
     except ValueError:
         values = math.nan, math.nan
     if len(words) != order or not all(map(math.isfinite, values)):

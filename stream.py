@@ -115,7 +115,9 @@ def listener(
         (found,) = decode.prefix_result(utterance.beam)
         first = utterance.first_frame
         end = first + utterance.frames
-        seconds = min(end * frame_ms(model) / 1000, received / model.frontend.sample_rate)
+        seconds = received / model.frontend.sample_rate
+        if not last:  # The sound behind the last frame ends with the stream, too.
+            seconds = min(end * frame_ms(model) / 1000, seconds)
         has_text = bool(found.tokens)
         if last or endpoints and is_endpoint(model, has_text, utterance.silent, utterance.frames):
             whole = torch.cat(utterance.chunks, dim=1)

@@ -66,8 +66,8 @@ from words import (
 
 LINGER = 1.0  # seconds for which a pipe is read after Ctrl-C: its writer gets Ctrl-C, too, and ends
 POOL = 8  # batches that are read ahead, so that the pieces of a batch have similar lengths
-# Endings of recordings in a folder. Those that need a conversion first have a line that says so.
-RECORDINGS = EXTENSIONS | {"aac", "amr", "m4a", "mp4", "webm", "wma"}
+# Endings of recordings that need a conversion first, as a line says for each of them in a folder.
+FOREIGN = {"aac", "amr", "m4a", "mp4", "webm", "wma"}
 FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
 
@@ -247,7 +247,8 @@ def files_below(path: str) -> list[str]:
     """Lists the recordings in a folder and below, and folders that cannot be opened.
 
     Links are followed, and a folder to which several lead counts once. Hidden files and folders do
-    not count. Files of the kinds that cannot be heard count, so that each has a line that says why.
+    not count. Files of the kinds that cannot be heard count, so that each has a line that says why,
+    unless its conversion lies beside it.
     """
     found = []
     seen = set()
@@ -259,10 +260,12 @@ def files_below(path: str) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
+        parts = [os.path.splitext(name) for name in names if not name.startswith(".")]
+        heard = {stem for stem, end in parts if end[1:].lower() in EXTENSIONS}
         found += [
-            os.path.join(folder, name)
-            for name in names
-            if os.path.splitext(name)[1][1:].lower() in RECORDINGS and not name.startswith(".")
+            os.path.join(folder, stem + end)
+            for stem, end in parts
+            if end[1:].lower() in (EXTENSIONS if stem in heard else FOREIGN)
         ]
     return found
 

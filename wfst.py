@@ -122,10 +122,15 @@ def load_graph(path: str, vocab_size: int) -> Graph:
         fst = None
     if fst is None:
         raise UserError(f"--graph {path}: no graph; {MAKE_ONE}")
-    most = max(
-        (arc.ilabel for state in range(fst.num_states) for arc in kaldifst.ArcIterator(fst, state)),
-        default=0,
-    )
+    most = 0
+    sound = True
+    states = range(fst.num_states)
+    for state in states:
+        for arc in kaldifst.ArcIterator(fst, state):
+            most = max(most, arc.ilabel)
+            sound = sound and arc.nextstate in states
+    if not sound or states and fst.start not in states:
+        raise UserError(f"--graph {path}: damaged, an arc leads to no state; {MAKE_ONE}")
     if most > vocab_size:
         raise UserError(
             f"--graph {path}: its tokens are not the checkpoint's, which has {vocab_size}; make it "

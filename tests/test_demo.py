@@ -232,6 +232,15 @@ def test_texts_are_read_from_a_table_or_from_lines(name, tmp_path, capsys):
     assert len(read_wavs(tmp_path / "out/dev")) == 1
 
 
+def test_nan_is_no_text_and_a_list_is_refused(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": NaN}\n{"text": "one"}\n')
+    assert demo.read_texts(str(path)) == ["", "one"]
+    path.write_text('{"text": ["one", "two"]}\n')
+    with pytest.raises(UserError, match="a list is neither text nor speaker"):
+        demo.read_texts(str(path))
+
+
 def test_a_transcript_is_what_was_said_also_where_a_spreadsheet_would_compute(tmp_path):
     said = ["-5 degrees", "=hello", "@home, we rest", '"quoted"']
     (tmp_path / "texts.txt").write_text("\n".join(said))

@@ -371,7 +371,7 @@ def test_hear_py_prints_an_empty_line_for_less_than_an_encoder_frame(tmp_path, m
     monkeypatch.chdir(tmp_path)
     for name in ("model.onnx", "model-streaming.onnx"):
         monkeypatch.setattr(sys, "argv", ["hear.py", name, "sound.wav"])
-        for samples in (0, 1, 200, 1000):
+        for samples in (0, 1, 200, 1000, 1040, 1359):
             soundfile.write("sound.wav", SOUND[5000 : 5000 + samples].numpy(), 16000)
             runpy.run_path("hear.py")
             assert capsys.readouterr().out == "\n", (name, samples)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import struct
 from pathlib import Path
 
 from cli import UserError
@@ -179,13 +180,33 @@ def test_score_favours_a_model_by_its_weight_and_without_weight_not(
 
 
 @pytest.mark.parametrize(
+    "before, after",
+    [
+        ("-99 <s>", "-inf <s>"),  # as KenLM
+        ("ngram 2=2", "ngram 2=3"),  # as where one was taken out
+        ("\\data\\", "p_1 wd_1\n\\1-grams:\np_1 wd_1 bo_wt_1\n\\data\\"),  # as CMU's toolkit
+    ],
+)
+def test_models_of_other_toolkits_are_the_same_model(tmp_path, before, after):
+    path = tmp_path / "lm"
+    text = "\\data\\\nngram 1=3\nngram 2=2\n\\1-grams:\n-99 <s> -0.3\n-1 </s>\n-1 a -0.3\n"
+    text += "\\2-grams:\n-0.3 <s> a\n-0.3 a </s>\n\\end\\\n"
+    path.write_text(text)
+    expected = read_arpa(str(path))
+    assert before in text
+    path.write_text(text.replace(before, after))
+    assert read_arpa(str(path)) == expected
+    assert expected["<unk>",] == expected["a",][:1] + (0.0,)  # the rarest word that there is
+
+
+@pytest.mark.parametrize(
     "text, complaint",
     [
         ("", "no ARPA language model"),
         ("\\data\\\n\\1-grams:\n-1 a\n", "no ARPA language model"),
         ("\\1-grams:\n-1 </s>\n\\2-grams:\n-1 a b\n\\end\\", "b is not among its 1-grams"),
         ("\\1-grams:\n-1 </s>\n", "it is cut short"),
-        ("\\data\\\nngram 1=2\n\\1-grams:\n-1 </s>\n\\end\\", "it is cut short"),
+        ("\\data\\\nngram 1=1\nngram 2=1\n\\1-grams:\n-1 </s>\n\\end\\", "it is cut short"),
         ("\\1-grams:\n-1 </s>\nx a\n", "line 3: x a is no 1-gram"),
         ("\\1-grams:\n-1 </s>\nnan a\n", "line 3: nan a is no 1-gram"),
         ("\\1-grams:\n-1 a b c\n", "line 2: -1 a b c is no 1-gram"),
@@ -315,6 +336,7 @@ def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path
 
 def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path):
     pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    kaldifst = pytest.importorskip("kaldifst")
     details = tmp_path / "details"
     path = write_graph(tmp_path, train_char(TEXTS), sentences=TEXTS)
     (scores,) = score_json(capsys, world, "--graph", path, "--details", details)
@@ -325,6 +347,11 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
         load_graph(str(tmp_path / "fifo"), 9)
     bad = tmp_path / "bad"
     whole = Path(path).read_bytes()
+    graph = kaldifst.StdVectorFst.read(path)
+    first = next(iter(kaldifst.ArcIterator(graph, 0)))
+    arc = struct.pack(
+        "<iifi", first.ilabel, first.olabel, float(first.weight.value), first.nextstate
+    )
     huge = [whole[:i] + bytes([whole[i] ^ 0x80]) + whole[i + 1 :] for i in (54, 57)]  # the states
     for content, complaint in (
         (b"", "no graph"),
@@ -332,6 +359,7 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
         (whole[:50], "no graph"),
         (whole[:-9], "no graph"),
         *((content, "no graph") for content in huge),
+        (whole.replace(arc, arc[:12] + struct.pack("<i", -5)), "damaged"),
         (None, "cannot be read"),
     ):
         bad.unlink(missing_ok=True)

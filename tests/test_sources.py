@@ -310,6 +310,11 @@ def test_a_column_split_may_not_say_otherwise_than_the_folder(src):
         rows = "".join(f"a.wav,one,{name}\n" for name in names)
         put(src / "train/metadata.csv", f"file_name,text,split\n{rows}")
         assert counts(run(src)[0]) == {"train": 1}
+    shifted = "file_name,text,split\na.wav,one,train\na.wav,two,test,train\n"  # a text with a comma
+    put(src / "train/metadata.csv", shifted)
+    put(src / "eval_other/a.wav")
+    put(src / "eval_other/metadata.csv", "file_name,text,split\na.wav,one,test\n")
+    assert counts(run(src)[0]) == {"train": 1, "eval_other": 1}
     put(src / "train/metadata.csv", "file_name,text,split\na.wav,one,train\nb.wav,two,test\n")
     with pytest.raises(UserError, match="b.wav is of split test by the column split and of train"):
         run(src)
@@ -524,6 +529,14 @@ def test_rows_that_a_stray_quotation_mark_swallows_are_told_with_their_lines(con
     put(src / "train/metadata.csv", content)
     with pytest.raises(UserError, match=f"lines {SWALLOWED[content]} .* a row of its own"):
         run(src)
+
+
+def test_a_text_of_two_lines_may_have_a_word_that_is_an_ending(src):
+    for name in "ab":
+        put(src / f"train/{name}.wav")
+    two = '"We stood there.\nRaise your hand. Wave, she said."'
+    put(src / "train/metadata.csv", f"file_name,text\na.wav,{two}\nb.wav,bye\n")
+    assert counts(run(src)[0]) == {"train": 2}
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)

@@ -132,6 +132,8 @@ def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
     (folder / "video.mp4").write_bytes(b"no sound")
     status, out, err = hear(capsys, world, folder)
     assert (status, len(out)) == (2, len(found)) and "video.mp4: cannot be decoded" in err[-1]
+    os.rename(folder / "video.mp4", folder / "a.mp4")  # of which a.flac is the conversion
+    assert hear(capsys, world, folder)[::2] == (0, [])
     # A PATH that exists is a file's name, even if it looks like a pattern.
     os.rename(folder / "b.wav", folder / "b[1].wav")
     assert paths(folder / "b[1].wav") == [str(folder / "b[1].wav")]
@@ -229,11 +231,13 @@ def test_tails_count_as_seconds_of_a_batch(world, capsys, folder, monkeypatch, s
     assert most[0] > most[1] == 2
 
 
+@pytest.mark.parametrize("words", [("--max_seconds", 1), ("--stream",)])
+@pytest.mark.parametrize("tail", [0, 2000])
 def test_durations_and_times_of_words_are_those_of_the_file_without_its_tail(
-    world, capsys, folder, set_tail
+    world, capsys, folder, set_tail, words, tail
 ):
-    set_tail(2000)
-    status, out, _ = hear(capsys, world, "--max_seconds", 1, "--format", "json", folder)
+    set_tail(tail)
+    status, out, _ = hear(capsys, world, *words, "--format", "json", folder)
     assert status == 0
     for line in map(json.loads, out):
         assert line["duration"] == pytest.approx(soundfile.info(line["file"]).duration, abs=0.01)

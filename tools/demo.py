@@ -205,7 +205,7 @@ def read_sentences(path: str) -> tuple[list[list[str]], int]:
 def read_texts(path: str) -> list[str]:
     """Returns the transcripts of a metadata file, or the lines of a text."""
     # The module imports datasets, which takes seconds, and the demo corpus needs none of it.
-    from sources import read_csv, read_jsonl
+    from sources import read_csv, read_jsonl, string
 
     try:
         content = read_text(path, LARGEST_TEXT)
@@ -219,7 +219,7 @@ def read_texts(path: str) -> list[str]:
     if columns and column is None:
         there = shown(", ".join(columns))
         raise UserError(f"{shown(path)} has no column transcription or text, only {there}")
-    return [str(record.get(column) or "") for record in records]
+    return [string(record.get(column), path) for record in records]
 
 
 def spelled(words: list[str]) -> str:
