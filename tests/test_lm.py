@@ -15,7 +15,14 @@ import torch
 
 import score
 from context import make_graph
-from decode import check_mode, ctc_prefix_beam_search, prefix_advance, prefix_result, prefix_start
+from decode import (
+    SearchOptions,
+    check_mode,
+    ctc_prefix_beam_search,
+    prefix_advance,
+    prefix_result,
+    prefix_start,
+)
 from helpers import all_sequences, beams, collapse, earned, one_line, random_log_probs
 from helpers_model import TEXTS, score_json
 from ngram import Both, LmOptions, load_lm, make_ngrams, read_arpa
@@ -332,6 +339,23 @@ def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path
         assert list(map(tuple, found.nbest)) == first and len(first) > 3
         assert found.nbest_scores == pytest.approx([expected[tokens] for tokens in first], abs=1e-3)
         assert len(found.times) == len(found.tokens)
+
+
+@pytest.mark.parametrize("said", ["你好吗", "吗", "吗 b们", "你 ab"])
+def test_a_graph_also_says_chinese_characters_that_its_model_lacks(tmp_path, said):
+    pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    tokenizer = train_char(["你好吗们 ab"])
+    path = write_graph(tmp_path, tokenizer, sentences=["你 好 ab"])
+    model = load_lm(str(tmp_path / "lm"), tokenizer, 0.7, 0.3)
+    tokens = tokenizer.encode(said)
+    log_probs = torch.full((1, 2 * len(tokens), tokenizer.vocab_size), -12.0)
+    log_probs[0, ::2, 0] = 0.0  # blank
+    log_probs[0, range(1, 2 * len(tokens), 2), tokens] = 0.0
+    length = torch.tensor([2 * len(tokens)])
+    (found,) = load_graph(path, tokenizer.vocab_size).search(log_probs, length, 10, 0)
+    (meant,) = ctc_prefix_beam_search(log_probs, length, SearchOptions(beam_size=10), 0, model)
+    assert tokenizer.decode(found.tokens) == tokenizer.decode(meant.tokens) == said
+    assert found.score == pytest.approx(meant.score, abs=0.01)
 
 
 def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path):

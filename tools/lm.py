@@ -279,6 +279,11 @@ def make_lexicon(
         arcs += [(begin, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
         arcs += [(states, states, i, 0, 0.0) for i in letters]
         arcs.append((states, behind, last, 0, 0.0))
+        # A Chinese character is a word of its own, with or without a space before.
+        for i in (i for i, text in enumerate(texts_of(tokenizer), 1) if ALONE.fullmatch(text)):
+            for state in {begin, behind}:
+                arcs.append((state, states + i, i, numbers[UNKNOWN] + 1, -options.word_bonus))
+            arcs.append((states + i, 0, last, 0, 0.0))
     lines = [" ".join(map(str, line)) for line in (*arcs, *((state,) for state in {0, behind}))]
     return kaldifst.compile("\n".join([*lines, ""]))
 
