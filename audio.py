@@ -143,7 +143,7 @@ def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
         width = WIDTHS.get(sound.subtype, 0) * sound.channels  # bytes of a sample of all channels
         if not width:
             raise ValueError(f"its samples are {sound.subtype}")
-        if promised >= UNKNOWN[4] or promised % width:
+        if promised >= UNKNOWN[4]:
             promised = 0
         blocks = pcm_blocks(sound, width, promised, head[:4])
         blocks = mono(sound, blocks, Part([], promised // width), None, damaged)
@@ -168,6 +168,7 @@ def pcm_blocks(
         "channels": sound.channels,
     }
     place = 0
+    part = b""
     size = block_size(sound, PIPE_BLOCK) * width
     while content := pipe_bytes(min(size, promised - place) if place < promised else size):
         if place == promised and (name := name_behind(magic, promised, content)):
@@ -175,8 +176,10 @@ def pcm_blocks(
                 after = place / width / sound.samplerate
                 raise UserError(f"another file begins after {after:.1f} s; pipe one at a time")
             return
-        yield soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True, **how)[0]
         place += len(content)
+        content = part + content
+        part = content[len(content) // width * width :]  # of a sample, where the header is odd
+        yield soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True, **how)[0]
 
 
 def pipe_bytes(size: int) -> bytes:

@@ -589,6 +589,16 @@ def test_chunks_and_padding_behind_the_samples_of_a_pipe_are_not_heard(
         assert np.array_equal(told("-")[0], expected), tail[:4]
 
 
+def test_samples_on_a_pipe_may_end_within_one_before_a_chunk(pipe):
+    content = encoded(np.stack([speech(0.3)] * 2, axis=1), "WAV", "PCM_16")
+    at = size_field(content, "WAV")
+    size = int.from_bytes(content[at : at + 4], "little") + 2  # half of a frame more
+    chunk = b"LIST" + struct.pack("<I", 60) + bytes(range(60))
+    pipe(content[:at] + struct.pack("<I", size) + content[at + 4 :] + b"\1\1" + chunk)
+    samples, reasons = told("-")
+    assert not reasons and np.array_equal(samples, heard(content))
+
+
 def test_a_second_chunk_of_samples_on_a_pipe_is_not_lost(pipe):
     content = encoded(speech(0.3))
     pipe(content + content[content.index(b"data") :])
