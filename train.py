@@ -199,7 +199,7 @@ def main(argv):
     settings, source = choose_settings(given, folder, checkpoint)
     check_run(settings.run, settings.optim.optimizer)
     check_unused(given, settings)
-    if not checkpoint:
+    if not (checkpoint or source):
         check_branches(settings.model)
     check_source(source, settings)
     check_overwrite(settings.run, given["overwrite"])
@@ -432,7 +432,10 @@ def check_run(options: RunOptions, optimizer: str) -> None:
 
 
 def check_branches(model: ModelOptions) -> None:
-    """Raises UserError where a branch stays untrained that the searches of a new run need."""
+    """Raises UserError where a branch stays untrained that the searches need.
+
+    This is for runs from nothing: in others the branch may come trained.
+    """
     if not model.ctc_weight:
         raise UserError(
             "--ctc_weight 0 leaves CTC untrained, which chooses best.ckpt and tells speech from "

@@ -695,6 +695,14 @@ def test_fine_tuning_may_change_the_filters_the_tail_and_the_weight_of_a_decoder
     assert model.options.reverse_weight == 0.5
 
 
+@pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
+def test_fine_tuning_and_resuming_may_leave_a_branch_as_it_is(pretrained, data, tmp_path, words):
+    fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 1, *words)
+    fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 2, *words, "--resume")
+    model = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))[0]
+    assert getattr(model.options, words[0][2:]) == words[1]
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data, tmp_path, norm):
     if norm == "batch_norm":
