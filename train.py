@@ -449,7 +449,10 @@ def check_branches(model: ModelOptions) -> None:
 
 
 def check_unused(given: dict, settings: Settings) -> None:
-    """Raises UserError for a flag that has no effect beside the others."""
+    """Raises UserError for a flag that has no effect beside the others.
+
+    A flag that is given as false or 0 passes: it says no more than what is the case.
+    """
     augment = settings.augment
     model = settings.model
     if model.views > 1 and not (augment.num_freq_masks or augment.num_time_masks):
@@ -481,7 +484,7 @@ def check_unused(given: dict, settings: Settings) -> None:
     else:
         unused["preset"] = "with --init_from"
     for name, reason in unused.items():
-        if name in given:
+        if given.get(name):
             raise UserError(f"--{name} has no effect {reason}; leave it out")
 
 

@@ -607,6 +607,15 @@ def test_a_flag_without_effect_is_refused(data, tmp_path, words, name):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_flag_that_only_says_that_something_is_off_passes(data, tmp_path):
+    words = (
+        "--num_time_masks 0 --max_time_mask 0 --num_freq_masks 0 --max_freq_mask 0 --num_subs 0 "
+        "--max_sub 0 --no-use_dynamic_chunk --no-use_dynamic_left_chunk --no-keep_right_decoder "
+        "--no-filter --min_frame 0 --dither 0 --freeze_encoder_epochs 0"
+    )
+    run(data, tmp_path / "run", "--max_steps", 1, *words.split())
+
+
 @pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
 def test_a_branch_that_the_searches_need_must_be_trained(data, tmp_path, words):
     with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves .* untrained"):
