@@ -198,9 +198,9 @@ def main(argv):
     checkpoint = read_resumable(resume) if resume else {}
     settings, source = choose_settings(given, folder, checkpoint)
     check_run(settings.run, settings.optim.optimizer)
-    check_unused(given, settings)
     if not (checkpoint or source):
         check_branches(settings.model)
+    check_unused(given, settings, options_of(checkpoint))
     check_source(source, settings)
     check_overwrite(settings.run, given["overwrite"])
     tokenizer = label_tokenizer(settings.run.tokenizer, settings.run.data_root[0])
@@ -448,14 +448,15 @@ def check_branches(model: ModelOptions) -> None:
         )
 
 
-def check_unused(given: dict, settings: Settings) -> None:
+def check_unused(given: dict, settings: Settings, before: dict) -> None:
     """Raises UserError for a flag that has no effect beside the others.
 
-    A flag that is given as false or 0 passes: it says no more than what is the case.
+    A flag that is given as false or 0 passes: it says no more than what is the case. So does what
+    a resumed run had `before`, whose version may have refused less.
     """
     augment = settings.augment
     model = settings.model
-    if model.views > 1 and not (augment.num_freq_masks or augment.num_time_masks):
+    if model.views > 1 and not (before or augment.num_freq_masks or augment.num_time_masks):
         raise UserError(
             "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
             "--num_time_masks, or --cr_ctc_weight 0"
@@ -484,7 +485,8 @@ def check_unused(given: dict, settings: Settings) -> None:
     else:
         unused["preset"] = "with --init_from"
     for name, reason in unused.items():
-        if given.get(name):
+        value = given.get(name)
+        if value and as_list(before.get(name)) != value:
             raise UserError(f"--{name} has no effect {reason}; leave it out")
 
 

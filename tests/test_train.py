@@ -616,6 +616,23 @@ def test_a_flag_that_only_says_that_something_is_off_passes(data, tmp_path):
     run(data, tmp_path / "run", "--max_steps", 1, *words.split())
 
 
+def test_a_resumed_run_may_have_flags_without_effect_but_takes_no_new_one(
+    data, tmp_path, monkeypatch
+):
+    """Older versions did not refuse them."""
+    words = (
+        "--cr_ctc_weight 0.2 --num_time_masks 0 --max_time_mask 9 --num_freq_masks 0 --snr 1 2"
+    ).split()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_unused", lambda *_: None)
+        run(data, tmp_path / "run", "--max_steps", 1, *words)
+    run(data, tmp_path / "run", "--max_steps", 2, "--resume")
+    run(data, tmp_path / "run", "--max_steps", 3, *words, "--resume")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+    with pytest.raises(UserError, match="--snr has no effect without --noise"):
+        run(data, tmp_path / "run", "--max_steps", 4, "--resume", "--snr", 1, 3)
+
+
 @pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
 def test_a_branch_that_the_searches_need_must_be_trained(data, tmp_path, words):
     with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves .* untrained"):
