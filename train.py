@@ -461,6 +461,9 @@ def check_unused(given: dict, settings: Settings, before: dict) -> None:
             "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
             "--num_time_masks, or --cr_ctc_weight 0"
         )
+    for name in ("cr_ctc_weight", "interctc_weight"):
+        if getattr(model, name) and not (before or model.ctc_weight):
+            raise UserError(f"--{name} has no effect with --ctc_weight 0; give --{name} 0")
     frontend = settings.frontend.frontend
     others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
     unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
@@ -478,8 +481,15 @@ def check_unused(given: dict, settings: Settings, before: dict) -> None:
         unused |= dict.fromkeys(("min_frame", "max_frame", "output_len_prob"), "with --no-filter")
     if not model.use_dynamic_chunk:
         unused["use_dynamic_left_chunk"] = "with --no-use_dynamic_chunk"
+    if model.encoder == "transformer":
+        of_convolution = "causal", "cnn_module_norm", "cnn_module_kernel"
+        unused |= dict.fromkeys(of_convolution, "with --encoder transformer")
     if model.reverse_weight:
         unused["keep_right_decoder"] = "without --reverse_weight 0"
+    elif not model.keep_right_decoder:
+        unused["r_num_blocks"] = "with --reverse_weight 0"
+    if model.ctc_weight == 1:  # --reverse_weight still says whether there is a second decoder
+        unused |= dict.fromkeys(("lsm_weight", "length_normalized_loss"), "with --ctc_weight 1")
     if settings.run.init_from is None:
         unused["freeze_encoder_epochs"] = "without --init_from"
     else:

@@ -28,6 +28,7 @@ import train
 from helpers import same
 from helpers_train import SMALL, fine_tune, interrupted, killed, ranks, run, signalled, weights
 from model import load_checkpoint
+from presets import ModelOptions
 from tokenizer import save_tokenizer, train_char
 from transforms import extract
 
@@ -598,6 +599,12 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
         (("--min_frame", 20, "--no-filter"), "--min_frame"),
         (("--use_dynamic_left_chunk", "--no-use_dynamic_chunk"), "--use_dynamic_left_chunk"),
         (("--keep_right_decoder",), "--keep_right_decoder"),
+        (("--encoder", "transformer"), "--cnn_module_kernel"),  # which `run` always gives
+        ("--encoder transformer --cnn_module_norm batch_norm".split(), "--cnn_module_norm"),
+        (("--encoder", "transformer", "--causal"), "--causal"),
+        (("--reverse_weight", 0), "--r_num_blocks"),  # which `run` always gives
+        (("--ctc_weight", 1, "--lsm_weight", 0.2), "--lsm_weight"),
+        (("--ctc_weight", 1, "--length_normalized_loss"), "--length_normalized_loss"),
     ],
     ids=str,
 )
@@ -614,6 +621,21 @@ def test_a_flag_that_only_says_that_something_is_off_passes(data, tmp_path):
         "--no-filter --min_frame 0 --dither 0 --freeze_encoder_epochs 0"
     )
     run(data, tmp_path / "run", "--max_steps", 1, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["--ctc_weight 1 --reverse_weight 0.5", "--reverse_weight 0 --keep_right_decoder"]
+)
+def test_a_flag_that_shapes_the_network_passes_though_its_part_is_not_trained(
+    data, tmp_path, words
+):
+    run(data, tmp_path / "run", "--max_steps", 1, *words.split())
+    net = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].net
+    assert len(net.right_decoder.blocks) == 1
+
+
+def test_an_encoder_without_convolution_asks_nothing_of_a_kernel():
+    ModelOptions(encoder="transformer", causal=False, cnn_module_kernel=8)
 
 
 def test_a_resumed_run_may_have_flags_without_effect_but_takes_no_new_one(
@@ -753,6 +775,7 @@ def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data
         (("--num_blocks", 2), "--num_blocks 2: .*made with 1"),
         (("--reverse_weight", 0), "--reverse_weight 0.0: .*made with 0.3"),
         (("--preset", "tiny"), "--preset has no effect"),
+        (("--ctc_weight", 0, "--cr_ctc_weight", 0.2), "--cr_ctc_weight has no effect with"),
     ],
     ids=str,
 )
