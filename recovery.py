@@ -474,6 +474,10 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     }
 
 
+# Parts of a plan that the plans of older checkpoints do not have.
+NEWER = {"labels of train", "dev", "few_shapes", "seconds"}
+
+
 def counted(speed: float, tail: int) -> str:
     """Says what --max_batch_seconds counts as the length of a row; `tail` is in ms."""
     return f"at speed {speed:g} with a tail of {tail} ms"
@@ -488,9 +492,13 @@ def check_plan(place: Place, plan: dict, data) -> None:
     """
     before = place.plan or plan
     before = {"few_shapes": "off", **before}  # older checkpoints do not have it
-    if "seconds" not in before:  # They counted rows as they are.
+    if plan.keys() - before.keys() - NEWER:
+        raise damaged(place.path, "plan")
+    if "seconds" not in before:
+        # They counted rows at speed 1, early versions without the tail, later ones with it. Which
+        # it was is not known, so the tail decides nothing.
         by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
-        before["seconds"] = counted(1.0, 0) if by_length else ""
+        before["seconds"] = counted(1.0, data.frontend.tail_padding) if by_length else ""
     differ = {
         name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
@@ -508,6 +516,8 @@ def check_plan(place: Place, plan: dict, data) -> None:
         for name, (before, now) in differ.items()
     ]
     said = shown("; ".join(changes), 500)
+    if "seconds" in differ:
+        said += " (the slowest of --speeds decides, and --tail_padding)"
     if place.batches:
         raise UserError(
             f"{place.path} was saved within an epoch that is planned with {said}; give the same, "

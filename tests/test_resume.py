@@ -359,6 +359,7 @@ BROKEN = [
     (("skips",), {"in_a_row": "x"}),
     (("plan",), [1]),
     (("plan", "processes"), "x"),
+    (("plan",), {"processes": 1}),
     (("run_options",), 3),
     (("run_options", "max_frame"), "x"),
     (("optimizer_states",), []),
