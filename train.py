@@ -236,7 +236,8 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     """Returns the options of the run, and the checkpoint of --init_from in a new run.
 
     A flag that is given counts most. Another option is as in the checkpoint from which the run goes
-    on or, for model and frontend, as in the checkpoint of --init_from. Else it has its default.
+    on or, for model and frontend, as in the checkpoint of --init_from. Else it has its default,
+    and so has the weight decay of an optimizer that takes another's place.
     """
     before = options_of(checkpoint)
     run_options = build(RunOptions, given, **{**before, "output_dir": folder})
@@ -249,7 +250,11 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     else:
         sizes = source["model_options"] if source else PRESETS[run_options.preset]
     model = build(ModelOptions, given, **sizes)
-    optim = build(OptimOptions, given, **before)
+    same = given.get("optimizer", before.get("optimizer")) == before.get("optimizer")
+    own_decay = {} if same else {"weight_decay": None}
+    optim = build(OptimOptions, given, **{**before, **own_decay})
+    # What the run keeps of its options says the number, by which runs compare.
+    optim = dataclasses.replace(optim, weight_decay=optim.decay)
     if source:
         frontend_options = source["frontend"]
     else:
@@ -624,6 +629,8 @@ def check_resume(path: str, checkpoint: dict, given: dict, settings: Settings, t
             f"{before['optimizer']}, which is another; leave it out, or start anew with "
             f"--init_from {path}"
         )
+    if len(optimizers) == 2:
+        given = {**given, "weight_decay": settings.optim.weight_decay}  # perhaps its default
     changed = [
         f"--{name} {given[name]} (before: {value})"
         for name, value in before.items()

@@ -678,6 +678,9 @@ def test_adam_has_no_weight_decay_unless_asked(data, tmp_path, optimizer, decay)
         checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
         (state,) = checkpoint["optimizer_states"]
         assert {group["weight_decay"] for group in state["param_groups"]} == {expected}
+        record = json.loads((tmp_path / "run" / "run.json").read_text())
+        kept = record["options"], checkpoint["optim_options"], checkpoint["run_options"]
+        assert [options["weight_decay"] for options in kept] == [expected] * 3
 
 
 @pytest.fixture(scope="module")
