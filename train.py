@@ -200,6 +200,7 @@ def main(argv):
     check_run(settings.run, settings.optim.optimizer)
     if not (checkpoint or source):
         check_branches(settings.model)
+        check_windows(settings.frontend)
     check_unused(given, settings, options_of(checkpoint))
     check_source(source, settings)
     check_overwrite(settings.run, given["overwrite"])
@@ -450,6 +451,15 @@ def check_branches(model: ModelOptions) -> None:
         raise UserError(
             "--reverse_weight 1 leaves the left-to-right decoder untrained, which attention and "
             "joint search need; give less"
+        )
+
+
+def check_windows(frontend: Frontend) -> None:
+    """Raises UserError for frames that leave sound out; models of older versions may have them."""
+    if frontend.frame_shift > frontend.frame_length:
+        raise UserError(
+            f"--frame_shift {frontend.frame_shift} is more than --frame_length "
+            f"{frontend.frame_length}, and the sound between would be lost; give at most as much"
         )
 
 

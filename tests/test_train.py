@@ -662,6 +662,19 @@ def test_a_branch_that_the_searches_need_must_be_trained(data, tmp_path, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_windows_may_leave_sound_out_in_older_models_alone(data, tmp_path, monkeypatch):
+    words = "--frame_length", 10, "--frame_shift"
+    run(data, tmp_path / "run", "--max_steps", 1, *words, 10)
+    with pytest.raises(UserError, match="--frame_shift 20 is more than --frame_length 10"):
+        run(data, tmp_path / "new", *words, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_windows", lambda _: None)
+        run(data, tmp_path / "old", "--max_steps", 1, *words, 20)
+    run(data, tmp_path / "old", "--max_steps", 2, *words, 20, "--resume")
+    fine_tune(data, tmp_path / "tuned", tmp_path / "old" / "last.ckpt", "--max_steps", 1)
+    assert load_checkpoint(str(tmp_path / "tuned" / "best.ckpt"))[2].frame_shift == 20
+
+
 @pytest.mark.parametrize("optimizer, decay", [("adamw", 0.01), ("adam", 0.0), ("muon", 0.01)])
 def test_adam_has_no_weight_decay_unless_asked(data, tmp_path, optimizer, decay):
     for words, expected in ((), decay), (("--weight_decay", 0.1), 0.1):
