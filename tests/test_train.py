@@ -345,7 +345,17 @@ def test_the_memory_check_changes_nothing(data, tmp_path, monkeypatch):
     [
         (("--batch_size", 2), "2 rows,", "lower --batch_size, for example to 1"),
         (("--max_batch_seconds", 1.5), "2 rows,", "lower --max_batch_seconds, for example to 1"),
-        (("--batch_size", 1, "--cr_ctc_weight", 0.2), "1 rows in two views", "lower --max_frame"),
+        # The longest row has 79 frames, before the slowest speed and the tail.
+        (
+            ("--batch_size", 1, "--cr_ctc_weight", 0.2, "--tail_padding", 990),
+            "1 rows in two views",
+            "lower --max_frame, for example to 39",
+        ),
+        (
+            ("--batch_size", 1, "--no-filter"),
+            "1 rows,",
+            "leave row 7 of train out, or give --max_frame 39 instead of --no-filter",
+        ),
     ],
     ids=str,
 )
