@@ -68,8 +68,8 @@ class DataOptions:
     )
     max_batch_seconds: float | None = option(
         None,
-        "instead of --batch_size: seconds of audio per batch at the slowest speed, padding and "
-        "tails included",
+        "instead of --batch_size: seconds of audio per batch at the slowest speed or, with "
+        "--few_shapes, at the speed that the plan draws, padding and tails included",
         above=0,
         at_most=1e6,
     )

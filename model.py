@@ -92,6 +92,13 @@ class OptimOptions:
         choices=("auto", "on", "off"),
     )
 
+    @property
+    def decay(self) -> float:
+        """Returns the weight decay that is asked for, or else the optimizer's own."""
+        # In Adam decay is part of the gradient, and would take weights without one away.
+        usual = 0.0 if self.optimizer == "adam" else 0.01
+        return usual if self.weight_decay is None else self.weight_decay
+
 
 def draw_chunk(size: int, options: ModelOptions) -> tuple[int, int]:
     """Draws (chunk_size, left_chunks) for a step over `size` encoder frames (U2, section 2.3).
@@ -424,10 +431,7 @@ class U2(L.LightningModule):
         o = self.optim
         # Behind a GradScaler a fused optimizer would unscale by itself, after the guard has looked.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        # In Adam decay is part of the gradient, and would take weights without one away.
-        usual = 0.0 if o.optimizer == "adam" else 0.01
-        decay = usual if o.weight_decay is None else o.weight_decay
-        rates = dict(lr=o.lr, weight_decay=decay, fused=fused)
+        rates = dict(lr=o.lr, weight_decay=o.decay, fused=fused)
         if matrices := self.matrices():
             # Products need no more than bfloat16's bits, which not all CPUs multiply fast.
             slow = self.device.type == "cpu" and self.trainer.precision != "bf16-mixed"

@@ -104,7 +104,8 @@ class ModelOptions:
             )
         if self.interctc_weight and self.num_blocks == 1:
             raise UserError("--interctc_weight with --num_blocks 1: there is no middle block")
-        if not self.causal and self.cnn_module_kernel % 2 == 0:
+        convolves = self.encoder == "conformer"
+        if convolves and not self.causal and self.cnn_module_kernel % 2 == 0:
             raise UserError(
                 f"--no-causal needs an odd --cnn_module_kernel, not {self.cnn_module_kernel}"
             )

@@ -36,6 +36,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import not_finite, read_weights_only
 from files import FULL, SMALL, parse_json, write_whole
+from transforms import num_frames
 
 # U2.request is SAVE where last.ckpt is due, and STOP + the signal's number where the run must end,
 # too: the sum is its exit status.
@@ -474,6 +475,10 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
     }
 
 
+# Parts of a plan that the plans of older checkpoints do not have.
+NEWER = {"labels of train", "dev", "few_shapes", "seconds"}
+
+
 def counted(speed: float, tail: int) -> str:
     """Says what --max_batch_seconds counts as the length of a row; `tail` is in ms."""
     return f"at speed {speed:g} with a tail of {tail} ms"
@@ -488,9 +493,13 @@ def check_plan(place: Place, plan: dict, data) -> None:
     """
     before = place.plan or plan
     before = {"few_shapes": "off", **before}  # older checkpoints do not have it
-    if "seconds" not in before:  # They counted rows as they are.
+    if plan.keys() - before.keys() - NEWER:
+        raise damaged(place.path, "plan")
+    if "seconds" not in before:
+        # They counted rows at speed 1, early versions without the tail, later ones with it. Which
+        # it was is not known, so the tail decides nothing.
         by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
-        before["seconds"] = counted(1.0, 0) if by_length else ""
+        before["seconds"] = counted(1.0, data.frontend.tail_padding) if by_length else ""
     differ = {
         name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
@@ -508,6 +517,8 @@ def check_plan(place: Place, plan: dict, data) -> None:
         for name, (before, now) in differ.items()
     ]
     said = shown("; ".join(changes), 500)
+    if "seconds" in differ:
+        said += " (the slowest of --speeds decides, and --tail_padding)"
     if place.batches:
         raise UserError(
             f"{place.path} was saved within an epoch that is planned with {said}; give the same, "
@@ -577,11 +588,11 @@ class MemoryCheck(L.Callback):
             return  # it gathers the weights in its own forward only
         data = trainer.datamodule
         checks = [
-            (self.learn, batch, self.advice(data.options, batch))
+            (self.learn, batch, self.of_one_row(data, batch) or self.advice(data.options))
             for batch in data.largest_batches()
         ]
         batch = data.longest_dev_batch()
-        advice = self.advice(data.options, batch)
+        advice = self.advice(data.options)
         if len(batch.rows) == 1:
             advice = f"cut row {int(batch.rows[0])} of dev, or leave it out"
         checks.append((self.validate, batch, advice))
@@ -594,15 +605,25 @@ class MemoryCheck(L.Callback):
             raise UserError(reasons[0] if reasons else elsewhere)
 
     @staticmethod
-    def advice(options, batch) -> str:
+    def advice(options) -> str:
         """Returns the advice which flag to lower, and to which number."""
-        if len(batch.rows.unique()) == 1:  # in one view or two
-            name, now = "max_frame", batch.features.size(1)
-        elif options.max_batch_seconds:
+        if options.max_batch_seconds:
             name, now = "max_batch_seconds", options.max_batch_seconds
         else:
             name, now = "batch_size", options.batch_size or 16
         return f"lower --{name}, for example to {now / 2:.0f}"
+
+    @staticmethod
+    def of_one_row(data, batch) -> str:
+        """Returns the advice for a batch of a single row of train, in one view or two, or ""."""
+        if len(batch.rows.unique()) > 1:
+            return ""
+        row = int(batch.rows[0])
+        # The filter counts no tail, and no slower speed that the batch may have.
+        most = num_frames(int(data.lengths[row]), data.frontend.without_tail) // 2
+        if data.options.filter:
+            return f"lower --max_frame, for example to {most}"
+        return f"leave row {row} of train out, or give --max_frame {most} instead of --no-filter"
 
     def reason(self, trainer, module, run, batch, advice) -> str | None:
         """Runs the batch. Returns why it does not fit the memory, or None where it does."""

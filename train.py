@@ -198,9 +198,10 @@ def main(argv):
     checkpoint = read_resumable(resume) if resume else {}
     settings, source = choose_settings(given, folder, checkpoint)
     check_run(settings.run, settings.optim.optimizer)
-    check_unused(given, settings)
-    if not checkpoint:
+    if not (checkpoint or source):
         check_branches(settings.model)
+        check_windows(settings.frontend)
+    check_unused(given, settings, options_of(checkpoint))
     check_source(source, settings)
     check_overwrite(settings.run, given["overwrite"])
     tokenizer = label_tokenizer(settings.run.tokenizer, settings.run.data_root[0])
@@ -236,7 +237,8 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     """Returns the options of the run, and the checkpoint of --init_from in a new run.
 
     A flag that is given counts most. Another option is as in the checkpoint from which the run goes
-    on or, for model and frontend, as in the checkpoint of --init_from. Else it has its default.
+    on or, for model and frontend, as in the checkpoint of --init_from. Else it has its default,
+    and so has the weight decay of an optimizer that takes another's place.
     """
     before = options_of(checkpoint)
     run_options = build(RunOptions, given, **{**before, "output_dir": folder})
@@ -249,7 +251,11 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     else:
         sizes = source["model_options"] if source else PRESETS[run_options.preset]
     model = build(ModelOptions, given, **sizes)
-    optim = build(OptimOptions, given, **before)
+    same = given.get("optimizer", before.get("optimizer")) == before.get("optimizer")
+    own_decay = {} if same else {"weight_decay": None}
+    optim = build(OptimOptions, given, **{**before, **own_decay})
+    # What the run keeps of its options says the number, by which runs compare.
+    optim = dataclasses.replace(optim, weight_decay=optim.decay)
     if source:
         frontend_options = source["frontend"]
     else:
@@ -432,7 +438,10 @@ def check_run(options: RunOptions, optimizer: str) -> None:
 
 
 def check_branches(model: ModelOptions) -> None:
-    """Raises UserError where a branch stays untrained that the searches of a new run need."""
+    """Raises UserError where a branch stays untrained that the searches need.
+
+    This is for runs from nothing: in others the branch may come trained.
+    """
     if not model.ctc_weight:
         raise UserError(
             "--ctc_weight 0 leaves CTC untrained, which chooses best.ckpt and tells speech from "
@@ -445,15 +454,31 @@ def check_branches(model: ModelOptions) -> None:
         )
 
 
-def check_unused(given: dict, settings: Settings) -> None:
-    """Raises UserError for a flag that has no effect beside the others."""
+def check_windows(frontend: Frontend) -> None:
+    """Raises UserError for frames that leave sound out; models of older versions may have them."""
+    if frontend.frame_shift > frontend.frame_length:
+        raise UserError(
+            f"--frame_shift {frontend.frame_shift} is more than --frame_length "
+            f"{frontend.frame_length}, and the sound between would be lost; give at most as much"
+        )
+
+
+def check_unused(given: dict, settings: Settings, before: dict) -> None:
+    """Raises UserError for a flag that has no effect beside the others.
+
+    A flag that is given as false or 0 passes: it says no more than what is the case. So does what
+    a resumed run had `before`, whose version may have refused less.
+    """
     augment = settings.augment
     model = settings.model
-    if model.views > 1 and not (augment.num_freq_masks or augment.num_time_masks):
+    if model.views > 1 and not (before or augment.num_freq_masks or augment.num_time_masks):
         raise UserError(
             "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
             "--num_time_masks, or --cr_ctc_weight 0"
         )
+    for name in ("cr_ctc_weight", "interctc_weight"):
+        if getattr(model, name) and not (before or model.ctc_weight):
+            raise UserError(f"--{name} has no effect with --ctc_weight 0; give --{name} 0")
     frontend = settings.frontend.frontend
     others = {"fbank": ("window", "mean_var_norm"), "log_mel": ("dither", "cmvn", "high_freq")}
     unused = dict.fromkeys(others[frontend], f"with --frontend {frontend}")
@@ -471,14 +496,22 @@ def check_unused(given: dict, settings: Settings) -> None:
         unused |= dict.fromkeys(("min_frame", "max_frame", "output_len_prob"), "with --no-filter")
     if not model.use_dynamic_chunk:
         unused["use_dynamic_left_chunk"] = "with --no-use_dynamic_chunk"
+    if model.encoder == "transformer":
+        of_convolution = "causal", "cnn_module_norm", "cnn_module_kernel"
+        unused |= dict.fromkeys(of_convolution, "with --encoder transformer")
     if model.reverse_weight:
         unused["keep_right_decoder"] = "without --reverse_weight 0"
+    elif not model.keep_right_decoder:
+        unused["r_num_blocks"] = "with --reverse_weight 0"
+    if model.ctc_weight == 1:  # --reverse_weight still says whether there is a second decoder
+        unused |= dict.fromkeys(("lsm_weight", "length_normalized_loss"), "with --ctc_weight 1")
     if settings.run.init_from is None:
         unused["freeze_encoder_epochs"] = "without --init_from"
     else:
         unused["preset"] = "with --init_from"
     for name, reason in unused.items():
-        if name in given:
+        value = given.get(name)
+        if value and as_list(before.get(name)) != value:
             raise UserError(f"--{name} has no effect {reason}; leave it out")
 
 
@@ -606,6 +639,8 @@ def check_resume(path: str, checkpoint: dict, given: dict, settings: Settings, t
             f"{before['optimizer']}, which is another; leave it out, or start anew with "
             f"--init_from {path}"
         )
+    if len(optimizers) == 2:
+        given = {**given, "weight_decay": settings.optim.weight_decay}  # perhaps its default
     changed = [
         f"--{name} {given[name]} (before: {value})"
         for name, value in before.items()

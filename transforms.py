@@ -82,11 +82,6 @@ class Frontend:
             raise UserError(
                 f"--num_mel_bins {self.num_mel_bins}: --frontend fbank needs at least 4"
             )
-        if self.frame_shift > self.frame_length:
-            raise UserError(
-                f"--frame_shift {self.frame_shift} is more than --frame_length "
-                f"{self.frame_length}, and the sound between would be lost; give at most as much"
-            )
         half = self.sample_rate / 2
         if not LOW_FREQ < self.high_freq + (self.high_freq <= 0) * half <= half:
             raise UserError(

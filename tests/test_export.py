@@ -580,6 +580,7 @@ def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
         (dict(pos_enc_layer_type="abs_pos"), "abs_pos"),
         (dict(selfattention_layer_type="selfattn"), "selfattn"),
         (dict(features=dict(frame_shift=20)), "20 apart"),
+        (dict(features=dict(frame_length=10, frame_shift=20)), "leave out the sound between"),
     ],
 )
 def test_what_the_runtimes_cannot_run_is_refused(tmp_path, monkeypatch, changes, message):

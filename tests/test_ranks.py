@@ -243,17 +243,34 @@ def test_a_cut_epoch_is_not_mixed_with_another_plan(data, cut_run, words, reason
 
 
 def test_a_cut_epoch_of_batches_by_seconds_keeps_the_speed_that_they_count(data, tmp_path):
-    """Older checkpoints, which do not say, counted rows at speed 1 without a tail."""
     words = (*SAME, "--max_batch_seconds", 4)
     cut(1, data, tmp_path / "run", *words)
-    place = tmp_path / "run" / "last.ckpt"
-    with pytest.raises(UserError, match="with seconds at speed 0.9 .*, not at speed 0.5 with"):
+    with pytest.raises(
+        UserError,
+        match="with seconds at speed 0.9 .*, not at speed 0.5 with .*slowest of --speeds decides",
+    ):
         run(data, tmp_path / "run", *words, "--speeds", 0.5, 1.0, "--resume")
-    checkpoint = torch.load(place, weights_only=True)
-    del checkpoint["plan"]["seconds"]
-    torch.save(checkpoint, place)
+    forget_seconds(tmp_path / "run" / "last.ckpt")
     with pytest.raises(UserError, match="with seconds at speed 1 .*, not at speed 0.9 with"):
         run(data, tmp_path / "run", *words, "--resume")
+
+
+@pytest.mark.parametrize("tail", [0, 300])
+def test_an_older_cut_epoch_of_batches_by_seconds_goes_on_at_speed_1(data, tmp_path, tail):
+    """Its checkpoint does not say whether it counted the tail: some versions did, others not."""
+    words = (*SAME, "--max_batch_seconds", 4, "--speeds", 1.0, 1.1, "--tail_padding", tail)
+    cut(1, data, tmp_path / "run", *words)
+    forget_seconds(tmp_path / "run" / "last.ckpt")
+    run(data, tmp_path / "run", *words, "--resume")
+    seen = [row for step in steps(tmp_path / "run") for row in step["rows"]]
+    assert sorted(seen[:22]) == sorted(seen[22:]) == list(range(22))
+
+
+def forget_seconds(path):
+    """Make a checkpoint like an older version's, whose plan did not say what seconds count."""
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["plan"]["seconds"]
+    torch.save(checkpoint, path)
 
 
 def relabelled(data, folder):

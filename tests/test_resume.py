@@ -170,6 +170,32 @@ def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(
         assert again["optim_options"][name[2:]] == record(ended)["options"][name[2:]] == value
 
 
+@pytest.mark.parametrize(
+    "held, words, used",
+    [
+        (None, (), 0.01),
+        (0.1, (), 0.1),
+        (0.1, ("--optimizer", "adam"), 0.0),
+        (0.1, ("--optimizer", "adam", "--weight_decay", 0.2), 0.2),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_keeps_its_weight_decay_unless_another_optimizer_has_its_own(
+    data, ended, monkeypatch, caplog, held, words, used
+):
+    """Checkpoints of an older version hold None for the default."""
+    checkpoint = torch.load(ended / "last.ckpt", weights_only=True)
+    for part in ("optim_options", "run_options"):
+        checkpoint[part]["weight_decay"] = held
+    torch.save(checkpoint, ended / "last.ckpt")
+    assert load_checkpoint(str(ended / "last.ckpt"))[0].optim.weight_decay == held
+    seen = learning_rates(monkeypatch, data, ended, "--max_epochs", 3, *words, "--resume")
+    assert {decay for _, decay, _ in seen} == {used}
+    assert record(ended)["options"]["weight_decay"] == used
+    noted = f"--weight_decay {used} (before: {held})" in caplog.text
+    assert noted == bool(words)
+
+
 def test_a_longer_onecycle_run_says_what_becomes_of_its_learning_rate(data, ended, caplog):
     run(data, ended, "--max_epochs", 6, "--resume", "--lr", 5e-4)
     assert [
@@ -359,6 +385,7 @@ BROKEN = [
     (("skips",), {"in_a_row": "x"}),
     (("plan",), [1]),
     (("plan", "processes"), "x"),
+    (("plan",), {"processes": 1}),
     (("run_options",), 3),
     (("run_options", "max_frame"), "x"),
     (("optimizer_states",), []),

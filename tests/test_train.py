@@ -28,6 +28,7 @@ import train
 from helpers import same
 from helpers_train import SMALL, fine_tune, interrupted, killed, ranks, run, signalled, weights
 from model import load_checkpoint
+from presets import ModelOptions
 from tokenizer import save_tokenizer, train_char
 from transforms import extract
 
@@ -344,7 +345,17 @@ def test_the_memory_check_changes_nothing(data, tmp_path, monkeypatch):
     [
         (("--batch_size", 2), "2 rows,", "lower --batch_size, for example to 1"),
         (("--max_batch_seconds", 1.5), "2 rows,", "lower --max_batch_seconds, for example to 1"),
-        (("--batch_size", 1, "--cr_ctc_weight", 0.2), "1 rows in two views", "lower --max_frame"),
+        # The longest row has 79 frames, before the slowest speed and the tail.
+        (
+            ("--batch_size", 1, "--cr_ctc_weight", 0.2, "--tail_padding", 990),
+            "1 rows in two views",
+            "lower --max_frame, for example to 39",
+        ),
+        (
+            ("--batch_size", 1, "--no-filter"),
+            "1 rows,",
+            "leave row 7 of train out, or give --max_frame 39 instead of --no-filter",
+        ),
     ],
     ids=str,
 )
@@ -598,6 +609,12 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
         (("--min_frame", 20, "--no-filter"), "--min_frame"),
         (("--use_dynamic_left_chunk", "--no-use_dynamic_chunk"), "--use_dynamic_left_chunk"),
         (("--keep_right_decoder",), "--keep_right_decoder"),
+        (("--encoder", "transformer"), "--cnn_module_kernel"),  # which `run` always gives
+        ("--encoder transformer --cnn_module_norm batch_norm".split(), "--cnn_module_norm"),
+        (("--encoder", "transformer", "--causal"), "--causal"),
+        (("--reverse_weight", 0), "--r_num_blocks"),  # which `run` always gives
+        (("--ctc_weight", 1, "--lsm_weight", 0.2), "--lsm_weight"),
+        (("--ctc_weight", 1, "--length_normalized_loss"), "--length_normalized_loss"),
     ],
     ids=str,
 )
@@ -607,11 +624,65 @@ def test_a_flag_without_effect_is_refused(data, tmp_path, words, name):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_flag_that_only_says_that_something_is_off_passes(data, tmp_path):
+    words = (
+        "--num_time_masks 0 --max_time_mask 0 --num_freq_masks 0 --max_freq_mask 0 --num_subs 0 "
+        "--max_sub 0 --no-use_dynamic_chunk --no-use_dynamic_left_chunk --no-keep_right_decoder "
+        "--no-filter --min_frame 0 --dither 0 --freeze_encoder_epochs 0"
+    )
+    run(data, tmp_path / "run", "--max_steps", 1, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["--ctc_weight 1 --reverse_weight 0.5", "--reverse_weight 0 --keep_right_decoder"]
+)
+def test_a_flag_that_shapes_the_network_passes_though_its_part_is_not_trained(
+    data, tmp_path, words
+):
+    run(data, tmp_path / "run", "--max_steps", 1, *words.split())
+    net = load_checkpoint(str(tmp_path / "run" / "best.ckpt"))[0].net
+    assert len(net.right_decoder.blocks) == 1
+
+
+def test_an_encoder_without_convolution_asks_nothing_of_a_kernel():
+    ModelOptions(encoder="transformer", causal=False, cnn_module_kernel=8)
+
+
+def test_a_resumed_run_may_have_flags_without_effect_but_takes_no_new_one(
+    data, tmp_path, monkeypatch
+):
+    """Older versions did not refuse them."""
+    words = (
+        "--cr_ctc_weight 0.2 --num_time_masks 0 --max_time_mask 9 --num_freq_masks 0 --snr 1 2"
+    ).split()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_unused", lambda *_: None)
+        run(data, tmp_path / "run", "--max_steps", 1, *words)
+    run(data, tmp_path / "run", "--max_steps", 2, "--resume")
+    run(data, tmp_path / "run", "--max_steps", 3, *words, "--resume")
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+    with pytest.raises(UserError, match="--snr has no effect without --noise"):
+        run(data, tmp_path / "run", "--max_steps", 4, "--resume", "--snr", 1, 3)
+
+
 @pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
 def test_a_branch_that_the_searches_need_must_be_trained(data, tmp_path, words):
     with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves .* untrained"):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_windows_may_leave_sound_out_in_older_models_alone(data, tmp_path, monkeypatch):
+    words = "--frame_length", 10, "--frame_shift"
+    run(data, tmp_path / "run", "--max_steps", 1, *words, 10)
+    with pytest.raises(UserError, match="--frame_shift 20 is more than --frame_length 10"):
+        run(data, tmp_path / "new", *words, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_windows", lambda _: None)
+        run(data, tmp_path / "old", "--max_steps", 1, *words, 20)
+    run(data, tmp_path / "old", "--max_steps", 2, *words, 20, "--resume")
+    fine_tune(data, tmp_path / "tuned", tmp_path / "old" / "last.ckpt", "--max_steps", 1)
+    assert load_checkpoint(str(tmp_path / "tuned" / "best.ckpt"))[2].frame_shift == 20
 
 
 @pytest.mark.parametrize("optimizer, decay", [("adamw", 0.01), ("adam", 0.0), ("muon", 0.01)])
@@ -630,6 +701,9 @@ def test_adam_has_no_weight_decay_unless_asked(data, tmp_path, optimizer, decay)
         checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
         (state,) = checkpoint["optimizer_states"]
         assert {group["weight_decay"] for group in state["param_groups"]} == {expected}
+        record = json.loads((tmp_path / "run" / "run.json").read_text())
+        kept = record["options"], checkpoint["optim_options"], checkpoint["run_options"]
+        assert [options["weight_decay"] for options in kept] == [expected] * 3
 
 
 @pytest.fixture(scope="module")
@@ -695,6 +769,14 @@ def test_fine_tuning_may_change_the_filters_the_tail_and_the_weight_of_a_decoder
     assert model.options.reverse_weight == 0.5
 
 
+@pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
+def test_fine_tuning_and_resuming_may_leave_a_branch_as_it_is(pretrained, data, tmp_path, words):
+    fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 1, *words)
+    fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 2, *words, "--resume")
+    model = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))[0]
+    assert getattr(model.options, words[0][2:]) == words[1]
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data, tmp_path, norm):
     if norm == "batch_norm":
@@ -719,6 +801,7 @@ def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(pretrained, data
         (("--num_blocks", 2), "--num_blocks 2: .*made with 1"),
         (("--reverse_weight", 0), "--reverse_weight 0.0: .*made with 0.3"),
         (("--preset", "tiny"), "--preset has no effect"),
+        (("--ctc_weight", 0, "--cr_ctc_weight", 0.2), "--cr_ctc_weight has no effect with"),
     ],
     ids=str,
 )

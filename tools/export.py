@@ -86,6 +86,11 @@ def check_supported(model: U2) -> None:
             f"its positions are {o.pos_enc_layer_type} with {o.selfattention_layer_type}; only "
             "rel_pos with rel_selfattn is exported"
         )
+    if frontend.frame_shift > frontend.frame_length:
+        raise UserError(
+            f"its frames are {frontend.frame_length} ms long and {frontend.frame_shift} apart; the "
+            "streams of the exported model cannot leave out the sound between"
+        )
     if frontend.frontend == "fbank" and (frontend.frame_length, frontend.frame_shift) != (25, 10):
         raise UserError(
             f"its frames are {frontend.frame_length} ms long and {frontend.frame_shift} apart; "
