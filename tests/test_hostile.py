@@ -1806,7 +1806,7 @@ def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_i
         process.wait(DEADLINE)
         assert (process.returncode, process.stdout.read()[:2]) == (0, b"-\t")
         *_, final = process.stderr.read().decode().splitlines()
-        assert final.split()[:3] == ["0.84", "s", "="]  # all of its frames
+        assert final.split()[:3] == ["0.90", "s", "="]  # all of its samples
     finally:
         process.kill()
         process.communicate()
