@@ -8,11 +8,11 @@ word of the vocabulary as the unknown word, which so is spelled out and not lost
 characters, whatever tokens they come in.
 """
 
+import itertools
 import math
 import re
 import sys
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -236,18 +236,22 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
             word[node] = ngrams.words[name]
     keys = np.array(list(steps), np.int64)
     order = keys.argsort()
-    spaced = [text[:1].isspace() for text in texts]
-    begins = [text != "" and begins_word(text[0]) for text in texts]
-    letter = [text != "" and not belongs(text[0]) for text in texts]
-    unspelled = list(map(unspelled_node, texts))
     return LanguageModel(
         ngrams,
         keys[order],
         np.array(list(steps.values()))[order],
-        *map(np.array, (word, ahead, alone, opened, spaced, begins, letter, unspelled)),
+        *map(np.array, (word, ahead, alone, opened, *token_kinds(texts))),
         weight,
         bonus,
     )
+
+
+def token_kinds(texts: list[str]) -> tuple[list, list, list, list]:
+    """Returns `spaced`, `begins`, `letter` and `unspelled` of a LanguageModel, (V,) each."""
+    spaced = [text[:1].isspace() for text in texts]
+    begins = [text != "" and begins_word(text[0]) for text in texts]
+    letter = [text != "" and not belongs(text[0]) for text in texts]
+    return spaced, begins, letter, list(map(unspelled_node, texts))
 
 
 def spell_words(words: Iterable[str], tokenizer, path: str) -> dict[str, str]:
@@ -356,12 +360,12 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
         remedy = "give a language model in ARPA format"
         raise cannot_read(f"--lm {path}", error, remedy) from error
     grams = {}
-    promised = Counter()  # length of n-grams -> how many the file says it has
+    promised = {}  # length of n-grams -> how many the file says it has
     order = 0
     ended = False
     # What stands before \data\, such as a description of the format, is no part of the model.
     head = next((n for n, line in enumerate(lines) if line.strip() == "\\data\\"), 0)
-    for number, line in enumerate(lines[head:], head + 1):
+    for number, line in enumerate(itertools.islice(lines, head, None), head + 1):
         line = line.strip(" \t\r")
         if ended := line == "\\end\\":
             break
@@ -379,8 +383,8 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
             "python -m tools.lm"
         )
     # Tools that take n-grams out leave the counts as they were, so a count proves little.
-    there = Counter(map(len, grams))
-    if not ended or any(count and not there[length] for length, count in promised.items()):
+    there = set(map(len, grams))
+    if not ended or any(count and length not in there for length, count in promised.items()):
         raise UserError(f"--lm {path}: it is cut short, or lacks \\end\\; get it again")
     for gram in grams:
         if gram[-1] not in words:

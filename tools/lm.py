@@ -252,14 +252,15 @@ def make_lexicon(
     """
     import kaldifst
 
-    spaces = [i + 1 for i, text in enumerate(texts_of(tokenizer)) if text == " "]
-    pieces = any(text[:1].isspace() and not text.isspace() for text in texts_of(tokenizer))
+    texts = texts_of(tokenizer)
+    spaces = [i for i, text in enumerate(texts, 1) if text == " "]
+    pieces = any(text[:1].isspace() and not text.isspace() for text in texts)
     behind, begin = (0, 0) if pieces else (1, 2)
     between = sorted({0, behind, begin})
     sign = tokenizer.vocab_size + 1
     arcs = [(state, state, sign, back, 0.0) for state in between]
     arcs += [] if pieces else [(0, begin, 0, 0, 0.0)]
-    alone = [0] if any(map(ALONE.match, texts_of(tokenizer))) else []
+    alone = [0] if any(map(ALONE.match, texts)) else []
     arcs += [(state, begin, space, 0, 0.0) for state in (behind, *alone) for space in spaces]
     seen = Counter()
     states = 3
@@ -275,12 +276,12 @@ def make_lexicon(
             states += len(inside)
     if not options.closed:
         last = sign + 1 + max(seen.values(), default=0)
-        letters, begins = letters_of(tokenizer)
+        letters, begins = letters_of(texts)
         arcs += [(begin, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
         arcs += [(states, states, i, 0, 0.0) for i in letters]
         arcs.append((states, behind, last, 0, 0.0))
         # A Chinese character is a word of its own, with or without a space before.
-        for i in (i for i, text in enumerate(texts_of(tokenizer), 1) if ALONE.fullmatch(text)):
+        for i in [i for i, text in enumerate(texts, 1) if ALONE.fullmatch(text)]:
             for state in {begin, behind}:
                 arcs.append((state, states + i, i, numbers[UNKNOWN] + 1, -options.word_bonus))
             arcs.append((states + i, 0, last, 0, 0.0))
@@ -295,9 +296,8 @@ def texts_of(tokenizer) -> list[str]:
     return texts
 
 
-def letters_of(tokenizer) -> tuple[list[int], list[int]]:
+def letters_of(texts: list[str]) -> tuple[list[int], list[int]]:
     """Lists the labels with which an unknown word goes on, and those with which it begins."""
-    texts = texts_of(tokenizer)
     spaced = [i + 1 for i, text in enumerate(texts) if text[:1].isspace() and not text.isspace()]
     letters = [
         i + 1
