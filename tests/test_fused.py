@@ -44,7 +44,7 @@ for options in ({}, dict(causal=False), VARIANTS["transformer"]):
 print(json.dumps(worst))
 """
 DROPOUT = """
-x = torch.ones(200, 1001)
+x = torch.ones(64, 1001)
 drops = [
     fused.dropped(None, x, torch.tensor(seed), 0.1, 1.0, x.dtype).flatten() == 0
     for seed in ([5, 6], [5, 7], [6, 6])
