@@ -17,10 +17,12 @@ anything else that ffmpeg reads:
 """
 
 import contextlib
+import fnmatch
 import functools
 import glob
 import math
 import os
+import re
 import select
 import shutil
 import signal
@@ -67,7 +69,7 @@ from words import (
 LINGER = 1.0  # seconds for which a pipe is read after Ctrl-C: its writer gets Ctrl-C, too, and ends
 POOL = 8  # batches that are read ahead, so that the pieces of a batch have similar lengths
 # Endings of recordings that need a conversion first, as a line says for each of them in a folder.
-FOREIGN = {"aac", "amr", "m4a", "mp4", "webm", "wma"}
+FOREIGN = set("3gp aac amr ape m4a m4b mka mkv mov mp4 tta webm wma wv".split())
 FORMATS = {"txt": as_txt, "json": as_json, "srt": as_srt, "vtt": as_vtt, "ctm": as_ctm}
 
 
@@ -231,36 +233,78 @@ def recordings_at(path: str) -> list[Recording]:
         return named(sorted(files_below(path)), path) or [Recording(path, path)]
     if os.path.exists(path) or not any(sign in path for sign in "*?["):
         return named([path], os.path.dirname(path))
-    fixed = path  # the folder above all signs of the pattern
-    while any(sign in fixed for sign in "*?["):
-        fixed = os.path.dirname(fixed)
+    if anywhere := re.search(r"(^|/)\*\*(/|$)", path):
+        top = path[: anywhere.end(1)]
+        return named(matches_below(top, path[len(top) :].split("/")), above(path)) or [
+            Recording(path, path)
+        ]
     matches = []
-    for match in sorted(glob.glob(path, recursive=True)):
-        if os.path.isfile(match):
-            matches.append(match)
-        elif "**" not in path:
-            matches += sorted(files_below(match))
-    return named(matches, fixed) or [Recording(path, path)]
+    for match in sorted(glob.glob(path)):
+        matches += [match] if os.path.isfile(match) else sorted(files_below(match))
+    return named(matches, above(path)) or [Recording(path, path)]
 
 
-def files_below(path: str) -> list[str]:
-    """Lists the recordings in a folder and below, and folders that cannot be opened.
+def above(pattern: str) -> str:
+    """Returns the folder above all signs of a pattern."""
+    while any(sign in pattern for sign in "*?["):
+        pattern = os.path.dirname(pattern)
+    return pattern
 
-    Links are followed, and a folder to which several lead counts once. Hidden files and folders do
-    not count. Files of the kinds that cannot be heard count, so that each has a line that says why,
-    unless its conversion lies beside it.
+
+def matches_below(top: str, pattern: list[str]) -> list[str]:
+    """Lists the files below the folders `top`, a pattern itself, that match a pattern's parts.
+
+    The part ** means any number of folders. glob would hear a folder once for each link to it, and
+    where links lead back up it does not come to an end.
     """
+
+    def match(names: list[str], signs: list[str]) -> bool:
+        if not signs or not names:
+            return not names and set(signs) <= {"**"}
+        if signs[0] == "**" and match(names, signs[1:]):
+            return True
+        return fnmatch.fnmatchcase(names[0], signs[0]) and match(
+            names[1:], signs if signs[0] == "**" else signs[1:]
+        )
+
     found = []
+    for folder in sorted(glob.glob(top)) or [top]:
+        paths = [
+            os.path.relpath(os.path.join(place, name), folder or ".")
+            for place, names in folders_below(folder)
+            for name in names
+        ]
+        found += [
+            os.path.join(folder, path) for path in sorted(paths) if match(path.split("/"), pattern)
+        ]
+    return found
+
+
+def folders_below(path: str, failed=lambda error: None) -> Iterator[tuple[str, list[str]]]:
+    """Yields a folder and those below with the names of their files, none of which is hidden.
+
+    Links are followed, and a folder to which several lead comes once.
+    """
     seen = set()
-    walk = os.walk(path, onerror=lambda error: found.append(error.filename), followlinks=True)
-    for folder, folders, names in walk:
+    for folder, folders, names in os.walk(path or ".", onerror=failed, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        parts = [os.path.splitext(name) for name in names if not name.startswith(".")]
+        yield folder, [name for name in names if not name.startswith(".")]
+
+
+def files_below(path: str) -> list[str]:
+    """Lists the recordings in a folder and below, and folders that cannot be opened.
+
+    Files of the kinds that cannot be heard count, so that each has a line that says why, unless its
+    conversion lies beside it.
+    """
+    found = []
+    for folder, names in folders_below(path, lambda error: found.append(error.filename)):
+        parts = [os.path.splitext(name) for name in names]
         heard = {stem for stem, end in parts if end[1:].lower() in EXTENSIONS}
         found += [
             os.path.join(folder, stem + end)

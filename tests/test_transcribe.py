@@ -128,7 +128,14 @@ def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
     (elsewhere / "back").symlink_to(folder)
     (folder / "link").symlink_to(elsewhere)
     assert paths(folder) == [*found, str(folder / "link" / "t.wave")]
+    # With two such links glob finds a folder 2^40 times.
+    (elsewhere / "again").symlink_to(folder)
+    assert paths(folder / "**" / "?.wav*") == [found[1], str(folder / "link" / "t.wave")]
     (folder / "link").unlink()
+    assert paths(folder / "**") == found
+    assert paths(folder / "d*" / "**" / "e?" / "**" / "*.ogg") == [found[3]]
+    monkeypatch.chdir(folder)
+    assert paths("**/*.flac", "d*/**/c.*") == ["a.flac", "deep/er/c.ogg"]
     (folder / "video.mp4").write_bytes(b"no sound")
     status, out, err = hear(capsys, world, folder)
     assert (status, len(out)) == (2, len(found)) and "video.mp4: cannot be decoded" in err[-1]
