@@ -130,7 +130,7 @@ def recordings(draw):
     return bytes(changed), damage, whole
 
 
-@cases(150)
+@cases(100)
 @given(recordings())
 def test_both_ways_in_hear_the_same_and_all_that_is_there(recording):
     content, damage, whole = recording
