@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 
 import train
 from datamodule import audio_lengths, get_concat_dataset
-from helpers import ROOT, TINY_FLAGS, module, one_line
+from helpers import ROOT, SIZES, TINY_FLAGS, module, one_line
 from recovery import MemoryCheck
 from tokenizer import load_tokenizer
 from tools import gpu_check, gpu_work
@@ -42,10 +42,11 @@ def small():
             "HOUR_ROWS": 4,
             "LINKS": 2,
             "SECONDS": 1.5,
-            "SMALL_ROWS": 8,
+            "SMALL_ROWS": 6,
             "SMALL_SECONDS": 1.2,
             "FEW": 6,
-            "PRESET": "tiny",
+            "PRESET": "small enough",
+            "PRESETS": {"small enough": SIZES},
             "LABELS": 3,
             "VOCABULARY": 50,
             "SHAPE": (2, 60),
@@ -54,8 +55,8 @@ def small():
             "BASE": BASE,
             "SMALL": SMALL,
             "EPOCHS": 2,
-            "UPDATES": 5,
-            "PROFILED": (1, 3),
+            "UPDATES": 3,
+            "PROFILED": (0, 2),
         }.items():
             patch.setattr(gpu_work, name, value)
         yield
@@ -111,7 +112,7 @@ def test_a_row_of_nan_is_named_and_the_weights_stay_finite(folder):
 
 def test_equal_trainings_have_equal_losses(folder):
     figures = gpu_work.check_losses(folder, "cpu")
-    assert figures["updates"] == 5 and figures["largest_difference"] == 0
+    assert figures["updates"] == 3 and figures["largest_difference"] == 0
     assert not judged("losses", figures)
 
 
@@ -363,6 +364,17 @@ def test_a_check_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypa
         "os.write(1, b'at step 3\\n'); "  # print may write the end of the line by itself
         "time.sleep(600)"
     )
+    began = time.monotonic()
+
+    def late():
+        """The time is over as soon as both processes have said where they are."""
+        log = tmp_path / "one.log"
+        while log.exists() and log.read_text().count("step") < 2:
+            assert time.monotonic() < began + 60
+            time.sleep(0.01)
+        return began + 4 * log.exists()
+
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=late))
     found = run([check(seconds=4)], tmp_path, code, monkeypatch)
     (figures,) = found.values()
     assert figures["error"] == "not done after 4 s, at: at step 3"

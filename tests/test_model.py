@@ -111,10 +111,12 @@ def precision_plugins(precision):
     return {"precision": precision}
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "muon"])
+@pytest.mark.parametrize(
+    "optimizer, precision",
+    [("adamw", "32"), ("adamw", "16-mixed"), ("adam", "bf16-mixed"), ("muon", "16-mixed")],
+)
 def test_a_nan_in_one_micro_batch_of_four_leaves_everything_as_it_was(
-    tmp_path, precision, optimizer
+    tmp_path, optimizer, precision
 ):
     model = make(tmp_path, optimizer=optimizer)
     trainer, states = fit(
@@ -167,10 +169,11 @@ def test_accumulation_starts_afresh_after_a_skip(tmp_path):
 
 
 def test_gradscalers_opening_overflows_are_not_skips(tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
     model = make(tmp_path, max_skips=3)
-    fit(model, batches(40), plugins=MixedPrecision("16-mixed", "cpu", scaler))
-    assert scaler.get_scale() < 2.0**40 and model.skips_in_all == 0 and not skipped(tmp_path)
+    fit(model, batches(8), plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    # There were more than max_skips in a row.
+    assert scaler.get_scale() < 2.0**22 and model.skips_in_all == 0 and not skipped(tmp_path)
 
 
 def test_gradscaler_still_updates_in_a_skipped_window(tmp_path):
@@ -299,8 +302,11 @@ def test_the_checkpoint_is_plain_data_and_gives_the_same_model_back(tmp_path):
     assert chunked[0].score != whole[0].score
 
 
-@pytest.mark.parametrize("chunk_size, left_chunks", [(-1, -1), (4, -1), (4, 1)])
-@pytest.mark.parametrize("mode", MODES)
+# The encoder alone knows of chunks, and joint search hears all that comes from the encoder.
+@pytest.mark.parametrize(
+    "mode, chunk_size, left_chunks",
+    [*((mode, -1, -1) for mode in MODES), ("joint", 4, -1), ("joint", 4, 1)],
+)
 def test_what_is_heard_depends_neither_on_neighbours_nor_on_padding(mode, chunk_size, left_chunks):
     model = make().double().eval()
     with torch.no_grad():
@@ -449,6 +455,9 @@ def test_a_checkpoint_with_code_in_it_runs_none_of_it_and_is_refused_in_one_line
     assert sprung.exists()  # the trap was set
 
 
+ASKED = ("weights_only", "ckpt_path", "allow_pickle")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_nothing_unpickles(path):
     """torch.load and Lightning's ckpt_path read weights only; no other reader could run code."""
@@ -456,7 +465,7 @@ def test_nothing_unpickles(path):
         node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
     ):
         name = ast.unparse(call.func)
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        given = {word.arg: ast.unparse(word.value) for word in call.keywords if word.arg in ASKED}
         assert name != "torch.load" or path.name == "checkpoint.py", (
             f"{path.name}:{call.lineno}: checkpoint.read_weights_only is for that"
         )

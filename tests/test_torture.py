@@ -5,11 +5,16 @@ import re
 from tools import torture
 
 
-def test_killed_runs_end_as_unbroken_ones_and_their_checkpoints_always_load(capsys):
-    assert torture.main(["--kills", "4", "--seed", "1"]) == 0
+def test_killed_runs_end_as_unbroken_ones_and_their_checkpoints_always_load(capsys, monkeypatch):
+    # test_train.py kills the other kinds, at places that it chooses.
+    monkeypatch.setattr(torture, "KINDS", torture.KINDS[:1])
+    monkeypatch.setattr(torture, "SMALL", f"{torture.SMALL} --max_epochs 2")
+    # By this seed the first kill is late in the run, behind several checkpoints, and the second
+    # comes while one is saved.
+    assert torture.main(["--kills", "2", "--seed", "323"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     kills, loaded, damaged, runs, differ = (
         int(re.search(rf"(\d+) {word}", last)[1])
         for word in ("kills", "checkpoints loaded", "did not", "runs", "of them not")
     )
-    assert kills >= 4 and loaded > 0 and runs > 0 and damaged == differ == 0
+    assert kills >= 2 and loaded > 0 and runs > 0 and damaged == differ == 0
