@@ -45,6 +45,7 @@ import pytest
 import soundfile
 import torch
 from hypothesis import strategies as st
+from pytorch_lightning.trainer.connectors import callback_connector
 
 import audio
 import containers
@@ -61,7 +62,7 @@ from checkpoint import CONFIG_PARTS, write_folder
 from datamodule import rows_rate
 from helpers import ROOT, TINY_FLAGS, encoded, module, noise, tree
 from helpers_model import save_model, tiny_model
-from model import U2, load_checkpoint
+from model import U2, load_checkpoint, make_net
 from tokenizer import from_vocab, load_tokenizer, normalize_text, save_tokenizer, train_char
 from tools import align, bench, compare, export, parity, torture, wenet_import
 from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
@@ -593,7 +594,6 @@ def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
         billion("a: &a [x" + 8 * ", x" + "]\n", "{name}: &{name} [{before}]\n") + "encoder: *j\n",
         billion("a: &a {x: 1}\n", "{name}: &{name} {{<<: [{before}]}}\n"),
         "encoder: &a [*a]",
-        "a: " + nested("[", "", "]"),
         "encoder: " + nested("- ", "a", "", 2000),
         "a: !!python/object:os.system x",
         "? [a]\n: b",
@@ -602,7 +602,7 @@ def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
         "a: " + "9" * 5000,
         "[" * 10**6,
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_no_yaml_swells(text, tmp_path):
     (tmp_path / "train.yaml").write_text(text)
@@ -678,9 +678,13 @@ def test_a_large_vocabulary_costs_a_text_no_more_than_a_small_one(monkeypatch):
 
 
 @pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73\u0316", "\u0f71\u0344\u0f73\u0316a"])
-def test_marks_on_a_letter_take_no_square_of_their_number(marks, tmp_path):
+def test_marks_on_a_letter_are_put_in_order(marks):
     assert normalize_text("a" + marks * 600) == unicodedata.normalize("NFC", "a" + marks * 600)
-    (tmp_path / "words").write_text("a" + marks[:2] * 2**17)
+
+
+def test_marks_on_a_letter_take_no_square_of_their_number(tmp_path):
+    """The first of these marks becomes two, so that unicodedata alone takes minutes."""
+    (tmp_path / "words").write_text("a" + "\u0f73\u0316" * 2**17)
     assert "cannot spell" in refusal(read_hotwords, str(tmp_path / "words"))
 
 
@@ -760,7 +764,8 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_path):
+def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.MANY_PARTS", 2**16)  # which 2^60 parts reach within a moment
     checkpoint = torch.load(place / "best.ckpt", weights_only=True)
     for name in ("x.ckpt", "final.pt"):
         (tmp_path / name).write_bytes(ATTACKS[attack](checkpoint))
@@ -1144,16 +1149,17 @@ def parquet(path, readme="", packed="zstd", **columns) -> Path:
 
 
 @pytest.mark.parametrize("column", ["audio", "text", "list"])
-def test_a_parquet_column_that_swells_is_refused(column, tmp_path):
+def test_a_parquet_column_that_swells_is_refused(column, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNPACKED", 2**23)  # the bombs are written within a moment
     packed = "zstd"
     if column == "audio":
-        columns = {"audio": sound_bytes(sound_file(), bytes(2**27))}
+        columns = {"audio": sound_bytes(sound_file(), bytes(2**24))}
     elif column == "text":
-        columns = {"text": ["a", "b" * 2**27]}
-    else:  # a dictionary holds the same value 2^25 times in a few bytes
+        columns = {"text": ["a", "b" * 2**24]}
+    else:  # a dictionary holds the same value 2^22 times in a few bytes
         packed = None
-        ends = pa.array([0, 2**25, 2**25], pa.int32())
-        values = pa.ListArray.from_arrays(ends, pa.array(np.zeros(2**25, np.float32)))
+        ends = pa.array([0, 2**22, 2**22], pa.int32())
+        values = pa.ListArray.from_arrays(ends, pa.array(np.zeros(2**22, np.float32)))
         fields = {"array": values, "sampling_rate": pa.array([16000, 16000])}
         columns = {"audio": pa.StructArray.from_arrays([*fields.values()], [*fields])}
     source = parquet(tmp_path / "source", packed=packed, **columns)
@@ -1468,14 +1474,23 @@ def train_a_little(trainer, model, datamodule, **_):
     raise Reached
 
 
+@functools.cache
+def is_large(options, frontend) -> bool:
+    """Tells whether weights with numbers would take much memory and time."""
+    with torch.device("meta"):
+        net = make_net(options, frontend, train_char(["abcdefgh"]))
+    return sum(p.numel() for p in net.parameters()) > 10**7
+
+
 def small(**given):
     """Makes a U2, whose weights have numbers where that takes little memory and time."""
     options = given["options"]
     if max(options.num_blocks, options.decoder_num_blocks, options.r_num_blocks) > 20:
         raise Reached
-    with torch.device("meta"):
-        model = U2(**given)
-    return model if sum(p.numel() for p in model.parameters()) > 10**7 else U2(**given)
+    if is_large(options, given["frontend"]):
+        with torch.device("meta"):
+            return U2(**given)
+    return U2(**given)
 
 
 def write_texts(model, options, chunks, folder):
@@ -1487,6 +1502,8 @@ def work_is_short(patch):
     """Lets commands end where their long work begins, or do little of it."""
     patch.setattr(train.L.Trainer, "fit", train_a_little)
     patch.setattr(train, "U2", small)
+    patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])  # of all packages
+    patch.setattr(datamodule, "load_shard", functools.cache(datamodule.load_shard))
     patch.setattr(align.demo, "plan", lambda *_: [align.speak.Utterance("ab", "f1", 150, 50)])
     patch.setattr(align.speak, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
     patch.setattr(align.demo, "write_wavs", reached)
@@ -1517,7 +1534,7 @@ def outcome(name, argv, capsys) -> str | None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monkeypatch, capsys):
-    """Each flag gets two values by chance, and its own bounds."""
+    """Each flag gets two values by chance, and its own bounds; a switch is given."""
     rng = random.Random(name)
     counts = Counter()
     for path in place.iterdir():
@@ -1527,9 +1544,10 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     two_bounds = r"(?:within |above )(\S+?)(?: \.\.|,) (?:at most )?([^\s)]+)"
     for flag in flags(name):
         bounds = re.findall(two_bounds, flag.help)
-        for value in (*rng.sample(VALUES, 2), *(bounds[0] if bounds else ())):
+        values = [[value] for value in (*rng.sample(VALUES, 2), *(bounds[0] if bounds else ()))]
+        for value in values if flag.nargs != 0 else [[]]:
             argv = [*COMMANDS[name].split(), flag.option_strings[-1]]
-            line = outcome(name, argv + [value] * (flag.nargs != 0), capsys)
+            line = outcome(name, argv + value, capsys)
             counts[line is None] += 1
             for made in ("new", "new.ckpt"):
                 shutil.rmtree(tmp_path / made, ignore_errors=True)
@@ -1793,23 +1811,33 @@ def test_a_pipe_whose_header_lies_is_sound_or_one_line(pipe, format):
 
 
 def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_is_heard(world):
-    argv = ["--checkpoint", world / "best.ckpt", "--stream", "--chunk_size", "4", "-"]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, ROOT / "transcribe.py", *argv], **pipes)
+    argv = ["--checkpoint", str(world / "best.ckpt"), "--stream", "--chunk_size", "4", "-"]
+    (given, stdin), (stdout, out), (stderr, err) = (os.pipe() for _ in range(3))
+    if not (child := os.fork()):  # a program of its own would import torch for seconds
+        status = 1
+        try:
+            for number, file in enumerate((given, out, err)):
+                os.dup2(file, number)
+            os.close(stdin)
+            sys.argv = ["transcribe.py", *argv]
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+            cli.run(transcribe.main)
+            status = 0
+        finally:
+            os._exit(status)
+    for file in (given, out, err):
+        os.close(file)
     wav = sound_file(0.1 * np.sin(np.arange(3000)))
     samples = (np.random.default_rng(0).normal(0, 0.1, 14400) * 32767).astype("<i2").tobytes()
-    try:
-        process.stdin.write(wav[:40] + b"\xff" * 4 + samples)
-        process.stdin.flush()  # the pipe stays open
-        assert b" s " in process.stderr.readline()  # the first chunk has been heard
-        process.send_signal(signal.SIGINT)
-        process.wait(DEADLINE)
-        assert (process.returncode, process.stdout.read()[:2]) == (0, b"-\t")
-        *_, final = process.stderr.read().decode().splitlines()
+    with open(stdin, "wb") as pipe, open(stdout) as said, open(stderr) as told:
+        pipe.write(wav[:40] + b"\xff" * 4 + samples)
+        pipe.flush()  # the pipe stays open
+        first = told.readline()
+        os.kill(child, signal.SIGINT)
+        final = (first + told.read()).splitlines()[-1]
+        assert " s " in first  # the first chunk has been heard
+        assert said.read()[:2] == "-\t" and os.waitpid(child, 0)[1] == 0
         assert final.split()[:3] == ["0.90", "s", "="]  # all of its samples
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_stream_of_integer_steps_is_scaled_as_any_other():
