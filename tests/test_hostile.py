@@ -20,6 +20,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1821,7 +1822,7 @@ def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_i
             os.close(stdin)
             sys.argv = ["transcribe.py", *argv]
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
-            cli.run(transcribe.main)
+            runpy.run_path(str(ROOT / "transcribe.py"), run_name="__main__")
             status = 0
         finally:
             os._exit(status)
