@@ -11,6 +11,11 @@ import io
 import itertools
 import json
 import math
+import os
+import runpy
+import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +95,35 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
     """The message of a caught error, which must be a single line."""
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def as_program(cwd, script, *words):
+    """Runs a script as a program in the folder `cwd`: (exit status, stdout, stderr).
+
+    It runs in a fork of this process, because a new Python would import torch for seconds.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if not (child := os.fork()):
+            status = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                os.chdir(cwd)
+                sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+                sys.argv = [str(script), *map(str, words)]
+                runpy.run_path(str(script), run_name="__main__")
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return status, out.read(), err.read()
 
 
 def cases(count: int) -> settings:

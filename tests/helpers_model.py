@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import cli
@@ -13,7 +14,8 @@ import pytorch_lightning as L
 import torch
 
 import score
-from helpers import TINY, TWO_BLOCKS
+from files import MARK
+from helpers import TINY, TWO_BLOCKS, same
 from model import U2, OptimOptions
 from tokenizer import save_tokenizer, train_char
 from transforms import Frontend
@@ -59,6 +61,19 @@ def save_model(model: U2, path) -> None:
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, path)
+
+
+def copied_onnx(written, chunks, folder):
+    """A function that stands for export.write_onnx, which takes seconds, where `folder` has the
+    files of the model `written`: it copies them, for this model alone."""
+
+    def write_onnx(model, asked, out):
+        assert (model.options, model.frontend) == (written.options, written.frontend)
+        assert model.tokenizer.to_dict() == written.tokenizer.to_dict() and asked == chunks
+        assert same([*model.state_dict().values()], [*written.state_dict().values()])
+        shutil.copytree(folder, out, ignore=shutil.ignore_patterns(MARK), dirs_exist_ok=True)
+
+    return write_onnx
 
 
 def quiet_trainer(*callbacks, **options) -> L.Trainer:

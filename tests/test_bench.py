@@ -1,8 +1,10 @@
 """Every command of tools.bench prints its figures, here at tiny sizes; and padding is little."""
 
+import contextlib
+import io
 import json
 import math
-import subprocess
+import pickle
 import sys
 
 from cli import UserError
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, SIZES
+from helpers import SIZES
 from presets import PRESETS
 from sampler import LengthGroupedSampler, ShapedSampler
 from tools import bench, workloads
@@ -35,6 +37,8 @@ def last_line(capsys, *argv):
 
 
 def in_this_process(work, *arguments):
+    """Stands for bench.in_fresh_process, which imports torch for seconds."""
+    work, arguments = pickle.loads(pickle.dumps((work, arguments)))
     return work(*arguments)
 
 
@@ -59,6 +63,7 @@ def small(monkeypatch):
 
 
 def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small, monkeypatch):
+    monkeypatch.setattr(bench, "in_fresh_process", in_this_process)
     argv = ["data", "--data_root", str(tmp_path / "corpus"), "--rows", "2010"]
     found = last_line(capsys, *argv)
     assert set(found) == {
@@ -77,19 +82,25 @@ def test_data_makes_a_corpus_once_and_measures_it(tmp_path, capsys, small, monke
     # 1,998 rows are about 48 batches of 400 s: 7 or 8 cells, which so few rows pad a good deal.
     assert 12 <= found["shapes"] <= 24 and found["shapes_padding_waste"] < 0.15
     assert sorted(tmp_path.iterdir()) == [tmp_path / "corpus"]
-    monkeypatch.setattr(bench, "in_fresh_process", in_this_process)  # a fresh one worked above
     with pytest.raises(UserError, match="has 2010 rows, not 2000"):
         bench.main([*argv[:-1], "2000", *TINY])
 
 
-def test_train_runs_without_datasets():
-    code = (
-        "import sys; sys.modules['datasets'] = None; from tools import bench; bench.GEMM = 64; "
-        f"bench.WARM_UP = bench.ROUNDS = 1; bench.main({['train', *TINY]})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def train_without_datasets():
+    """Returns what a process prints in which nobody has imported datasets, nor can."""
+    assert "datasets" not in sys.modules
+    sys.modules["datasets"] = None
+    bench.GEMM = 64
+    bench.WARM_UP = bench.ROUNDS = 1
+    workloads.ROWS = 2
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        bench.main(["train", "--frames", "100", *TINY])
+    return said.getvalue()
+
+
+def test_train_runs_in_a_fresh_process_without_datasets():
+    """Unpickling the function imports what is imported above, the benchmark among it."""
+    found = json.loads(bench.in_fresh_process(train_without_datasets).splitlines()[-1])
     assert set(found) == {
         "gemm_gflops",
         "linear_gflops",

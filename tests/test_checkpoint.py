@@ -20,22 +20,24 @@ import transcribe
 from checkpoint import HUB_FILES
 from files import MARK
 from helpers import one_line
-from helpers_model import exportable_model, save_model
+from helpers_model import copied_onnx, exportable_model, save_model
 from model import load_checkpoint, read_checked
 from tokenizer import load_tokenizer
 from tools import export
 from tools.compare import read_scores
 from tools.onnx_checks import synthetic_sound
+from tools.onnx_graphs import ChunkOptions
 
 PARTS = ("model_options", "optim_options", "frontend", "tokenizer")
 SOUND = synthetic_sound(16000, 2.13)
+SIZES = "--chunk_size 4 --left_chunks 2".split()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(best.ckpt, the folder that `python -m tools.export --hub_dir` makes of it)."""
     folder = tmp_path_factory.mktemp("run")
-    save_model(exportable_model(), folder / "best.ckpt")
+    save_model(exportable_model(seed=1, num_blocks=1), folder / "best.ckpt")
     write(folder / "best.ckpt", folder / "hub")
     return folder / "best.ckpt", folder / "hub"
 
@@ -43,7 +45,7 @@ def made(tmp_path_factory):
 def write(checkpoint, folder, *more):
     """Exports a checkpoint to a folder."""
     words = ["--checkpoint", str(checkpoint), "--hub_dir", str(folder)]
-    export.main([*words, *"--max_int8_cer 1 --chunk_size 4 --left_chunks 2".split(), *more])
+    export.main([*words, "--max_int8_cer", "1", *SIZES, *more])
 
 
 def refused(argv, main=export.main):
@@ -256,6 +258,8 @@ def test_the_card_has_the_scores_beside_the_checkpoint_and_invents_none(made, tm
 def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
     words = ["--checkpoint", made[0], "--hub_dir"]
     assert "hub exists; name another folder, or add --overwrite" in refused([*words, made[1]])
+    again = copied_onnx(load_checkpoint(str(made[0]))[0], ChunkOptions(4, 2), made[1] / "onnx")
+    monkeypatch.setattr(export, "write_onnx", again)
     folder = tmp_path / "hub"
     shutil.copytree(made[1], folder)
     write(made[0], folder, "--overwrite")
@@ -264,7 +268,7 @@ def test_nothing_is_overwritten_or_left_in_half(made, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export, "check_files", lambda *args: (_ for _ in ()).throw(UserError("unlike"))
     )
-    assert "unlike" in refused([*words, tmp_path / "new"])
+    assert "unlike" in refused([*words, tmp_path / "new", *SIZES])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
     assert "leave one of them out" in refused([*words, folder, "--out", tmp_path / "out"])
 

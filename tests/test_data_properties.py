@@ -135,7 +135,7 @@ def is_label(ids):
     return ids is not None and all(i is not None and 0 < i < TOKENIZER.vocab_size for i in ids)
 
 
-@cases(200)
+@cases(100)
 @given(tables(), st.sampled_from(FRONTENDS), st.booleans())
 def test_any_row_is_used_as_promised_dropped_with_a_reason_or_refused_by_name(
     table, frontend, wanted
@@ -233,9 +233,18 @@ def test_a_label_of_a_million_tokens_is_dropped_and_not_a_problem():
     assert keep.tolist() == [False, True] and reasons == {"labels too long for CTC": 1}
 
 
-@cases(12)
-@given(
-    st.sampled_from((*SPOILS, None, 1e30, 1e38)), st.integers(0, 8999), st.sampled_from(FRONTENDS)
+@pytest.mark.parametrize(
+    "value, place, frontend",
+    [
+        (np.nan, 0, FRONTENDS[0]),
+        (np.inf, 8999, FRONTENDS[1]),
+        (-np.inf, 4000, FRONTENDS[2]),
+        (None, 8999, FRONTENDS[2]),
+        (1e30, 4000, FRONTENDS[0]),
+        (1e38, 0, FRONTENDS[1]),
+        (1e38, 8999, FRONTENDS[2]),
+    ],
+    ids=["nan", "inf", "-inf", "null", "1e30", "1e38", "1e38 fbank"],
 )
 def test_a_row_that_is_not_finite_costs_one_update_and_no_weight(value, place, frontend):
     noise = np.random.default_rng(0)
@@ -328,7 +337,7 @@ def applied(transform, example, key):
     return made
 
 
-@cases(250)
+@cases(120)
 @given(
     st.integers(0, 6000),
     st.sampled_from(["noise", "silence", "clipped", "offset", "tiny"]),

@@ -3,7 +3,10 @@
 onnxruntime is called here as sherpa-onnx and WeNet's runtime call it.
 """
 
+import contextlib
 import dataclasses
+import functools
+import io
 import itertools
 import runpy
 import subprocess
@@ -15,6 +18,7 @@ from cli import UserError
 
 import datasets
 import numpy as np
+import onnxruntime
 import pytest
 import soundfile
 import torch
@@ -22,7 +26,7 @@ import torch
 from decode import SearchOptions
 from frames import MAX_POSITION, subsampled_length
 from helpers import ROOT, TWO_BLOCKS, one_line
-from helpers_model import exportable_model, save_model, tiny_model
+from helpers_model import copied_onnx, exportable_model, save_model, tiny_model
 from tokenizer import Tokenizer, from_vocab, save_tokenizer, train_bpe, train_char
 from tools import export, lm, onnx_checks, parity
 from tools.export import BLANK, ExportOptions, main, token_lines
@@ -36,7 +40,14 @@ from tools.onnx_checks import (
     network_whole,
     synthetic_sound,
 )
-from tools.onnx_graphs import Chunk, ChunkOptions, cache_inputs
+from tools.onnx_graphs import (
+    Chunk,
+    ChunkOptions,
+    cache_inputs,
+    sherpa_graphs,
+    wenet_graphs,
+    write_graph,
+)
 from tools.wenet_import import load_wenet
 from transforms import STREAM_WINDOW, Frontend, extract
 from wfst import load_graph
@@ -49,9 +60,11 @@ AN4 = ROOT.parent / "shared" / "speech" / "an4" / "dev"
 
 
 def write(model, folder, chunks=CHUNKS, **options):
-    lines = export_model(
-        model, ExportOptions(**{"out": str(folder / "out"), "max_int8_cer": 1.0, **options}), chunks
-    )
+    options = ExportOptions(**{"out": str(folder / "out"), "max_int8_cer": 1.0, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        # The sound has fewer seconds than the command's own: each chunk is heard by each graph.
+        patch.setattr(export, "synthetic_sound", functools.partial(synthetic_sound, seconds=2.13))
+        lines = export_model(model, options, chunks)
     return folder / "out", lines
 
 
@@ -63,8 +76,24 @@ def fbank(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log_mel(tmp_path_factory):
-    model = exportable_model("log_mel", features={"tail_padding": 90})
-    return model, *write(model, tmp_path_factory.mktemp("log_mel"))
+    """(the model, the folder, what is printed) of the command on a recording."""
+    folder = tmp_path_factory.mktemp("log_mel")
+    model, path = exportable_model("log_mel", features={"tail_padding": 90}), folder / "model.ckpt"
+    save_model(model, path)
+    soundfile.write(folder / "sound.wav", SOUND.numpy(), 16000)
+    (folder / "out").mkdir()
+    words = f"--checkpoint {path} --out {folder}/out --overwrite --max_int8_cer 1 --chunk_size 4"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main([*words.split(), "--left_chunks", "2", "--audio", f"{folder}/sound.wav"])
+    return model, folder / "out", said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A smaller model on log_mel, without a tail, and its files."""
+    folder = tmp_path_factory.mktemp("bare")
+    export.write_onnx(model := exportable_model("log_mel", num_blocks=1), CHUNKS, str(folder))
+    return model, folder
 
 
 def session_of(folder, name):
@@ -366,9 +395,10 @@ def test_hear_py_hears_what_the_network_hears(log_mel):
     assert not list(folder.glob("encoder.onnx"))
 
 
-def test_hear_py_prints_an_empty_line_for_less_than_an_encoder_frame(tmp_path, monkeypatch, capsys):
-    export.write_onnx(exportable_model("log_mel"), CHUNKS, str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+def test_hear_py_prints_an_empty_line_for_less_than_an_encoder_frame(bare, monkeypatch, capsys):
+    monkeypatch.chdir(bare[1])
+    once = functools.cache(onnxruntime.InferenceSession)  # each file is opened for the first sound
+    monkeypatch.setattr(onnxruntime, "InferenceSession", once)
     for name in ("model.onnx", "model-streaming.onnx"):
         monkeypatch.setattr(sys, "argv", ["hear.py", name, "sound.wav"])
         for samples in (0, 1, 200, 1000, 1040, 1359):
@@ -422,6 +452,7 @@ def test_the_streaming_graph_forgets_as_a_stream_does(log_mel):
 def test_other_sizes_and_kinds(tmp_path):
     """The model differs from the others in every option that may differ."""
     model = exportable_model(
+        num_blocks=1,
         cnn_module_norm="batch_norm",
         input_layer="conv2d6",
         activation_type="relu",
@@ -443,7 +474,7 @@ def test_other_sizes_and_kinds(tmp_path):
 
 
 def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tmp_path):
-    model = exportable_model(features=dict(high_freq=-400.0))
+    model = exportable_model(num_blocks=1, features=dict(high_freq=-400.0))
     theirs = parity.sherpa_features(model, SOUND)[0]
     ours = extract(model.frontend)(SOUND[40:])  # sherpa-onnx's frames begin 7.5 ms before 0
     torch.testing.assert_close(theirs[1 : 1 + len(ours)], ours, rtol=0, atol=1e-3)
@@ -459,13 +490,18 @@ def test_a_model_with_sherpa_s_filters_differs_from_sherpa_at_the_edges_alone(tm
 
 
 def sounds():
-    files = sorted(AN4.glob("*.flac"))[:3]
+    files = sorted(AN4.glob("*.flac"))[:2]
     return [SOUND, *(torch.from_numpy(soundfile.read(path, dtype="float32")[0]) for path in files)]
 
 
 @pytest.fixture(scope="module")
 def rows(fbank):
-    return parity.all_outcomes(fbank[0], CHUNKS, sounds())
+    model, folder, _ = fbank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "write_onnx", copied_onnx(model, CHUNKS, folder))
+        # Otherwise both kinds of features write the same file.
+        patch.setattr(parity, "write_louder", functools.cache(parity.write_louder))
+        return parity.all_outcomes(model, CHUNKS, sounds())
 
 
 @pytest.mark.parametrize("features", [parity.OWN, parity.SHERPA])
@@ -515,16 +551,19 @@ def test_a_graph_that_differs_is_an_error(tmp_path, monkeypatch):
         return true(before, size, first + CACHE, width)
 
     monkeypatch.setattr(Chunk, "positions", staticmethod(shifted))
-    assert refused(exportable_model(), tmp_path).startswith(
+    model = exportable_model(num_blocks=1, features=dict(high_freq=-400.0))  # not for WeNet
+    assert refused(model, tmp_path).startswith(
         "runs/demo/best.ckpt: model-streaming.onnx: its log-probabilities are up to"
     )
 
 
-def test_int8_that_hears_otherwise_is_an_error(tmp_path, monkeypatch):
+def test_int8_that_hears_otherwise_is_an_error(log_mel, tmp_path, monkeypatch):
+    model, folder, _ = log_mel
+    monkeypatch.setattr(export, "write_onnx", copied_onnx(model, CHUNKS, folder))
     monkeypatch.setattr(
         export, "check_files", lambda *args: onnx_checks.check_files(*args[:-1], -1.0)
     )
-    assert "model.int8.onnx" in refused(exportable_model("log_mel"), tmp_path)
+    assert "model.int8.onnx" in refused(model, tmp_path)
 
 
 def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows, monkeypatch):
@@ -542,8 +581,11 @@ def test_the_readme_s_python_gives_sherpa_onnx_the_model_s_features(fbank, rows,
     assert heard == next(row.tokens for row in rows if row[:3] == ("chunk", parity.OWN, "torch"))
 
 
-def test_parity_prints_a_table_for_log_mel_too(log_mel, tmp_path, capsys):
-    model, path = log_mel[0], tmp_path / "model.ckpt"
+def test_parity_prints_a_table_for_log_mel_too(bare, tmp_path, monkeypatch, capsys):
+    """All programs hear the model's tail as part of the sound, and no graph adds it once more."""
+    model = exportable_model("log_mel", num_blocks=1, features={"tail_padding": 90})
+    monkeypatch.setattr(parity, "write_onnx", copied_onnx(bare[0], CHUNKS, bare[1]))
+    path = tmp_path / "model.ckpt"
     save_model(model, path)
     columns = {
         "input_values": [SOUND.tolist()] * 2,
@@ -594,14 +636,12 @@ def test_what_the_runtimes_cannot_run_is_refused(tmp_path, monkeypatch, changes,
     assert message in refused(model, tmp_path)
 
 
-def test_sounds_that_are_missing_or_too_short_are_refused(tmp_path):
+def test_sounds_that_are_missing_or_too_short_are_refused(log_mel, tmp_path, monkeypatch):
+    model, folder, _ = log_mel
+    monkeypatch.setattr(export, "write_onnx", copied_onnx(model, CHUNKS, folder))
     soundfile.write(tmp_path / "short.wav", np.zeros(900), 16000)
-    assert "file missing" in refused(
-        exportable_model(), tmp_path, audio=(str(tmp_path / "none.wav"),)
-    )
-    assert "too short" in refused(
-        exportable_model("log_mel"), tmp_path, audio=(str(tmp_path / "short.wav"),)
-    )
+    assert "file missing" in refused(model, tmp_path, audio=(str(tmp_path / "none.wav"),))
+    assert "too short" in refused(model, tmp_path, audio=(str(tmp_path / "short.wav"),))
 
 
 def test_options_are_checked():
@@ -646,31 +686,10 @@ def test_the_command_keeps_what_is_there(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_the_command_says_who_runs_it(tmp_path, capsys):
-    model, path = exportable_model("log_mel"), tmp_path / "model.ckpt"
-    save_model(model, path)
-    soundfile.write(tmp_path / "sound.wav", SOUND.numpy(), 16000)
-    (tmp_path / "out").mkdir()
-    main(
-        [
-            "--checkpoint",
-            str(path),
-            "--out",
-            str(tmp_path / "out"),
-            "--overwrite",
-            "--max_int8_cer",
-            "1",
-            "--chunk_size",
-            "4",
-            "--left_chunks",
-            "1",
-            "--audio",
-            str(tmp_path / "sound.wav"),
-        ]
-    )
-    said = capsys.readouterr().out
+def test_the_command_says_who_runs_it(log_mel):
+    _, folder, said = log_mel
     assert "checked on 1 recording, 2.1 s" in said and "runs in onnxruntime alone" in said
-    assert (tmp_path / "out" / "hear.py").is_file()
+    assert (folder / "hear.py").is_file()
 
 
 def test_the_graphs_of_a_wenet_model_give_what_wenet_gives(golden, tmp_path):
@@ -678,21 +697,21 @@ def test_the_graphs_of_a_wenet_model_give_what_wenet_gives(golden, tmp_path):
     expected = golden[1]
     model, _, _ = load_wenet(str(ROOT.parent / "shared" / "golden" / "u2pp_conformer"))
     chunks = ChunkOptions(8, 1)
-    folder, _ = write(model, tmp_path, chunks)
+    for graph in (sherpa_graphs(model, chunks)[0], wenet_graphs(model, chunks)[0]):
+        write_graph(graph._replace(int8=False), str(tmp_path))
     feats, lengths = expected["feats"], expected["feat_lengths"]
-    log_probs, frames = session_of(folder, "model.onnx").run(
+    log_probs, frames = session_of(tmp_path, "model.onnx").run(
         None, {"x": feats.numpy(), "x_lens": lengths.numpy()}
     )
     for heard, meant, count in zip(log_probs, expected["ctc_log_probs_full"], frames):
         np.testing.assert_allclose(heard[:count], meant[:count].numpy(), atol=1e-4)
     outs = []
+    encoder = session_of(tmp_path, "encoder.onnx")
     _, _, *caches, _ = cache_inputs(model, chunks, 0).values()
     for index, start in enumerate(range(0, int(frames[0]), 8)):
         offset, size, _, _, mask = cache_inputs(model, chunks, index).values()
         window = feats[:1, start * 4 : min(start * 4 + 35, int(lengths[0]))]
-        out, *caches = call(
-            session_of(folder, "encoder.onnx"), window, offset[0], size[0], *caches, mask
-        )
+        out, *caches = call(encoder, window, offset[0], size[0], *caches, mask)
         outs.append(out)
     np.testing.assert_allclose(
         torch.cat(outs, dim=1), expected["stream_out_chunk8_left1"], atol=1e-4

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,7 @@ import pytest
 import soundfile
 import torch
 from hypothesis import strategies as st
+from pytorch_lightning.trainer.connectors import callback_connector
 
 import audio
 import containers
@@ -57,11 +59,11 @@ import sources
 import train
 import transcribe
 import words
-from checkpoint import CONFIG_PARTS, write_folder
+from checkpoint import CONFIG_PARTS, read_checkpoint, write_folder
 from datamodule import rows_rate
 from helpers import ROOT, TINY_FLAGS, encoded, module, noise, tree
 from helpers_model import save_model, tiny_model
-from model import U2, load_checkpoint
+from model import U2, load_checkpoint, make_net
 from tokenizer import from_vocab, load_tokenizer, normalize_text, save_tokenizer, train_char
 from tools import align, bench, compare, export, parity, torture, wenet_import
 from transforms import STREAM_WINDOW, Frontend, feature_state, read_cmvn, stream_features
@@ -593,7 +595,6 @@ def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
         billion("a: &a [x" + 8 * ", x" + "]\n", "{name}: &{name} [{before}]\n") + "encoder: *j\n",
         billion("a: &a {x: 1}\n", "{name}: &{name} {{<<: [{before}]}}\n"),
         "encoder: &a [*a]",
-        "a: " + nested("[", "", "]"),
         "encoder: " + nested("- ", "a", "", 2000),
         "a: !!python/object:os.system x",
         "? [a]\n: b",
@@ -602,7 +603,7 @@ def test_what_is_nested_deep_or_not_finite_is_refused(read, text, tmp_path):
         "a: " + "9" * 5000,
         "[" * 10**6,
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_no_yaml_swells(text, tmp_path):
     (tmp_path / "train.yaml").write_text(text)
@@ -678,9 +679,13 @@ def test_a_large_vocabulary_costs_a_text_no_more_than_a_small_one(monkeypatch):
 
 
 @pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73\u0316", "\u0f71\u0344\u0f73\u0316a"])
-def test_marks_on_a_letter_take_no_square_of_their_number(marks, tmp_path):
+def test_marks_on_a_letter_are_put_in_order(marks):
     assert normalize_text("a" + marks * 600) == unicodedata.normalize("NFC", "a" + marks * 600)
-    (tmp_path / "words").write_text("a" + marks[:2] * 2**17)
+
+
+def test_marks_on_a_letter_take_no_square_of_their_number(tmp_path):
+    """The first of these marks becomes two, so that unicodedata alone takes minutes."""
+    (tmp_path / "words").write_text("a" + "\u0f73\u0316" * 2**17)
     assert "cannot spell" in refusal(read_hotwords, str(tmp_path / "words"))
 
 
@@ -749,7 +754,7 @@ ATTACKS = {
         c | {"x": [torch.zeros(10**5)] * 1000}
     ),
     "compressed": lambda c: rewritten(
-        torch_file(c | {"x": torch.zeros(10**7)}), lambda archive: None, zipfile.ZIP_DEFLATED
+        torch_file(c | {"x": torch.zeros(10**6)}), lambda archive: None, zipfile.ZIP_DEFLATED
     ),
     "records that overlap": lambda c: rewritten(torch_file(c), repeat_records),
     "an archive within another": lambda c: b"PK\3\4" + torch_file(c),
@@ -760,8 +765,9 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_path):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=True)
+def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.MANY_PARTS", 2**16)  # which 2^60 parts reach within a moment
+    checkpoint = torch.load(place / "best.ckpt", weights_only=False)
     for name in ("x.ckpt", "final.pt"):
         (tmp_path / name).write_bytes(ATTACKS[attack](checkpoint))
     for read in (load_checkpoint, load_tokenizer):
@@ -792,7 +798,7 @@ def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_pa
 def test_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(
     options, place, tmp_path
 ):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=True)
+    checkpoint = torch.load(place / "best.ckpt", weights_only=False)
     checkpoint["model_options"] |= options
     torch.save(checkpoint, tmp_path / "x.ckpt")
     refusal(load_checkpoint, str(tmp_path / "x.ckpt"), memory=2**28)
@@ -829,7 +835,7 @@ def places_in(data, path=()):
 
 def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
     """One value of the checkpoint is junk, or is missing."""
-    checkpoint = torch.load(place / "best.ckpt", weights_only=True)
+    checkpoint = torch.load(place / "best.ckpt", weights_only=False)
     rng = random.Random(0)
     counts = Counter()
     everywhere = [p for p in places_in(checkpoint) if p[0] != "state_dict" or len(p) == 1]
@@ -1085,7 +1091,7 @@ def test_a_recording_that_is_a_pipe_or_a_device_is_rejected(tmp_path):
 )
 def test_links_to_links_are_not_followed_for_ever(links, tmp_path):
     source = folder_of(tmp_path / "source")
-    for i in range(30):
+    for i in range(12):
         (source / f"d{i}").mkdir()
         for target, name in links(i):
             (source / f"d{i}" / str(name)).symlink_to(f"../d{target}")
@@ -1144,16 +1150,17 @@ def parquet(path, readme="", packed="zstd", **columns) -> Path:
 
 
 @pytest.mark.parametrize("column", ["audio", "text", "list"])
-def test_a_parquet_column_that_swells_is_refused(column, tmp_path):
+def test_a_parquet_column_that_swells_is_refused(column, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNPACKED", 2**23)  # the bombs are written within a moment
     packed = "zstd"
     if column == "audio":
-        columns = {"audio": sound_bytes(sound_file(), bytes(2**27))}
+        columns = {"audio": sound_bytes(sound_file(), bytes(2**24))}
     elif column == "text":
-        columns = {"text": ["a", "b" * 2**27]}
-    else:  # a dictionary holds the same value 2^25 times in a few bytes
+        columns = {"text": ["a", "b" * 2**24]}
+    else:  # a dictionary holds the same value 2^22 times in a few bytes
         packed = None
-        ends = pa.array([0, 2**25, 2**25], pa.int32())
-        values = pa.ListArray.from_arrays(ends, pa.array(np.zeros(2**25, np.float32)))
+        ends = pa.array([0, 2**22, 2**22], pa.int32())
+        values = pa.ListArray.from_arrays(ends, pa.array(np.zeros(2**22, np.float32)))
         fields = {"array": values, "sampling_rate": pa.array([16000, 16000])}
         columns = {"audio": pa.StructArray.from_arrays([*fields.values()], [*fields])}
     source = parquet(tmp_path / "source", packed=packed, **columns)
@@ -1468,14 +1475,23 @@ def train_a_little(trainer, model, datamodule, **_):
     raise Reached
 
 
+@functools.cache
+def is_large(options, frontend) -> bool:
+    """Tells whether weights with numbers would take much memory and time."""
+    with torch.device("meta"):
+        net = make_net(options, frontend, train_char(["abcdefgh"]))
+    return sum(p.numel() for p in net.parameters()) > 10**7
+
+
 def small(**given):
     """Makes a U2, whose weights have numbers where that takes little memory and time."""
     options = given["options"]
     if max(options.num_blocks, options.decoder_num_blocks, options.r_num_blocks) > 20:
         raise Reached
-    with torch.device("meta"):
-        model = U2(**given)
-    return model if sum(p.numel() for p in model.parameters()) > 10**7 else U2(**given)
+    if is_large(options, given["frontend"]):
+        with torch.device("meta"):
+            return U2(**given)
+    return U2(**given)
 
 
 def write_texts(model, options, chunks, folder):
@@ -1484,9 +1500,16 @@ def write_texts(model, options, chunks, folder):
 
 
 def work_is_short(patch):
-    """Lets commands end where their long work begins, or do little of it."""
+    """Lets commands end where their long work begins, or do little of it, and read files once."""
+    read = functools.cache(read_checkpoint)
+    patch.setattr("model.read_checkpoint", lambda path: copy.deepcopy(read(path)))
     patch.setattr(train.L.Trainer, "fit", train_a_little)
     patch.setattr(train, "U2", small)
+    patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])  # of all packages
+    opened = functools.cache(datamodule.get_concat_dataset)
+    patch.setattr(
+        datamodule, "get_concat_dataset", lambda roots, split: opened(tuple(roots), split)
+    )
     patch.setattr(align.demo, "plan", lambda *_: [align.speak.Utterance("ab", "f1", 150, 50)])
     patch.setattr(align.speak, "speak_with_words", lambda _: (np.zeros(9000, np.float32), []))
     patch.setattr(align.demo, "write_wavs", reached)
@@ -1517,7 +1540,7 @@ def outcome(name, argv, capsys) -> str | None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monkeypatch, capsys):
-    """Each flag gets two values by chance, and its own bounds."""
+    """Each flag gets two values by chance, and its own bounds; a switch is given."""
     rng = random.Random(name)
     counts = Counter()
     for path in place.iterdir():
@@ -1527,9 +1550,10 @@ def test_any_value_of_any_flag_is_one_line_or_a_run(name, place, tmp_path, monke
     two_bounds = r"(?:within |above )(\S+?)(?: \.\.|,) (?:at most )?([^\s)]+)"
     for flag in flags(name):
         bounds = re.findall(two_bounds, flag.help)
-        for value in (*rng.sample(VALUES, 2), *(bounds[0] if bounds else ())):
+        values = [[value] for value in (*rng.sample(VALUES, 2), *(bounds[0] if bounds else ()))]
+        for value in values if flag.nargs != 0 else [[]]:
             argv = [*COMMANDS[name].split(), flag.option_strings[-1]]
-            line = outcome(name, argv + [value] * (flag.nargs != 0), capsys)
+            line = outcome(name, argv + value, capsys)
             counts[line is None] += 1
             for made in ("new", "new.ckpt"):
                 shutil.rmtree(tmp_path / made, ignore_errors=True)
@@ -1635,7 +1659,7 @@ def starts(place, folder) -> list[list[str]]:
 def test_options_within_a_checkpoint_are_checked_as_flags_are(
     part, name, value, place, tmp_path, capsys
 ):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=True) | {"loops": {}}
+    checkpoint = torch.load(place / "best.ckpt", weights_only=False) | {"loops": {}}
     checkpoint[part] = checkpoint.get(part, {}) | {name: value}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     for argv in starts(place, tmp_path):
@@ -1646,7 +1670,7 @@ def test_options_within_a_checkpoint_are_checked_as_flags_are(
 
 @pytest.mark.parametrize("part", ["run_options", "optim_options"])
 def test_options_within_a_checkpoint_that_are_none_are_one_line(part, place, tmp_path, capsys):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=True) | {"loops": {}, part: -1}
+    checkpoint = torch.load(place / "best.ckpt", weights_only=False) | {"loops": {}, part: -1}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     for argv in starts(place, tmp_path):
         assert "last.ckpt: " in outcome("train", argv, capsys)
@@ -1702,6 +1726,21 @@ DEAFENING = {
 }
 
 
+def last_second(frontend, windows, state) -> torch.Tensor:
+    """Returns the last features of a stream that goes on from `state` with a quiet sound."""
+    advance = stream_features(frontend)
+    quiet = 0.02 * noise(16000, seed=1)
+    for _ in range(int(STREAM_WINDOW * windows)):
+        features, state = advance(quiet, state)
+        assert features.isfinite().all()
+    return features
+
+
+@functools.cache
+def spared(frontend, windows) -> torch.Tensor:
+    return last_second(frontend, windows, feature_state())
+
+
 @pytest.mark.parametrize(
     "frontend", [Frontend(), Frontend(frontend="fbank")], ids=["log_mel", "fbank"]
 )
@@ -1709,19 +1748,11 @@ DEAFENING = {
 def test_no_sound_deafens_a_stream_for_good(attack, frontend):
     """Twelve windows after the sound, or two after a click, a stream has the same features as a
     stream that was spared."""
-    advance = stream_features(frontend)
-    quiet = 0.02 * noise(16000, seed=1)
-    seconds = int(STREAM_WINDOW * (2 if "click" in attack else 12))
-
-    def heard(state):
-        for _ in range(seconds):
-            features, state = advance(quiet, state)
-            assert features.isfinite().all()
-        return features
-
-    hurt, state = advance(DEAFENING[attack], feature_state())
+    windows = 2 if "click" in attack else 12
+    hurt, state = stream_features(frontend)(DEAFENING[attack], feature_state())
     assert len(hurt) and hurt.isfinite().all()
-    torch.testing.assert_close(heard(state), heard(feature_state()), rtol=0, atol=0.5)
+    heard = last_second(frontend, windows, state)
+    torch.testing.assert_close(heard, spared(frontend, windows), rtol=0, atol=0.5)
 
 
 @pytest.fixture
@@ -1793,23 +1824,33 @@ def test_a_pipe_whose_header_lies_is_sound_or_one_line(pipe, format):
 
 
 def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_is_heard(world):
-    argv = ["--checkpoint", world / "best.ckpt", "--stream", "--chunk_size", "4", "-"]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, ROOT / "transcribe.py", *argv], **pipes)
+    argv = ["--checkpoint", str(world / "best.ckpt"), "--stream", "--chunk_size", "4", "-"]
+    (given, stdin), (stdout, out), (stderr, err) = (os.pipe() for _ in range(3))
+    if not (child := os.fork()):  # a program of its own would import torch for seconds
+        status = 1
+        try:
+            for number, file in enumerate((given, out, err)):
+                os.dup2(file, number)
+            os.close(stdin)
+            sys.argv = ["transcribe.py", *argv]
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+            runpy.run_path(str(ROOT / "transcribe.py"), run_name="__main__")
+            status = 0
+        finally:
+            os._exit(status)
+    for file in (given, out, err):
+        os.close(file)
     wav = sound_file(0.1 * np.sin(np.arange(3000)))
     samples = (np.random.default_rng(0).normal(0, 0.1, 14400) * 32767).astype("<i2").tobytes()
-    try:
-        process.stdin.write(wav[:40] + b"\xff" * 4 + samples)
-        process.stdin.flush()  # the pipe stays open
-        assert b" s " in process.stderr.readline()  # the first chunk has been heard
-        process.send_signal(signal.SIGINT)
-        process.wait(DEADLINE)
-        assert (process.returncode, process.stdout.read()[:2]) == (0, b"-\t")
-        *_, final = process.stderr.read().decode().splitlines()
+    with open(stdin, "wb") as pipe, open(stdout) as said, open(stderr) as told:
+        pipe.write(wav[:40] + b"\xff" * 4 + samples)
+        pipe.flush()  # the pipe stays open
+        first = told.readline()
+        os.kill(child, signal.SIGINT)
+        final = (first + told.read()).splitlines()[-1]
+        assert " s " in first  # the first chunk has been heard
+        assert said.read()[:2] == "-\t" and os.waitpid(child, 0)[1] == 0
         assert final.split()[:3] == ["0.90", "s", "="]  # all of its samples
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_stream_of_integer_steps_is_scaled_as_any_other():

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -27,7 +26,7 @@ import files
 import prepare
 import tokenizer as tk
 from files import MARK
-from helpers import encoded, tree
+from helpers import as_program, encoded, tree
 
 PREPARE = Path(prepare.__file__)
 
@@ -872,20 +871,12 @@ def test_flags_that_make_no_sense_are_refused(argv, message):
         prepare.prepare_options(argv + more)
 
 
-def test_the_command_exits_with_2_and_one_line(tmp_path):
-    command = [
-        sys.executable,
-        PREPARE,
-        "--source",
-        tmp_path / "absent",
-        "--data_root",
-        tmp_path / "root",
-    ]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and "absent" in result.stderr
+def test_the_command_exits_with_2_and_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    words = ["--source", tmp_path / "absent", "--data_root", tmp_path / "root"]
+    status, out, err = as_program(tmp_path, PREPARE, *words)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and "absent" in err
 
 
 def test_the_last_line_counts_kept_and_rejected(source, tmp_path, capsys):

@@ -37,6 +37,14 @@ TEXTS = [EVIL, "one two", "two three four", "one"]
 SECTIONS = ("Curves", "Augmentation", "CTC and attention", "Worst utterances", "Errors")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse_pictures():
+    """Draws with few dots: how fine a picture is, is not tested, and packing it takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_plots, "DPI", 30)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_char(TEXTS)
@@ -187,8 +195,9 @@ def test_wandb_that_is_not_installed_is_one_line(root, tmp_path, monkeypatch):
     assert "wandb is not installed" in one_line(caught)
 
 
-def test_a_checkpoint_alone_gives_what_there_is(root, tokenizer, tmp_path):
+def test_a_checkpoint_alone_gives_what_there_is(root, tokenizer, tmp_path, monkeypatch):
     """Fbank, a transformer, no trained decoder, and no run.json, logs or steps.jsonl."""
+    monkeypatch.setattr(report, "EXAMPLES", 1)
     options = dataclasses.replace(TINY, encoder="transformer", reverse_weight=0.0, ctc_weight=1.0)
     save_model(tiny_model(tokenizer, options, Frontend("fbank")), tmp_path / "model.ckpt")
     report.main([str(tmp_path / "model.ckpt"), "--data_root", str(root), "--rows", "2"])

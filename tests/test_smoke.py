@@ -13,15 +13,15 @@ import torch
 import prepare
 import score
 import transcribe
-from helpers import ROOT, TINY_FLAGS, module
+from helpers import ROOT, TINY_FLAGS, as_program, module
 from helpers_model import call
 from tools import demo
 
 
-def command(*words):
-    """Runs a program in a Python of its own, as a user starts it."""
+def command(cwd, *words):
+    """Runs a program in a Python of its own, as a user starts it from a folder."""
     result = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return result
@@ -38,15 +38,16 @@ def source(tmp_path_factory):
 
 
 def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path, capsys):
-    # A program takes seconds to import torch. The tests of prepare.py, score.py and transcribe.py
-    # start them as programs, so here these three run within.
+    # A program takes seconds to import torch, so here train.py alone is one, started elsewhere. The
+    # tests of prepare.py, score.py and transcribe.py make a program of each by a fork.
     data = tmp_path / "data"
     run = tmp_path / "run"
     status, out, _ = call(capsys, prepare, "--source", source, "--data_root", data)
     assert status == 0 and "kept 11 rows, rejected 0" in out[-1]
 
     errors = command(
-        "train.py",
+        tmp_path,
+        ROOT / "train.py",
         "--data_root",
         data,
         "--output_dir",
@@ -93,8 +94,8 @@ def test_the_whole_chain_from_recordings_to_transcripts(source, tmp_path, capsys
     status, lines, _ = call(capsys, transcribe, "--checkpoint", run / "best.ckpt", *files)
     assert status == 0 and [line.split("\t")[0] for line in lines] == [str(file) for file in files]
 
-    table = command("-m", "tools.compare", run).stdout
-    assert "attention_rescoring" in table and "tiny" in table
+    status, table, _ = as_program(tmp_path, ROOT / "tools" / "compare.py", run)
+    assert status == 0 and "attention_rescoring" in table and "tiny" in table
 
 
 @pytest.mark.parametrize(

@@ -722,7 +722,7 @@ def place(above, kind, split, number, count):
 
 
 @settings(
-    max_examples=40,
+    max_examples=20,
     derandomize=True,
     deadline=None,
     database=None,
