@@ -89,7 +89,7 @@ def test_every_epoch_has_the_same_shapes_and_every_row_once_where_it_fits(
     frames, labels = CORPORA[corpus]
     bound = SIZES[size]
     before = None
-    for epoch in (0, 1, 2, 7):
+    for epoch in (0, 1, 7):
         ranks = epoch_of(frames, labels, epoch, world_size, **bound)
         batches = list(itertools.chain(*ranks))
         keys = np.array([key for batch in batches for key in batch.keys])

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import files
+import recovery
 import train
 from conformer import U2Conformer
 from helpers import json_lines, same
@@ -114,19 +115,20 @@ def test_the_best_of_a_run_that_ended_between_two_validations_survives_a_move_to
     assert record(moved)["metrics"]["best_val_cer_mean"] == -1
 
 
-@pytest.mark.parametrize("damage", ["cut short", "not finite"])
-def test_a_damaged_best_is_said_and_replaced(data, ended, damage, caplog):
+def test_a_damaged_best_is_said_and_replaced(data, ended, caplog):
     unbeatable(ended / "best.ckpt")
-    if damage == "not finite":
-        poison(ended / "best.ckpt", "state_dict")
-    else:
-        os.truncate(ended / "best.ckpt", 1000)
+    os.truncate(ended / "best.ckpt", 1000)
     run(data, ended, "--max_epochs", 3, "--max_steps", 9, "--resume")
-    assert (
-        load_checkpoint(str(ended / "best.ckpt"))
-        and record(ended)["metrics"]["best_val_cer_mean"] > 0
-    )
+    assert load_checkpoint(str(ended / "best.ckpt"))
+    assert record(ended)["metrics"]["best_val_cer_mean"] > 0
     assert [message for message in caplog.messages if "best.ckpt is damaged" in message]
+
+
+def test_a_best_that_is_not_finite_counts_as_damaged(ended):
+    unbeatable(ended / "best.ckpt")
+    assert recovery.best_score(str(ended / "best.ckpt")) == -1
+    poison(ended / "best.ckpt", "state_dict")
+    assert recovery.best_score(str(ended / "best.ckpt")) == math.inf
 
 
 # Options
@@ -172,8 +174,9 @@ def test_what_is_given_at_a_resume_is_as_if_it_had_always_been(
     data, ended, tmp_path, monkeypatch, words
 ):
     """The optimizer, the learning rate and its schedule are those of the longer run."""
-    always = learning_rates(monkeypatch, data, tmp_path / "always", "--max_epochs", 3, *words)
-    resumed = learning_rates(monkeypatch, data, ended, "--max_epochs", 3, *words, "--resume")
+    longer = ("--max_epochs", 3, "--check_val_every_n_epoch", 3, *words)
+    always = learning_rates(monkeypatch, data, tmp_path / "always", *longer)
+    resumed = learning_rates(monkeypatch, data, ended, *longer, "--resume")
     assert len(resumed) == 4 and resumed == always[8:] and max(lr for lr, *_ in resumed) > 1e-5
     again = torch.load(ended / "last.ckpt", weights_only=True)
     for name, value in zip(words[::2], words[1::2]):
@@ -373,9 +376,10 @@ BROKEN = [
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_state_of_training_that_is_broken_is_one_line_and_stays(
-    data, averaged, tmp_path, path, junk
+    finished, averaged, tmp_path, path, junk
 ):
-    output = shutil.copytree(averaged, tmp_path / "run")
+    of_average = {"Average", "averaging_state", "current_model_state"} & set(path)
+    output = shutil.copytree(averaged if of_average else finished, tmp_path / "run")
     # Reading this one, too, would only take time.
     os.remove(output / "best.ckpt")
     checkpoint = trusted(output / "last.ckpt")
@@ -383,7 +387,8 @@ def test_a_state_of_training_that_is_broken_is_one_line_and_stays(
     torch.save(checkpoint, output / "last.ckpt")
     before = contents(output)
     with pytest.raises(UserError, match=r"last\.ckpt"):
-        train.main(["--output_dir", str(output), "--max_steps", "3", "--resume"])
+        words = "--max_epochs 3 --max_steps 9 --resume".split()
+        train.main(["--output_dir", str(output), *words])
     assert contents(output) == before
 
 
@@ -457,15 +462,14 @@ def test_another_run_is_not_touched_by_a_resume(data, ended, finished, tmp_path)
     assert (tmp_path / "new" / "best.ckpt").exists() and contents(ended) == before
 
 
-@pytest.mark.parametrize("named", ["last.ckpt", ""])
-def test_a_named_checkpoint_goes_on_in_its_own_folder(data, ended, tmp_path, monkeypatch, named):
+def test_a_run_whose_folder_is_named_goes_on_there(data, ended, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(
         [
             "--data_root",
             str(data),
             "--resume",
-            str(ended / named),
+            str(ended),
             "--max_epochs",
             "3",
             "--max_steps",
