@@ -237,14 +237,15 @@ def test_a_label_of_a_million_tokens_is_dropped_and_not_a_problem():
     "value, place, frontend",
     [
         (np.nan, 0, FRONTENDS[0]),
-        (np.inf, 8999, FRONTENDS[1]),
+        (np.inf, 8000, FRONTENDS[1]),
         (-np.inf, 4000, FRONTENDS[2]),
-        (None, 8999, FRONTENDS[2]),
+        (None, 8000, FRONTENDS[2]),
+        (np.nan, 8999, FRONTENDS[2]),  # behind the last frame
         (1e30, 4000, FRONTENDS[0]),
         (1e38, 0, FRONTENDS[1]),
-        (1e38, 8999, FRONTENDS[2]),
+        (1e38, 8000, FRONTENDS[2]),
     ],
-    ids=["nan", "inf", "-inf", "null", "1e30", "1e38", "1e38 fbank"],
+    ids=["nan", "inf", "-inf", "null", "unheard", "1e30", "1e38", "1e38 fbank"],
 )
 def test_a_row_that_is_not_finite_costs_one_update_and_no_weight(value, place, frontend):
     noise = np.random.default_rng(0)
