@@ -1,14 +1,18 @@
 """Reads small files within bounds, and writes files and folders whole or not at all.
 
+Below a folder: walk, follows.
 Reading: open_file, read_small, read_text, read_json, parse_json, parse_yaml, cannot_read.
 Text for others: json_text, csv_text. Writing: write_whole for a file, `published` for a folder.
 Both hold the lock `alone`, so that one process writes at a time.
 """
 
+import collections
 import contextlib
 import csv
 import errno
 import fcntl
+import fnmatch
+import functools
 import hashlib
 import io
 import json
@@ -19,11 +23,74 @@ import shutil
 import stat
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 from cli import UNSHOWN, UserError, shown
 
 import yaml
+
+# ---- What lies below a folder
+
+
+MOST_LINKS = 100  # links to one folder: with links to links the number of paths doubles each time
+DEEPEST = 100  # folders in folders
+
+
+def walk(
+    folder: str,
+    unread: Callable[[str], None] | None = None,
+    again: bool = True,
+    above: tuple[str, ...] = (),
+    seen: collections.Counter | None = None,
+) -> Iterator[str]:
+    """Yields all files below a folder, and behind links but those that lead back up.
+
+    Hidden ones are left out. Unless `again`, a folder comes once, by the first way that leads
+    there. `unread` is told the folders that cannot be read. Without it, they raise UserError, as do
+    more than MOST_LINKS ways to a folder, and more than DEEPEST folders in each other.
+    """
+    real = os.path.realpath(folder)
+    seen = collections.Counter() if seen is None else seen
+    if real in above or seen[real] and not again:
+        return
+    seen[real] += 1
+    if seen[real] > MOST_LINKS:
+        raise UserError(
+            f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some out"
+        )
+    if len(above) > DEEPEST:
+        raise UserError(f"{folder}: it lies below {DEEPEST} folders; take it out")
+    try:
+        entries = sorted((entry.name, entry.path, is_folder(entry)) for entry in os.scandir(folder))
+    except OSError as error:
+        if unread:
+            return unread(folder)
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}); change that, or take it out"
+        ) from None
+    for name, path, goes_on in entries:
+        if not name.startswith("."):
+            yield from walk(path, unread, again, (*above, real), seen) if goes_on else [path]
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Returns whether an entry is a folder or a link to one; a link to itself is neither."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+@functools.lru_cache(2**16)  # without the cache ** after ** would take for ever
+def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Returns whether the names of a path follow a pattern, in which ** is any number of names.
+
+    glob itself would follow links in circles.
+    """
+    if not pattern or not names:
+        return not names and all(step == "**" for step in pattern)
+    if pattern[0] == "**":
+        return follows(names, pattern[1:]) or follows(names[1:], pattern)
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and follows(names[1:], pattern[1:])
+
 
 # ---- Reading
 

@@ -8,7 +8,6 @@ of a hub copy. Joined splits and files left out are named on standard output.
 import codecs
 import collections
 import csv
-import fnmatch
 import functools
 import io
 import itertools
@@ -27,7 +26,7 @@ import soundfile
 
 import tokenizer as tk
 from audio import EXTENSIONS
-from files import parse_yaml, read_small, read_text, why
+from files import DEEPEST, follows, parse_yaml, read_small, read_text, walk, why
 
 # {our name of a split: its names in openslr/librispeech_asr (configurations all, clean, other), and
 # usual names on the hub}.
@@ -58,8 +57,6 @@ TEXTS_AT_ONCE = 16
 UNPACKED = 2**26
 PACKED = 100
 LARGEST_METADATA = 2**30  # bytes of a metadata.csv, some millions of rows
-MOST_LINKS = 100  # links to one folder: with links to links the number of paths doubles each time
-DEEPEST = 100  # folders in folders
 
 
 @options_class
@@ -254,35 +251,6 @@ class Folder:
             if name not in tops and not name.startswith("."):
                 said.append(f"{name}/ (empty)")
         return ", ".join(said)
-
-
-def walk(
-    folder: str, above: tuple[str, ...] = (), seen: collections.Counter | None = None
-) -> Iterator[str]:
-    """Yields all files below a folder, and behind links but those that lead back up.
-
-    Raises UserError where more than MOST_LINKS links lead to a folder, and below DEEPEST folders.
-    """
-    real = os.path.realpath(folder)
-    seen = collections.Counter() if seen is None else seen
-    if real in above:
-        return
-    seen[real] += 1
-    if seen[real] > MOST_LINKS:
-        raise UserError(
-            f"{folder}: more than {MOST_LINKS} ways lead there, by links; take some out"
-        )
-    if len(above) > DEEPEST:
-        raise UserError(f"{folder}: it lies below {DEEPEST} folders; take it out")
-    try:
-        entries = sorted((entry.name, entry.path, entry.is_dir()) for entry in os.scandir(folder))
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be read ({error.strerror}); change that, or take it out"
-        ) from None
-    for name, path, is_folder in entries:
-        if not name.startswith("."):
-            yield from walk(path, (*above, real), seen) if is_folder else [path]
 
 
 def alike(name: str) -> str:
@@ -482,19 +450,6 @@ def readme_tables(folder: Folder) -> list[Table]:
             "it, or go on without it"
         )
     return list(dict.fromkeys(tables))
-
-
-@functools.lru_cache(2**16)  # without the cache ** after ** would take for ever
-def follows(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Returns whether the names of a path follow a pattern, in which ** is any number of names.
-
-    glob itself would follow links in circles.
-    """
-    if not pattern or not names:
-        return not names and all(step == "**" for step in pattern)
-    if pattern[0] == "**":
-        return follows(names, pattern[1:]) or follows(names[1:], pattern)
-    return fnmatch.fnmatchcase(names[0], pattern[0]) and follows(names[1:], pattern[1:])
 
 
 def data_files(config: dict) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,6 @@ anything else that ffmpeg reads:
 """
 
 import contextlib
-import fnmatch
 import functools
 import glob
 import math
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
 from context import HotwordOptions
 from decode import MODES, STREAM_MODES, SearchOptions, Turns, check_used, columns_of, overlapped
-from files import FULL, identity, write_whole
+from files import FULL, follows, identity, walk, write_whole
 from frames import to_device
 from model import load_checkpoint
 from ngram import LmOptions, favour
@@ -234,66 +233,39 @@ def recordings_at(path: str) -> list[Recording]:
     if os.path.exists(path) or not any(sign in path for sign in "*?["):
         return named([path], os.path.dirname(path))
     if anywhere := re.search(r"(^|/)\*\*(/|$)", path):
-        top = path[: anywhere.end(1)]
-        return named(matches_below(top, path[len(top) :].split("/")), above(path)) or [
-            Recording(path, path)
-        ]
-    matches = []
-    for match in sorted(glob.glob(path)):
-        matches += [match] if os.path.isfile(match) else sorted(files_below(match))
-    return named(matches, above(path)) or [Recording(path, path)]
+        matches = matches_below(path[: anywhere.end(1)], path[anywhere.end(1) :])
+    else:
+        matches = []
+        for match in sorted(glob.glob(path)):
+            matches += [match] if os.path.isfile(match) else sorted(files_below(match))
+    above = path  # the folder above all signs of the pattern
+    while any(sign in above for sign in "*?["):
+        above = os.path.dirname(above)
+    return named(matches, above) or [Recording(path, path)]
 
 
-def above(pattern: str) -> str:
-    """Returns the folder above all signs of a pattern."""
-    while any(sign in pattern for sign in "*?["):
-        pattern = os.path.dirname(pattern)
-    return pattern
+def matches_below(top: str, pattern: str) -> list[str]:
+    """Lists the files that match a pattern with ** below the folders `top`, a pattern itself.
 
-
-def matches_below(top: str, pattern: list[str]) -> list[str]:
-    """Lists the files below the folders `top`, a pattern itself, that match a pattern's parts.
-
-    The part ** means any number of folders. glob would hear a folder once for each link to it, and
-    where links lead back up it does not come to an end.
+    Folders below them that cannot be opened are in the list, too.
     """
-
-    def match(names: list[str], signs: list[str]) -> bool:
-        if not signs or not names:
-            return not names and set(signs) <= {"**"}
-        if signs[0] == "**" and match(names, signs[1:]):
-            return True
-        return fnmatch.fnmatchcase(names[0], signs[0]) and match(
-            names[1:], signs if signs[0] == "**" else signs[1:]
+    found, unread = [], []
+    steps = tuple(pattern.split("/"))
+    for folder in sorted(glob.glob(top)) if top else [top]:
+        paths = (
+            os.path.relpath(path, folder or None) for path in walk(folder or ".", unread.append)
         )
-
-    found = []
-    for folder in sorted(glob.glob(top)) or [top]:
-        paths = [
-            os.path.relpath(os.path.join(place, name), folder or ".")
-            for place, names in folders_below(folder)
-            for name in names
-        ]
         found += [
-            os.path.join(folder, path) for path in sorted(paths) if match(path.split("/"), pattern)
+            os.path.join(folder, path) for path in paths if follows(tuple(path.split("/")), steps)
         ]
-    return found
-
-
-def folders_below(path: str, failed=lambda error: None) -> Iterator[tuple[str, list[str]]]:
-    """Yields a folder and those below with the names of their files, none of which is hidden.
-
-    Links are followed, and a folder to which several lead comes once.
-    """
-    seen = set()
-    for folder, folders, names in os.walk(path or ".", onerror=failed, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield folder, [name for name in names if not name.startswith(".")]
+    # Where links lead to a folder, too, its files are those of the first path to it.
+    real = functools.cache(os.path.realpath)
+    first = {}
+    return unread + [
+        path
+        for path in found
+        if first.setdefault(real(folder := os.path.dirname(path)), folder) == folder
+    ]
 
 
 def files_below(path: str) -> list[str]:
@@ -302,16 +274,14 @@ def files_below(path: str) -> list[str]:
     Files of the kinds that cannot be heard count, so that each has a line that says why, unless its
     conversion lies beside it.
     """
-    found = []
-    for folder, names in folders_below(path, lambda error: found.append(error.filename)):
-        parts = [os.path.splitext(name) for name in names]
-        heard = {stem for stem, end in parts if end[1:].lower() in EXTENSIONS}
-        found += [
-            os.path.join(folder, stem + end)
-            for stem, end in parts
-            if end[1:].lower() in (EXTENSIONS if stem in heard else FOREIGN)
-        ]
-    return found
+    unread = []
+    parts = list(map(os.path.splitext, walk(path, unread.append, again=False)))
+    heard = {stem for stem, end in parts if end[1:].lower() in EXTENSIONS}
+    return unread + [
+        stem + end
+        for stem, end in parts
+        if end[1:].lower() in (EXTENSIONS if stem in heard else FOREIGN)
+    ]
 
 
 def named(paths: Iterable[str], folder: str) -> list[Recording]:

@@ -48,7 +48,7 @@ def test_hangs_fail_and_children_get_neither_a_gpu_nor_ignored_signals(tmp_path)
     (tmp_path / "torch.py").write_text("def set_num_threads(number):\n    pass\n")
     words = f"-m pytest -v -c {ROOT}/pytest.ini -o faulthandler_timeout=3 -p no:cacheprovider"
     words += " -p no:xdist --color=no --rootdir"
-    changes = {"TEST_DEADLINE": "0.5", "CUDA_VISIBLE_DEVICES": "0", "GPU_TESTS": ""}
+    changes = {"TEST_DEADLINE": "1", "CUDA_VISIBLE_DEVICES": "0", "GPU_TESTS": ""}
     changes |= {"PYTEST_ADDOPTS": "", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, *words.split(), tmp_path, tmp_path],

@@ -131,8 +131,17 @@ def test_folders_and_patterns_are_searched(world, capsys, folder, monkeypatch):
     # With two such links glob finds a folder 2^40 times.
     (elsewhere / "again").symlink_to(folder)
     assert paths(folder / "**" / "?.wav*") == [found[1], str(folder / "link" / "t.wave")]
-    (folder / "link").unlink()
-    assert paths(folder / "**") == found
+    # The files of a folder are those of the way that a pattern asks for.
+    (folder / "alias").symlink_to(folder / "deep")
+    assert paths(folder / "**" / "deep" / "**" / "*.ogg") == [found[3]]
+    assert paths(folder / "**" / "*.ogg") == [str(folder / "alias" / "er" / "c.ogg")]
+    for name in ("alias", "link"):
+        (folder / name).unlink()
+    (folder / "itself").symlink_to(folder / "itself")
+    status, out, err = hear(capsys, world, folder / "**" / "i*")
+    assert (status, out, len(err)) == (2, [], 1) and "itself" in err[0]
+    assert paths(folder) == paths(folder / "**") == found
+    (folder / "itself").unlink()
     assert paths(folder / "d*" / "**" / "e?" / "**" / "*.ogg") == [found[3]]
     monkeypatch.chdir(folder)
     assert paths("**/*.flac", "d*/**/c.*") == ["a.flac", "deep/er/c.ogg"]
