@@ -23,7 +23,7 @@ WIDTHS |= {
         "cnn_module_kernel": kernel,
         "causal": kernel % 2 == 0,
     }
-    for width, kernel in ((36, 8), (80, 31), (100, 16), (144, 33), (208, 15), (272, 7))
+    for width, kernel in ((36, 8), (80, 31), (100, 16), (208, 15))
 }
 # Rows and encoder frames (with the convolution's past) that have hung in bfloat16, at width 144 and
 # with a kernel of 15, which are those of preset small.
@@ -125,7 +125,8 @@ class Convolutions(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", WIDTHS)
+# The widths share the code that chooses a type; the last of these is not causal.
+@pytest.mark.parametrize("name", ["small", "36", "80"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_depthwise_convolution_is_in_float32_on_a_cpu(name, precision):
     """In bfloat16 it hangs on some CPUs only, so the test above may never see a hang."""
