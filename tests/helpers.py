@@ -97,29 +97,43 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
     return str(caught.value)
 
 
-def as_program(cwd, script, *words):
-    """Runs a script as a program in the folder `cwd`: (exit status, stdout, stderr).
+def trusted(path) -> dict:
+    """Reads a checkpoint that the tests wrote; torch reads faster where it trusts a file."""
+    return torch.load(path, weights_only=False)
 
-    It runs in a fork of this process, because a new Python would import torch for seconds.
+
+def forked(script, words, files, cwd=None, unused=()) -> int:
+    """Starts a script as a program and returns its process's number.
+
+    It runs in a fork of this process, because a new Python would import torch for seconds. `files`
+    are {0, 1 or 2: descriptor}; the `unused` descriptors are closed in the child.
     """
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        for number, file in files.items():
+            os.dup2(file, number)
+        for file in unused:
+            os.close(file)
+        os.chdir(cwd or ".")
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+        sys.argv = [str(script), *map(str, words)]
+        runpy.run_path(str(script), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def as_program(cwd, script, *words):
+    """Runs a script as a program in the folder `cwd`: (exit status, stdout, stderr)."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        if not (child := os.fork()):
-            status = 1
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                os.chdir(cwd)
-                sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
-                sys.argv = [str(script), *map(str, words)]
-                runpy.run_path(str(script), run_name="__main__")
-                status = 0
-            except SystemExit as stop:
-                status = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
+        child = forked(script, words, {1: out.fileno(), 2: err.fileno()}, cwd)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0)
         err.seek(0)

@@ -13,10 +13,9 @@ import cli
 import datasets
 import numpy as np
 import pytest
-import torch
 
 import train
-from helpers import TINY_FLAGS
+from helpers import TINY_FLAGS, trusted
 from tokenizer import save_tokenizer, train_char
 
 ON_CPU = ["--num_workers", "0", "--accelerator", "cpu"]
@@ -53,11 +52,8 @@ def fine_tune(data, output, source, *words):
 
 
 def weights(path):
-    """The tensors of a checkpoint: the weights and what the optimizer keeps of each.
-
-    Torch reads a file faster where it trusts the file.
-    """
-    checkpoint = torch.load(path, weights_only=False)
+    """The tensors of a checkpoint: the weights and what the optimizer keeps of each."""
+    checkpoint = trusted(path)
     optimizer = checkpoint["optimizer_states"][0]["state"]
     return [
         *checkpoint["state_dict"].values(),

@@ -12,7 +12,7 @@ import torch
 
 import sampler
 import train
-from helpers import json_lines
+from helpers import json_lines, trusted
 from helpers_train import interrupted, make_data, ranks, run, weights
 from sampler import LengthGroupedSampler, ShapedSampler, least_padding
 from tools import workloads
@@ -266,7 +266,7 @@ def data(tmp_path_factory):
 
 def kept_choice(output):
     """Returns what run.json, the options and the plan of last.ckpt say of few_shapes."""
-    checkpoint = torch.load(output / "last.ckpt", weights_only=False)
+    checkpoint = trusted(output / "last.ckpt")
     options = json.loads((output / "run.json").read_text())["options"]
     found = checkpoint["plan"]["few_shapes"]
     return options["few_shapes"], checkpoint["run_options"]["few_shapes"], found

@@ -20,7 +20,6 @@ import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -61,7 +60,7 @@ import transcribe
 import words
 from checkpoint import CONFIG_PARTS, read_checkpoint, write_folder
 from datamodule import rows_rate
-from helpers import ROOT, TINY_FLAGS, encoded, module, noise, tree
+from helpers import ROOT, TINY_FLAGS, encoded, forked, module, noise, tree, trusted
 from helpers_model import save_model, tiny_model
 from model import U2, load_checkpoint, make_net
 from tokenizer import from_vocab, load_tokenizer, normalize_text, save_tokenizer, train_char
@@ -795,7 +794,7 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.MANY_PARTS", 2**16)  # which 2^60 parts reach within a moment
-    checkpoint = torch.load(place / "best.ckpt", weights_only=False)
+    checkpoint = trusted(place / "best.ckpt")
     for name in ("x.ckpt", "final.pt"):
         (tmp_path / name).write_bytes(ATTACKS[attack](checkpoint))
     path = str(tmp_path / "x.ckpt")
@@ -829,7 +828,7 @@ def test_no_checkpoint_takes_more_memory_than_it_has_bytes(attack, place, tmp_pa
 def test_options_that_the_weights_are_not_of_are_refused_before_memory_is_taken(
     options, place, tmp_path
 ):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=False)
+    checkpoint = trusted(place / "best.ckpt")
     checkpoint["model_options"] |= options
     torch.save(checkpoint, tmp_path / "x.ckpt")
     refusal(load_checkpoint, str(tmp_path / "x.ckpt"), memory=2**28)
@@ -866,7 +865,7 @@ def places_in(data, path=()):
 
 def test_any_checkpoint_is_one_line_or_a_model_that_hears(place, tmp_path):
     """One value of the checkpoint is junk, or is missing."""
-    checkpoint = torch.load(place / "best.ckpt", weights_only=False)
+    checkpoint = trusted(place / "best.ckpt")
     rng = random.Random(0)
     counts = Counter()
     everywhere = [p for p in places_in(checkpoint) if p[0] != "state_dict" or len(p) == 1]
@@ -1690,7 +1689,7 @@ def starts(place, folder) -> list[list[str]]:
 def test_options_within_a_checkpoint_are_checked_as_flags_are(
     part, name, value, place, tmp_path, capsys
 ):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=False) | {"loops": {}}
+    checkpoint = trusted(place / "best.ckpt") | {"loops": {}}
     checkpoint[part] = checkpoint.get(part, {}) | {name: value}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     for argv in starts(place, tmp_path):
@@ -1701,7 +1700,7 @@ def test_options_within_a_checkpoint_are_checked_as_flags_are(
 
 @pytest.mark.parametrize("part", ["run_options", "optim_options"])
 def test_options_within_a_checkpoint_that_are_none_are_one_line(part, place, tmp_path, capsys):
-    checkpoint = torch.load(place / "best.ckpt", weights_only=False) | {"loops": {}, part: -1}
+    checkpoint = trusted(place / "best.ckpt") | {"loops": {}, part: -1}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     for argv in starts(place, tmp_path):
         assert "last.ckpt: " in outcome("train", argv, capsys)
@@ -1855,20 +1854,10 @@ def test_a_pipe_whose_header_lies_is_sound_or_one_line(pipe, format):
 
 
 def test_a_pipe_on_which_nothing_comes_any_more_ends_with_ctrl_c_and_what_came_is_heard(world):
-    argv = ["--checkpoint", str(world / "best.ckpt"), "--stream", "--chunk_size", "4", "-"]
+    words = ["--checkpoint", world / "best.ckpt", "--stream", "--chunk_size", "4", "-"]
     (given, stdin), (stdout, out), (stderr, err) = (os.pipe() for _ in range(3))
-    if not (child := os.fork()):  # a program of its own would import torch for seconds
-        status = 1
-        try:
-            for number, file in enumerate((given, out, err)):
-                os.dup2(file, number)
-            os.close(stdin)
-            sys.argv = ["transcribe.py", *argv]
-            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
-            runpy.run_path(str(ROOT / "transcribe.py"), run_name="__main__")
-            status = 0
-        finally:
-            os._exit(status)
+    files = dict(enumerate((given, out, err)))
+    child = forked(ROOT / "transcribe.py", words, files, unused=[stdin])
     for file in (given, out, err):
         os.close(file)
     wav = sound_file(0.1 * np.sin(np.arange(3000)))

@@ -17,7 +17,7 @@ import datasets
 import pytest
 import torch
 
-from helpers import json_lines
+from helpers import json_lines, trusted
 from helpers_train import killed, make_data, ranks, run
 
 SAME = (
@@ -79,9 +79,7 @@ def assert_same(output, other, words=()):
         for some in metrics:
             del some["val_loss"]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
-    left = [
-        torch.load(path / "last.ckpt", weights_only=False)["state_dict"] for path in (output, other)
-    ]
+    left = [trusted(path / "last.ckpt")["state_dict"] for path in (output, other)]
     torch.testing.assert_close(left[0], left[1], rtol=1e-5, atol=1e-5)
 
 

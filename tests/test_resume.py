@@ -23,7 +23,7 @@ import files
 import recovery
 import train
 from conformer import U2Conformer
-from helpers import json_lines, same
+from helpers import json_lines, same, trusted
 from helpers_train import ON_CPU, fine_tune, interrupted, ranks, run, signalled, weights
 from model import load_checkpoint
 
@@ -63,11 +63,6 @@ def contents(folder):
         for path in folder.iterdir()
         if path.is_file() and path.name != train.LOCK
     }
-
-
-def trusted(path):
-    """Reads a checkpoint that a test is to change; torch reads faster where it trusts a file."""
-    return torch.load(path, weights_only=False)
 
 
 def in_child(body):

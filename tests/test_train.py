@@ -25,7 +25,7 @@ import torch
 import files
 import recovery
 import train
-from helpers import same
+from helpers import same, trusted
 from helpers_train import SMALL, fine_tune, killed, ranks, run, signalled, weights
 from model import OptimOptions, load_checkpoint
 from presets import ModelOptions
@@ -91,8 +91,7 @@ def left(output):
         if (output / name).exists()
     }
     for name in ("last.ckpt", "best.ckpt"):
-        # Torch reads a file faster where it trusts the file.
-        checkpoint = torch.load(output / name, weights_only=False)
+        checkpoint = trusted(output / name)
         parts = {
             key: checkpoint.get(key)
             for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
