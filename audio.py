@@ -103,8 +103,9 @@ def read_blocks(
     rate lies beyond RATES.
     """
     if not isinstance(audio, bytes) and audio != "-" and not os.path.isfile(audio):
-        raise UserError("file missing")
-    if audio == "-" and (raw or not is_file(0)):
+        there = os.path.exists(audio)  # a pipe or a device
+        raise UserError("no file; make a file of its sound" if there else "file missing")
+    if audio == "-" and is_pipe(raw):
         blocks = pipe_blocks(sample_rate, raw, damaged)
         advice = "; pipe wav, as `ffmpeg -i INPUT -f wav -` writes it"
     else:
@@ -120,12 +121,12 @@ def read_blocks(
         raise UserError(f"cannot be decoded: {reason}{advice}") from None
 
 
-def is_file(descriptor: int) -> bool:
-    """Returns whether one can seek in the open file of the descriptor; in a pipe one cannot."""
+def is_pipe(raw: bool) -> bool:
+    """Returns whether standard input is read as it comes: `raw`, or where one cannot seek in it."""
     try:
-        return os.lseek(descriptor, 0, os.SEEK_CUR) >= 0
+        return raw or os.lseek(0, 0, os.SEEK_CUR) < 0
     except OSError:
-        return False
+        return True
 
 
 def pipe_blocks(sample_rate: int, raw: bool, damaged) -> Iterator[np.ndarray]:
@@ -510,22 +511,6 @@ def resampled_steps(
 
 
 # ---- Pieces
-
-
-def regroup(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Yields the samples of the blocks (n,) in blocks of `size`, the last one shorter.
-
-    A size below 1 gives a single block.
-    """
-    waiting = []
-    for block in blocks:
-        waiting.append(block)
-        while 0 < size <= sum(map(len, waiting)):
-            samples = np.concatenate(waiting)
-            yield samples[:size]
-            waiting = [samples[size:]]
-    if any(map(len, waiting)):
-        yield np.concatenate(waiting)
 
 
 def cut_at_pauses(

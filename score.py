@@ -50,7 +50,7 @@ from decode import (
 from files import cannot_write, identity, json_text, write_whole
 from model import load_checkpoint
 from ngram import LmOptions, favour
-from stream import cut, listen
+from stream import listen
 from tokenizer import check_maker, most_frequent, normalize_text
 from transforms import check_samples, extract
 from words import join
@@ -321,8 +321,7 @@ def recognize_streams(
     seconds = 0.0
     for waveform in tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows"):
         began = time.perf_counter()
-        pieces = cut(model, waveform, search.chunk_size)
-        *_, heard = listen(model, pieces, search, endpoints=False, context=context, mode=mode)
+        *_, heard = listen(model, [waveform], search, endpoints=False, context=context, mode=mode)
         seconds += time.perf_counter() - began
         texts.append(model.tokenizer.decode(heard.hypothesis.tokens))
     return texts, seconds
@@ -334,10 +333,9 @@ def recognize_as_one(
     """Hears all rows as one stream that is cut at its endpoints, and gives one text in all."""
     began = time.perf_counter()
     waveforms = tqdm(waveforms_of(dataset), desc="stream", total=len(dataset), unit=" rows")
-    pieces = (piece for row in waveforms for piece in cut(model, row, search.chunk_size))
     texts = [
         model.tokenizer.decode(heard.hypothesis.tokens)
-        for heard in listen(model, pieces, search, context=context, mode=mode)
+        for heard in listen(model, waveforms, search, context=context, mode=mode)
         if heard.final
     ]
     return [join(texts)], time.perf_counter() - began

@@ -240,11 +240,6 @@ def frame_ms(model) -> float:
     return receptive_field(model.options.input_layer)[1] * model.frontend.shift_ms
 
 
-def cut(model, waveform: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, ...]:
-    """Cuts a recording (N,) into chunks, as from a microphone; at full context it stays whole."""
-    return waveform.split(piece_samples(model, chunk_size)[1]) if chunk_size > 0 else (waveform,)
-
-
 def trailing_blanks(blank_log_probs: torch.Tensor, before: int) -> int:
     """Counts the silent frames at the end of (m,) frames; `before` silent ones stood in front."""
     for silent in (blank_log_probs.exp() > BLANK_THRESHOLD).tolist():

@@ -40,7 +40,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from audio import EXTENSIONS, cut_at_pauses, read_blocks, regroup
+from audio import EXTENSIONS, cut_at_pauses, is_pipe, read_blocks
 from context import HotwordOptions
 from decode import MODES, STREAM_MODES, SearchOptions, Turns, check_used, columns_of, overlapped
 from files import FULL, follows, identity, walk, write_whole
@@ -49,7 +49,7 @@ from model import load_checkpoint
 from ngram import LmOptions, favour
 from recovery import leave_terminal
 from sampler import eval_batches
-from stream import Heard, frame_ms, listen, piece_samples
+from stream import Heard, frame_ms, listen
 from transforms import extract
 from words import (
     Transcript,
@@ -60,6 +60,7 @@ from words import (
     as_srt,
     as_txt,
     as_vtt,
+    columns,
     frame_times,
     join,
     join_words,
@@ -190,7 +191,7 @@ def transcribe_all(
             transcripts = transcribe_pieces(job, recordings, failed, bar)
         for number, transcript in transcripts:
             try:
-                deliver(transcript, outputs[number], job.options.format)
+                deliver(transcript, outputs[number], job.options.format, job.options.overwrite)
             except UserError as error:
                 # A full disk is full for all recordings that come after, too.
                 if getattr(error.__cause__, "errno", None) in FULL:
@@ -326,10 +327,7 @@ def output_paths(
             )
         if os.path.commonpath([top, target]) != top:
             raise UserError(f"{output} leads to {target}, outside of --output_dir; choose another")
-        if os.path.lexists(output) and not options.overwrite:
-            raise UserError(
-                f"{output} exists; give --overwrite to replace it, or another --output_dir"
-            )
+        check_new(output, options.overwrite)
         if identity(output) in taken:
             raise UserError(
                 f"{output} is what this command reads, or where it prints; choose "
@@ -337,6 +335,12 @@ def output_paths(
             )
     make_output_dir(options.output_dir)
     return outputs
+
+
+def check_new(output: str, overwrite: bool) -> None:
+    """Raises UserError where a file is there already and may not be replaced."""
+    if os.path.lexists(output) and not overwrite:
+        raise UserError(f"{output} exists; give --overwrite to replace it, or another --output_dir")
 
 
 def make_output_dir(folder: str) -> None:
@@ -351,7 +355,9 @@ def make_output_dir(folder: str) -> None:
         raise UserError(f"--output_dir {folder} cannot be written; choose another")
 
 
-def deliver(transcript: Transcript, output: str | None, format: str) -> None:
+def deliver(
+    transcript: Transcript, output: str | None, format: str, overwrite: bool = False
+) -> None:
     """Writes a transcript to its file, or to stdout. Raises UserError where writing fails."""
     text = FORMATS[format](transcript)
     if format == "txt" and output:  # The file's name already names the recording.
@@ -360,6 +366,8 @@ def deliver(transcript: Transcript, output: str | None, format: str) -> None:
         with tqdm.external_write_mode(file=sys.stdout):
             print(text, end="", flush=True)
         return
+    # Another command may have written the file in the hours since the start.
+    check_new(output, overwrite)
     try:
         os.makedirs(os.path.dirname(output), exist_ok=True)
     except OSError as error:
@@ -425,7 +433,7 @@ def read_pieces(job: Job, recordings: list[Recording], failed: dict[int, int]) -
     rate = job.model.frontend.sample_rate
     for number, recording in enumerate(recordings):
         offset = 0
-        blocks = readable(recorded(job, recording), number, recording, failed)
+        blocks = readable(job, number, recording, failed)
         for samples in cut_at_pauses(blocks, rate, job.options.max_seconds):
             yield Piece(number, offset / rate, samples)
             offset += len(samples)
@@ -451,17 +459,18 @@ def tell(kind: str, recording: Recording, what: str) -> None:
 
 
 def readable(
-    blocks: Iterator[np.ndarray], number: int, recording: Recording, failed: dict[int, int]
+    job: Job, number: int, recording: Recording, failed: dict[int, int]
 ) -> Iterator[np.ndarray]:
-    """Yields the blocks up to an error, prints the error, and notes it in `failed`.
+    """Yields the samples up to an error, prints the error, and notes it in `failed`.
 
-    Standard input also ends at a signal: a pipe from a microphone has no other end.
+    A pipe also ends at a signal: one from a microphone has no other end.
     """
+    pipe = recording.path == "-" and is_pipe(job.options.raw)
     try:
-        with ended_by_signals() if recording.path == "-" else contextlib.nullcontext([]) as signals:
-            yield from blocks
+        with ended_by_signals() if pipe else contextlib.nullcontext([]) as signals:
+            yield from recorded(job, recording)
     except KeyboardInterrupt:
-        if recording.path != "-" or signals:
+        if not pipe or signals:
             raise
     except UserError as error:
         failed[number] = 2
@@ -473,7 +482,7 @@ def readable(
 
 @contextlib.contextmanager
 def ended_by_signals():
-    """Lets the first signal end standard input, not the command, so that all sound is heard.
+    """Lets the first signal end the pipe of standard input, not the command: all sound is heard.
 
     The context manager gives a list, which gets the signal's number. A second signal ends the
     command.
@@ -610,7 +619,7 @@ def transcribe_streams(
 ) -> Iterator[tuple[int, Transcript]]:
     """Yields what transcribe_pieces yields, but hears each recording as a stream."""
     for number, recording in enumerate(recordings):
-        blocks = readable(recorded(job, recording), number, recording, failed)
+        blocks = readable(job, number, recording, failed)
         transcript = transcribe_stream(job, recording.path, blocks)
         if number not in failed or transcript.duration:  # Text that was shown is not lost.
             yield number, transcript
@@ -619,14 +628,12 @@ def transcribe_streams(
 def transcribe_stream(job: Job, path: str, blocks: Iterator[np.ndarray]) -> Transcript:
     """Transcribes a stream; the text so far goes to stderr whenever it changes."""
     model = job.model
-    _, size = piece_samples(model, job.search.chunk_size)
-    pieces = map(torch.from_numpy, regroup(blocks, size))
     texts = []
     words = []
     before = ""
     seconds = 0.0
     how = {"context": job.context, "mode": job.options.mode}
-    for heard in listen(model, pieces, job.search, **how):
+    for heard in listen(model, map(torch.from_numpy, blocks), job.search, **how):
         text = model.tokenizer.decode(heard.hypothesis.tokens)
         seconds = heard.seconds
         if heard.final:
@@ -653,8 +660,11 @@ def show_heard(text: str, seconds: float, final: bool) -> None:
         return
     room = shutil.get_terminal_size().columns - 1
     # A line that wraps could not be replaced. Its newest words matter most.
-    if not final and len(line) > room:
-        line = f"{line[:13]}...{line[13 + 3 + len(line) - room :]}"
+    if not final and columns(line) > room:
+        said = line[13:]
+        while said and columns(said) > room - 16:
+            said = said[1:]
+        line = f"{line[:13]}...{said}"
     print(f"\r\033[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
 
 

@@ -1111,7 +1111,7 @@ def test_a_recording_that_is_a_pipe_or_a_device_is_rejected(tmp_path):
     source = folder_of(tmp_path / "source")
     (source / "train/a.wav").unlink()
     os.mkfifo(source / "train/a.wav")
-    assert prepared(source) == ["train,a.wav,file missing"]
+    assert prepared(source) == ["train,a.wav,no file; make a file of its sound"]
 
 
 @pytest.mark.parametrize(
@@ -1933,6 +1933,11 @@ def test_scores_of_several_data_roots_say_so_and_an_older_one_gives_way_to_the_s
     header, *rows = capsys.readouterr().out.split("scores\n")[1].splitlines()
     assert "data_root" in header and len(rows) == 2 and "0.9" not in "".join(rows)
     assert "data/b" in export.score_table(str(tmp_path / "run" / "best.ckpt"))
+
+
+def test_the_scores_of_many_nights_are_read(tmp_path):
+    write_scores(tmp_path, SCORE, end=" " * 2**24)
+    assert len(compare.read_scores(str(tmp_path))) == 1
 
 
 NO_SCORES = (b"\xff\xfe{", b"[" * 10**5, b"{}", b"[1]", b'{"wer": NaN, "mode": 1}', b"\0")

@@ -20,7 +20,7 @@ from frames import receptive_field, subsampled_length
 from helpers import VARIANTS, network
 from helpers_model import tiny_model
 from presets import PRESETS, ModelOptions
-from stream import LONGEST, cut, frame_ms, is_endpoint, listen, trailing_blanks
+from stream import LONGEST, frame_ms, is_endpoint, listen, piece_samples, trailing_blanks
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features
 from words import frame_times
@@ -316,7 +316,7 @@ def test_what_a_stream_hears_is_what_decode_hears(
         chunk_size=chunk_size,
         left_chunks=left_chunks,
     )
-    for pieces in (cut(model, waveform, chunk_size), waveform.split(777)):
+    for pieces in ([waveform], waveform.split(777)):
         *partial, heard = listen(model, pieces, search, endpoints=False, mode=mode)
         assert heard.final and heard.hypothesis.tokens == expected.tokens and expected.tokens
         assert heard.hypothesis.nbest == expected.nbest and heard.hypothesis.times == expected.times
@@ -345,9 +345,11 @@ def test_times_count_the_samples_between_frames_at_any_rate(rate, monkeypatch):
     frontend = Frontend(frontend="fbank", sample_rate=rate, num_mel_bins=23)
     model = tiny_model(train_char(["abcdefgh"]), frontend=frontend).eval()
     seconds = 4 * frontend.shift_samples / rate  # between encoder frames
-    pieces = cut(model, 0.1 * noise(3 * rate, dtype=torch.float32), 4)
-    assert len(pieces[0]) == round(4 * seconds * rate)
-    heard = [found for found in listen(model, pieces, SearchOptions(chunk_size=4)) if found.final]
+    _, later = piece_samples(model, 4)
+    assert later == round(4 * seconds * rate)
+    waveform = 0.1 * noise(3 * rate, dtype=torch.float32)
+    search = SearchOptions(chunk_size=4)
+    heard = [found for found in listen(model, [waveform], search) if found.final]
     assert len(heard) >= 3
     for one, other in zip(heard, heard[1:]):
         assert one.seconds == pytest.approx(other.first_frame * seconds, rel=1e-12)
@@ -359,7 +361,7 @@ def test_times_count_the_samples_between_frames_at_any_rate(rate, monkeypatch):
 def test_after_an_endpoint_a_new_utterance_begins_and_no_frame_is_lost(model):
     waveform = 0.1 * noise(16000 * 45, dtype=torch.float32)
     search = SearchOptions(chunk_size=16, left_chunks=1, beam_size=2)
-    finals = [heard for heard in listen(model, cut(model, waveform, 16), search) if heard.final]
+    finals = [heard for heard in listen(model, [waveform], search) if heard.final]
     assert len(finals) >= 3  # rule 3: 20 s at most
     assert [heard.first_frame * frame_ms(model) / 1000 for heard in finals[1:]] == [
         heard.seconds for heard in finals[:-1]
@@ -380,7 +382,7 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
     assert len(expected) == (31 if chunk_size > 0 else 1)  # 498 frames make 124 encoder frames
     for pieces in (
         waveform.split(777),
-        cut(model, waveform, chunk_size),
+        waveform.split(10240),  # as large as a later chunk of 16
         waveform.split(random_pieces(len(waveform), 9000, seed=2)),
     ):
         for heard, meant in zip(listen(model, pieces, search), expected, strict=True):
@@ -426,8 +428,7 @@ def test_where_the_blank_wins_in_every_frame_there_is_no_text(model, monkeypatch
 
 def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model, monkeypatch):
     mostly_blank(model, monkeypatch)
-    pieces = cut(model, torch.zeros(60 * 16000), 16)
-    heard = list(listen(model, pieces, SearchOptions(chunk_size=16)))
+    heard = list(listen(model, [torch.zeros(60 * 16000)], SearchOptions(chunk_size=16)))
     assert not any(guess.hypothesis.tokens for guess in heard)
     ends = [guess.seconds for guess in heard if guess.final]
     assert len(ends) > 10

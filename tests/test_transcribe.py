@@ -32,6 +32,7 @@ from decode import MODES, SearchOptions
 from helpers_model import TEXTS, call, score_json, tiny_model, waveform
 from model import U2
 from sampler import eval_batches
+from stream import piece_samples
 from tokenizer import from_vocab, train_bpe, train_char
 from tools import align, demo, speak
 from transforms import Frontend
@@ -546,6 +547,30 @@ def test_a_stream_is_heard_as_it_grows_and_ends_in_one_line_per_file(world, caps
     assert out == [f"{path}\t{' '.join(finals)}"] and finals
 
 
+def test_a_stream_says_what_a_chunk_holds_before_it_reads_on(world, monkeypatch):
+    come, told = 0, []
+
+    def blocks():
+        nonlocal come
+        for block in np.split(np.concatenate([waveform(row) for row in (0, 3, 4)])[:57600], 36):
+            come += len(block)
+            yield block
+
+    model, _, _ = transcribe.load_checkpoint(str(world / "best.ckpt"), "cpu")
+    job = transcribe.Job(
+        model, transcribe.TranscribeOptions(stream=True), SearchOptions(chunk_size=4), None
+    )
+    monkeypatch.setattr(
+        transcribe, "show_heard", lambda text, seconds, final: told.append((come, seconds))
+    )
+    transcribe.transcribe_stream(job, "-", blocks())
+    first, later = piece_samples(model, 4)
+    for come, seconds in told[:-1]:
+        needed = first + (seconds / 0.16 - 1) * later  # samples
+        assert needed - 1e-6 <= come < needed + 1600  # a block of 0.1 s
+    assert len(told) > 5
+
+
 def test_a_stream_times_its_words_as_the_whole_does(world, capsys, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(
@@ -584,17 +609,26 @@ def test_on_a_terminal_one_line_rewrites_itself(world, capsys, tmp_path, monkeyp
     partial = [line for line in shown if "s =" not in line]
     assert all(len(line) < 40 and "\n" not in line for line in partial)
     assert any("..." in line for line in partial)
+    with monkeypatch.context() as patch:  # a Chinese character takes two columns
+        patch.setattr(sys, "stderr", terminal)
+        transcribe.show_heard("你好" * 20, 1.5, False)
+    line = terminal.getvalue().split("\r\033[K")[-1]
+    assert words.columns(line) in (38, 39) and line.endswith("你好")
 
 
-def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch):
+def test_ctrl_c_ends_a_pipe_but_not_a_file(world, capsys, folder, monkeypatch, pipe):
     def interrupted(path, *rest):
         yield from [waveform(0), waveform(3)]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transcribe, "read_blocks", interrupted)
+    pipe(b"")
     status, out, _ = hear(capsys, world, "--stream", "-")
     assert status == 0 and out[0].startswith("-\t") and len(out[0]) > 4
     assert hear(capsys, world, "--stream", folder / "b.wav")[:2] == (130, [])
+    with open(folder / "b.wav", "rb") as file:
+        os.dup2(file.fileno(), 0)
+    assert hear(capsys, world, "--stream", "-")[:2] == (130, [])
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream", "--chunk_size", 4]])
@@ -973,3 +1007,14 @@ def test_the_name_of_a_recording_need_not_be_in_utf_8(format, tmp_path):
     )
     if format == "json":
         assert json.loads(output.read_text(encoding="utf-8"))["file"] == "caf\udce9.wav"
+
+
+def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path):
+    output = tmp_path / "a.txt"
+    output.write_text("mine")
+    heard = transcribe.Transcript("a.wav", "hello", 1.0, [])
+    with pytest.raises(cli.UserError, match="a.txt exists; give --overwrite"):
+        transcribe.deliver(heard, str(output), "txt")
+    assert output.read_text() == "mine"
+    transcribe.deliver(heard, str(output), "txt", overwrite=True)
+    assert output.read_text() == "hello\n"
