@@ -57,6 +57,9 @@ ear.onmessage = ({data}) => told.push(JSON.parse(data));
 const sound = Int16Array.from(Array(100).keys());
 for (let i = 0; i < sound.length; i += 7) ear.send(sound.slice(i, i + 7).buffer);
 ear.send("end");
+const closed = new Ear();
+closed.onclose = () => told.push({last: "closed"});
+closed.close();
 const load = new Function("location", "fetch", `"use strict"; ${body}; return load()`);
 const without = name => load({protocol: "http:"}, async asked => ({ok: asked !== name}))
   .catch(error => error.message);
@@ -80,7 +83,8 @@ def test_the_ear_cuts_sound_as_hear_py_does_and_a_pause_ends_a_line():
     assert heard["starts"][:3] == [[4, "000011"], [6, "001111"], [8, "111111"]]
     assert heard["left"] == 0
     assert ["is not beside this page" in line for line in heard["lost"]] == [True] * 3
-    hello, *told = heard["told"]
+    shut, hello, *told = heard["told"]
+    assert shut == {"last": "closed"}  # so that the page lets the microphone go
     assert (hello["sample_rate"], hello["chunk_ms"]) == (100, 80)
     # Tokens on both sides of a blank are two. A second, 25 frames, without a token ends the line.
     # The text is the tokenizer's: without </s>, with the mark of <unk>, and in lower case.

@@ -609,6 +609,7 @@ def test_the_command_overwrites_only_when_told_and_needs_one_direction(tmp_path)
             main([*words, "--out", str(tmp_path / "b.ckpt")])
     with pytest.raises(UserError, match="ends in .ckpt"):
         main([exp, "--out", str(tmp_path / "b.pt")])
+    (tmp_path / "exp" / "link.pt").symlink_to("gone.pt")
     with pytest.raises(UserError, match="cannot be written"):
         main([exp, "--out", str(tmp_path / "none" / "b.ckpt")])
     with pytest.raises(UserError, match="nowhere: train.yaml: No such file"):

@@ -28,6 +28,7 @@ REQUIRED = {"mode", "utterances", "wer", "cer", "rtf"}  # scores of older versio
 COUNTS = ("word_errors", "words", "char_errors", "chars")  # of each utterance; --keep adds them
 NOT_ASKED = {*RESULTS, *COUNTS, "references", "run"}
 ORIGINS = ("data_root", "checkpoint")  # shown where scores differ in them
+LARGEST_SCORES = 2**28  # bytes of a scores.jsonl: --keep adds counts of each utterance for ever
 PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not what
 
 
@@ -87,7 +88,7 @@ def read_scores(folder: str) -> list[dict]:
         return []
     newest = {}
     try:
-        lines = read_small(path).decode(errors="replace").splitlines()
+        lines = read_small(path, LARGEST_SCORES).decode(errors="replace").splitlines()
     except (OSError, ValueError) as error:
         raise cannot_read(path, error, "keep there what score.py printed") from error
     for line in lines:

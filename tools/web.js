@@ -47,6 +47,7 @@ class Ear {
 
   close() {
     this.closed = true;
+    this.onclose?.();  // The page lets the microphone go.
   }
 
   // Takes 16-bit samples, or "end"; they are heard one after the other.

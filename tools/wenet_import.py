@@ -756,7 +756,9 @@ def main(argv: list[str]) -> None:
         print(shown(export_model(args.export, args.out, args.overwrite)))
     elif os.path.lexists(args.out) and not args.overwrite:
         raise UserError(f"--out {args.out} exists; name another, or add --overwrite")
-    elif identity(args.out) in map(identity, glob.glob(f"{glob.escape(args.exp_dir)}/*")):
+    elif os.path.exists(args.out) and identity(args.out) in map(
+        identity, glob.glob(f"{glob.escape(args.exp_dir)}/*")
+    ):
         raise UserError(f"--out {args.out} is a file of {args.exp_dir}; name another")
     elif not args.out.endswith(".ckpt"):
         raise UserError(f"--out {args.out}: a checkpoint's name ends in .ckpt")
