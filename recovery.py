@@ -301,8 +301,10 @@ class Average(WeightAveraging):
         self.pairs = []  # (numbers of the average, numbers of the model) with one kind of numbers
 
     def on_train_batch_end(self, trainer, module, *arguments):
-        if not module.update_skipped and trainer.global_step > self._latest_update_step:
-            self.update(module)
+        if trainer.global_step > self._latest_update_step:
+            if not module.update_skipped:
+                self.update(module)
+            # A skip counts, too: a resumed run does not know any more that there was one.
             self._latest_update_step = trainer.global_step
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import os
 import pty
 import shutil
 import signal
+from types import SimpleNamespace
 
 import cli
 from cli import UserError
@@ -712,6 +713,21 @@ def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypat
     monkeypatch.setattr(train.LastCheckpoint, "on_train_batch_end", note)
     run(data, tmp_path / "run", "--max_epochs", 1, "--ema_decay", 0.5)
     assert [same(*pair) for pair in zip(averages, averages[1:])] == [False, True, False]
+
+
+def test_an_average_goes_on_after_a_skip_as_if_the_run_had_not_ended(monkeypatch):
+    """Within an accumulation that begins after the skip, a resumed run must not average again."""
+    averaged = []
+    monkeypatch.setattr(recovery.Average, "update", lambda *_: averaged.append(1))
+    before, resumed = recovery.Average(0.5), recovery.Average(0.5)
+    trainer = SimpleNamespace(global_step=1)
+    before.on_train_batch_end(trainer, SimpleNamespace(update_skipped=True))
+    resumed.load_state_dict(before.state_dict())
+    resumed.on_train_batch_end(trainer, SimpleNamespace(update_skipped=False))
+    assert not averaged
+    trainer.global_step = 2
+    resumed.on_train_batch_end(trainer, SimpleNamespace(update_skipped=False))
+    assert averaged == [1]
 
 
 def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_path, monkeypatch):
