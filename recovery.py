@@ -226,7 +226,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         check_restored(trainer, module, checkpoint)
-        settle(checkpoint["loops"]["fit_loop"])
+        every = trainer.check_val_every_n_epoch
+        settle(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], every)
 
 
 def leave_terminal() -> None:
@@ -558,12 +559,13 @@ def epoch_is_over(loop: dict) -> bool:
     )
 
 
-def settle(loop: dict) -> None:
+def settle(loop: dict, updates: int, every: int) -> None:
     """Changes a checkpoint's state of the fit loop so that Lightning goes on where it was saved.
 
     By itself Lightning would leave out the validation of an epoch that was saved before it, the
     rest of an epoch that max_steps cut short and, in a run with max_steps, the whole epoch that
-    follows one that was saved after its validation.
+    follows one that was saved after its validation. `every` counts the epochs from one validation
+    to the next.
     """
     progress = loop["epoch_loop.batch_progress"]
     if epoch_is_over(loop):
@@ -572,6 +574,9 @@ def settle(loop: dict) -> None:
         progress["current"].update(ready=0, started=0, processed=0, completed=0)
         progress["is_last_batch"] = False
         return
+    if progress["is_last_batch"] and loop["epoch_progress"]["current"]["ready"] % every:
+        # Behind this batch Lightning would count the update for its logs with a validation alone.
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = updates
     for part in ("total", "current"):
         epoch = loop["epoch_progress"][part]
         batch = progress[part]

@@ -102,6 +102,8 @@ def left(output):
             for value in tensors
         ]
         kept[name] += [checkpoint["lr_schedulers"], checkpoint["skips"], checkpoint["global_step"]]
+        # Logs count updates by this one.
+        kept[name].append(checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"])
     return kept
 
 
