@@ -247,8 +247,11 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     if run_options.init_from and not checkpoint:
         source = read_checked(run_options.init_from)
         check_options(run_options.init_from, source)
-    if checkpoint and "preset" not in given:
-        sizes = before
+    if checkpoint:
+        asked = given.get("preset")
+        # A fine-tuned run's preset is the default, and says nothing of its sizes.
+        own = asked == before.get("preset") and not before.get("init_from")
+        sizes = before if own or not asked else {**before, **PRESETS[asked]}
     else:
         sizes = source["model_options"] if source else PRESETS[run_options.preset]
     model = build(ModelOptions, given, **sizes)
