@@ -801,8 +801,17 @@ def test_fine_tuning_and_resuming_may_leave_branches_as_they_are(pretrained, dat
     words = ("--ctc_weight", 0, "--reverse_weight", 1)
     fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 1, *words)
     fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 2, *words, "--resume")
-    options = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))[0].options
-    assert (options.ctc_weight, options.reverse_weight) == (0, 1)
+    before, after = (
+        load_checkpoint(str(path))[0] for path in (pretrained, tmp_path / "run" / "last.ckpt")
+    )
+    assert (after.options.ctc_weight, after.options.reverse_weight) == (0, 1)
+    parts = [(net.ctc, net.decoder, net.right_decoder) for net in (before.net, after.net)]
+    # Decay leaves them alone, too.
+    assert [same(*(list(net.parameters()) for net in pair)) for pair in zip(*parts)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(data, tmp_path, monkeypatch):
