@@ -393,6 +393,11 @@ class U2(L.LightningModule):
         return losses["loss"]
 
     def on_after_backward(self):
+        # A frozen encoder's gradients are dropped here: DDP waits for them in backward, and where
+        # they overflow a GradScaler would leave out the update of the other weights.
+        if self.encoder_is_frozen:
+            for parameter in self.net.encoder.parameters():
+                parameter.grad = None
         # A graph writes its gradients into the same memory each time, where the next micro-batch
         # of this shape would overwrite the sum.
         if self.graphs and self.trainer.accumulate_grad_batches > 1 and len(self.window) == 1:
@@ -501,10 +506,6 @@ class U2(L.LightningModule):
         By one message all ranks agree on the answer, and on the largest request of any rank (see
         recovery.py). The answer is read together with the losses: a step waits for the GPU once.
         """
-        # A frozen encoder's gradients are dropped here, because in backward DDP waits for them.
-        if self.encoder_is_frozen:
-            for parameter in self.net.encoder.parameters():
-                parameter.grad = None
         gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         # NaN and infinity both survive a maximum.
         norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)

@@ -183,6 +183,14 @@ def test_gradscaler_still_updates_in_a_skipped_window(tmp_path):
     assert scaler.get_scale() == 512.0 and model.skips_in_all == 1
 
 
+def test_what_overflows_in_a_frozen_encoder_holds_nothing_up(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = make(tmp_path, freeze_encoder_epochs=1)
+    model.net.encoder.after_norm.weight.register_hook(lambda grad: grad.fill_(torch.inf))
+    _, states = fit(model, batches(2), plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert scaler.get_scale() == 1024.0 and not same(states[0][1], states[1][1])
+
+
 def test_an_infinite_gradient_without_an_infinite_loss_is_skipped_too(tmp_path):
     model = make(tmp_path)
     parameter = model.net.ctc.weight
