@@ -203,6 +203,13 @@ def test_an_infinite_gradient_without_an_infinite_loss_is_skipped_too(tmp_path):
     assert skipped(tmp_path)[0]["rows_with_nonfinite_loss"] == []
 
 
+def test_the_norm_of_the_gradient_before_is_logged_where_there_was_one():
+    for count in (1, 2):
+        trainer, _ = fit(make(), batches(count), log_every_n_steps=1)
+        logged = trainer.callback_metrics.get("grad_norm")
+        assert logged is None if count == 1 else logged > 0
+
+
 def test_training_stops_with_one_line_after_max_skips_in_a_row(tmp_path):
     with pytest.raises(UserError, match="3 updates in a row"):
         fit(make(tmp_path, max_skips=3), batches(8, poison=range(2, 8)))

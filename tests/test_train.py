@@ -266,6 +266,9 @@ def test_two_processes_share_an_epoch_and_write_one_run(data, by_two):
     other = features_of(data, own.frontend)
     # Every rank computes the CMVN of all rows.
     torch.testing.assert_close(own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4)
+    # Each rank has heard one of the two rows of dev.
+    shown = b"".join(log.read_bytes() for log in (output / "logs").glob("events*"))
+    assert b"dev_0" in shown and b"dev_1" in shown
 
 
 def test_two_processes_survive_signals_to_one_of_them_and_kill_9(
