@@ -534,8 +534,13 @@ class U2Conformer(nn.Module):
         self.right_decoder = None
         if options.reverse_weight > 0 or options.keep_right_decoder:
             self.right_decoder = Decoder(options, vocab_size, options.r_num_blocks)
-            # DDP waits for the gradient of every weight that requires one.
-            self.right_decoder.requires_grad_(options.reverse_weight > 0)
+        # A branch without a share in the loss stays as it is: a gradient of 0 would let the weight
+        # decay shrink it, and for a gradient that never comes DDP would wait.
+        attends = options.ctc_weight < 1
+        self.ctc.requires_grad_(options.ctc_weight > 0)
+        self.decoder.requires_grad_(attends and options.reverse_weight < 1)
+        if self.right_decoder is not None:
+            self.right_decoder.requires_grad_(attends and options.reverse_weight > 0)
 
     def encode(self, features, feature_lengths, chunk_size: int = -1, left_chunks: int = -1):
         """Encodes features (B,T,F), lengths (B,) -> encoded (B,T',D), encoded_lengths (B,).

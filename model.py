@@ -103,8 +103,9 @@ class OptimOptions:
 def draw_chunk(size: int, options: ModelOptions) -> tuple[int, int]:
     """Draws (chunk_size, left_chunks) for a step over `size` encoder frames (U2, section 2.3).
 
-    Half of the draws are (-1, -1), full context. The others are chunks of 1 to 25 frames of 40 ms,
-    at most 1 s, with all left chunks or, with use_dynamic_left_chunk, a random number of them.
+    Half of the draws are (-1, -1), full context. The others are chunks of at most 100 feature
+    frames, which are 1 s where they are 10 ms apart, with all left chunks or, with
+    use_dynamic_left_chunk, a random number of them.
     """
     if not options.use_dynamic_chunk or size < 2:
         return -1, -1
@@ -393,6 +394,11 @@ class U2(L.LightningModule):
         return losses["loss"]
 
     def on_after_backward(self):
+        # A frozen encoder's gradients are dropped here: DDP waits for them in backward, and where
+        # they overflow a GradScaler would leave out the update of the other weights.
+        if self.encoder_is_frozen:
+            for parameter in self.net.encoder.parameters():
+                parameter.grad = None
         # A graph writes its gradients into the same memory each time, where the next micro-batch
         # of this shape would overwrite the sum.
         if self.graphs and self.trainer.accumulate_grad_batches > 1 and len(self.window) == 1:
@@ -501,10 +507,6 @@ class U2(L.LightningModule):
         By one message all ranks agree on the answer, and on the largest request of any rank (see
         recovery.py). The answer is read together with the losses: a step waits for the GPU once.
         """
-        # A frozen encoder's gradients are dropped here, because in backward DDP waits for them.
-        if self.encoder_is_frozen:
-            for parameter in self.net.encoder.parameters():
-                parameter.grad = None
         gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         # NaN and infinity both survive a maximum.
         norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
@@ -564,7 +566,7 @@ class U2(L.LightningModule):
             self.log(f"train_{name}", mean, batch_size=rows)
             if name == "loss":
                 self.log(name, mean, prog_bar=True, logger=False, batch_size=rows)
-        if self.norm is not None:
+        if self.norm_before:  # neither the first update of a run nor of a resumed one has it
             self.log("grad_norm", torch.tensor(self.norm_before), batch_size=rows)
         heard = self.heard_frames * self.frontend.shift_ms / 1000 * self.trainer.world_size
         now = time.monotonic()
@@ -650,6 +652,8 @@ class U2(L.LightningModule):
         # compute has joined all ranks; without sync_dist Lightning would warn.
         self.log_dict(values, sync_dist=True)
         self.validated_step = self.global_step
+        for of_rank in gather(self.pictures):
+            self.pictures |= of_rank
         if self.trainer.is_global_zero:
             self.log_pictures()
         self.reset_metrics()

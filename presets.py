@@ -84,7 +84,8 @@ class ModelOptions:
         "in proportion to their depth (arXiv:1603.09382); 0: off",
         at_least=0.0, at_most=0.9)
     use_dynamic_chunk: bool = option(
-        True, "train on full context or a random chunk of at most 1 s (U2, section 2.3)")
+        True, "train on full context or a random chunk of at most 100 feature frames, 1 s with "
+        "--frame_shift 10 (U2, section 2.3)")
     use_dynamic_left_chunk: bool = option(
         False, "also draw how many chunks to the left are seen in training")
     # fmt: on

@@ -226,7 +226,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer, module, checkpoint):
         check_restored(trainer, module, checkpoint)
-        settle(checkpoint["loops"]["fit_loop"])
+        every = trainer.check_val_every_n_epoch
+        settle(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], every)
 
 
 def leave_terminal() -> None:
@@ -301,8 +302,10 @@ class Average(WeightAveraging):
         self.pairs = []  # (numbers of the average, numbers of the model) with one kind of numbers
 
     def on_train_batch_end(self, trainer, module, *arguments):
-        if not module.update_skipped and trainer.global_step > self._latest_update_step:
-            self.update(module)
+        if trainer.global_step > self._latest_update_step:
+            if not module.update_skipped:
+                self.update(module)
+            # A skip counts, too: a resumed run does not know any more that there was one.
             self._latest_update_step = trainer.global_step
 
     @torch.no_grad()
@@ -471,12 +474,14 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
         "seconds": counted(slowest, data.frontend.tail_padding) if by_length else "",
         "accumulate_grad_batches": accumulate_grad_batches,
         "processes": world_size,
+        "batches halved": BY_PROCESSES,
         "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})",
     }
 
 
 # Parts of a plan that the plans of older checkpoints do not have.
-NEWER = {"labels of train", "dev", "few_shapes", "seconds"}
+NEWER = {"labels of train", "dev", "few_shapes", "seconds", "batches halved"}
+BY_PROCESSES = "with equally many rows for each process"
 
 
 def counted(speed: float, tail: int) -> str:
@@ -495,11 +500,14 @@ def check_plan(place: Place, plan: dict, data) -> None:
     before = {"few_shapes": "off", **before}  # older checkpoints do not have it
     if plan.keys() - before.keys() - NEWER:
         raise damaged(place.path, "plan")
+    by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
     if "seconds" not in before:
         # They counted rows at speed 1, early versions without the tail, later ones with it. Which
         # it was is not known, so the tail decides nothing.
-        by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
         before["seconds"] = counted(1.0, data.frontend.tail_padding) if by_length else ""
+    if "batches halved" not in before:
+        anywhere = by_length and before["processes"] > 1
+        before["batches halved"] = "anywhere" if anywhere else BY_PROCESSES
     differ = {
         name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
@@ -537,7 +545,8 @@ def same_steps(place: Place, plan: dict, data, differ: set[str]) -> bool:
         return False
     before = copy.copy(data)
     before.options = dataclasses.replace(data.options, **{name: place.plan[name] for name in sizes})
-    old = before.sampler(0, place.plan["processes"]).steps(place.epoch)
+    with refusing(place.path, "plan"):
+        old = before.sampler(0, place.plan["processes"]).steps(place.epoch)
     new = data.sampler(0, plan["processes"]).steps(place.epoch)
     return len(old) == len(new) and all(map(np.array_equal, old, new))
 
@@ -550,12 +559,13 @@ def epoch_is_over(loop: dict) -> bool:
     )
 
 
-def settle(loop: dict) -> None:
+def settle(loop: dict, updates: int, every: int) -> None:
     """Changes a checkpoint's state of the fit loop so that Lightning goes on where it was saved.
 
     By itself Lightning would leave out the validation of an epoch that was saved before it, the
     rest of an epoch that max_steps cut short and, in a run with max_steps, the whole epoch that
-    follows one that was saved after its validation.
+    follows one that was saved after its validation. `every` counts the epochs from one validation
+    to the next.
     """
     progress = loop["epoch_loop.batch_progress"]
     if epoch_is_over(loop):
@@ -564,6 +574,9 @@ def settle(loop: dict) -> None:
         progress["current"].update(ready=0, started=0, processed=0, completed=0)
         progress["is_last_batch"] = False
         return
+    if progress["is_last_batch"] and loop["epoch_progress"]["current"]["ready"] % every:
+        # Behind this batch Lightning would count the update for its logs with a validation alone.
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = updates
     for part in ("total", "current"):
         epoch = loop["epoch_progress"][part]
         batch = progress[part]

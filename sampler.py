@@ -181,7 +181,9 @@ class LengthGroupedSampler(PlannedSampler):
             widest = widest[sizes[widest] >= 2 * self.world_size]
             if not len(widest):
                 break
-            borders = np.sort(np.concatenate((borders, borders[widest] + sizes[widest] // 2)))
+            # Halves of whole strides, a row for every rank, can be halved down to single strides.
+            halves = sizes[widest] // self.world_size // 2 * self.world_size
+            borders = np.sort(np.concatenate((borders, borders[widest] + halves)))
         return borders
 
 

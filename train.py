@@ -39,7 +39,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info
 
 import kernels
-from datamodule import DataOptions, SpeechDataModule, rows_rate
+from datamodule import DataOptions, SpeechDataModule, label_column, rows_rate
 from files import ASIDE, alone, aside, check_utf8, json_text, read_json, write_whole
 from model import U2, OptimOptions, read_checked
 from presets import PRESETS, ModelOptions
@@ -199,7 +199,7 @@ def main(argv):
     settings, source = choose_settings(given, folder, checkpoint)
     check_run(settings.run, settings.optim.optimizer)
     if not (checkpoint or source):
-        check_branches(settings.model)
+        check_parts(settings.model)
         check_windows(settings.frontend)
     check_unused(given, settings, options_of(checkpoint))
     check_source(source, settings)
@@ -212,6 +212,7 @@ def main(argv):
     L.seed_everything(settings.run.seed, workers=False, verbose=False)
     # The data come before Lightning prints anything, so an error in them is a single line.
     data = open_data(settings, tokenizer, place)
+    check_words(data)
     start = Start(folder, given["overwrite"], place, {**settings.by_name(), **given})
     trainer = make_trainer(settings, start)
     choose_shapes(trainer, data)
@@ -246,8 +247,11 @@ def choose_settings(given: dict, folder: str, checkpoint: dict) -> tuple[Setting
     if run_options.init_from and not checkpoint:
         source = read_checked(run_options.init_from)
         check_options(run_options.init_from, source)
-    if checkpoint and "preset" not in given:
-        sizes = before
+    if checkpoint:
+        asked = given.get("preset")
+        # A fine-tuned run's preset is the default, and says nothing of its sizes.
+        own = asked == before.get("preset") and not before.get("init_from")
+        sizes = before if own or not asked else {**before, **PRESETS[asked]}
     else:
         sizes = source["model_options"] if source else PRESETS[run_options.preset]
     model = build(ModelOptions, given, **sizes)
@@ -437,10 +441,10 @@ def check_run(options: RunOptions, optimizer: str) -> None:
         print("note: 16-mixed on a CPU: Lightning turns it into bf16-mixed", flush=True)
 
 
-def check_branches(model: ModelOptions) -> None:
-    """Raises UserError where a branch stays untrained that the searches need.
+def check_parts(model: ModelOptions) -> None:
+    """Raises UserError where a part stays untrained that the searches need, or cannot learn.
 
-    This is for runs from nothing: in others the branch may come trained.
+    This is for runs from nothing: in others the part may come trained, and WeNet has such models.
     """
     if not model.ctc_weight:
         raise UserError(
@@ -451,6 +455,16 @@ def check_branches(model: ModelOptions) -> None:
         raise UserError(
             "--reverse_weight 1 leaves the left-to-right decoder untrained, which attention and "
             "joint search need; give less"
+        )
+    if model.reverse_weight and not model.r_num_blocks:
+        raise UserError(
+            "--r_num_blocks 0 leaves the right-to-left decoder without the encoder's output; give "
+            "more, or --reverse_weight 0"
+        )
+    if (model.selfattention_layer_type, model.pos_enc_layer_type) == ("selfattn", "rel_pos"):
+        raise UserError(
+            "--selfattention_layer_type selfattn leaves the encoder without positions; add "
+            "--pos_enc_layer_type abs_pos"
         )
 
 
@@ -471,10 +485,12 @@ def check_unused(given: dict, settings: Settings, before: dict) -> None:
     """
     augment = settings.augment
     model = settings.model
-    if model.views > 1 and not (before or augment.num_freq_masks or augment.num_time_masks):
+    masks = augment.num_freq_masks or augment.num_time_masks
+    dropped = model.dropout_rate or model.attention_dropout_rate or model.stochastic_depth
+    if model.views > 1 and not (before or masks or dropped):
         raise UserError(
-            "--cr_ctc_weight has no effect without masks, in which the two views differ; give "
-            "--num_time_masks, or --cr_ctc_weight 0"
+            "--cr_ctc_weight has no effect without masks and dropout, in which the two views "
+            "differ; give --num_time_masks, or --cr_ctc_weight 0"
         )
     for name in ("cr_ctc_weight", "interctc_weight"):
         if getattr(model, name) and not (before or model.ctc_weight):
@@ -513,6 +529,16 @@ def check_unused(given: dict, settings: Settings, before: dict) -> None:
         value = given.get(name)
         if value and as_list(before.get(name)) != value:
             raise UserError(f"--{name} has no effect {reason}; leave it out")
+
+
+def check_words(data: SpeechDataModule) -> None:
+    """Raises UserError where dev has no word, and so no error rate that chooses the best model."""
+    labels = label_column(data.splits["dev"])
+    if not any(data.tokenizer.decode(ids.as_py()) for ids in labels):
+        raise UserError(
+            f"{', '.join(map(str, data.data_roots))}: dev has no words, so that no model would be "
+            "the best; give it rows with a text"
+        )
 
 
 def check_overwrite(options: RunOptions, overwrite: bool) -> None:

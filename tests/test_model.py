@@ -183,6 +183,14 @@ def test_gradscaler_still_updates_in_a_skipped_window(tmp_path):
     assert scaler.get_scale() == 512.0 and model.skips_in_all == 1
 
 
+def test_what_overflows_in_a_frozen_encoder_holds_nothing_up(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = make(tmp_path, freeze_encoder_epochs=1)
+    model.net.encoder.after_norm.weight.register_hook(lambda grad: grad.fill_(torch.inf))
+    _, states = fit(model, batches(2), plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    assert scaler.get_scale() == 1024.0 and not same(states[0][1], states[1][1])
+
+
 def test_an_infinite_gradient_without_an_infinite_loss_is_skipped_too(tmp_path):
     model = make(tmp_path)
     parameter = model.net.ctc.weight
@@ -193,6 +201,13 @@ def test_an_infinite_gradient_without_an_infinite_loss_is_skipped_too(tmp_path):
     _, states = fit(model, batches(3))
     assert same(states[0][1], states[1][1]) and not same(states[1][1], states[2][1])
     assert skipped(tmp_path)[0]["rows_with_nonfinite_loss"] == []
+
+
+def test_the_norm_of_the_gradient_before_is_logged_where_there_was_one():
+    for count in (1, 2):
+        trainer, _ = fit(make(), batches(count), log_every_n_steps=1)
+        logged = trainer.callback_metrics.get("grad_norm")
+        assert logged is None if count == 1 else logged > 0
 
 
 def test_training_stops_with_one_line_after_max_skips_in_a_row(tmp_path):

@@ -277,6 +277,13 @@ def test_attention_maps_are_the_weights_that_the_layers_use():
     assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:2]))
 
 
+def test_a_decoder_that_looks_nowhere_has_no_map(tokenizer):
+    model = tiny_model(tokenizer, dataclasses.replace(TINY, r_num_blocks=0)).eval()
+    samples = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
+    seen = report.report_heard.see(model, samples, "ctc_greedy_search")
+    assert list(seen.maps) == ["left to right"]
+
+
 words = st.lists(st.sampled_from("abc"), max_size=8)
 
 

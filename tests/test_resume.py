@@ -12,6 +12,7 @@ import os
 import pty
 import shutil
 import signal
+from types import SimpleNamespace
 
 import cli
 from cli import UserError
@@ -221,7 +222,8 @@ def test_what_is_not_given_at_a_resume_stays_as_the_run_had_it(data, tmp_path):
     run(data, tmp_path / "whole", *words)
     interrupted(data, tmp_path / "cut", 4, *words)
     assert len(rows_of(tmp_path / "cut")) > 8  # within the second epoch
-    train.main(["--resume", str(tmp_path / "cut" / "last.ckpt"), *ON_CPU])
+    # Its own preset takes none of them back.
+    train.main(["--resume", str(tmp_path / "cut" / "last.ckpt"), "--preset", "tiny", *ON_CPU])
     assert same(weights(tmp_path / "whole" / "last.ckpt"), weights(tmp_path / "cut" / "last.ckpt"))
     # Once an epoch, in two views, too.
     assert sorted(rows_of(tmp_path / "cut")) == sorted(2 * list(range(8)))
@@ -712,6 +714,21 @@ def test_a_skipped_update_leaves_the_average_as_it_was(data, tmp_path, monkeypat
     monkeypatch.setattr(train.LastCheckpoint, "on_train_batch_end", note)
     run(data, tmp_path / "run", "--max_epochs", 1, "--ema_decay", 0.5)
     assert [same(*pair) for pair in zip(averages, averages[1:])] == [False, True, False]
+
+
+def test_an_average_goes_on_after_a_skip_as_if_the_run_had_not_ended(monkeypatch):
+    """Within an accumulation that begins after the skip, a resumed run must not average again."""
+    averaged = []
+    monkeypatch.setattr(recovery.Average, "update", lambda *_: averaged.append(1))
+    before, resumed = recovery.Average(0.5), recovery.Average(0.5)
+    trainer = SimpleNamespace(global_step=1)
+    before.on_train_batch_end(trainer, SimpleNamespace(update_skipped=True))
+    resumed.load_state_dict(before.state_dict())
+    resumed.on_train_batch_end(trainer, SimpleNamespace(update_skipped=False))
+    assert not averaged
+    trainer.global_step = 2
+    resumed.on_train_batch_end(trainer, SimpleNamespace(update_skipped=False))
+    assert averaged == [1]
 
 
 def test_a_new_term_of_the_loss_has_its_gradient_on_several_processes(data, tmp_path, monkeypatch):

@@ -58,13 +58,16 @@ def test_every_row_once_an_epoch_and_ranks_have_equally_many_batches(options, wo
         np.zeros(50, int),
         np.arange(1, 200),
         np.array([5]),
+        # Of these 2 and 3 ranks must halve a batch twice, to a row for each.
+        np.array([20, 20, 30, 90, 5, 30, 5, 1, 90, 60, 1, 1, 20]),
+        np.array([8, 90, 8, 1, 8, 30, 90, 10, 20, 20, 1, 60, 90, 8, 60, 8, 30, 10, 5]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("options", KINDS, ids=IDS)
 def test_the_announced_number_of_batches_is_the_real_one(lengths, options):
     for epoch in range(4):
-        for world_size in (1, 2) if len(lengths) > 1 else (1,):
+        for world_size in (1, 2, 3, 4) if len(lengths) > 1 else (1,):
             plans(lengths, world_size, epoch, megabatch=3, **options)  # asserts it
 
 

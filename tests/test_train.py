@@ -102,6 +102,8 @@ def left(output):
             for value in tensors
         ]
         kept[name] += [checkpoint["lr_schedulers"], checkpoint["skips"], checkpoint["global_step"]]
+        # Logs count updates by this one.
+        kept[name].append(checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"])
     return kept
 
 
@@ -264,6 +266,9 @@ def test_two_processes_share_an_epoch_and_write_one_run(data, by_two):
     other = features_of(data, own.frontend)
     # Every rank computes the CMVN of all rows.
     torch.testing.assert_close(own.net.encoder.cmvn_mean, other.mean(0), rtol=1e-4, atol=1e-4)
+    # Each rank has heard one of the two rows of dev.
+    shown = b"".join(log.read_bytes() for log in (output / "logs").glob("events*"))
+    assert b"dev_0" in shown and b"dev_1" in shown
 
 
 def test_two_processes_survive_signals_to_one_of_them_and_kill_9(
@@ -503,6 +508,22 @@ def test_dev_rows_too_short_for_their_labels_leave_val_loss_finite(data, tmp_pat
     assert np.isfinite(metrics["val_loss"]) and np.isfinite(metrics["val_cer"])
 
 
+def test_a_dev_without_words_is_refused_before_anything_is_written(data, tmp_path):
+    (root := tmp_path / "data").mkdir()
+    (root / "train").symlink_to(data / "train")
+    shutil.copy(data / "tokenizer.json", root)
+    rows = {"input_values": [np.ones(9000, np.float32)] * 2, "labels": [np.zeros(0, np.int64)] * 2}
+    kinds = {
+        name: datasets.List(datasets.Value(kind))
+        for name, kind in (("input_values", "float32"), ("labels", "int64"))
+    }
+    shard = datasets.Dataset.from_dict(rows, datasets.Features(kinds))
+    shard.save_to_disk(str(root / "dev" / "0"))
+    with pytest.raises(UserError, match="dev has no words, so that no model would be the best"):
+        run(root, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_shard_is_one_line_on_stderr_and_status_2(data, tmp_path, monkeypatch, capfd):
     shutil.copytree(data, tmp_path / "data")
     shard = next((tmp_path / "data" / "train").rglob("*.arrow"))
@@ -595,7 +616,10 @@ def test_global_cmvn_of_fbank_is_that_of_the_training_split_or_of_the_file_given
         (("--cmvn", "file"), "--cmvn"),
         (("--high_freq", -400), "--high_freq"),
         (("--freeze_encoder_epochs", 1), "--freeze_encoder_epochs"),
-        ("--cr_ctc_weight 1 --num_time_masks 0 --num_freq_masks 0".split(), "--cr_ctc_weight"),
+        (
+            "--cr_ctc_weight 1 --num_time_masks 0 --num_freq_masks 0 --dropout_rate 0".split(),
+            "--cr_ctc_weight",
+        ),
         (("--max_time_mask_share", 0.1, "--num_time_masks", 0), "--max_time_mask_share"),
         (("--max_freq_mask", 9, "--num_freq_masks", 0), "--max_freq_mask"),
         (("--max_sub", 9, "--num_subs", 0), "--max_sub"),
@@ -621,7 +645,8 @@ def test_a_flag_that_only_says_that_something_is_off_passes(data, tmp_path):
     words = (
         "--num_time_masks 0 --max_time_mask 0 --num_freq_masks 0 --max_freq_mask 0 --num_subs 0 "
         "--max_sub 0 --no-use_dynamic_chunk --no-use_dynamic_left_chunk --no-keep_right_decoder "
-        "--no-filter --min_frame 0 --dither 0 --freeze_encoder_epochs 0"
+        "--no-filter --min_frame 0 --dither 0 --freeze_encoder_epochs 0 "
+        "--cr_ctc_weight 0.2"  # of two views, which then differ by dropout alone
     )
     run(data, tmp_path / "run", "--max_steps", 1, *words.split())
 
@@ -657,9 +682,20 @@ def test_a_resumed_run_may_have_flags_without_effect_but_takes_no_new_one(
         run(data, tmp_path / "run", "--max_steps", 3, "--resume", "--snr", 1, 3)
 
 
-@pytest.mark.parametrize("words", [("--ctc_weight", 0), ("--reverse_weight", 1)], ids=str)
-def test_a_branch_that_the_searches_need_must_be_trained(data, tmp_path, words):
-    with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves .* untrained"):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--ctc_weight", 0), "CTC untrained"),
+        (("--reverse_weight", 1), "the left-to-right decoder untrained"),
+        (("--r_num_blocks", 0), "the right-to-left decoder without the encoder's output"),
+        (("--selfattention_layer_type", "selfattn"), "the encoder without positions"),
+    ],
+    ids=str,
+)
+def test_a_part_that_the_searches_need_must_be_trained_and_able_to_learn(
+    data, tmp_path, words, said
+):
+    with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves {said}"):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
 
@@ -768,8 +804,13 @@ def test_fine_tuning_and_resuming_may_leave_branches_as_they_are(pretrained, dat
     words = ("--ctc_weight", 0, "--reverse_weight", 1)
     fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 1, *words)
     fine_tune(data, tmp_path / "run", pretrained, "--max_steps", 2, *words, "--resume")
-    options = load_checkpoint(str(tmp_path / "run" / "last.ckpt"))[0].options
-    assert (options.ctc_weight, options.reverse_weight) == (0, 1)
+    before, after = (
+        load_checkpoint(str(path))[0] for path in (pretrained, tmp_path / "run" / "last.ckpt")
+    )
+    assert (after.options.ctc_weight, after.options.reverse_weight) == (0, 1)
+    parts = [(net.ctc, net.decoder, net.right_decoder) for net in (before.net, after.net)]
+    kept = [same(*(list(part.parameters()) for part in pair)) for pair in zip(*parts)]
+    assert kept == [True, True, False]  # decay leaves them alone, too
 
 
 def test_a_frozen_encoder_stays_as_it_came_for_as_long_as_asked(data, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def see(model, samples: np.ndarray, mode: str) -> Seen:
         maps["left to right"] = attention_maps(
             model.net.decoder, [model.net.sos_id, *hypothesis.tokens], encoded
         )
-        if model.net.right_decoder is not None:
+        if model.net.right_decoder is not None and model.net.right_decoder.blocks:
             backwards = [model.net.sos_id, *reversed(hypothesis.tokens)]
             seen = attention_maps(model.net.right_decoder, backwards, encoded)
             maps["right to left"] = seen.flip(1)
