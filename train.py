@@ -461,10 +461,11 @@ def check_parts(model: ModelOptions) -> None:
             "--r_num_blocks 0 leaves the right-to-left decoder without the encoder's output; give "
             "more, or --reverse_weight 0"
         )
-    if (model.selfattention_layer_type, model.pos_enc_layer_type) == ("selfattn", "rel_pos"):
+    positions = model.encoder, model.selfattention_layer_type, model.pos_enc_layer_type
+    if positions == ("transformer", "selfattn", "rel_pos"):  # a conformer has its convolutions
         raise UserError(
-            "--selfattention_layer_type selfattn leaves the encoder without positions; add "
-            "--pos_enc_layer_type abs_pos"
+            "--selfattention_layer_type selfattn leaves a transformer encoder without positions; "
+            "add --pos_enc_layer_type abs_pos"
         )
 
 

@@ -688,7 +688,6 @@ def test_a_resumed_run_may_have_flags_without_effect_but_takes_no_new_one(
         (("--ctc_weight", 0), "CTC untrained"),
         (("--reverse_weight", 1), "the left-to-right decoder untrained"),
         (("--r_num_blocks", 0), "the right-to-left decoder without the encoder's output"),
-        (("--selfattention_layer_type", "selfattn"), "the encoder without positions"),
     ],
     ids=str,
 )
@@ -698,6 +697,14 @@ def test_a_part_that_the_searches_need_must_be_trained_and_able_to_learn(
     with pytest.raises(UserError, match=f"{words[0]} {words[1]} leaves {said}"):
         run(data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_of_attention_alone_knows_where_its_frames_are():
+    plain = dict(selfattention_layer_type="selfattn")
+    with pytest.raises(UserError, match="without positions; add --pos_enc_layer_type abs_pos"):
+        train.check_parts(ModelOptions(encoder="transformer", **plain))
+    for fine in (dict(encoder="transformer"), plain):  # a conformer has its convolutions
+        train.check_parts(ModelOptions(**fine))
 
 
 def test_windows_may_leave_sound_out_in_older_models_alone(data, tmp_path, monkeypatch):
