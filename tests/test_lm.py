@@ -341,10 +341,18 @@ def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path
         assert len(found.times) == len(found.tokens)
 
 
-@pytest.mark.parametrize("said", ["你好吗", "吗", "吗 b们", "你 ab"])
-def test_a_graph_also_says_chinese_characters_that_its_model_lacks(tmp_path, said):
+OF_PIECES = train_bpe(3 * ["ab ab ab ba ba ab zb bz"], 12)  # z begins no piece with a space
+
+
+@pytest.mark.parametrize(
+    "tokenizer, said",
+    [
+        *((train_char(["你好吗们 ab"]), said) for said in ("你好吗", "吗", "吗 b们", "你 ab")),
+        *((OF_PIECES, said) for said in ("ab", "ba aab", "z", "ab zb ab")),
+    ],
+)
+def test_a_graph_also_says_what_its_model_lacks(tmp_path, tokenizer, said):
     pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
-    tokenizer = train_char(["你好吗们 ab"])
     path = write_graph(tmp_path, tokenizer, sentences=["你 好 ab"])
     model = load_lm(str(tmp_path / "lm"), tokenizer, 0.7, 0.3)
     tokens = tokenizer.encode(said)
@@ -376,6 +384,9 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
     arc = struct.pack(
         "<iifi", first.ilabel, first.olabel, float(first.weight.value), first.nextstate
     )
+    # No file may make the decoder read outside the frames' log-probabilities.
+    graph.add_arc(0, kaldifst.StdArc(-5, 0, 0.0, 0))
+    graph.write(str(bad))
     huge = [whole[:i] + bytes([whole[i] ^ 0x80]) + whole[i + 1 :] for i in (54, 57)]  # the states
     for content, complaint in (
         (b"", "no graph"),
@@ -384,6 +395,7 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
         (whole[:-9], "no graph"),
         *((content, "no graph") for content in huge),
         (whole.replace(arc, arc[:12] + struct.pack("<i", -5)), "damaged"),
+        (bad.read_bytes(), "damaged"),
         (None, "cannot be read"),
     ):
         bad.unlink(missing_ok=True)

@@ -280,6 +280,10 @@ def make_lexicon(
         arcs += [(begin, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
         arcs += [(states, states, i, 0, 0.0) for i in letters]
         arcs.append((states, behind, last, 0, 0.0))
+        if pieces:  # The space before the word may be a token of its own.
+            middle = states + len(texts) + 1
+            arcs += [(begin, middle, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in spaces]
+            arcs += [(middle, states, i, 0, 0.0) for i in letters]
         # A Chinese character is a word of its own, with or without a space before.
         for i in [i for i, text in enumerate(texts, 1) if ALONE.fullmatch(text)]:
             for state in {begin, behind}:
