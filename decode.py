@@ -312,10 +312,9 @@ TOTAL, BLANK, TOKEN, VITERBI_BLANK, VITERBI_TOKEN, BONUS = range(6)
 class Beam(NamedTuple):
     """Holds the N likeliest prefixes of each utterance, best first, for the next frame.
 
-    A beam is a value: an old beam stays valid, because `lists` only grows. Prefixes and times are
-    linked lists. Each list is known by its number, equal lists have the same number, and the empty
-    list has 0. N is at most beam_size. Where an utterance has fewer prefixes, the prefix's number
-    is -1 and its scores are nan.
+    A beam is a value. Prefixes and times are linked lists. Each list is known by its number, equal
+    lists have the same number, and the empty list has 0. N is at most beam_size. Where an utterance
+    has fewer prefixes, the prefix's number is -1 and its scores are nan.
     """
 
     lists: dict[int, int]  # 2**32 * number of the list without its last item + that item -> number
@@ -404,6 +403,7 @@ def prefix_follow(
 ) -> Beam:
     """Does what prefix_advance does, with the frames' offers of find_offers, on the CPU."""
     size = search.beam_size
+    beam = beam._replace(lists=dict(beam.lists))  # The frames below add to it.
     with np.errstate(invalid="ignore"):  # nan stands for what does not exist
         for offered in _read_offers(offers, blank_id):
             beam = _advance_by_blank(beam, offered, size) or _advance(beam, offered, size)

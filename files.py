@@ -125,8 +125,13 @@ def read_small(path: str, limit: int = SMALL) -> bytes:
 
     Raises OSError as open_file does, and ValueError for a file of more than `limit` bytes.
     """
+    content = b""
     with open_file(path) as file:
-        content = file.read(limit + 1)
+        # A read takes room for all that it asks for, so it asks for no more than the file has. But
+        # a file may grow, and those of /proc have no size.
+        size = max(os.fstat(file.fileno()).st_size, 2**16)
+        while len(content) <= limit and (more := file.read(min(limit - len(content), size) + 1)):
+            content += more
     if len(content) > limit:
         raise ValueError(f"longer than {limit} bytes")
     return content

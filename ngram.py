@@ -28,8 +28,9 @@ from words import ALONE, OPENING, begins_word, belongs, split_words
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 LARGEST_ARPA = 2**34  # bytes
 NEVER = -99 * math.log(10)  # SRILM's -99, which stands for no chance at all
-SECTION = re.compile(r"\\(\d+)-grams:")
-COUNT = re.compile(r"ngram\s+(\d+)\s*=\s*(\d+)")
+ROUNDING = 1e-5  # how far above 0 rounding may put a log-probability in a file
+SECTION = re.compile(r"\\(\d{1,9})-grams:")
+COUNT = re.compile(r"ngram\s+(\d{1,9})\s*=\s*(\d{1,18})")
 # Nodes of the trie of spellings: between words, and three for an unknown word, which ends in a
 # letter, in a Chinese character, or in an opening bracket.
 BETWEEN, UNSPELLED, UNSPELLED_ALONE, UNSPELLED_OPEN = range(4)
@@ -92,28 +93,39 @@ class LanguageModel(NamedTuple):
     """An automaton over tokens; state h * nodes + n is history h and node n of the spellings."""
 
     ngrams: NGrams
-    keys: np.ndarray  # sorted: ID * node + token, for each token with which a spelling goes on
+    parts: np.ndarray  # (P,V) the parts of each token, see parts_of; -1 behind the last one
+    keys: np.ndarray  # sorted: ID * node + part, for each part with which a spelling goes on
     targets: np.ndarray  # the node to which it leads
     word: np.ndarray  # (nodes,) the word that ends at the node, else the unknown word
     ahead: np.ndarray  # (nodes,) weighted log-probability of the likeliest word through the node
     alone: np.ndarray  # (nodes,) bool: a letter begins a new word, as behind a Chinese character
     opened: np.ndarray  # (nodes,) bool: only a space begins a new word, as behind a bracket
-    spaced: np.ndarray  # (V,) bool: the token begins with a space
-    begins: np.ndarray  # (V,) bool: the token begins a word as a Chinese character does
-    letter: np.ndarray  # (V,) bool: the token begins a word behind an `alone` node
-    unspelled: np.ndarray  # (V,) the node to which the token leads where no word goes on so
+    spaced: np.ndarray  # (U,) bool for each of U parts: it begins with a space
+    begins: np.ndarray  # (U,) bool: the part begins a word as a Chinese character does
+    letter: np.ndarray  # (U,) bool: the part begins a word behind an `alone` node
+    unspelled: np.ndarray  # (U,) the node to which the part leads where no word goes on so
     weight: float
     bonus: float  # of each word
 
     def step(self, states: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gives the states behind the tokens, and the bonus of the step; arguments broadcast."""
+        first, *others = self.parts[:, tokens]
+        states, total = self.step_part(states, first)
+        for parts in others:
+            behind, gain = self.step_part(states, parts)
+            states = np.where(parts < 0, states, behind)
+            total = np.where(parts < 0, total, total + gain)
+        return states, total
+
+    def step_part(self, states: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Does what `step` does, for parts of tokens."""
         histories, nodes = np.divmod(states, len(self.word))
         said, behind = self.end_word(histories, nodes)
-        begins = self.begins[tokens] | self.alone[nodes] & self.letter[tokens]
-        new = self.spaced[tokens] | begins & ~self.opened[nodes]
-        after = self.child(np.where(new, BETWEEN, nodes), tokens)
-        joins = ~self.letter[tokens] & self.alone[nodes]  # a mark of the Chinese character before
-        unspelled = np.where(joins, UNSPELLED_ALONE, self.unspelled[tokens])
+        begins = self.begins[parts] | self.alone[nodes] & self.letter[parts]
+        new = self.spaced[parts] | begins & ~self.opened[nodes]
+        after = self.child(np.where(new, BETWEEN, nodes), parts)
+        joins = ~self.letter[parts] & self.alone[nodes]  # a mark of the Chinese character before
+        unspelled = np.where(joins, UNSPELLED_ALONE, self.unspelled[parts])
         after = np.where(after == UNSPELLED, unspelled, after)
         gain = np.where(new, said, 0.0) + self.ahead[after] - self.ahead[nodes]
         return np.where(new, behind, histories) * len(self.word) + after, gain
@@ -125,9 +137,9 @@ class LanguageModel(NamedTuple):
         said = np.where(between, 0.0, self.weight * said + self.bonus)
         return said, np.where(between, histories, behind)
 
-    def child(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Gives the nodes to which the tokens lead, UNSPELLED where no word goes on so."""
-        keys = nodes * ID + tokens
+    def child(self, nodes: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """Gives the nodes to which the parts lead, UNSPELLED where no word goes on so."""
+        keys = nodes * ID + parts
         places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(self.keys[places] == keys, self.targets[places], UNSPELLED)
 
@@ -139,12 +151,13 @@ class LanguageModel(NamedTuple):
         return self.ahead[nodes] - said - self.weight * end
 
     def hope(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Gives the most that so many more tokens can add: a bonus each, and for the word before.
+        """Gives the most that so many more tokens can add: bonuses of parts and of the word before.
 
         The words themselves may be certain then, and what their beginnings cost is given back.
         """
         nodes = states % len(self.word)
-        return max(self.bonus, 0.0) * (tokens + (nodes != BETWEEN)) - self.ahead[nodes]
+        words = tokens * len(self.parts) + (nodes != BETWEEN)
+        return max(self.bonus, 0.0) * words - self.ahead[nodes]
 
 
 class Both(NamedTuple):
@@ -202,21 +215,24 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     """
     grams = read_arpa(path)
     ngrams = make_ngrams(grams)
+    where = f"--lm {path}"
     unigrams = {word: score for (word, *more), (score, _) in grams.items() if not more}
-    texts = tokenizer.texts(range(tokenizer.vocab_size))
-    by_text = {}  # text without spaces -> the tokens that have it
-    for token, text in enumerate(texts):
-        by_text.setdefault(text.strip(), []).append(token)
+    of_tokens = list(map(parts_of, tokenizer.texts(range(tokenizer.vocab_size))))
+    numbers = {part: n for n, part in enumerate(dict.fromkeys(itertools.chain(*of_tokens)))}
+    rows = ([numbers[part] for part in parts] for parts in of_tokens)
+    by_text = {}  # text without spaces -> the parts that have it
+    for part, number in numbers.items():
+        by_text.setdefault(part.strip(), []).append(number)
     unknown = ngrams.words[UNKNOWN]
     word = 4 * [unknown]
     ahead = [0.0] + 3 * [weight * unigrams[UNKNOWN]]
     alone = [False, False, True, False]
     opened = [False, False, False, True]
-    steps = {token: BETWEEN for token, text in enumerate(texts) if text.isspace()}
+    steps = {number: BETWEEN for part, number in numbers.items() if part.isspace()}
     trie = {}  # (node, character) -> node
     said = {}  # node -> log-probability of the word that ends there
     longest = max(map(len, by_text))
-    for name, spelling in single_words(spell_words(unigrams, tokenizer, path), path).items():
+    for name, spelling in single_words(spell_words(unigrams, tokenizer, where), where).items():
         nodes = [BETWEEN]
         for end, character in enumerate(spelling, 1):
             node = trie.setdefault((nodes[-1], character), len(word))
@@ -226,8 +242,8 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
                 alone.append(ends_alone(spelling[:end]))
                 opened.append(ends_open(character))
                 for begin in range(max(0, end - longest), end):
-                    for token in by_text.get(spelling[begin:end], ()):
-                        steps[nodes[begin] * ID + token] = node
+                    for number in by_text.get(spelling[begin:end], ()):
+                        steps[nodes[begin] * ID + number] = node
             nodes.append(node)
             ahead[node] = max(ahead[node], weight * unigrams[name])
         # Of words that are spelled alike the likeliest counts.
@@ -238,27 +254,34 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     order = keys.argsort()
     return LanguageModel(
         ngrams,
+        np.array(list(itertools.zip_longest(*rows, fillvalue=-1))),
         keys[order],
         np.array(list(steps.values()))[order],
-        *map(np.array, (word, ahead, alone, opened, *token_kinds(texts))),
+        *map(np.array, (word, ahead, alone, opened, *part_kinds(list(numbers)))),
         weight,
         bonus,
     )
 
 
-def token_kinds(texts: list[str]) -> tuple[list, list, list, list]:
-    """Returns `spaced`, `begins`, `letter` and `unspelled` of a LanguageModel, (V,) each."""
+def parts_of(text: str) -> list[str]:
+    """Cuts a token's text where a word begins in its midst, as one may in a piece of Chinese."""
+    begins = [word.places[0] - word.spaced for word in split_words(text)[1:]]
+    return [text[begin:end] for begin, end in itertools.pairwise([0, *begins, len(text)])]
+
+
+def part_kinds(texts: list[str]) -> tuple[list, list, list, list]:
+    """Returns `spaced`, `begins`, `letter` and `unspelled` of a LanguageModel, (U,) each."""
     spaced = [text[:1].isspace() for text in texts]
     begins = [text != "" and begins_word(text[0]) for text in texts]
     letter = [text != "" and not belongs(text[0]) for text in texts]
     return spaced, begins, letter, list(map(unspelled_node, texts))
 
 
-def spell_words(words: Iterable[str], tokenizer, path: str) -> dict[str, str]:
+def spell_words(words: Iterable[str], tokenizer, where: str) -> dict[str, str]:
     """Gives for each word the text of its tokens, but for words that the tokenizer lacks.
 
-    A note on stderr says so where these are more than half of the words of the file `path`. Raises
-    UserError where they are all of them.
+    A note on stderr says so where these are more than half of the words. Raises UserError where
+    they are all of them. `where` says in both which file the words are from.
     """
     words = [word for word in words if word not in (BEGIN, END, UNKNOWN)]
     spelled = {
@@ -269,36 +292,38 @@ def spell_words(words: Iterable[str], tokenizer, path: str) -> dict[str, str]:
     }
     if not spelled:
         raise UserError(
-            f"--lm {path}: the checkpoint's tokenizer spells none of its {len(words)} words; case "
+            f"{where}: the checkpoint's tokenizer spells none of its {len(words)} words; case "
             "counts, so make it from text like that of the training"
         )
     if 2 * len(spelled) < len(words):
         print(
-            f"note: --lm {shown(path)}: the checkpoint's tokenizer spells {len(spelled)} of its "
+            f"note: {shown(where)}: the checkpoint's tokenizer spells {len(spelled)} of its "
             f"{len(words)} words, and the others count as unknown; case counts",
             file=sys.stderr,
         )
     return spelled
 
 
-def single_words(spelled: dict[str, str], path: str) -> dict[str, str]:
+def single_words(spelled: dict[str, str], where: str) -> dict[str, str]:
     """Returns the {word: spelling} in which the search hears one word; in ASCII it always does.
 
     A note on stderr says how many words are lost because the search hears several in each, as in
-    Chinese ones of several characters.
+    Chinese ones of several characters. Raises UserError where they are all of them.
     """
     single = {
         word: spelling
         for word, spelling in spelled.items()
         if spelling.isascii() or len(split_words([spelling])) == 1
     }
-    if lost := len(spelled) - len(single):
-        print(
-            f"note: --lm {shown(path)}: {lost} of its {len(spelled)} words count as unknown, for "
-            "each Chinese or Japanese character is a word here; python -m tools.lm writes such "
-            "words, and a --graph of this file knows its own",
-            file=sys.stderr,
-        )
+    lost = (
+        f"{len(spelled) - len(single)} of its {len(spelled)} words count as unknown, for each "
+        "Chinese or Japanese character is a word here; python -m tools.lm writes such words, and a "
+        "--graph of this file knows its own"
+    )
+    if not single:
+        raise UserError(f"{where}: {lost}")
+    if len(single) < len(spelled):
+        print(f"note: {shown(where)}: {lost}", file=sys.stderr)
     return single
 
 
@@ -351,13 +376,13 @@ def make_ngrams(grams: dict[tuple[str, ...], tuple[float, float]]) -> NGrams:
 def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
     """Reads {words: (log-probability of the last one, cost of backing off)}, natural logarithms.
 
-    A model without the unknown word gives it the score of its rarest word. Raises UserError for a
-    file that cannot be read or is none.
+    The unknown word may also be <UNK>, as SRILM and Kaldi write it. A model without it gives it the
+    score of its rarest word. Raises UserError for a file that cannot be read or is none.
     """
     try:
         lines = read_text(path, LARGEST_ARPA).split("\n")
     except (OSError, ValueError) as error:
-        remedy = "give a language model in ARPA format"
+        remedy = "give a language model in ARPA format, unpacked"
         raise cannot_read(f"--lm {path}", error, remedy) from error
     grams = {}
     promised = {}  # length of n-grams -> how many the file says it has
@@ -376,6 +401,9 @@ def read_arpa(path: str) -> dict[tuple[str, ...], tuple[float, float]]:
             grams[gram] = values
         elif found := COUNT.fullmatch(line):
             promised[int(found[1])] = int(found[2])
+    if (UNKNOWN,) not in grams and (UNKNOWN.upper(),) in grams:
+        names = {UNKNOWN.upper(): UNKNOWN}
+        grams = {tuple(names.get(word, word) for word in gram): grams[gram] for gram in grams}
     words = {gram[0]: score for gram, (score, _) in grams.items() if len(gram) == 1}
     if END not in words:
         raise UserError(
@@ -402,9 +430,10 @@ def read_gram(line: str, order: int, where: str) -> tuple[tuple[str, ...], tuple
     score, *words = re.split("[ \t]+", line)
     cost = words.pop() if len(words) == order + 1 else "0"
     try:
-        values = max(float(score) * math.log(10), NEVER), float(cost) * math.log(10)
+        score, cost = (float(text) * math.log(10) for text in (score, cost))
     except ValueError:
-        values = math.nan, math.nan
-    if len(words) != order or not all(map(math.isfinite, values)):
+        score = cost = math.nan
+    # A probability above 1 would be more than LanguageModel.hope hopes for.
+    if len(words) != order or not (score <= ROUNDING and math.isfinite(cost)):
         raise UserError(f"{where}: {shown(line, 100)} is no {order}-gram of an ARPA file")
-    return tuple(words), values
+    return tuple(words), (min(max(score, NEVER), 0.0), cost)

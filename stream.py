@@ -271,7 +271,7 @@ def second_pass(
 
     The first pass has not searched in the frames `hushed` (1,m); a new search hears nothing there.
     """
-    if not found.tokens or not encoded.size(1):
+    if hushed.all():  # The blank wins every frame, or there is none.
         return found
     lengths = torch.tensor([encoded.size(1)], device=encoded.device)
     if mode != "attention_rescoring":

@@ -128,9 +128,11 @@ def load_graph(path: str, vocab_size: int) -> Graph:
     for state in states:
         for arc in kaldifst.ArcIterator(fst, state):
             most = max(most, arc.ilabel)
-            sound = sound and arc.nextstate in states
+            sound = sound and arc.nextstate in states and arc.ilabel >= 0
     if not sound or states and fst.start not in states:
-        raise UserError(f"--graph {path}: damaged, an arc leads to no state; {MAKE_ONE}")
+        raise UserError(
+            f"--graph {path}: damaged, an arc has no token or leads to no state; {MAKE_ONE}"
+        )
     if most > vocab_size:
         raise UserError(
             f"--graph {path}: its tokens are not the checkpoint's, which has {vocab_size}; make it "

@@ -207,11 +207,12 @@ def test_a_beam_is_a_value_that_goes_on_in_pieces_of_any_length():
     whole = str(ctc_prefix_beam_search(log_probs, torch.tensor([30, 30]), search))
     beam = decode.prefix_start(2)
     for piece in log_probs.split([7, 0, 1, 22], dim=1):
-        before = beam
+        before, kept = beam, dict(beam.lists)
         beam = decode.prefix_advance(before, piece, search)
         decode.prefix_advance(before, -piece, search)  # another future changes nothing
         again = decode.prefix_advance(before, piece, search)
         assert str(decode.prefix_result(again)) == str(decode.prefix_result(beam))
+        assert before.lists == kept
     assert str(decode.prefix_result(beam)) == whole
 
 

@@ -1418,6 +1418,28 @@ def test_what_stderr_cannot_take_ends_nothing(redirect, tmp_path):
     assert command("raise cli.UserError('bad')", redirect).returncode == 2
 
 
+def test_a_small_file_is_read_whole_and_takes_the_room_of_its_size(tmp_path, monkeypatch):
+    asked = []
+
+    class Asked(io.FileIO):
+        def read(self, size):
+            asked.append(size)
+            return super().read(min(size, 2**15))  # as of a file that grows
+
+    monkeypatch.setattr(files, "open_file", Asked)
+    path = tmp_path / "file"
+    for size in (0, 5, 2**17):
+        path.write_bytes(size * b"x")
+        for limit in (size, 2**34):
+            assert files.read_small(str(path), limit) == size * b"x"
+        for limit in range(max(size - 1, 0), size):
+            with pytest.raises(ValueError, match=f"longer than {limit} bytes"):
+                files.read_small(str(path), limit)
+    assert max(asked) == 2**17 + 1
+    # The files of /proc have no size.
+    assert files.read_small("/proc/self/status").startswith(b"Name:")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "ascii:strict"])
 def test_json_is_json_in_every_encoding(encoding):
     text = "a\\\xe9\u4eca\U0001f600\udce9\x9b"

@@ -24,7 +24,7 @@ from decode import (
     prefix_start,
 )
 from helpers import all_sequences, beams, collapse, earned, one_line, random_log_probs
-from helpers_model import TEXTS, score_json
+from helpers_model import TEXTS, score_json, write_split
 from ngram import Both, LmOptions, load_lm, make_ngrams, read_arpa
 from tokenizer import from_vocab, save_tokenizer, train_bpe, train_char
 from tools.lm import arpa_text, main, train
@@ -93,8 +93,10 @@ VOCAB = {token: i for i, token in enumerate(["<pad>", "|", "A", "B", "C", "AB"])
         (from_vocab(VOCAB, {}, {"do_lower_case": True}), SENTENCES),
         (train_char(["a bc你好吗"]), CHINESE),
         (train_char(["a b你好「」“”()ガー"]), SIGNS),
+        (train_bpe(3 * ["你好 吗", "好ab 吗你", "ab好 你ab"], 40), CHINESE),
+        (train_bpe(3 * [*SIGNS, "你好ab「ab」ガー「好"], 60), SIGNS),
     ],
-    ids=["char", "bpe", "wav2vec2", "chinese", "signs"],
+    ids=["char", "bpe", "wav2vec2", "chinese", "signs", "bpe-chinese", "bpe-signs"],
 )
 def test_tokens_earn_what_their_words_are_worth_in_whatever_pieces(tokenizer, sentences, tmp_path):
     path = write_lm(tmp_path / "lm", sentences)
@@ -111,16 +113,23 @@ def test_tokens_earn_what_their_words_are_worth_in_whatever_pieces(tokenizer, se
         assert earned(Both(lm, graph), drawn) == pytest.approx(expected + earned(graph, drawn))
 
 
-def test_no_tokens_earn_more_than_was_hoped_for(tmp_path):
-    tokenizer = train_char(["a b"])
-    path = write_lm(tmp_path / "lm", [*SENTENCES, *["b ab"] * 9])
+@pytest.mark.parametrize(
+    "tokenizer, sentences",
+    [
+        (train_char(["a b"]), [*SENTENCES, *["b ab"] * 9]),
+        (train_bpe(3 * ["你好吗 你好", "好吗你 ab你"], 40), [*CHINESE, *["你 好 吗"] * 9]),
+    ],
+    ids=["char", "bpe-chinese"],
+)
+def test_no_tokens_earn_more_than_was_hoped_for(tokenizer, sentences, tmp_path):
+    path = write_lm(tmp_path / "lm", sentences)
     graph = make_graph([([5, 6], 1.5), ([5, 6, 4], 0.5), ([6], 3.0)])
     draw = random.Random(0)
     for bonus in (-1.0, 0.0, 5.0):
         lm = load_lm(path, tokenizer, 0.7, bonus)
         for automaton in (lm, graph, Both(lm, graph)):
             for _ in range(100):
-                tokens = draw.choices((4, 5, 6), k=draw.randint(0, 6))
+                tokens = draw.choices(range(4, tokenizer.vocab_size), k=draw.randint(0, 6))
                 cut = draw.randint(0, len(tokens))
                 state = so_far = np.zeros((), np.int64)
                 for token in tokens[:cut]:
@@ -190,6 +199,8 @@ def test_score_favours_a_model_by_its_weight_and_without_weight_not(
     "before, after",
     [
         ("-99 <s>", "-inf <s>"),  # as KenLM
+        ("-1 </s>", "-1 </s>\n-1 <UNK>"),  # as SRILM for Kaldi, of the score that it has here
+        ("0 a </s>", "1e-9 a </s>"),  # as where rounding put it
         ("ngram 2=2", "ngram 2=3"),  # as where one was taken out
         ("\\data\\", "p_1 wd_1\n\\1-grams:\np_1 wd_1 bo_wt_1\n\\data\\"),  # as CMU's toolkit
     ],
@@ -197,13 +208,20 @@ def test_score_favours_a_model_by_its_weight_and_without_weight_not(
 def test_models_of_other_toolkits_are_the_same_model(tmp_path, before, after):
     path = tmp_path / "lm"
     text = "\\data\\\nngram 1=3\nngram 2=2\n\\1-grams:\n-99 <s> -0.3\n-1 </s>\n-1 a -0.3\n"
-    text += "\\2-grams:\n-0.3 <s> a\n-0.3 a </s>\n\\end\\\n"
+    text += "\\2-grams:\n-0.3 <s> a\n0 a </s>\n\\end\\\n"
     path.write_text(text)
     expected = read_arpa(str(path))
     assert before in text
     path.write_text(text.replace(before, after))
     assert read_arpa(str(path)) == expected
     assert expected["<unk>",] == expected["a",][:1] + (0.0,)  # the rarest word that there is
+
+
+def test_where_both_are_there_unk_is_the_unknown_word_and_UNK_another(tmp_path):
+    path = tmp_path / "lm"
+    path.write_text("\\1-grams:\n-1 </s>\n0 <UNK>\n-2 <unk>\n\\end\\")
+    grams = read_arpa(str(path))
+    assert grams["<UNK>",] == (0.0, 0.0) and grams["<unk>",][0] == pytest.approx(-2 * math.log(10))
 
 
 @pytest.mark.parametrize(
@@ -217,8 +235,10 @@ def test_models_of_other_toolkits_are_the_same_model(tmp_path, before, after):
         ("\\1-grams:\n-1 </s>\nx a\n", "line 3: x a is no 1-gram"),
         ("\\1-grams:\n-1 </s>\nnan a\n", "line 3: nan a is no 1-gram"),
         ("\\1-grams:\n-1 a b c\n", "line 2: -1 a b c is no 1-gram"),
+        ("\\1-grams:\n0.5 a\n", "line 2: 0.5 a is no 1-gram"),
+        (f"ngram 1={5000 * '9'}\n\\{5000 * '9'}-grams:\n-1 a\n", "no ARPA language model"),
         (None, "cannot be read (No such file"),
-        (b"\xff\xfe", "cannot be read (not UTF-8)"),
+        (b"\xff\xfe", "cannot be read (not UTF-8); give a language model in ARPA format, unpacked"),
     ],
 )
 def test_what_is_wrong_with_a_model_is_one_line(tmp_path, text, complaint):
@@ -246,6 +266,10 @@ def test_words_of_several_chinese_characters_are_noted(tmp_path, capsys):
     path = write_lm(tmp_path / "lm", ["你好 吗", "好"])
     load_lm(path, train_char(["你好吗"]), 0.7)
     assert "1 of its 3 words count as unknown" in capsys.readouterr().err
+    path = write_lm(tmp_path / "lm", ["你好", "好吗 你好"])
+    with pytest.raises(UserError) as raised:
+        load_lm(path, train_char(["你好吗"]), 0.7)
+    assert "2 of its 2 words count as unknown" in one_line(raised)
 
 
 def test_of_words_that_are_spelled_alike_the_likeliest_counts(tmp_path):
@@ -282,6 +306,23 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
         with pytest.raises(UserError) as raised:
             main(list(map(str, argv)))
         assert complaint in one_line(raised)
+
+
+def test_what_is_wrong_with_the_words_is_said_of_the_file_they_are_from(tmp_path):
+    data = tmp_path / "data"
+    tokenizer = train_char(["hello <unk> world"])
+    write_split(data / "train", tokenizer, texts=["hello <unk> world", "hello"])
+    save_tokenizer(tokenizer, str(data / "tokenizer.json"))
+    with pytest.raises(UserError) as raised:
+        main(["--data_root", str(data), "--out", str(tmp_path / "lm")])
+    assert one_line(raised) == f"{data}: <unk> stands for no word; take it out"
+    pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+    text = tmp_path / "text"
+    text.write_text("XX YY")
+    given = {"text": text, "out": tmp_path / "lm", "graph": tmp_path / "graph"}
+    with pytest.raises(UserError) as raised:
+        main([f"--{k}={v}" for k, v in {**given, "checkpoint": data / "tokenizer.json"}.items()])
+    assert one_line(raised).startswith(f"{tmp_path / 'lm'}: the checkpoint's tokenizer spells none")
 
 
 # Graphs
@@ -341,10 +382,18 @@ def test_a_graph_finds_the_likeliest_paths_and_knows_the_language_model(tmp_path
         assert len(found.times) == len(found.tokens)
 
 
-@pytest.mark.parametrize("said", ["你好吗", "吗", "吗 b们", "你 ab"])
-def test_a_graph_also_says_chinese_characters_that_its_model_lacks(tmp_path, said):
+OF_PIECES = train_bpe(3 * ["ab ab ab ba ba ab zb bz"], 12)  # z begins no piece with a space
+
+
+@pytest.mark.parametrize(
+    "tokenizer, said",
+    [
+        *((train_char(["你好吗们 ab"]), said) for said in ("你好吗", "吗", "吗 b们", "你 ab")),
+        *((OF_PIECES, said) for said in ("ab", "ba aab", "z", "ab zb ab")),
+    ],
+)
+def test_a_graph_also_says_what_its_model_lacks(tmp_path, tokenizer, said):
     pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
-    tokenizer = train_char(["你好吗们 ab"])
     path = write_graph(tmp_path, tokenizer, sentences=["你 好 ab"])
     model = load_lm(str(tmp_path / "lm"), tokenizer, 0.7, 0.3)
     tokens = tokenizer.encode(said)
@@ -376,6 +425,9 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
     arc = struct.pack(
         "<iifi", first.ilabel, first.olabel, float(first.weight.value), first.nextstate
     )
+    # No file may make the decoder read outside the frames' log-probabilities.
+    graph.add_arc(0, kaldifst.StdArc(-5, 0, 0.0, 0))
+    graph.write(str(bad))
     huge = [whole[:i] + bytes([whole[i] ^ 0x80]) + whole[i + 1 :] for i in (54, 57)]  # the states
     for content, complaint in (
         (b"", "no graph"),
@@ -384,6 +436,7 @@ def test_score_searches_a_graph_and_refuses_what_is_none(world, capsys, tmp_path
         (whole[:-9], "no graph"),
         *((content, "no graph") for content in huge),
         (whole.replace(arc, arc[:12] + struct.pack("<i", -5)), "damaged"),
+        (bad.read_bytes(), "damaged"),
         (None, "cannot be read"),
     ):
         bad.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cli
 
@@ -238,6 +239,21 @@ def test_score_streams_every_row(world, capsys, tmp_path):
     assert long["utterances"] == 1
     assert line["reference"] == " ".join(filter(None, TEXTS))
     assert line["hypothesis"]
+
+
+@pytest.mark.parametrize("argv", [[], ["--stream"], ["--stream", "--concatenate"]], ids=str)
+def test_the_time_leaves_out_reading_the_data(world, capsys, monkeypatch, argv):
+    now = [0.0]
+    read = score.checked_waveform
+
+    def slow(row, values):
+        now[0] += 100
+        return read(row, values)
+
+    monkeypatch.setattr(score, "checked_waveform", slow)
+    monkeypatch.setattr(score, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    (scores,) = score_json(capsys, world, *argv)
+    assert now[0] == 100 * len(TEXTS) and scores["rtf"] == 0
 
 
 def write_run(folder, metrics, scores=(), **options):

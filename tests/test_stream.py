@@ -19,8 +19,9 @@ from decode import MODES, STREAM_MODES, SearchOptions
 from frames import receptive_field, subsampled_length
 from helpers import VARIANTS, network
 from helpers_model import tiny_model
+from ngram import load_lm
 from presets import PRESETS, ModelOptions
-from stream import LONGEST, frame_ms, is_endpoint, listen, piece_samples, trailing_blanks
+from stream import LONGEST, frame_ms, is_endpoint, listen, listener, piece_samples, trailing_blanks
 from tokenizer import train_char
 from transforms import Frontend, extract, feature_state, moments, stream_features
 from words import frame_times
@@ -390,13 +391,13 @@ def test_in_what_pieces_a_log_mel_stream_comes_makes_no_difference(model, monkey
             assert not heard.final or torch.equal(heard.encoded, meant.encoded)
 
 
-def mostly_blank(model, monkeypatch, spoken=()):
-    """Makes CTC give the blank 0.9 and a token 0.1; in frames `spoken` the other way round."""
+def mostly_blank(model, monkeypatch, spoken=(), noise=0.1, sure=0.9):
+    """Makes CTC give the blank 0.9 and a token `noise`; a token `sure` in the frames `spoken`."""
 
     def log_probs(encoded):
         probs = torch.full((*encoded.shape[:2], model.tokenizer.vocab_size), 1e-6)
-        probs[..., 0], probs[..., 3] = 0.9, 0.1
-        probs[:, spoken, 0], probs[:, spoken, 3] = 0.1, 0.9
+        probs[..., 0], probs[..., 3] = 0.9, noise
+        probs[:, spoken, 0], probs[:, spoken, 3] = 1 - sure, sure
         return probs.log()
 
     monkeypatch.setattr(model, "ctc_log_probs", log_probs)
@@ -424,6 +425,22 @@ def test_where_the_blank_wins_in_every_frame_there_is_no_text(model, monkeypatch
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("mode", STREAM_MODES)
+def test_where_ctc_finds_nothing_a_stream_asks_the_decoder_as_decode_does(
+    model, monkeypatch, tmp_path, mode
+):
+    mostly_blank(model, monkeypatch, spoken=[5], noise=1e-6, sure=0.6)
+    path = tmp_path / "lm"
+    path.write_text("\\data\\\n\\1-grams:\n-1 </s>\n-1 a\n\\end\\\n")
+    lm = load_lm(str(path), model.tokenizer, 0.5, -1.0)  # so CTC's best is the empty sequence
+    features = extract(model.frontend)(SOUND)[None]
+    whole = model.decoding(features, torch.tensor([features.size(1)]), mode, SearchOptions(), lm)
+    (expected,) = decode.answered(whole)
+    *_, heard = listen(model, [SOUND], SearchOptions(), False, lm, mode)
+    assert len(expected.nbest) > 1 and heard.hypothesis.nbest == expected.nbest
+    assert heard.hypothesis.nbest_scores == pytest.approx(expected.nbest_scores, abs=1e-3)
 
 
 def test_a_stream_in_which_the_blank_wins_has_no_text_and_ends_by_silence(model, monkeypatch):
@@ -472,6 +489,18 @@ def test_a_stream_without_an_end_keeps_no_more_than_an_utterance(model, monkeypa
     search = SearchOptions(chunk_size=16, beam_size=2)
     finals = [heard for heard in listen(model, pieces, search) if heard.final]
     assert len(finals) > 3 and max(sizes[75:]) <= max(sizes[:75])
+
+
+def test_an_utterance_begins_with_no_list_of_the_ones_before(model, monkeypatch):
+    monkeypatch.setattr(stream, "LONGEST", 1000)
+    advance, state = listener(model, SearchOptions(chunk_size=16))
+    states = [state]
+    for chunk in SOUND.split(piece_samples(model, 16)[1]):
+        heard, state = advance(chunk, False, 0, state)
+        if heard and heard.final:
+            states.append(state)
+            assert heard.hypothesis.tokens
+    assert len(states) > 1 and all(state.utterance.beam.lists == {-1: 0} for state in states)
 
 
 SOUND = 0.1 * noise(40000, dtype=torch.float32)

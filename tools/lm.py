@@ -109,10 +109,11 @@ def read_sentences(options: MakeOptions) -> list[list[str]]:
         lines = map(tokenizer.decode, labels)
     sentences = [[word.text for word in split_words([normalize_text(line)])] for line in lines]
     sentences = list(filter(None, sentences))
+    where = options.text or options.data_root
     if not sentences:
-        raise UserError(f"{options.text or options.data_root}: no word in it; give another text")
+        raise UserError(f"{where}: no word in it; give another text")
     if marks := {BEGIN, END, UNKNOWN}.intersection(word for line in sentences for word in line):
-        raise UserError(f"{options.text}: {min(marks)} stands for no word; take it out")
+        raise UserError(f"{where}: {min(marks)} stands for no word; take it out")
     return sentences
 
 
@@ -206,7 +207,8 @@ def compile_graph(path: str, tokenizer, options: MakeOptions) -> None:
 
     ngrams = make_ngrams(read_arpa(path))
     back = len(ngrams.words) + 1  # the number of #0 among the words, which count from 1
-    spelled = spell_words(ngrams.words, tokenizer, path)
+    where = f"--lm {path}" if options.lm else path
+    spelled = spell_words(ngrams.words, tokenizer, where)
     lexicon = make_lexicon(spelled, ngrams.words, back, tokenizer, options)
     grammar = make_grammar(ngrams, back, options.lm_weight)
     kaldifst.arcsort(lexicon, sort_type="olabel")
@@ -280,6 +282,10 @@ def make_lexicon(
         arcs += [(begin, states, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in begins]
         arcs += [(states, states, i, 0, 0.0) for i in letters]
         arcs.append((states, behind, last, 0, 0.0))
+        if pieces:  # The space before the word may be a token of its own.
+            middle = states + len(texts) + 1
+            arcs += [(begin, middle, i, numbers[UNKNOWN] + 1, -options.word_bonus) for i in spaces]
+            arcs += [(middle, states, i, 0, 0.0) for i in letters]
         # A Chinese character is a word of its own, with or without a space before.
         for i in [i for i, text in enumerate(texts, 1) if ALONE.fullmatch(text)]:
             for state in {begin, behind}:
