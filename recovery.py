@@ -527,6 +527,8 @@ def check_plan(place: Place, plan: dict, data) -> None:
     said = shown("; ".join(changes), 500)
     if "seconds" in differ:
         said += " (the slowest of --speeds decides, and --tail_padding)"
+    if "batches halved" in differ:
+        said += " (an older version did so, which no flag brings back)"
     if place.batches:
         raise UserError(
             f"{place.path} was saved within an epoch that is planned with {said}; give the same, "

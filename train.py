@@ -212,7 +212,8 @@ def main(argv):
     L.seed_everything(settings.run.seed, workers=False, verbose=False)
     # The data come before Lightning prints anything, so an error in them is a single line.
     data = open_data(settings, tokenizer, place)
-    check_words(data)
+    if not resume:
+        check_words(data)
     start = Start(folder, given["overwrite"], place, {**settings.by_name(), **given})
     trainer = make_trainer(settings, start)
     choose_shapes(trainer, data)

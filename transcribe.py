@@ -197,7 +197,8 @@ def transcribe_all(
                 if getattr(error.__cause__, "errno", None) in FULL:
                     raise
                 failed[number] = 2
-                tell("error", recordings[number], str(error))
+                tell("error", recordings[number], f"{error}; its text is on standard output")
+                deliver(transcript, None, job.options.format)
     return failed
 
 
@@ -661,7 +662,7 @@ def show_heard(text: str, seconds: float, final: bool) -> None:
     room = shutil.get_terminal_size().columns - 1
     # A line that wraps could not be replaced. Its newest words matter most.
     if not final and columns(line) > room:
-        said = line[13:]
+        said = line[13:][-max(room - 16, 1) :]
         while said and columns(said) > room - 16:
             said = said[1:]
         line = f"{line[:13]}...{said}"

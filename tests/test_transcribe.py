@@ -1009,12 +1009,23 @@ def test_the_name_of_a_recording_need_not_be_in_utf_8(format, tmp_path):
         assert json.loads(output.read_text(encoding="utf-8"))["file"] == "caf\udce9.wav"
 
 
-def test_a_file_that_came_into_being_meanwhile_is_not_replaced(tmp_path):
-    output = tmp_path / "a.txt"
-    output.write_text("mine")
-    heard = transcribe.Transcript("a.wav", "hello", 1.0, [])
-    with pytest.raises(cli.UserError, match="a.txt exists; give --overwrite"):
-        transcribe.deliver(heard, str(output), "txt")
-    assert output.read_text() == "mine"
-    transcribe.deliver(heard, str(output), "txt", overwrite=True)
-    assert output.read_text() == "hello\n"
+def test_a_file_that_came_into_being_meanwhile_is_not_replaced_and_no_text_is_lost(
+    world, capsys, tmp_path, monkeypatch
+):
+    soundfile.write(tmp_path / "a.wav", waveform(0), RATE)
+    output = tmp_path / "out" / "a.txt"
+    load = transcribe.load_checkpoint
+
+    def slow(*arguments):
+        output.write_text("mine")
+        return load(*arguments)
+
+    _, expected, _ = hear(capsys, world, tmp_path / "a.wav")
+    words = "--output_dir", output.parent, tmp_path / "a.wav"
+    with monkeypatch.context() as patch:
+        patch.setattr(transcribe, "load_checkpoint", slow)
+        status, out, err = hear(capsys, world, *words)
+    assert (status, out, output.read_text()) == (2, expected, "mine")
+    assert "a.txt exists; give --overwrite" in err[-1] and "standard output" in err[-1]
+    assert hear(capsys, world, "--overwrite", *words)[:2] == (0, [])
+    assert output.read_text() == expected[0].split("\t")[1] + "\n"
