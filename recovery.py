@@ -474,14 +474,12 @@ def make_plan(data, world_size: int, accumulate_grad_batches: int) -> dict:
         "seconds": counted(slowest, data.frontend.tail_padding) if by_length else "",
         "accumulate_grad_batches": accumulate_grad_batches,
         "processes": world_size,
-        "batches halved": BY_PROCESSES,
         "dev": f"{len(data.splits['dev'])} rows (checksum {data.dev_checksum:08x})",
     }
 
 
 # Parts of a plan that the plans of older checkpoints do not have.
-NEWER = {"labels of train", "dev", "few_shapes", "seconds", "batches halved"}
-BY_PROCESSES = "with equally many rows for each process"
+NEWER = {"labels of train", "dev", "few_shapes", "seconds"}
 
 
 def counted(speed: float, tail: int) -> str:
@@ -500,14 +498,11 @@ def check_plan(place: Place, plan: dict, data) -> None:
     before = {"few_shapes": "off", **before}  # older checkpoints do not have it
     if plan.keys() - before.keys() - NEWER:
         raise damaged(place.path, "plan")
-    by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
     if "seconds" not in before:
         # They counted rows at speed 1, early versions without the tail, later ones with it. Which
         # it was is not known, so the tail decides nothing.
+        by_length = before["max_batch_seconds"] and before["few_shapes"] == "off"
         before["seconds"] = counted(1.0, data.frontend.tail_padding) if by_length else ""
-    if "batches halved" not in before:
-        anywhere = by_length and before["processes"] > 1
-        before["batches halved"] = "anywhere" if anywhere else BY_PROCESSES
     differ = {
         name: (value, plan.get(name)) for name, value in before.items() if value != plan.get(name)
     }
@@ -527,8 +522,6 @@ def check_plan(place: Place, plan: dict, data) -> None:
     said = shown("; ".join(changes), 500)
     if "seconds" in differ:
         said += " (the slowest of --speeds decides, and --tail_padding)"
-    if "batches halved" in differ:
-        said += " (an older version did so, which no flag brings back)"
     if place.batches:
         raise UserError(
             f"{place.path} was saved within an epoch that is planned with {said}; give the same, "

@@ -173,18 +173,25 @@ class LengthGroupedSampler(PlannedSampler):
         return end_of_borders(borders, len(order), self.world_size)
 
     def _split(self, borders: list[int]) -> np.ndarray:
-        """Halves the batches with most rows until there are `count`, or none can be halved."""
-        borders = np.asarray(borders)
-        while (short := self.count - (len(borders) - 1)) > 0:
-            sizes = np.diff(borders)
-            widest = np.argsort(-sizes, kind="stable")[:short]
-            widest = widest[sizes[widest] >= 2 * self.world_size]
-            if not len(widest):
+        """Halves the batches with most rows until there are `count`.
+
+        Halves are of equally many rows, so that other numbers of ranks make the same batches. Where
+        this leaves too few rows for every rank before there are `count`, halves have a multiple of
+        the ranks, for which there is always room.
+        """
+        for multiple in (1, self.world_size):
+            split = np.asarray(borders)
+            while (short := self.count - (len(split) - 1)) > 0:
+                sizes = np.diff(split)
+                widest = np.argsort(-sizes, kind="stable")[:short]
+                widest = widest[sizes[widest] >= 2 * self.world_size]
+                if not len(widest):
+                    break
+                halves = sizes[widest] // multiple // 2 * multiple
+                split = np.sort(np.concatenate((split, split[widest] + halves)))
+            else:
                 break
-            # Halves of whole strides, a row for every rank, can be halved down to single strides.
-            halves = sizes[widest] // self.world_size // 2 * self.world_size
-            borders = np.sort(np.concatenate((borders, borders[widest] + halves)))
-        return borders
+        return split
 
 
 class Shaped(NamedTuple):

@@ -878,17 +878,3 @@ def test_other_processes_that_make_the_same_steps_may_go_on_within_an_epoch(root
     place.plan["processes"] = 0
     with pytest.raises(UserError, match=r"last\.ckpt: its state of training is damaged \(plan\)"):
         check_plan(place, make_plan(data, 2, 1), data)
-
-
-def test_an_older_plan_of_seconds_over_processes_is_not_gone_on_with_within_an_epoch(root):
-    data = module(root, batch_size=None, max_batch_seconds=2.0)
-    data.setup("fit")
-    for processes in (1, 2):
-        plan = make_plan(data, processes, 1)
-        older = {name: value for name, value in plan.items() if name != "batches halved"}
-        place = Place("last.ckpt", batches=1, plan=older)
-        if processes == 1:
-            check_plan(place, plan, data)
-    with pytest.raises(UserError, match="batches halved anywhere, not with equally many rows"):
-        check_plan(place, plan, data)
-    check_plan(place._replace(batches=0), plan, data)

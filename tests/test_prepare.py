@@ -277,7 +277,7 @@ ODD = {  # name: (content, samples kept or reason)
     ),
     "unending.flac": (UNENDING, "cut short: 0.5 s of 4294967.3 s"),
     "gone.wav": (None, "file missing"),
-    "folder.wav": ("a folder", "file missing"),
+    "folder.wav": ("a folder", "no file"),
 }
 
 
