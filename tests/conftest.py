@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +40,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 # Some tests fork, and a lock that tqdm's thread holds meanwhile would stay locked in the child.
 tqdm.monitor_interval = 0
+# The forks would share tqdm's own lock, and one that is killed with it would keep it for ever.
+tqdm.set_lock(threading.RLock())
 # A child must not collect the garbage of other tests: onnxruntime's would wait for ever for threads
 # that only the parent has.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from cli import build, make_parser, option, options_class, run
 import datasets
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import train
 from files import ASIDE
@@ -60,6 +62,8 @@ def main(argv):
     options = build(TortureOptions, vars(make_parser(__doc__, TortureOptions).parse_args(argv)))
     torch.set_num_threads(1)  # a pool of threads would not survive the forks
     datasets.disable_progress_bars()
+    # All forks share tqdm's own lock, and a process that is killed with it would keep it for ever.
+    tqdm.set_lock(threading.RLock())
     counts = Counter()
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder) / "data")
