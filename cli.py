@@ -415,6 +415,11 @@ def format_warning(message, category, file, line, _=None) -> str:
 # ---- Running
 
 
+def complain(line: str) -> None:
+    """Prints a line to stderr by one write, so that lines of several processes do not mix."""
+    print(f"{line}\n", end="", file=sys.stderr)
+
+
 def run(main) -> None:
     """Calls main(argv), and turns errors and signals into one line on stderr and an exit status.
 
@@ -439,12 +444,12 @@ def run(main) -> None:
     except Exception as error:
         if not (reason := str(error) if isinstance(error, UserError) else bad_luck(error)):
             raise
-        print(f"{shown(program)}: error: {one_line(reason)}", file=sys.stderr)
+        complain(f"{shown(program)}: error: {one_line(reason)}")
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         if number != signal.SIGPIPE:
-            print(f"{shown(program)}: interrupted ({signal.Signals(number).name})", file=sys.stderr)
+            complain(f"{shown(program)}: interrupted ({signal.Signals(number).name})")
         sys.exit(128 + number)
     finally:
         # The first error has been printed already, and another error would hide it.

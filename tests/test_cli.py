@@ -225,3 +225,22 @@ def test_a_terminal_that_cannot_show_a_character_gets_its_code_point(monkeypatch
     monkeypatch.setattr(sys, "stdout", terminal)
     cli.run(lambda argv: print("caf\u00e9 \u4e2d", flush=True))
     assert terminal.buffer.getvalue() == b"caf\xe9 \\u4e2d\n"
+
+
+def test_an_error_is_one_write_so_that_lines_of_several_processes_do_not_mix(monkeypatch):
+    class Written(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            parts.append(bytes(content))
+            return len(content)
+
+    def fail(_):
+        raise cli.UserError("bad")
+
+    parts = []
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Written(), write_through=True))
+    with pytest.raises(SystemExit):
+        cli.run(fail)
+    assert [part for part in parts if part] == [parts[0]] and parts[0].endswith(b"error: bad\n")
