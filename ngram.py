@@ -217,9 +217,7 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     ngrams = make_ngrams(grams)
     where = f"--lm {path}"
     unigrams = {word: score for (word, *more), (score, _) in grams.items() if not more}
-    of_tokens = list(map(parts_of, tokenizer.texts(range(tokenizer.vocab_size))))
-    numbers = {part: n for n, part in enumerate(dict.fromkeys(itertools.chain(*of_tokens)))}
-    rows = ([numbers[part] for part in parts] for parts in of_tokens)
+    numbers, parts = number_parts(tokenizer.texts(range(tokenizer.vocab_size)))
     by_text = {}  # text without spaces -> the parts that have it
     for part, number in numbers.items():
         by_text.setdefault(part.strip(), []).append(number)
@@ -254,13 +252,21 @@ def load_lm(path: str, tokenizer, weight: float, bonus: float = 0.0) -> Language
     order = keys.argsort()
     return LanguageModel(
         ngrams,
-        np.array(list(itertools.zip_longest(*rows, fillvalue=-1))),
+        parts,
         keys[order],
         np.array(list(steps.values()))[order],
         *map(np.array, (word, ahead, alone, opened, *part_kinds(list(numbers)))),
         weight,
         bonus,
     )
+
+
+def number_parts(texts: list[str]) -> tuple[dict[str, int], np.ndarray]:
+    """Numbers the parts of all tokens -> {part: its number}, `parts` of a LanguageModel, (P,V)."""
+    of_tokens = list(map(parts_of, texts))
+    numbers = {part: n for n, part in enumerate(dict.fromkeys(itertools.chain(*of_tokens)))}
+    rows = ([numbers[part] for part in parts] for parts in of_tokens)
+    return numbers, np.array(list(itertools.zip_longest(*rows, fillvalue=-1)))
 
 
 def parts_of(text: str) -> list[str]:

@@ -179,19 +179,21 @@ class LengthGroupedSampler(PlannedSampler):
         this leaves too few rows for every rank before there are `count`, halves have a multiple of
         the ranks, for which there is always room.
         """
-        for multiple in (1, self.world_size):
-            split = np.asarray(borders)
-            while (short := self.count - (len(split) - 1)) > 0:
-                sizes = np.diff(split)
-                widest = np.argsort(-sizes, kind="stable")[:short]
-                widest = widest[sizes[widest] >= 2 * self.world_size]
-                if not len(widest):
-                    break
-                halves = sizes[widest] // multiple // 2 * multiple
-                split = np.sort(np.concatenate((split, split[widest] + halves)))
-            else:
+        equal = self._halve(borders, 1)
+        return equal if len(equal) > self.count else self._halve(borders, self.world_size)
+
+    def _halve(self, borders: list[int], multiple: int) -> np.ndarray:
+        """Halves at a multiple of rows until there are `count` batches, or none can be halved."""
+        borders = np.asarray(borders)
+        while (short := self.count - (len(borders) - 1)) > 0:
+            sizes = np.diff(borders)
+            widest = np.argsort(-sizes, kind="stable")[:short]
+            widest = widest[sizes[widest] >= 2 * self.world_size]
+            if not len(widest):
                 break
-        return split
+            halves = sizes[widest] // multiple // 2 * multiple
+            borders = np.sort(np.concatenate((borders, borders[widest] + halves)))
+        return borders
 
 
 class Shaped(NamedTuple):

@@ -733,6 +733,11 @@ def export_model(checkpoint: str, out: str, overwrite: bool) -> str:
     return said
 
 
+def files_of(folder: str) -> set[tuple[int, int]]:
+    """Returns the identities of the files in a folder; links that lead nowhere have none."""
+    return {*map(identity, glob.glob(f"{glob.escape(folder)}/*"))} - {None}
+
+
 def main(argv: list[str]) -> None:
     parser = make_parser(__doc__)
     parser.add_argument(
@@ -756,9 +761,7 @@ def main(argv: list[str]) -> None:
         print(shown(export_model(args.export, args.out, args.overwrite)))
     elif os.path.lexists(args.out) and not args.overwrite:
         raise UserError(f"--out {args.out} exists; name another, or add --overwrite")
-    elif os.path.exists(args.out) and identity(args.out) in map(
-        identity, glob.glob(f"{glob.escape(args.exp_dir)}/*")
-    ):
+    elif identity(args.out) in files_of(args.exp_dir):
         raise UserError(f"--out {args.out} is a file of {args.exp_dir}; name another")
     elif not args.out.endswith(".ckpt"):
         raise UserError(f"--out {args.out}: a checkpoint's name ends in .ckpt")
