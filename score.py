@@ -419,11 +419,14 @@ def check_keep(options: ScoreOptions) -> None:
 def keep_scores(checkpoint: str, scores: list[dict], counts: list[dict]) -> None:
     """Adds scores, each with the counts of its utterances, to scores.jsonl beside the checkpoint.
 
-    Raises UserError where that cannot be written.
+    The digest of the checkpoint tells tools.compare which scores are of an earlier one of its name.
+    Raises UserError where the scores cannot be written.
     """
     path = os.path.join(os.path.dirname(checkpoint), KEPT)
-    lines = [json_text(score | count) + "\n" for score, count in zip(scores, counts)]
     try:
+        with open(checkpoint, "rb") as file:
+            model = {"model": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+        lines = [json_text(score | count | model) + "\n" for score, count in zip(scores, counts)]
         with open(path, "ab+") as file:
             file.seek(max(0, file.tell() - 1))
             cut = file.read() not in (b"", b"\n")  # the line that a killed command had begun

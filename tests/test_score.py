@@ -12,6 +12,7 @@ import cli
 
 import numpy as np
 import pytest
+import torch
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 import score
@@ -378,6 +379,20 @@ def test_scores_are_kept_beside_the_checkpoint_with_the_errors_of_each_utterance
     assert kept["chars"] == [len(text) for text in TEXTS]
     assert sum(kept["word_errors"]) / sum(kept["words"]) == pytest.approx(kept["wer"])
     assert sum(kept["char_errors"]) / sum(kept["chars"]) == pytest.approx(kept["cer"])
+
+
+def test_scores_of_a_checkpoint_that_a_resume_has_replaced_are_left_out(world, capsys, tmp_path):
+    argv = "--checkpoint", tmp_path / "best.ckpt", "--data_root", world / "data", "--keep", "--mode"
+    shutil.copy(world / "best.ckpt", tmp_path)
+    for mode in ("ctc_greedy_search", "attention_rescoring"):
+        call(capsys, score, *argv, mode)
+    assert len(compare.read_scores(str(tmp_path))) == 2 and not capsys.readouterr().err
+    checkpoint = torch.load(tmp_path / "best.ckpt")
+    torch.save({**checkpoint, "global_step": 2}, tmp_path / "best.ckpt")
+    call(capsys, score, *argv, "ctc_greedy_search")
+    assert [one["mode"] for one in compare.read_scores(str(tmp_path))] == ["ctc_greedy_search"]
+    said = "scores.jsonl: 1 scores of an earlier checkpoint are left out; score again"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

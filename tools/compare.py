@@ -13,6 +13,7 @@ bootstrap over utterances, and the probability that the run is better (bootstrap
 import glob
 import json
 import os
+import sys
 from dataclasses import asdict
 
 import cli
@@ -26,7 +27,7 @@ ASKED = ("split", "mode", "stream", "chunk_size", "left_chunks")  # of a score, 
 RESULTS = ("utterances", "wer", "wer_95", "cer", "cer_95", "rtf")
 REQUIRED = {"mode", "utterances", "wer", "cer", "rtf"}  # scores of older versions have these alone
 COUNTS = ("word_errors", "words", "char_errors", "chars")  # of each utterance; --keep adds them
-NOT_ASKED = {*RESULTS, *COUNTS, "references", "run"}
+NOT_ASKED = {*RESULTS, *COUNTS, "references", "model", "run"}
 ORIGINS = ("data_root", "checkpoint")  # shown where scores differ in them
 LARGEST_SCORES = 2**28  # bytes of a scores.jsonl: --keep adds counts of each utterance for ever
 PLACES = {"output_dir", "resume", "overwrite"}  # options that say where, not what
@@ -80,13 +81,15 @@ def read_run(folder: str) -> dict:
 def read_scores(folder: str) -> list[dict]:
     """Reads the scores of a run; of scores with the same options, only the newest.
 
-    Lines that are no scores, or are cut, are passed over. `checkpoint` becomes the bare name of its
-    file. Raises UserError where the file cannot be read.
+    Scores of an earlier checkpoint of the same name are left out, which stderr says. Lines that are
+    no scores, or are cut, are passed over. `checkpoint` becomes the bare name of its file. Raises
+    UserError where the file cannot be read.
     """
     path = os.path.join(folder, "scores.jsonl")
     if not os.path.lexists(path):
         return []
     newest = {}
+    models = {}  # {checkpoint: what its newest score says of the file}
     try:
         lines = read_small(path, LARGEST_SCORES).decode(errors="replace").splitlines()
     except (OSError, ValueError) as error:
@@ -101,7 +104,12 @@ def read_scores(folder: str) -> list[dict]:
                 score = {k: v for k, v in score.items() if k not in ("lm_weight", "word_bonus")}
             score["checkpoint"] = os.path.basename(str(score.get("checkpoint", "best.ckpt")))
             newest[asked(score)] = score
-    return list(newest.values())
+            models[score["checkpoint"]] = score.get("model")
+    there = [s for s in newest.values() if s.get("model") == models[s["checkpoint"]]]
+    if left_out := len(newest) - len(there):
+        note = f"note: {path}: {left_out} scores of an earlier checkpoint are left out; score again"
+        print(cli.shown(note), file=sys.stderr)
+    return there
 
 
 def asked(score: dict, *but: str) -> str:
