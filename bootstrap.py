@@ -2,10 +2,12 @@
 
 As in Bisani and Ney (2004) and in Kaldi's compute-wer-bootci, a draw takes as many utterances as
 there are, with replacement. Two systems are compared on the same draws: where both stumble over the
-same utterances, their difference is known better than either rate. The draws are always the same.
-Axes: N utterances, S seeds, R draws.
+same utterances, their difference is known better than either rate. Seeds are too few to be drawn in
+this way: what other seeds would give is Student's t (1908). The draws are always the same. They
+know nothing of other speakers. Axes: N utterances, S seeds, R draws.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,10 +46,13 @@ def resample(table: np.ndarray) -> np.ndarray:
 def interval(errors, said) -> list[float] | None:
     """Returns the ends of the 95 % interval of sum(errors) / sum(said), both (N,).
 
-    One utterance says nothing of others: then there is no interval.
+    One utterance says nothing of others: then there is no interval. Where nothing is wrong, no draw
+    is, and the upper end is that of the rule of three (Hanley and Lippman-Hand, 1983).
     """
     if len(said) < 2:
         return None
+    if not np.any(errors):
+        return [0.0, round(3 / max(float(np.sum(said)), 3.0), 5)]
     wrong, length = resample(np.stack((errors, said), axis=1)).T
     # A draw may have no words at all, where many references are empty.
     rates = wrong / np.maximum(length, 1)
@@ -58,14 +63,17 @@ def difference(first, second, said) -> Difference:
     """Compares the errors (S,N) of two systems with S seeds on the same utterances.
 
     said: (N,) words or characters. The value is the second's rate minus the first's, the mean over
-    seeds. A draw takes S seeds, each with both its systems, and N utterances.
+    seeds, each with both its systems. The interval is of other utterances and, of several seeds, of
+    other seeds, too.
     """
     change = np.asarray(second) - np.asarray(first)
     seeds = len(change)
-    value = change.sum() / seeds / sum(said)
-    sums = resample(np.concatenate((change, [said])).T)  # (R,S+1)
-    times = np.random.default_rng(1).multinomial(seeds, [1 / seeds] * seeds, len(sums))  # (R,S)
-    rates = (times * sums[:, :-1]).sum(axis=1) / seeds / np.maximum(sums[:, -1], 1)
+    of_seeds = change.sum(axis=1) / sum(said)  # (S,)
+    sums, length = resample(np.stack((change.sum(axis=0), said), axis=1)).T  # (R,) each
+    rates = sums / seeds / np.maximum(length, 1)
+    if seeds > 1:
+        t = np.random.default_rng(1).standard_t(seeds - 1, len(rates))
+        rates += t * of_seeds.std(ddof=1) / math.sqrt(seeds)
     low, high = np.quantile(rates, TAILS)
     better = (rates < 0).mean() + (rates == 0).mean() / 2
-    return Difference(*map(float, (value, low, high, better)))
+    return Difference(*map(float, (of_seeds.mean(), low, high, better)))

@@ -30,6 +30,12 @@ def test_an_interval_weighs_long_utterances_more_and_one_utterance_has_none():
     assert interval([1], [4]) is None
 
 
+def test_no_error_among_many_words_is_no_proof_that_there_never_is_one():
+    low, high = interval([0] * 100, [5] * 100)
+    assert low == 0 and (1 - high) ** 500 == pytest.approx(0.05, abs=0.001)
+    assert interval([0, 0], [1, 1]) == [0, 1] == interval([0, 0], [0, 0])
+
+
 def test_equal_systems_do_not_differ_and_one_that_is_always_better_is_surely_better():
     assert difference(WRONG[:1] * 1, WRONG[:1] * 1, ONE) == (0, 0, 0, 0.5)
     found = difference(WRONG[:1] * 1 + 1, WRONG[:1] * 1, ONE)
@@ -47,10 +53,20 @@ def test_systems_that_stumble_together_are_told_apart_where_strangers_are_not():
     assert strange.high - strange.low == pytest.approx(2 * width, rel=0.15)
 
 
-def test_seeds_that_disagree_widen_the_interval():
+def test_other_seeds_vary_as_students_t_says():
     first = np.zeros((3, 1000), int)
     second = np.array([[1], [1], [-1]]) * np.ones((1, 1000), int)
     found = difference(first, second, ONE)
-    assert found.value == pytest.approx(1 / 3) and (found.low, found.high) == (-1, 1)
-    # Two or three of three seeds drawn are the third: 7 of 27 draws.
-    assert found.better == pytest.approx(7 / 27, abs=0.02)
+    width = 4.303 * np.sqrt(4 / 3 / 3)  # of two degrees of freedom
+    assert found.value == pytest.approx(1 / 3)
+    assert (found.low, found.high) == pytest.approx((1 / 3 - width, 1 / 3 + width), rel=0.05)
+    assert found.better == pytest.approx(1 / 3, abs=0.02)  # t below -1/2
+    agreed = difference(first, np.ones((3, 1), int) * WRONG[:1], ONE)
+    alone = difference(first[:1], WRONG[:1] * 1, ONE)
+    assert agreed == pytest.approx(alone)
+
+
+def test_three_seeds_without_an_effect_seldom_seem_to_have_one():
+    errors = np.random.default_rng(3).normal(5, 1, (200, 2, 3, 1)) * np.ones(4)  # of all utterances
+    found = [difference(first, second, np.ones(4)) for first, second in errors]
+    assert 4 <= sum(one.low > 0 or one.high < 0 for one in found) <= 16  # 5 % of 200 are 10

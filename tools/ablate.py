@@ -12,7 +12,8 @@ Whether RECIPE is the right one is asked with --against together and the names w
 of --techniques, which are RECIPE without X, or with X too.
 
 The difference of a technique from --against is of the means over seeds, with its 95 % interval by a
-paired bootstrap over utterances and seeds, and the probability that the technique is better.
+paired bootstrap over utterances and Student's t over seeds, and the probability that the technique
+is better.
 """
 
 import contextlib
