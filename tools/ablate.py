@@ -44,7 +44,7 @@ BASELINE = (
     "--check_val_every_n_epoch 4"
 )
 # Flags of train.py by the name of a technique. {spoken} is a model that was trained on synthetic
-# speech of the corpus's own words.
+# speech of the corpus's own words, by SPOKEN_FLAGS, whatever the technique has besides.
 TECHNIQUES = {
     "muon": "--optimizer muon --lr 4e-3",
     "ctc_weight": "--ctc_weight 0.5",
