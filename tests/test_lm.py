@@ -1,6 +1,7 @@
 """ngram.py scores words as the model's definition does; tools/lm.py makes models and graphs."""
 
 import itertools
+import json
 import math
 import os
 import random
@@ -11,9 +12,11 @@ from cli import UserError
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import score
+import transcribe
 from context import make_graph
 from decode import (
     SearchOptions,
@@ -24,7 +27,7 @@ from decode import (
     prefix_start,
 )
 from helpers import all_sequences, beams, collapse, earned, one_line, random_log_probs
-from helpers_model import TEXTS, score_json, write_split
+from helpers_model import TEXTS, call, score_json, waveform, write_split
 from ngram import Both, LmOptions, load_lm, make_ngrams, read_arpa
 from tokenizer import from_vocab, save_tokenizer, train_bpe, train_char
 from tools.lm import arpa_text, main, train
@@ -193,6 +196,29 @@ def test_score_favours_a_model_by_its_weight_and_without_weight_not(
         runs.append((details.read_text(), scores.get("lm_weight")))
     assert runs[0] == runs[1] and runs[2][1] == 20.0
     assert "g z" not in runs[0][0] and "g z" in runs[2][0]
+
+
+@pytest.mark.parametrize("way", ["whole", "stream", "graph"])
+def test_transcribe_hears_by_a_language_model_and_keeps_the_times_of_words(
+    world, capsys, tmp_path, way
+):
+    if way == "graph":
+        pytest.importorskip("kaldi_decoder", reason="graphs need kaldifst and kaldi-decoder")
+        favours = "--graph", write_graph(tmp_path, train_char(TEXTS), "--closed", sentences=TEXTS)
+    else:
+        favours = "--lm", write_lm(tmp_path / "lm", ["g z g z", "z g"])
+        favours += "--lm_weight", 20.0, "--word_bonus", 40, "--beam_size", 20
+    path = tmp_path / "a.wav"
+    soundfile.write(path, waveform(0), 16000)
+    argv = ["--checkpoint", world / "best.ckpt", "--format", "json", path]
+    argv += ["--stream"] * (way == "stream")
+    plain, heard = (call(capsys, transcribe, *argv, *more)[1] for more in ((), favours))
+    plain, heard = json.loads(plain[0]), json.loads(heard[0])
+    assert plain["text"] != heard["text"] == " ".join(word["word"] for word in heard["words"])
+    known = set(" ".join(TEXTS).split()) if way == "graph" else {"g", "z"}
+    assert known & set(heard["text"].split())
+    ends = [0, *(time for word in heard["words"] for time in (word["start"], word["end"]))]
+    assert ends == sorted(ends) and ends[-1] <= heard["duration"] + 1e-3
 
 
 @pytest.mark.parametrize(
