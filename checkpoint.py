@@ -68,13 +68,19 @@ def read_checkpoint(path: str) -> dict:
     return data
 
 
+def is_of_hub(name: str) -> bool:
+    """Returns whether `name` is org/name of the hub, and no path."""
+    is_path = os.path.exists(name) or name.endswith((".ckpt", ".json"))
+    return not is_path and HUB_NAME.fullmatch(name) is not None
+
+
 def locate(name: str) -> str:
     """Finds the path of a checkpoint: `name` itself, or a hub repository's copy in the cache.
 
     A path that exists goes before a repository org/name, which huggingface_hub downloads unless it
     is in the cache. Raises UserError where the hub does not give the repository.
     """
-    if os.path.exists(name) or name.endswith((".ckpt", ".json")) or not HUB_NAME.fullmatch(name):
+    if not is_of_hub(name):
         return name
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES))

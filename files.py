@@ -23,7 +23,7 @@ import shutil
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 
 from cli import UNSHOWN, UserError, shown
@@ -138,8 +138,12 @@ def read_small(path: str, limit: int = SMALL) -> bytes:
 
 
 def read_text(path: str, limit: int = SMALL) -> str:
-    """Returns the content as text, without a byte order mark. Raises as read_small does."""
-    return read_small(path, limit).decode("utf-8-sig")
+    """Returns the content as text, without a byte order mark, each line's end as "\\n".
+
+    Raises as read_small does.
+    """
+    text = read_small(path, limit).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def why(error: OSError | ValueError):
@@ -273,8 +277,16 @@ def aside(path: str) -> str:
     return os.path.join(folder, f".{name}{ASIDE}")
 
 
-def check_utf8(path: str, flag: str, needs: str) -> None:
-    """Raises UserError where the path, which the user gave with `flag`, is not in UTF-8."""
+def check_path(path: str, flag: str, needs: str) -> None:
+    """Raises UserError where a library cannot write to the path, which the user gave with `flag`.
+
+    The path is not in UTF-8, which the library `needs` needs, or fsspec, through which datasets and
+    Lightning write, would write to another path.
+    """
+    if "::" in os.path.abspath(path):
+        raise UserError(
+            f"{flag} {path}: two colons in a name stand for a file within a file; give another name"
+        )
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -289,6 +301,28 @@ def cannot_write(path: str, error: OSError) -> UserError:
     return UserError(
         f"{path}: cannot be written ({error.strerror or error}); make room or choose another place"
     )
+
+
+def check_replaced(path: str, flag: str, inputs: Iterable[str], start: bytes, kind: str) -> None:
+    """Raises UserError where an output would replace anything but a `kind`.
+
+    A `kind` begins by `start`. Nor may the output replace one of the `inputs`, or the file that
+    stdout or stderr goes to.
+    """
+    if not os.path.exists(path):
+        return
+    if identity(path) in map(identity, (*inputs, 1, 2)):
+        raise UserError(
+            f"{flag} {path} is what this command reads, or where it prints; name another file"
+        )
+    begins = None
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            begins = file.read(len(start))
+    if begins not in (b"", start):
+        raise UserError(
+            f"{flag} {path} exists and is no {kind}, which alone is replaced; name another file"
+        )
 
 
 def write_whole(path: str, content) -> None:

@@ -447,7 +447,7 @@ def prepare(options: PrepareOptions) -> tuple[int, int]:
 
     Raises UserError, and leaves ROOT as it was, where that cannot be done.
     """
-    files.check_utf8(os.path.realpath(options.data_root), "--data_root", "Arrow")
+    files.check_path(os.path.realpath(options.data_root), "--data_root", "Arrow")
     inputs = (options.source, options.noise, options.rir)
     with files.published(
         options.data_root, "data of prepare.py", options.overwrite, inputs

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from bootstrap import interval
+from checkpoint import is_of_hub
 from context import HotwordOptions
 from datamodule import (
     EVAL_SECONDS,
@@ -47,7 +48,7 @@ from decode import (
     modes_for,
     overlapped,
 )
-from files import cannot_write, identity, json_text, write_whole
+from files import cannot_write, check_replaced, json_text, write_whole
 from model import load_checkpoint
 from ngram import LmOptions, favour
 from stream import listen
@@ -386,23 +387,16 @@ DETAIL = b'{"row": 0, "mode": "'  # how a file of details begins
 
 def check_details(options: ScoreOptions, inputs: Iterable[str | None]) -> None:
     """Raises UserError where --details would overwrite `inputs`, or anything but details."""
-    path = options.details
-    if not path or not os.path.exists(path):
-        return
-    if identity(path) in map(identity, (options.checkpoint, *filter(None, inputs), 1, 2)):
-        raise UserError(
-            f"--details {path} is what this command reads, or where it prints; name another file"
-        )
-    if not os.path.isfile(path) or beginning(path) not in (b"", DETAIL):
-        raise UserError(
-            f"--details {path} exists and is no file of details, which alone is "
-            "replaced; name another file"
-        )
+    if options.details:
+        inputs = options.checkpoint, *filter(None, inputs)
+        check_replaced(options.details, "--details", inputs, DETAIL, "file of details")
 
 
 def check_keep(options: ScoreOptions) -> None:
     """Raises UserError where --keep could not add to scores.jsonl beside the checkpoint."""
-    if not options.keep or not os.path.lexists(options.checkpoint):
+    if not options.keep:
+        return
+    if not os.path.lexists(options.checkpoint) and not is_of_hub(options.checkpoint):
         return  # load_checkpoint says that there is none
     folder = os.path.dirname(options.checkpoint) or "."
     path = os.path.join(folder, KEPT)
@@ -433,12 +427,6 @@ def keep_scores(checkpoint: str, scores: list[dict], counts: list[dict]) -> None
             file.write("".join(["\n" * cut, *lines]).encode())
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def beginning(path: str) -> bytes | None:
-    """Reads the first len(DETAIL) bytes of a file; None where it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(len(DETAIL))
 
 
 def describe(mode: str, row: int, reference: str, hypothesis: str) -> dict:

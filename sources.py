@@ -48,7 +48,6 @@ SPEAKER_COLUMNS = ("speaker", "speaker_id")
 BESIDE_SPLITS = ("tokenizer.json", "rejected.csv", "prepare.json")
 # Characters that no file in UTF-8 holds: half of a surrogate pair, or a byte of a name on disk that
 # is not in UTF-8.
-SURROGATE = re.compile("[\ud800-\udfff]")
 # Texts of a parquet file that are read at a time. Rows with audio are read one by one, because more
 # recordings may not fit into memory.
 TEXTS_AT_ONCE = 16
@@ -137,7 +136,8 @@ def select_splits(splits: dict[str, Callable[[], list[Split]]], options) -> dict
             names[wanted.get(old) or usual(old) or old].append(old)
     for new, old in names.items():
         hidden = not new or new[0] == "."
-        if hidden or os.path.basename(new) != new or new in BESIDE_SPLITS or SURROGATE.search(new):
+        unusable = new in BESIDE_SPLITS or "::" in new or tk.CONTROLS.search(new)
+        if hidden or os.path.basename(new) != new or unusable:
             raise UserError(f"a split cannot be called {new!r}; name it with --split_map OLD=NEW")
         if old != [new] and not wanted:
             said = f"written as {new}; --split_map OLD=NEW says otherwise"
@@ -350,8 +350,13 @@ def find_tables(folder: Folder) -> list[Table]:
         place = known[file]
         records = None
         if place is None and not is_parquet(file):
-            records = read_metadata(file)
-            if found := top_tables("/".join(names), file, records):
+            try:
+                records = read_metadata(file)
+            except UserError:
+                if not names:
+                    raise
+                # The split of the folder's name may be left out; else its opening says the same.
+            if records and (found := top_tables("/".join(names), file, records)):
                 tables += found
                 continue
         if place is None:
@@ -380,9 +385,12 @@ def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
     """Divides the rows of metadata that lies above the folders of the splits.
 
     A column `split`, or the folder in each file_name, names the split of a row. Metadata in a
-    folder below the source need not: then [] is returned, and the folder is the split. Raises
+    folder below the source need not: then [] is returned, and the folder is the split. A row with
+    more fields than columns names nothing for certain, and goes with the first split. Raises
     UserError where only some rows name a split, or where none does at the top of the source.
     """
+    broken = [None in record for record in records]
+    broken = [False] * len(records) if all(broken) else broken
     if any("split" in record for record in records):
         names = [string(record.get("split"), path).strip() for record in records]
         where = "column split"
@@ -400,14 +408,16 @@ def top_tables(folder: str, path: str, records: list[dict]) -> list[Table]:
             "folder (train/a.wav); add one, or move it with its files to "
             f"{os.path.join(os.path.dirname(path), 'train')}"
         )
+    names = [None if bad else name for bad, name in zip(broken, names)]
     if "" in names:
         raise UserError(
             f"{path}: row {names.index('') + 1} names no split by its "
             f"{where}, as others do; name it there"
         )
     rows = collections.defaultdict(list)
+    first = next(filter(None, names))
     for record, name in zip(records, names):
-        rows[name].append(record)
+        rows[name or first].append(record)
     return [Table(folder or ".", name, path, own) for name, own in rows.items()]
 
 
@@ -418,7 +428,7 @@ def readme_tables(folder: Folder) -> list[Table]:
     """
     try:
         text = read_text(os.path.join(folder.path, "README.md"), 2**20)
-        card = parse_yaml(re.match(r"---\n(.*?\n)---", text, re.DOTALL)[1])
+        card = parse_yaml(re.match(r"\s*---\s*\n(.*?\n)---", text, re.DOTALL)[1])
         said = [
             (str(config["config_name"]), *part)
             for config in card["configs"]
@@ -518,7 +528,7 @@ def read_metadata(path: str) -> list[dict]:
 def read_csv(path: str, content: str) -> tuple[list[str], list[dict]]:
     """Returns the columns and the rows. Raises UserError where a line is no CSV."""
     csv.field_size_limit(LARGEST_METADATA)  # A text that is too long costs its own row alone.
-    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True, skipinitialspace=True)
     records = []
     line = 1  # where the next row begins
     try:
@@ -733,6 +743,8 @@ def check_unpacked(parquet: pyarrow.parquet.ParquetFile, size: int) -> None:
     """
     metadata = parquet.metadata
     columns = range(metadata.num_columns)
+    if not columns:
+        raise ValueError("it has no columns")  # a batch of none would end the process
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         # A batch of no rows reads the footer alone. For a damaged footer it raises an error, where
@@ -799,6 +811,10 @@ def arrow_split(
             return string(cell.as_py(), path)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not in UTF-8: {error.object!r}; write it anew") from None
+        except (ValueError, OverflowError) as error:  # a time that Python has not
+            raise UserError(
+                f"{path}: a text or a speaker cannot be read ({error}); write it as text"
+            ) from None
 
     def rows():
         for i, (sound, said, *who) in enumerate(read(*filter(None, (audio, text, speaker)))):

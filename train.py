@@ -40,7 +40,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 import kernels
 from datamodule import DataOptions, SpeechDataModule, label_column, rows_rate
-from files import ASIDE, alone, aside, check_utf8, json_text, read_json, write_whole
+from files import ASIDE, alone, aside, check_path, json_text, read_json, write_whole
 from model import U2, OptimOptions, read_checked
 from presets import PRESETS, ModelOptions
 from recovery import (
@@ -349,7 +349,7 @@ def find_run(given: dict) -> tuple[str, str | None]:
 
 def check_folder(folder: str) -> None:
     """Raises UserError where the run could not write all of its files; changes nothing."""
-    check_utf8(folder, "--output_dir", "TensorBoard")
+    check_path(folder, "--output_dir", "TensorBoard")
     there = folder
     while True:
         try:

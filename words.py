@@ -105,7 +105,7 @@ def spell(tokens: list[int], tokenizer: Tokenizer) -> list[Spelled]:
 
 def split_words(texts: Iterable[str]) -> list[Spelled]:
     """Splits the text that pieces join to into words, as `spell` does; `places` are of pieces."""
-    words = []
+    words = []  # characters, places, spaced
     spaced = True  # a space stands before the next character
     inside = False  # the last word may go on with letters
     opened = False  # the last character opened a bracket or a quotation
@@ -121,14 +121,15 @@ def split_words(texts: Iterable[str]) -> list[Spelled]:
             alone = not goes_on and bool(ALONE.match(character))
             opens = category in OPENING and (not inside or ord(character) > 0x2E7F)
             if spaced or not (goes_on or opened or inside and not alone and not opens):
-                words.append(Spelled("", [], spaced))
+                words.append(([], [], spaced))
                 inside = True
-            word = words[-1]
-            words[-1] = word._replace(text=word.text + character, places=[*word.places, place])
+            characters, places, _ = words[-1]
+            characters.append(character)
+            places.append(place)
             spaced = False
             opened = category in OPENING
             inside = not alone and (inside or not goes_on)
-    return words
+    return [Spelled("".join(characters), *more) for characters, *more in words]
 
 
 def begins_word(character: str) -> bool:

@@ -1658,13 +1658,21 @@ def test_what_lies_in_the_way_of_a_run_is_seen_before_anything_is_deleted(
 NO_RUN = ("file", "file/a/b", "pipe", "link", "x" * 300, "x/" * 3000, "/proc/x", "/dev/null")
 
 
-@pytest.mark.parametrize("output", [*NO_RUN, "\0", "caf\udce9"])
+@pytest.mark.parametrize("output", [*NO_RUN, "\0", "caf\udce9", "file::1/run"])
 def test_where_no_run_can_be_written_is_one_line(output, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in ("file", "pipe", "link"):
         put(tmp_path / kind, kind)
     argv = f"--data_root {place / 'data'} --max_epochs 1 {SIZES}".split()
     assert "--output_dir" in outcome("train", [*argv, "--output_dir", output], capsys)
+
+
+def test_a_data_root_of_two_colons_is_refused_and_no_other_file_written(place, tmp_path, capsys):
+    """To fsspec, through which datasets writes, such a name is a file within the file before."""
+    (tmp_path / "file").write_text("mine")
+    argv = ["--source", str(place / "source"), "--data_root", str(tmp_path / "file::1" / "new")]
+    assert "two colons in a name" in outcome("prepare", argv, capsys)
+    assert tree(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.parametrize("name", ["", "logs", "logs/events.out.tfevents.1", "last.ckpt"])

@@ -318,7 +318,8 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match="mode joint cannot favour a graph; choose one of ctc_p"):
         check_mode("joint", Graph(None))
     text = tmp_path / "text"
-    text.write_text("\n \n")
+    for name in ("text", "tokenizer.json", "config.json"):
+        (tmp_path / name).write_text("\n \n")
     for argv, complaint in (
         ([], "give one of"),
         (["--text", text], "give --out"),
@@ -326,12 +327,25 @@ def test_flags_that_mean_nothing_are_refused(tmp_path):
         (["--text", text, "--out", "x", "--graph", "x"], "together"),
         (["--text", text, "--out", "x"], "no word in it"),
         (["--text", text, "--out", text], "is what this command reads"),
+        (["--data_root", tmp_path, "--out", tmp_path / "tokenizer.json"], "is what this command"),
+        (["--lm", "x", "--checkpoint", tmp_path, "--graph", tmp_path / "config.json"], "reads"),
+        (["--data_root", tmp_path, "--out", text], "exists and is no language model in ARPA"),
+        (["--lm", "x", "--checkpoint", "y", "--graph", text], "exists and is no graph"),
         (["--text", text, "--out", "x", "--graph", "./x", "--checkpoint", "y"], "are both x"),
         (["--text", tmp_path / "gone", "--out", "x"], "cannot be read (No such file"),
     ):
         with pytest.raises(UserError) as raised:
             main(list(map(str, argv)))
         assert complaint in one_line(raised)
+
+
+def test_a_model_is_made_anew_in_its_place_of_lines_that_end_in_any_way(tmp_path):
+    made = []
+    for ends in ("\n", "\r\n", "\r"):
+        (tmp_path / "text").write_bytes(f"a b{ends}b{ends}".encode())
+        main(["--text", str(tmp_path / "text"), "--out", str(tmp_path / "lm")])
+        made.append((tmp_path / "lm").read_text())
+    assert "b b" not in made[0] and made[0] == made[1] == made[2]
 
 
 def test_what_is_wrong_with_the_words_is_said_of_the_file_they_are_from(tmp_path):

@@ -399,6 +399,7 @@ def test_scores_of_a_checkpoint_that_a_resume_has_replaced_are_left_out(world, c
     "checkpoint, details, reason",
     [
         (".", None, "no file of a run"),
+        ("org/name", None, "no file of a run"),
         ("best.ckpt", "scores.jsonl", "where --keep adds"),
         ("sub/best.ckpt", None, "sub/scores.jsonl is no file"),
     ],

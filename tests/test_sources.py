@@ -138,6 +138,25 @@ def test_a_split_that_is_left_out_may_have_no_text_or_be_damaged(src):
     assert counts(run(src, "--split_map", "train=train")[0]) == {"train": 2}
 
 
+@pytest.mark.parametrize("content", ["path,text\na.wav,x\n", b"file_name,text\na.wav,\xe9\n", ""])
+def test_metadata_of_a_split_that_is_left_out_may_be_damaged(content, src):
+    put(src / "train/metadata.csv", "file_name,text\na.wav,one\n")
+    put(src / "train/a.wav")
+    put(src / "scratch/metadata.csv", content)
+    with pytest.raises(UserError, match="scratch/metadata.csv"):
+        run(src)
+    assert run(src, "--split_map", "train=train")[0] == {"train": ["one"]}
+
+
+def test_parquet_without_columns_is_one_line(src):
+    """pyarrow ends the process by SIGFPE where it is asked for a batch of no columns."""
+    parquet(src / "train.parquet")
+    with open(src / "dev.parquet", "wb") as file:
+        pa.parquet.write_table(pa.table({}), file)
+    with pytest.raises(UserError, match="dev.parquet: it has no columns"):
+        run(src)
+
+
 def test_files_that_others_say_are_there_and_are_not_are_told(src, capsys):
     for name in ("train-00000-of-00003", "train-00002-of-00003", "dev-00000-of-00001"):
         parquet(src / f"{name}.parquet")
@@ -191,6 +210,14 @@ def test_of_several_configurations_one_must_be_chosen_and_the_others_are_named(s
     assert run(src, "--config", "more")[0] == {"train": ["in b.parquet"] * 2}
     said = capsys.readouterr().out
     assert "neither read nor named by a row: a.parquet and 1 more .parquet files" in said
+
+
+@pytest.mark.parametrize("change", [("\n", "\r\n"), ("\n", "\r"), ("---\nc", "\n ---\nc")])
+def test_a_readme_is_read_whatever_its_line_ends(change, src):
+    for name in "ab":
+        parquet(src / f"{name}.parquet")
+    put(src / "README.md", README.replace(*change))
+    assert counts(run(src, "--config", "more")[0]) == {"train": 2}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +287,7 @@ def test_audio_without_metadata_is_refused_with_what_to_do(src):
             '{"file_name": "dev/b.wav", "text": "two"}\n',
             "metadata.jsonl",
         ),
+        ('file_name, text, split\n a.wav, "one", train\nx/b.wav, "two", dev\n', "metadata.csv"),
         (
             "\n\nfile_name,text,split\ntrain/a.wav,one,train\ndev/b.wav,two,dev\n",
             "data/metadata.csv",
@@ -296,11 +324,26 @@ def test_metadata_at_the_top_says_by_column_or_folder_whose_its_rows_are(content
             "file_name,text,split\na.wav,one,prepare.json\n",
             "a split cannot be called 'prepare.json'",
         ),
+        ("file_name,text,split\na.wav,one,de\0v\n", r"a split cannot be called 'de\\x00v'"),
+        ("file_name,text,split\na.wav,one,a::b\n", "a split cannot be called 'a::b'"),
     ],
 )
 def test_metadata_at_the_top_that_does_not_say_it_is_refused(content, message, src):
     put(src / "metadata.csv", content)
     with pytest.raises(UserError, match=message):
+        run(src)
+
+
+def test_a_text_with_a_comma_costs_its_own_row_alone_where_a_column_names_the_split(src):
+    for name in "abcd":
+        put(src / f"{name}.wav")
+    rows = "a.wav,hello, world,train\nb.wav,one,train\nc.wav,two,dev\nd.wav,hello, test,dev\n"
+    put(src / "metadata.csv", f"file_name,text,split\n{rows}")
+    texts, reasons = run(src)
+    assert texts == {"train": ["one"], "dev": ["two"]}
+    assert all("more fields than columns" in reasons[f"{name}.wav"] for name in "ad")
+    put(src / "metadata.csv", "file_name,text,split\na.wav,hello, world,train\n")
+    with pytest.raises(UserError, match="no usable row"):
         run(src)
 
 
@@ -427,6 +470,14 @@ def test_names_in_parquet_need_not_be_in_utf_8_but_texts_must(src):
     assert run(src) == ({"train": ["one"]}, {"gone.wav": "file missing"})
     parquet(src / "train.parquet", audio=names, text=strings(b"on\xe9two", 3))
     with pytest.raises(UserError, match="train.parquet is not in UTF-8: .*on.xe9"):
+        run(src)
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("ms"), pa.timestamp("ms", "Nowhere/City")], ids=str)
+def test_a_speaker_that_python_cannot_say_is_one_line(kind, src):
+    sounds = [{"bytes": sound(), "path": "a.wav"}]
+    parquet(src / "train.parquet", audio=sounds, text=["one"], speaker=pa.array([10**16], kind))
+    with pytest.raises(UserError, match="train.parquet: a text or a speaker cannot be read"):
         run(src)
 
 

@@ -28,7 +28,7 @@ import torch
 
 from audio import read_audio
 from checkpoint import write_folder
-from files import check_utf8, published
+from files import check_path, published
 from model import U2, load_checkpoint, read_checked
 from stream import frame_ms, piece_samples
 from tokenizer import BPE_SPACE, UNKNOWN_MARK, Tokenizer, unit_lines
@@ -495,7 +495,7 @@ def main(argv: list[str]) -> None:
             "them out"
         )
     folder = options.hub_dir or options.out
-    check_utf8(os.path.realpath(folder), "--hub_dir" if options.hub_dir else "--out", "ONNX")
+    check_path(os.path.realpath(folder), "--hub_dir" if options.hub_dir else "--out", "ONNX")
     if os.path.lexists(folder) and not options.overwrite:  # even an empty one
         raise UserError(f"{folder} exists; name another folder, or add --overwrite")
     model, _, frontend = load_checkpoint(options.checkpoint)

@@ -18,8 +18,9 @@ from collections import Counter, defaultdict
 
 from cli import UserError, build, make_parser, option, options_class, run
 
+from checkpoint import HUB_FILES
 from datamodule import load_split
-from files import cannot_read, identity, read_text, write_whole
+from files import cannot_read, check_replaced, read_text, write_whole
 from ngram import (
     BEGIN,
     END,
@@ -57,6 +58,13 @@ class MakeOptions:
     closed: bool = option(False, "in the graph, no other words than the model's")
 
 
+# Flag, how such a file begins (an OpenFst file with its number), and what it is.
+OUTPUTS = (
+    ("out", b"\\data\\", "language model in ARPA format"),
+    ("graph", b"\xd6\xfd\xb2\x7e", "graph"),
+)
+
+
 def check_options(options: MakeOptions) -> None:
     """Raises UserError for options that do not go together."""
     if [options.data_root, options.text, options.lm].count(None) != 2:
@@ -78,10 +86,12 @@ def check_options(options: MakeOptions) -> None:
 def main(argv: list[str]) -> None:
     options = build(MakeOptions, vars(make_parser(__doc__, MakeOptions).parse_args(argv)))
     check_options(options)
-    inputs = set(map(identity, filter(None, (options.text, options.lm, options.checkpoint))))
-    for output in filter(None, (options.out, options.graph)):
-        if identity(output) in inputs - {None}:
-            raise UserError(f"{output} is what this command reads; name another file")
+    inputs = [*filter(None, (options.text, options.lm, options.checkpoint))]
+    inputs += [os.path.join(options.data_root or "", "tokenizer.json")]
+    inputs += [os.path.join(options.checkpoint or "", name) for name in HUB_FILES]
+    for name, start, kind in OUTPUTS:
+        if path := getattr(options, name):
+            check_replaced(path, f"--{name}", inputs, start, kind)
     if options.graph:
         check_packages()
         tokenizer = load_tokenizer(options.checkpoint)
