@@ -127,6 +127,8 @@ def main(argv: list[str]) -> None:
     search = build(SearchOptions, given, **({"chunk_size": 16} if options.stream else {}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, frontend = load_checkpoint(options.checkpoint, device)
+    # A training may replace the checkpoint before all is heard.
+    digest = digest_of(options.checkpoint) if options.keep else ""
     favours = favour(lm, hotwords, tokenizer, options.stream)
     dataset, references = load_data(tokenizer, frontend, options)
     if hint := unspelled(tokenizer, references):
@@ -152,7 +154,7 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:  # Where one of these fails, the others still happen.
         stack.callback(print_results, scores, references[: options.examples], hypotheses)
         if options.keep:
-            stack.callback(keep_scores, options.checkpoint, scores, counts)
+            stack.callback(keep_scores, options.checkpoint, digest, scores, counts)
         if options.details:
             lines = "".join(json_text(detail, ensure_ascii=False) + "\n" for detail in details)
             write_whole(options.details, lines.encode())
@@ -410,17 +412,22 @@ def check_keep(options: ScoreOptions) -> None:
         raise UserError(f"--details {options.details} is where --keep adds; name another file")
 
 
-def keep_scores(checkpoint: str, scores: list[dict], counts: list[dict]) -> None:
+def digest_of(path: str) -> str:
+    """Returns what tells a checkpoint from others. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def keep_scores(checkpoint: str, digest: str, scores: list[dict], counts: list[dict]) -> None:
     """Adds scores, each with the counts of its utterances, to scores.jsonl beside the checkpoint.
 
     The digest of the checkpoint tells tools.compare which scores are of an earlier one of its name.
     Raises UserError where the scores cannot be written.
     """
     path = os.path.join(os.path.dirname(checkpoint), KEPT)
+    rows = (score | count | {"model": digest} for score, count in zip(scores, counts))
+    lines = [json_text(row) + "\n" for row in rows]
     try:
-        with open(checkpoint, "rb") as file:
-            model = {"model": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
-        lines = [json_text(score | count | model) + "\n" for score, count in zip(scores, counts)]
         with open(path, "ab+") as file:
             file.seek(max(0, file.tell() - 1))
             cut = file.read() not in (b"", b"\n")  # the line that a killed command had begun

@@ -381,7 +381,9 @@ def test_scores_are_kept_beside_the_checkpoint_with_the_errors_of_each_utterance
     assert sum(kept["char_errors"]) / sum(kept["chars"]) == pytest.approx(kept["cer"])
 
 
-def test_scores_of_a_checkpoint_that_a_resume_has_replaced_are_left_out(world, capsys, tmp_path):
+def test_scores_of_a_checkpoint_that_a_resume_has_replaced_are_left_out(
+    world, capsys, tmp_path, monkeypatch
+):
     argv = "--checkpoint", tmp_path / "best.ckpt", "--data_root", world / "data", "--keep", "--mode"
     shutil.copy(world / "best.ckpt", tmp_path)
     for mode in ("ctc_greedy_search", "attention_rescoring"):
@@ -393,6 +395,17 @@ def test_scores_of_a_checkpoint_that_a_resume_has_replaced_are_left_out(world, c
     assert [one["mode"] for one in compare.read_scores(str(tmp_path))] == ["ctc_greedy_search"]
     said = "scores.jsonl: 1 scores of an earlier checkpoint are left out; score again"
     assert said in capsys.readouterr().err
+    load_data = score.load_data
+
+    def replaced(*args):  # while the checkpoint before is heard
+        shutil.copy(world / "best.ckpt", tmp_path)
+        return load_data(*args)
+
+    monkeypatch.setattr(score, "load_data", replaced)
+    call(capsys, score, *argv, "ctc_greedy_search")
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    models = [json.loads(line)["model"] for line in lines]
+    assert models[0] == models[1] != models[2] == models[3]
 
 
 @pytest.mark.parametrize(

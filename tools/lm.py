@@ -87,8 +87,8 @@ def main(argv: list[str]) -> None:
     options = build(MakeOptions, vars(make_parser(__doc__, MakeOptions).parse_args(argv)))
     check_options(options)
     inputs = [*filter(None, (options.text, options.lm, options.checkpoint))]
-    inputs += [os.path.join(options.data_root or "", "tokenizer.json")]
-    inputs += [os.path.join(options.checkpoint or "", name) for name in HUB_FILES]
+    folders = filter(None, (options.data_root, options.checkpoint))
+    inputs += [os.path.join(folder, name) for folder in folders for name in HUB_FILES]
     for name, start, kind in OUTPUTS:
         if path := getattr(options, name):
             check_replaced(path, f"--{name}", inputs, start, kind)
